@@ -1,0 +1,276 @@
+"""What a recurrent cell is on paper: its type, the published cells, and reading one from text or JSON.
+
+A cell has N nodes. Node i = 1..N applies one activation to one earlier node; node 0 is s_0, made from the
+input x_t and the previous hidden state h_{t-1}. The cell's output is the mean of the nodes in `concat`
+(DARTS, Liu, Simonyan & Yang, ICLR 2019, arXiv:1806.09055, sections 2.1 and 3.1.2).
+
+A genotype that comes from outside is parsed, never evaluated, and every fault is one `GenotypeError`.
+"""
+
+import ast
+import difflib
+import json
+import os
+import random
+import re
+import warnings
+from typing import Any, NamedTuple
+
+PRIMITIVES = ("none", "tanh", "relu", "sigmoid", "identity")
+STEPS = 8
+CONCAT = tuple(range(1, STEPS + 1))
+
+MAX_NODES = 64
+MAX_TEXT = 20_000  # characters
+MAX_FILE = 1_000_000  # bytes
+
+
+class GenotypeError(ValueError):
+    """A genotype that cannot be used; the message is one line for a person."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class Genotype(NamedTuple):
+    """A discrete cell: `recurrent[i - 1]` is (op, predecessor) of node i, `concat` the nodes averaged.
+
+    Its text, `Genotype(recurrent=[('sigmoid', 0), ('relu', 1)], concat=[1, 2])`, is what `parse` reads.
+    """
+
+    recurrent: tuple[tuple[str, int], ...]
+    concat: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"Genotype(recurrent={list(self.recurrent)}, concat={list(self.concat)})"
+
+
+# Found by reinforcement learning over shared weights (Pham et al., ICML 2018).
+ENAS = Genotype(
+    recurrent=(
+        ("tanh", 0),
+        ("tanh", 1),
+        ("relu", 1),
+        ("tanh", 3),
+        ("tanh", 3),
+        ("relu", 3),
+        ("relu", 4),
+        ("relu", 7),
+        ("relu", 8),
+        ("relu", 8),
+        ("relu", 8),
+    ),
+    concat=(2, 5, 6, 9, 10, 11),
+)
+
+# First order, Penn Treebank.
+DARTS_V1 = Genotype(
+    recurrent=(
+        ("relu", 0),
+        ("relu", 1),
+        ("tanh", 2),
+        ("relu", 3),
+        ("relu", 4),
+        ("identity", 1),
+        ("relu", 5),
+        ("relu", 1),
+    ),
+    concat=CONCAT,
+)
+
+# Second order (unrolled), Penn Treebank.
+DARTS_V2 = Genotype(
+    recurrent=(
+        ("sigmoid", 0),
+        ("relu", 1),
+        ("relu", 1),
+        ("identity", 1),
+        ("tanh", 2),
+        ("sigmoid", 5),
+        ("tanh", 3),
+        ("relu", 5),
+    ),
+    concat=CONCAT,
+)
+
+DARTS = DARTS_V2
+
+PUBLISHED = {"ENAS": ENAS, "DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "DARTS": DARTS}
+
+
+def validate(genotype: Genotype) -> None:
+    """Raise `GenotypeError` unless the genotype is a cell that can be built.
+
+    1 to `MAX_NODES` nodes; each op a primitive other than none; node i's predecessor an int in 0..i-1;
+    concat not empty, ints in 1..N, none twice.
+    """
+    recurrent, concat = genotype
+    if not isinstance(recurrent, list | tuple):
+        raise GenotypeError(f"recurrent must be a list of (op, predecessor), not {_short(recurrent)}")
+    if not 1 <= len(recurrent) <= MAX_NODES:
+        raise GenotypeError(f"a genotype has 1 to {MAX_NODES} nodes, this one has {len(recurrent)}")
+    for i, node in enumerate(recurrent, start=1):
+        if not isinstance(node, list | tuple) or len(node) != 2:
+            raise GenotypeError(f"node {i} must be (op, predecessor), not {_short(node)}")
+        op, j = node
+        if op not in PRIMITIVES[1:]:
+            raise GenotypeError(f"node {i}: op {_short(op)} is not one of {', '.join(PRIMITIVES[1:])}")
+        if type(j) is not int or not 0 <= j < i:
+            raise GenotypeError(f"node {i}: predecessor must be an integer in 0..{i - 1}, not {_short(j)}")
+
+    if not isinstance(concat, list | tuple | range) or not concat:
+        raise GenotypeError(f"concat must be a list of at least one node, not {_short(concat)}")
+    seen = set()
+    for j in concat:  # stops at the first bad entry, so that range(1, 10**9) costs nothing
+        if type(j) is not int or not 1 <= j <= len(recurrent):
+            raise GenotypeError(f"concat: nodes are integers in 1..{len(recurrent)}, not {_short(j)}")
+        if j in seen:
+            raise GenotypeError(f"concat: node {j} appears twice")
+        seen.add(j)
+
+
+def parse(text: str) -> Genotype:
+    """Read a genotype from its literal text or from JSON; nothing is evaluated.
+
+    Literal: `Genotype(recurrent=[('relu', 0), ...], concat=range(1, 9))`, lists or tuples, keywords or not.
+    JSON: as `from_json` takes it. Raises `GenotypeError`.
+    """
+    if len(text) > MAX_TEXT:
+        raise GenotypeError(f"a genotype's text has at most {MAX_TEXT:,} characters, not {len(text):,}")
+    text = text.strip()
+    return _parse_json(text) if text.startswith("{") else _parse_literal(text)
+
+
+def to_json(genotype: Genotype) -> dict[str, Any]:
+    """`{"recurrent": [["relu", 0], ...], "concat": [1, ...]}`, plain lists all through."""
+    return {"recurrent": [list(node) for node in genotype.recurrent], "concat": list(genotype.concat)}
+
+
+def from_json(obj: Any) -> Genotype:
+    """The inverse of `to_json`; other keys are ignored, and `{"genotype": {...}}` is looked into.
+
+    The second form is the one that a search writes to genotype.json. Raises `GenotypeError`.
+    """
+    if isinstance(obj, dict) and "recurrent" not in obj:
+        obj = obj.get("genotype")
+    if not isinstance(obj, dict) or not {"recurrent", "concat"} <= obj.keys():
+        raise GenotypeError('a genotype in JSON is an object with the keys "recurrent" and "concat"')
+    return _build(obj["recurrent"], obj["concat"])
+
+
+def random_genotype(seed: int, steps: int = STEPS) -> Genotype:
+    """A cell of `steps` nodes, uniform over ops other than none and over predecessors; concat is every node.
+
+    What random search draws from (the paper's baseline; Li & Talwalkar, UAI 2019). Raises `GenotypeError` for
+    steps outside 1..MAX_NODES.
+    """
+    if not 1 <= steps <= MAX_NODES:
+        raise GenotypeError(f"a genotype has 1 to {MAX_NODES} nodes, not {steps}")
+    rng = random.Random(seed)
+    nodes = range(1, steps + 1)
+    return Genotype(tuple((rng.choice(PRIMITIVES[1:]), rng.randrange(i)) for i in nodes), tuple(nodes))
+
+
+def resolve(arch: str) -> Genotype:
+    """What `--arch` means: a published name, `random:SEED`, a run directory, a JSON file, or literal text.
+
+    Files are UTF-8 and at most 1 MB. Raises `GenotypeError`.
+    """
+    if arch in PUBLISHED:
+        return PUBLISHED[arch]
+    if arch.startswith("random:"):
+        if not re.fullmatch(r"random:[0-9]{1,18}", arch):
+            raise GenotypeError(f"random:SEED takes a whole number of 1 to 18 digits, not {_short(arch[7:])}")
+        return random_genotype(int(arch[7:]))
+    # os.path's tests answer False, where pathlib's may raise, for a text that is too long to be a path.
+    if os.path.isdir(arch):
+        return _read(os.path.join(arch, "genotype.json"))
+    if os.path.isfile(arch) or (arch.endswith(".json") and "\0" not in arch):
+        return _read(arch)
+    if "(" in arch or arch.lstrip().startswith("{"):
+        return parse(arch)
+    near = difflib.get_close_matches(arch[:40].upper(), PUBLISHED, n=1)
+    raise GenotypeError(
+        f"unknown genotype {_short(arch)}"
+        + (f", did you mean {near[0]}?" if near else "")
+        + f" (a name: {', '.join(PUBLISHED)}; random:SEED; a run directory with genotype.json;"
+        + " a .json file; or the text Genotype(recurrent=[...], concat=[...]))"
+    )
+
+
+def _read(path: str) -> Genotype:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise GenotypeError(f"cannot read {_short(path, 200)}: {error.strerror}") from error
+    if len(data) > MAX_FILE:
+        raise GenotypeError(f"{_short(path, 200)} is over {MAX_FILE:,} bytes, too long for a genotype")
+    try:
+        return _parse_json(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise GenotypeError(f"{_short(path, 200)} is not UTF-8") from error
+    except GenotypeError as error:
+        raise GenotypeError(f"{_short(path, 200)}: {error}") from error
+
+
+def _parse_json(text: str) -> Genotype:
+    try:
+        obj = json.loads(text)
+    except ValueError as error:
+        raise GenotypeError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise GenotypeError("not a genotype: nested too deeply") from error
+    return from_json(obj)
+
+
+def _parse_literal(text: str) -> Genotype:
+    try:
+        with warnings.catch_warnings():  # an odd escape in the text is no news for stderr
+            warnings.simplefilter("ignore")
+            call = ast.parse(text, mode="eval").body
+        if not _calls(call, "Genotype"):
+            raise GenotypeError(f"expected Genotype(recurrent=[...], concat=[...]), not {_short(text)}")
+        fields = list(zip(Genotype._fields, map(_literal, call.args), strict=False))
+        fields += [(keyword.arg, _literal(keyword.value)) for keyword in call.keywords]
+    except GenotypeError:
+        raise
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        why = getattr(error, "msg", None) or "nested too deeply, or with characters that no genotype has"
+        raise GenotypeError(f"cannot read {_short(text)}: {why}") from error
+    if len(call.args) > 2 or sorted(str(name) for name, _ in fields) != ["concat", "recurrent"]:
+        raise GenotypeError("Genotype takes recurrent and concat, each once, and nothing else")
+    return _build(**dict(fields))
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a tree of ints, strings, lists, tuples and `range`; lists become tuples."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, str):
+        return node.value
+    if isinstance(node, ast.List | ast.Tuple):
+        return tuple(map(_literal, node.elts))
+    if _calls(node, "range") and not node.keywords:
+        try:
+            return range(*map(_literal, node.args))
+        except (TypeError, ValueError):
+            pass  # bounds that range() does not take: refused below
+    what = _short(ast.unparse(node))
+    raise GenotypeError(f"a genotype's text holds strings, whole numbers, lists and range(), not {what}")
+
+
+def _calls(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+
+
+def _build(recurrent: Any, concat: Any) -> Genotype:
+    validate(Genotype(recurrent, concat))
+    return Genotype(tuple((op, j) for op, j in recurrent), tuple(concat))
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    """repr, cut to fit a message; an int of thousands of digits has none."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,283 @@
+"""Genotypes: the published cells, every form round trips, and nothing malformed gets through or is run."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import genotypes
+from genotypes import Genotype, GenotypeError, from_json, parse, random_genotype, resolve, to_json, validate
+
+OPS = ["tanh", "relu", "sigmoid", "identity"]
+
+
+@st.composite
+def cells(draw):
+    """Any valid genotype, drawn without the code under test."""
+    n = draw(st.integers(1, 64))
+    recurrent = tuple((draw(st.sampled_from(OPS)), draw(st.integers(0, i))) for i in range(n))
+    concat = draw(st.lists(st.integers(1, n), min_size=1, unique=True))
+    return Genotype(recurrent, tuple(concat))
+
+
+def refusal(call, *args) -> str:
+    """The message of the GenotypeError that the call must raise, checked to be one line."""
+    with pytest.raises(GenotypeError) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and len(message) < 500
+    return message
+
+
+def test_published_cells_are_the_papers():
+    every = "1 2 3 4 5 6 7 8"
+    spelled = {
+        "DARTS_V1": ("relu 0, relu 1, tanh 2, relu 3, relu 4, identity 1, relu 5, relu 1", every),
+        "DARTS_V2": ("sigmoid 0, relu 1, relu 1, identity 1, tanh 2, sigmoid 5, tanh 3, relu 5", every),
+        "ENAS": (
+            "tanh 0, tanh 1, relu 1, tanh 3, tanh 3, relu 3, relu 4, relu 7, relu 8, relu 8, relu 8",
+            "2 5 6 9 10 11",
+        ),
+    }
+    spelled["DARTS"] = spelled["DARTS_V2"]
+    assert set(genotypes.PUBLISHED) == set(spelled)
+    for name, (nodes, concat) in spelled.items():
+        cell = getattr(genotypes, name)
+        assert cell is genotypes.PUBLISHED[name] is resolve(name)
+        assert ", ".join(f"{op} {j}" for op, j in cell.recurrent) == nodes
+        assert " ".join(map(str, cell.concat)) == concat
+        validate(cell)
+    assert genotypes.PRIMITIVES == ("none", "tanh", "relu", "sigmoid", "identity")
+    assert genotypes.STEPS == 8 and genotypes.CONCAT == (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cells())
+def test_every_form_reads_back(cell):
+    as_json = json.dumps(to_json(cell))
+    positional = f"Genotype({cell.recurrent!r}, {cell.concat!r})"
+    lists = f"Genotype(concat={list(cell.concat)}, recurrent={[list(node) for node in cell.recurrent]})"
+    for text in (str(cell), repr(cell), as_json, positional, lists, f"\n  {cell} \n"):
+        for back in (parse(text), resolve(text)):
+            assert back == cell and hash(back) == hash(cell) and type(back) is Genotype
+    assert from_json(json.loads(as_json)) == cell
+    assert from_json({"genotype": to_json(cell), "epoch": 3, "probabilities": [[0.2] * 5]}) == cell
+    assert from_json({**to_json(cell), "note": "kept out"}) == cell
+
+
+def test_text_is_the_published_one():
+    cell = Genotype((("sigmoid", 0), ("relu", 1)), (1, 2))
+    assert str(cell) == repr(cell) == "Genotype(recurrent=[('sigmoid', 0), ('relu', 1)], concat=[1, 2])"
+    assert parse("Genotype(recurrent=[('sigmoid', 0), ('relu', 1)], concat=range(1, 3))") == cell
+    assert str(Genotype([("relu", 0)], range(1, 2))) == "Genotype(recurrent=[('relu', 0)], concat=[1])"
+
+
+def test_resolve_reads_runs_and_files(tmp_path):
+    cell = random_genotype(5)
+    run = tmp_path / "a run (1)"
+    run.mkdir()
+    assert "genotype.json" in refusal(resolve, str(run))
+    written = {"genotype": to_json(cell), "epoch": 50, "probabilities": [[0.2] * 5] * 36}
+    (run / "genotype.json").write_text(json.dumps(written, indent=4))
+    assert resolve(str(run)) == resolve(f"{run}/") == resolve(str(run / "genotype.json")) == cell
+
+    path = tmp_path / "cell.json"
+    assert "cell.json" in refusal(resolve, str(path))
+    for content in (b"", b"\xff\xfe", b"{", b"[1]", b"[" * 500_000, b'{"a": 1}', b" " * 1_000_001):
+        path.write_bytes(content)
+        assert "cell.json" in refusal(resolve, str(path))
+    path.write_text(json.dumps(to_json(cell)) + " " * 900_000)
+    assert resolve(str(path)) == cell
+
+
+def test_resolve_names():
+    assert resolve("random:7") == random_genotype(7)
+    assert "did you mean DARTS_V2?" in refusal(resolve, "darts_v2")
+    message = refusal(resolve, "LSTM")
+    for form in ("ENAS", "DARTS_V1", "DARTS_V2", "random:SEED", ".json", "Genotype("):
+        assert form in message
+    for seed in ("", "x", "-1", "1.5", "٣", "9" * 19):
+        refusal(resolve, f"random:{seed}")
+    for arch in ("", " ", "\0", "\0.json", "a" * 100_000, "a/" * 3_000 + "b.json", "Genotype" + "(" * 30_000):
+        refusal(resolve, arch)
+
+
+BAD_CELLS = {
+    "no node": ([], [1]),
+    "too many nodes": ([("relu", 0)] * 65, [1]),
+    "none": ([("none", 0)], [1]),
+    "unknown op": ([("gelu", 0)], [1]),
+    "op not a string": ([(0, 0)], [1]),
+    "op unhashable": ([([], 0)], [1]),
+    "predecessor is itself": ([("relu", 1)], [1]),
+    "predecessor ahead": ([("relu", 0), ("relu", 2)], [1]),
+    "predecessor negative": ([("relu", -1)], [1]),
+    "predecessor a bool": ([("relu", 0), ("relu", True)], [1]),
+    "predecessor a float": ([("relu", 0.0)], [1]),
+    "predecessor a string": ([("relu", "0")], [1]),
+    "predecessor huge": ([("relu", 16**5000)], [1]),
+    "node too short": ([("relu",)], [1]),
+    "node too long": ([("relu", 0, 0)], [1]),
+    "node a string": (["ab"], [1]),
+    "nodes a string": ("ab", [1]),
+    "nodes a number": (3, [1]),
+    "nodes missing": (None, [1]),
+    "concat empty": ([("relu", 0)], []),
+    "concat missing": ([("relu", 0)], None),
+    "concat a number": ([("relu", 0)], 1),
+    "concat a string": ([("relu", 0)], "1"),
+    "concat has s_0": ([("relu", 0)], [0, 1]),
+    "concat beyond": ([("relu", 0)], [2]),
+    "concat a bool": ([("relu", 0)], [True]),
+    "concat a float": ([("relu", 0)], [1.0]),
+    "concat twice": ([("relu", 0)], [1, 1]),
+    "concat a huge range": ([("relu", 0)], range(1, 10**30)),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_CELLS)
+def test_faults_are_refused_in_every_form(fault):
+    recurrent, concat = BAD_CELLS[fault]
+    refusal(validate, Genotype(recurrent, concat))
+    refusal(from_json, {"recurrent": recurrent, "concat": concat})
+    if fault != "predecessor huge":  # has no decimal text: Python refuses to write it
+        refusal(parse, f"Genotype(recurrent={recurrent!r}, concat={concat!r})")
+
+
+BAD_TEXTS = [
+    "",
+    "Genotype",
+    "Genotype()",
+    "Genotype(",
+    "Genotype([('relu', 0)])",
+    "Genotype([('relu', 0)], [1], [2])",
+    "Genotype([('relu', 0)], recurrent=[('relu', 0)])",
+    "Genotype([('relu', 0)], [1], concat=[1])",
+    "Genotype(recurrent=[('relu', 0)], concat=[1], concat=[1])",
+    "Genotype(recurrent=[('relu', 0)], concat=[1], normal=[1])",
+    "Genotype([('relu', 0)], [1]).recurrent",
+    "Genotype([('relu', 0)], [1]); 1",
+    "Genotype(*[[('relu', 0)], [1]])",
+    "Genotype(**{'recurrent': [('relu', 0)], 'concat': [1]})",
+    "Genotip([('relu', 0)], [1])",
+    "list([('relu', 0)], [1])",
+    "(lambda: 1)()",
+    "Genotype([('relu', 0)], {1})",
+    "Genotype([(b'relu', 0)], [1])",
+    "Genotype([(f'relu', 0)], [1])",
+    "Genotype([('relu', 0)], [n for n in (1,)])",
+    "Genotype([('relu', 1 - 1)], [1])",
+    "Genotype([('relu', 0)], range())",
+    "Genotype([('relu', 0)], range(1, 2, 0))",
+    "Genotype([('relu', 0)], range(1, 2, 3, 4))",
+    "Genotype([('relu', 0)], range('1', 2))",
+    "Genotype([('relu', 0)], range(1, stop=2))",
+    "Genotype([('relu', 0)], range([1], 2))",
+    "Genotype([('relu', 0)], range(10**9))",
+    "Genotype([('relu', 0)], range(1, 1000000000))",
+    "Genotype(range(1), [1])",
+    "Genotype([range(2)], [1])",
+    "Genotype([('relu', 0x" + "f" * 10_000 + ")], [1])",
+    "Genotype([('relu', 0)], -0x" + "f" * 10_000 + ")",
+    "Genotype([('relu', " + "1" * 5_000 + ")], [1])",
+    "Genotype(" + "[" * 80 + "]" * 80 + ", [1])",
+    "Genotype(" + "(" * 9_000,
+    "Genotype(" + "-" * 15_000 + "1, [1])",
+    "Genotype(" + "1+" * 9_000 + "1, [1])",
+    "Genotype(" + "a." * 9_000 + "a, [1])",
+    "Genotype(" + "lambda:" * 2_500 + "1, [1])",
+    "Genotype(" + "not " * 4_500 + "1, [1])",
+    "Genotype([('re\nlu', 0)], [1])",
+    "Genotype([('relu\\n\\u2028', 0)], [1])",
+    "Genotype([('\\d', 0)], [1])",
+    "Genotype\0([('relu', 0)], [1])",
+    "Genotype([('relu', 0)], [1]) # \ud800",
+    "Genotype([('relu', 0)], [1])" + " " * 20_000,
+    "{",
+    "{}",
+    '{"recurrent": ' + "[" * 19_000,
+    '{"recurrent": [["relu", ' + "1" * 5_000 + ']], "concat": [1]}',
+    '{"recurrent": [["relu", NaN]], "concat": [1]}',
+    '{"recurrent": [["relu", 0]]}',
+    '{"genotype": {"genotype": {"recurrent": [["relu", 0]], "concat": [1]}}}',
+]
+
+
+@pytest.mark.parametrize("text", BAD_TEXTS, ids=range(len(BAD_TEXTS)))
+def test_malformed_texts_are_refused(text):
+    refusal(parse, text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=80), st.sampled_from(["{}", "{{{}", "Genotype({})", "Genotype([('relu', 0)], {})"]))
+def test_any_text_is_a_genotype_or_one_line(text, frame):
+    for call in (parse, resolve):
+        try:
+            validate(call(frame.format(text)))
+        except GenotypeError as error:
+            assert len(str(error).splitlines()) == 1
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(OPS),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(json_values, json_values)
+def test_any_json_is_a_genotype_or_one_line(left, right):
+    for obj in (left, {"genotype": left}, {"recurrent": left, "concat": right}):
+        try:
+            validate(from_json(obj))
+        except GenotypeError as error:
+            assert len(str(error).splitlines()) == 1
+
+
+def test_nothing_is_evaluated(tmp_path):
+    touched = tmp_path / "touched"
+    act = f"open({str(touched)!r}, 'w')"
+    for text in (
+        f"Genotype({act}, [1])",
+        f"Genotype([('relu', 0)], {act})",
+        f"Genotype([('relu', 0)], range({act}))",
+        f"Genotype([('relu', [{act}])], concat=[1])",
+        f"Genotype([('relu', 0)], f'{{{act}}}')",
+        f"{act}(recurrent=[('relu', 0)], concat=[1])",
+        f"(lambda Genotype: Genotype)({act})",
+    ):
+        refusal(parse, text)
+        refusal(resolve, text)
+    assert not touched.exists()
+
+
+def test_random_genotype_is_uniform_and_reproducible():
+    draws = [random_genotype(seed) for seed in range(2_000)]
+    assert draws == [random_genotype(seed) for seed in range(2_000)] and len(set(draws)) > 1_990
+    for i in range(8):
+        for column, values in ((0, OPS), (1, range(i + 1))):
+            counts = Counter(cell.recurrent[i][column] for cell in draws)
+            assert set(counts) == set(values)
+            expected = len(draws) / len(values)
+            chi2 = sum((count - expected) ** 2 / expected for count in counts.values())
+            freedom = len(values) - 1
+            # Mean k and variance 2k: five standard deviations and a little for the long tail.
+            assert chi2 <= freedom + 5 * math.sqrt(2 * freedom) + 3
+    assert all(cell.concat == tuple(range(1, 9)) for cell in draws)
+
+
+@pytest.mark.parametrize("steps", [1, 64])
+def test_random_genotype_of_other_sizes(steps):
+    cell = random_genotype(0, steps)
+    validate(cell)
+    assert len(cell.recurrent) == len(cell.concat) == steps
+    assert cell == random_genotype(0, steps=steps) != random_genotype(1, steps)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 65, 10**9])
+def test_random_genotype_refuses_other_sizes(steps):
+    refusal(random_genotype, 0, steps)

@@ -1,0 +1,611 @@
+"""What data.py promises: the corpora word for word, faults told all at once, and every row learned once."""
+
+import hashlib
+import itertools
+import os
+import random
+import shutil
+import socket
+import struct
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+
+# tokens by split, then types: the table of Mikolov et al. 2010 with <eos>, and of Merity et al. 2017
+PUBLISHED = {
+    "penn": (929_589, 73_760, 82_430, 10_000),
+    "wikitext-2": (2_088_628, 217_646, 245_569, 33_278),
+}
+TEXTS = {"train": "the cat sat\non the mat\n", "valid": "the cat\n", "test": "the mat sat\n"}
+
+
+def write_folder(folder: Path, **texts: str | bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, text in texts.items():
+        (folder / f"{split}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def words_of(corpus: data.Corpus, split: str) -> list[str]:
+    return [corpus.words[i] for i in getattr(corpus, split).tolist()]
+
+
+def same(a: data.Corpus, b: data.Corpus) -> bool:
+    ids = all(getattr(a, split).equal(getattr(b, split)) for split in data.SPLITS)
+    return ids and (a.name, a.words, a.unknown, a.sha256) == (b.name, b.words, b.unknown, b.sha256)
+
+
+def lines_of(path: Path) -> list[str]:
+    """The oracle of tokenising: a plain loop over a text file."""
+    words = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            words.extend(line.split())
+            words.append("<eos>")
+    return words
+
+
+def never(*args: object, **kwargs: object) -> None:
+    raise AssertionError("this must not be called")
+
+
+# --- the real corpora ---
+
+
+@pytest.fixture(scope="module", params=list(PUBLISHED))
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    repo = Path(__file__).resolve().parent.parent
+    root = tmp_path_factory.mktemp("corpora")
+    for place in (repo / "corpora", repo.parent / "shared" / "corpora"):
+        if data.is_available(request.param, place):
+            (root / request.param).mkdir()
+            for split in data.SPLITS:
+                shutil.copyfile(place / request.param / f"{split}.txt", root / request.param / f"{split}.txt")
+            return SimpleNamespace(name=request.param, root=root, corpus=data.load_corpus(request.param, root))
+    pytest.skip(f"{request.param} is neither in corpora/ nor in ../shared/corpora/")
+
+
+def test_real_corpus_has_the_published_counts(real):
+    counts = [len(getattr(real.corpus, split)) for split in data.SPLITS]
+    assert (*counts, len(real.corpus.words)) == PUBLISHED[real.name]
+    assert real.corpus.unknown == {}
+
+
+def test_real_corpus_is_the_files_word_for_word(real):
+    for split in ("valid", "test"):
+        assert words_of(real.corpus, split) == lines_of(real.root / real.name / f"{split}.txt")
+
+
+def test_real_vocabulary_is_in_order_of_first_appearance(real):
+    assert real.corpus.words == list(dict.fromkeys(words_of(real.corpus, "train")))
+
+
+def test_real_checksums_and_sizes_are_those_of_the_sources(real):
+    for split, source in data.CORPORA[real.name].items():
+        raw = (real.root / real.name / f"{split}.txt").read_bytes()
+        assert (len(raw), hashlib.sha256(raw).hexdigest()) == (source.size, source.sha256)
+        assert real.corpus.sha256[split] == source.sha256
+
+
+def test_real_corpus_comes_from_its_cache_the_second_time_and_is_the_same(real, monkeypatch):
+    monkeypatch.setattr(data, "_index", never)
+    assert same(data.load_corpus(real.name, real.root), real.corpus)
+
+
+def test_real_corpus_with_one_changed_byte_is_refused(real, tmp_path):
+    folder = tmp_path / real.name
+    shutil.copytree(real.root / real.name, folder)
+    raw = bytearray((folder / "valid.txt").read_bytes())
+    raw[1000] ^= 1
+    (folder / "valid.txt").write_bytes(raw)
+    with pytest.raises(data.DataError, match=r"valid\.txt: .*remove it") as caught:
+        data.load_corpus(real.name, tmp_path)
+    assert len(caught.value.faults) == 1
+    assert (folder / "valid.txt").read_bytes() == raw  # refused, but left to its owner
+
+
+def test_read_split_of_a_real_corpus_is_the_corpus(real):
+    ids = data.read_split(real.name, "valid", real.corpus.words, real.root)
+    assert ids.dtype == torch.int64 and ids.equal(real.corpus.valid)
+
+
+# --- a folder ---
+
+text_lines = st.text(st.sampled_from("ab \t\n\r\x0b\x0c\x1c\x1d\x1e\x85\xa0\u2003\u2028\u2029\u3000é字<"), max_size=40)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text_lines)
+def test_tokens_are_those_of_a_loop_over_the_file(tmp_path, text):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    assert list(data.tokens(text)) == lines_of(path)
+
+
+def test_a_last_line_without_newline_ends_like_the_others(tmp_path):
+    texts = dict.fromkeys(data.SPLITS, "a b\r\nc")
+    corpus = data.load_corpus(str(write_folder(tmp_path, **texts)))
+    assert words_of(corpus, "train") == ["a", "b", "<eos>", "c", "<eos>"]
+
+
+def test_unknown_words_become_unk_and_are_counted(tmp_path):
+    folder = write_folder(tmp_path, train="a b\n", valid="a x x\n", test="y b x\n")
+    corpus = data.load_corpus(str(folder))
+    assert corpus.words == ["a", "b", "<eos>", "<unk>"]
+    assert corpus.unknown == {"x": 3, "y": 1}
+    assert words_of(corpus, "valid") == ["a", "<unk>", "<unk>", "<eos>"]
+    assert words_of(corpus, "test") == ["<unk>", "b", "<unk>", "<eos>"]
+
+
+def test_an_unk_of_train_itself_is_used(tmp_path):
+    folder = write_folder(tmp_path, train="<unk> b\n", valid="x\n", test="b <unk>\n")
+    corpus = data.load_corpus(str(folder))
+    assert corpus.words == ["<unk>", "b", "<eos>"]
+    assert corpus.valid.tolist() == [0, 2] and corpus.unknown == {"x": 1}
+
+
+def test_no_unk_is_added_where_nothing_is_unknown(tmp_path):
+    assert data.UNK not in data.load_corpus(str(write_folder(tmp_path, **TEXTS))).words
+
+
+def test_read_split_uses_the_given_vocabulary(tmp_path):
+    folder = write_folder(tmp_path, **TEXTS)
+    words = ["<unk>", "mat", "<eos>", "the"]
+    assert data.read_split(str(folder), "test", words).tolist() == [3, 1, 0, 2]
+
+
+def test_read_split_reads_no_other_split(tmp_path):
+    folder = write_folder(tmp_path, test=TEXTS["test"])
+    assert len(data.read_split(str(folder), "test", ["<unk>"])) == 4
+
+
+def test_read_split_refuses_unknown_words_where_there_is_no_unk(tmp_path):
+    folder = write_folder(tmp_path, **TEXTS)
+    with pytest.raises(data.DataError, match="2 words of test"):
+        data.read_split(str(folder), "test", ["<eos>", "the"])
+
+
+def test_every_fault_of_a_folder_is_told_at_once(tmp_path):
+    folder = write_folder(tmp_path, valid=" \n\t\n", test=b"good line\nbad \xff line\n")
+    with pytest.raises(data.DataError) as caught:
+        data.load_corpus(str(folder))
+    train, valid, test = caught.value.faults
+    assert "train.txt: missing" in train
+    assert "valid.txt: empty" in valid
+    assert "test.txt: not UTF-8 at line 2, byte 14 of the file (0xff)" in test
+    assert str(caught.value) == "\n".join(caught.value.faults)
+
+
+def test_a_file_of_no_bytes_is_empty(tmp_path):
+    with pytest.raises(data.DataError, match=r"train\.txt: empty"):
+        data.load_corpus(str(write_folder(tmp_path, **TEXTS | {"train": ""})))
+
+
+def test_a_folder_in_place_of_a_file_is_a_fault(tmp_path):
+    write_folder(tmp_path, train="a\n", valid="a\n")
+    (tmp_path / "test.txt").mkdir()
+    with pytest.raises(data.DataError, match=r"test\.txt: cannot be read") as caught:
+        data.load_corpus(str(tmp_path))
+    assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize("name", ["ptb", "no/such/folder"])
+def test_an_unknown_name_is_answered_with_the_choices(name):
+    with pytest.raises(data.DataError) as caught:
+        data.load_corpus(name)
+    assert all(choice in str(caught.value) for choice in (name, "penn", "wikitext-2", "builtin", "folder"))
+
+
+# --- the cache ---
+
+
+@pytest.fixture
+def cached(tmp_path) -> SimpleNamespace:
+    folder = write_folder(tmp_path / "mine", train="a b c\n" * 3000, valid="a x\n", test="y c\n")
+    corpus = data.load_corpus(str(folder))
+    (path,) = folder.glob("*.npz")
+    return SimpleNamespace(name=str(folder), folder=folder, corpus=corpus, path=path)
+
+
+def test_the_cache_gives_the_corpus_again(cached, monkeypatch):
+    monkeypatch.setattr(data, "_index", never)
+    assert same(data.load_corpus(cached.name), cached.corpus)
+
+
+def test_no_damage_to_the_cache_changes_the_corpus(cached):
+    raw = cached.path.read_bytes()
+    rng = random.Random(0)
+    damaged = [raw[:n] for n in range(0, len(raw), 499)]
+    for _ in range(400):
+        flipped = bytearray(raw)
+        flipped[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        damaged.append(bytes(flipped))
+    for content in damaged:
+        cached.path.write_bytes(content)
+        corpus = data._load_cache(cached.path, cached.name, cached.corpus.sha256)
+        assert corpus is None or same(corpus, cached.corpus)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "shortened", "missing", "range", "words"])
+def test_a_damaged_cache_is_rebuilt(cached, damage):
+    raw = cached.path.read_bytes()
+    with np.load(cached.path) as file:
+        arrays = dict(file)
+    if damage == "truncated":
+        cached.path.write_bytes(raw[: len(raw) // 2])
+    elif damage == "flipped":
+        at = raw.index(arrays["train"].tobytes())
+        cached.path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+    elif damage == "shortened":  # in the header of an array, where numpy has no check of its own
+        cached.path.write_bytes(raw.replace(b"(12000,)", b"(10000,)", 1))
+    else:
+        if damage == "missing":
+            del arrays["counts"]
+        elif damage == "range":
+            arrays["test"][0] = -1
+        else:
+            arrays["words"] = np.frombuffer(b"a b", np.uint8)
+        np.savez(cached.path, **arrays)
+    assert same(data.load_corpus(cached.name), cached.corpus)
+    assert cached.path.read_bytes() == raw  # whole again for the next time
+
+
+def test_a_changed_corpus_is_not_served_from_the_old_cache(cached):
+    write_folder(cached.folder, valid="b x\n")  # as many words as before
+    assert words_of(data.load_corpus(cached.name), "valid") == ["b", "<unk>", "<eos>"]
+
+
+def test_swapped_splits_are_not_served_from_the_old_cache(cached):
+    write_folder(cached.folder, valid="y c\n", test="a x\n")
+    assert words_of(data.load_corpus(cached.name), "valid") == ["<unk>", "c", "<eos>"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write to any folder")
+def test_a_folder_that_cannot_be_written_is_no_fault(tmp_path):
+    write_folder(tmp_path, **TEXTS)
+    tmp_path.chmod(0o555)
+    try:
+        assert len(data.load_corpus(str(tmp_path)).train) == 8
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault_and_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    write_folder(tmp_path, **TEXTS)
+    monkeypatch.setattr(data.os, "replace", refuse)
+    assert len(data.load_corpus(str(tmp_path)).train) == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test.txt", "train.txt", "valid.txt"]
+
+
+# --- download ---
+
+CONTENT = b"some words of a corpus\n" * 9000
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves CONTENT at /good, and at the other paths what a server should not."""
+
+    def do_GET(self) -> None:
+        kind = self.path.strip("/").split(".")[0]
+        self.server.requests.append(self.path)
+        body = {
+            "tampered": CONTENT[:-2] + b"X\n",
+            "truncated": CONTENT[:-100],
+            "long": CONTENT + b"more",
+        }.get(kind, CONTENT)
+        if kind == "gone":
+            self.send_error(404)
+            return
+        if kind == "babbles":
+            self.wfile.write(b"this is not HTTP\n")
+            return
+        self.send_response(200)
+        if kind != "endless":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if kind == "endless":
+            for _ in range(500):  # 100 MB, unless the client has enough and goes away
+                self.wfile.write(body)
+            self.server.overruns.append(self.path)
+        elif kind in ("closes", "resets", "stalls"):
+            self.wfile.write(body[: len(body) // 2])
+            if kind == "resets":  # with no lingering, closing sends a reset
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if kind == "stalls":
+                self.server.released.wait(5)
+                self.wfile.write(body[len(body) // 2 :])
+        else:
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.handle_error = lambda *args: None  # broken connections are the point
+    server.requests, server.overruns, server.released = [], [], threading.Event()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def source_at(server: ThreadingHTTPServer, kind: str) -> data.Source:
+    url = f"http://127.0.0.1:{server.server_address[1]}/{kind}"
+    return data.Source(url, hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
+
+
+def test_a_good_download_is_all_that_appears(server, tmp_path, capsys):
+    data.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
+    assert [path.name for path in (tmp_path / "penn").iterdir()] == ["train.txt"]
+    assert (tmp_path / "penn" / "train.txt").read_bytes() == CONTENT
+    assert capsys.readouterr().err == ""  # no progress bar where there is no terminal
+
+
+BAD = ["tampered", "truncated", "long", "endless", "gone", "closes", "resets", "stalls", "babbles"]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_download_leaves_nothing_and_says_what_to_do(server, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(data, "TIMEOUT", 0.3)
+    source = source_at(server, kind)
+    with pytest.raises(data.DataError) as caught:
+        data.download(source, tmp_path / "train.txt")
+    (fault,) = caught.value.faults
+    assert "\n" not in fault
+    assert all(part in fault for part in (str(tmp_path / "train.txt"), source.url, "--data builtin"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_stops_reading_at_its_size(server, tmp_path):
+    server.overruns.clear()
+    with pytest.raises(data.DataError):
+        data.download(source_at(server, "endless"), tmp_path / "train.txt")
+    assert server.overruns == []
+
+
+def test_a_download_never_replaces_a_file_by_a_bad_one(server, tmp_path):
+    (tmp_path / "train.txt").write_text("mine")
+    with pytest.raises(data.DataError):
+        data.download(source_at(server, "closes"), tmp_path / "train.txt")
+    assert (tmp_path / "train.txt").read_text() == "mine"
+
+
+def test_an_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
+    def interrupt(fd: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.download(source_at(server, "good"), tmp_path / "train.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_a_fault(server, tmp_path):
+    (tmp_path / "penn").write_text("a file where the folder should be")
+    with pytest.raises(data.DataError, match="download failed"):
+        data.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
+
+
+@pytest.fixture
+def served(server, monkeypatch) -> ThreadingHTTPServer:
+    """`penn` comes from the local server, and its requests are counted anew."""
+    monkeypatch.setitem(data.CORPORA, "penn", {s: source_at(server, f"good.{s}") for s in data.SPLITS})
+    server.requests.clear()
+    return server
+
+
+def test_only_missing_files_are_downloaded_and_only_once(served, tmp_path):
+    write_folder(tmp_path / "penn", valid=CONTENT)
+    assert not data.is_available("penn", tmp_path)
+    first = data.load_corpus("penn", tmp_path)
+    assert served.requests == ["/good.train", "/good.test"]
+    assert data.is_available("penn", tmp_path)
+    assert same(data.load_corpus("penn", tmp_path), first)
+    assert len(served.requests) == 2
+
+
+def test_without_a_network_every_missing_file_is_named(tmp_path, monkeypatch):
+    with socket.socket() as unused:  # bound, but nobody listens: connections are refused
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
+        sources = {split: data.Source(url + split, "0" * 64, 10) for split in data.SPLITS}
+        monkeypatch.setitem(data.CORPORA, "penn", sources)
+        with pytest.raises(data.DataError) as caught:
+            data.load_corpus("penn", tmp_path)
+    for fault, split in zip(caught.value.faults, data.SPLITS, strict=True):
+        assert str(tmp_path / "penn" / f"{split}.txt") in fault
+        assert url + split in fault and "--data builtin" in fault
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_builtin_and_folders_are_available_and_other_names_are_not(tmp_path):
+    assert data.is_available("builtin") and data.is_available(str(tmp_path))
+    assert not data.is_available("penn", tmp_path) and not data.is_available("no such name")
+
+
+# --- builtin ---
+
+
+@pytest.fixture(scope="module")
+def builtin() -> data.Corpus:
+    return data.load_corpus("builtin")
+
+
+def test_builtin_is_the_same_every_time_and_needs_no_file(builtin, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert same(data.load_corpus("builtin"), builtin)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_builtin_has_no_paragraph_twice():
+    # of the text, since paragraphs of ids may differ in rare words alone
+    texts = data._builtin_texts()
+    lines = Counter(line for split in data.SPLITS for line in texts[split].splitlines())
+    assert len(lines) > 1000 and max(lines.values()) == 1
+
+
+def test_builtin_splits_have_their_shares(builtin):
+    sizes = torch.tensor([len(getattr(builtin, split)) for split in data.SPLITS], dtype=torch.float64)
+    assert sizes.sum() > 50_000
+    assert (sizes / sizes.sum() - torch.tensor([0.8, 0.1, 0.1])).abs().max() < 0.05
+
+
+def test_builtin_vocabulary_is_what_train_has_three_times(builtin):
+    counts = Counter(words_of(builtin, "train"))
+    assert set(counts) == set(builtin.words) and min(counts.values()) >= 3
+    assert counts["<unk>"] < 0.1 * len(builtin.train)
+
+
+def test_builtin_counts_what_became_unk_in_valid_and_test(builtin):
+    replaced = sum(words_of(builtin, split).count("<unk>") for split in ("valid", "test"))
+    assert sum(builtin.unknown.values()) == replaced > 0
+    assert not set(builtin.unknown) & set(builtin.words)
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_read_split_of_builtin_is_the_corpus(builtin, split):
+    assert data.read_split("builtin", split, builtin.words).equal(getattr(builtin, split))
+
+
+# --- batches ---
+
+
+@settings(deadline=None)
+@given(st.integers(2, 200), st.integers(1, 20))
+def test_batchify_is_a_plain_loop(n, batch_size):
+    if n // batch_size < 2:
+        with pytest.raises(data.DataError, match=f"batch size {batch_size}"):
+            data.batchify(torch.arange(n), batch_size)
+        return
+    rows = n // batch_size
+    expected = [[column * rows + row for column in range(batch_size)] for row in range(rows)]
+    result = data.batchify(torch.arange(n), batch_size)
+    assert result.tolist() == expected
+    assert result.is_contiguous()
+
+
+def test_targets_are_the_next_words_and_the_last_batch_is_shorter():
+    source = data.batchify(torch.arange(26), 4)  # the alphabet of the docstring: 6 rows
+    x, y = data.get_batch(source, 0, 4)
+    assert x.tolist() == source[:4].tolist() and y.equal(x + 1)
+    x, y = data.get_batch(source, 4, 4)
+    assert x.tolist() == source[4:5].tolist() and y.tolist() == source[5:].tolist()
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@settings(deadline=None)
+@given(
+    n_rows=st.integers(0, 400), bptt=st.integers(1, 40), std=st.sampled_from([0.0, 5.0, 50.0]),
+    max_delta=st.sampled_from([None, 0, 20]), start=st.integers(0, 50), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_segments_take_each_row_as_input_once(n_rows, bptt, std, max_delta, start, seed):
+    rows = []
+    for i, seq_len in data.segments(n_rows, bptt, rng(seed), std, max_delta, start):
+        assert seq_len >= 1
+        rows += range(i, i + seq_len)
+    assert rows == list(range(start, n_rows - 1))
+
+
+def test_without_jitter_one_segment_in_twenty_is_half_as_long():
+    lengths = Counter(seq_len for _, seq_len in list(data.segments(200_000, 35, rng()))[:-1])
+    assert set(lengths) == {35, 17}
+    assert lengths[17] / lengths.total() == pytest.approx(0.05, abs=0.01)  # 3.5 standard errors
+
+
+def test_jitter_is_normal_about_the_base():
+    lengths = torch.tensor([n for _, n in data.segments(400_000, 70, rng(), std=5.0)][:-1], dtype=torch.float64)
+    full = lengths[lengths > 52]  # halves are at 35 +- 5
+    assert len(full) / len(lengths) == pytest.approx(0.95, abs=0.01)
+    assert full.mean().item() == pytest.approx(69.5, abs=0.3)  # int() takes a half off
+    assert full.std().item() == pytest.approx(5.0, abs=0.3)
+
+
+def test_jitter_is_clamped_at_5_and_at_max_delta():
+    lengths = [n for _, n in data.segments(50_000, 35, rng(), std=30.0, max_delta=20)][:-1]
+    assert min(lengths) == 5 and max(lengths) == 55
+
+
+def test_without_max_delta_there_is_no_upper_bound():
+    assert max(n for _, n in data.segments(50_000, 35, rng(), std=30.0)) > 70
+
+
+@pytest.mark.parametrize("std", [0.0, 5.0])
+def test_segments_resume_where_they_stopped(std):
+    whole = list(data.segments(5000, 35, rng(), std, 20))
+    generator = rng()
+    running = data.segments(5000, 35, generator, std, 20)
+    begun = list(itertools.islice(running, 60))
+    saved = generator.get_state()
+    resumed = torch.Generator()
+    resumed.set_state(saved)
+    i, seq_len = begun[-1]
+    assert begun + list(data.segments(5000, 35, resumed, std, 20, start=i + seq_len)) == whole
+
+
+def test_segments_leave_the_global_generator_alone():
+    before = torch.get_rng_state()
+    list(data.segments(1000, 35, rng(), 5.0, 20))
+    assert torch.get_rng_state().equal(before)
+
+
+# --- the cursor ---
+
+
+@settings(deadline=None)
+@given(rows=st.integers(2, 60), lengths=st.lists(st.integers(1, 59), min_size=1, max_size=30))
+def test_cursor_gives_full_segments_in_order_or_wraps(rows, lengths):
+    source = torch.arange(rows * 3).view(rows, 3)
+    cursor, position = data.Cursor(source), 0
+    for seq_len in lengths:
+        x, y, wrapped = cursor.take(seq_len)
+        full = min(seq_len, rows - 1)
+        fits = position + seq_len <= rows - 1
+        assert wrapped == (not fits and position > 0)
+        assert x.equal(source[0 if wrapped else position :][:full])
+        assert y.equal(x + 3)
+        position = (0 if wrapped else position) + full
+        assert cursor.position == position
+
+
+def test_cursor_goes_on_from_a_saved_position():
+    source = torch.arange(80).view(40, 2)
+    first, second = data.Cursor(source), data.Cursor(source)
+    first.take(11)
+    second.position = first.position
+    for seq_len in (7, 15, 30):
+        (x, y, wrapped), (x2, y2, wrapped2) = first.take(seq_len), second.take(seq_len)
+        assert x.equal(x2) and y.equal(y2) and wrapped == wrapped2
+
+
+def test_cursor_visits_every_target_of_an_even_stream():
+    cursor = data.Cursor(torch.arange(31).view(31, 1))
+    taken = [cursor.take(10) for _ in range(6)]
+    assert [wrapped for *_, wrapped in taken] == [False, False, False, True, False, False]
+    assert torch.cat([y for _, y, _ in taken[:3]]).flatten().tolist() == list(range(1, 31))

@@ -1,0 +1,60 @@
+"""Dropout for a recurrent language model: masks that are drawn once and then held.
+
+A mask is a tensor of zeros and 1 / (1 - p), drawn for one batch and applied to every time step of it. The
+masks of a batch are an explicit value, `Masks`, so that several passes over the same batch can share them:
+without that, a difference between two passes measures the masks and not the weights (see architect.py).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rates(NamedTuple):
+    """Probability of dropping, each in [0, 1)."""
+
+    dropout: float = 0.0  # output of the cell, before the decoder
+    dropouth: float = 0.0  # hidden state, inside the cell's products
+    dropoutx: float = 0.0  # input of the cell, inside the cell's product
+    dropouti: float = 0.0  # word embeddings, element by element
+    dropoute: float = 0.0  # word embeddings, whole word types
+
+
+class Masks(NamedTuple):
+    """The masks of one batch, None where nothing is dropped."""
+
+    word: Tensor | None = None  # (V, 1)
+    embedding: Tensor | None = None  # (B, E)
+    x: Tensor | None = None  # (B, E)
+    hidden: Tensor | None = None  # (B, H)
+    output: Tensor | None = None  # (B, H)
+
+    def rows(self, start: int, stop: int) -> "Masks":
+        """The masks of batch rows start..stop-1; the word types dropped are the whole batch's."""
+        per_row = (None if mask is None else mask[start:stop] for mask in self[1:])
+        return Masks(self.word, *per_row)
+
+
+def drop(value: Tensor, mask: Tensor | None) -> Tensor:
+    """`value * mask`, or `value` itself where there is no mask."""
+    return value if mask is None else value * mask
+
+
+def draw_mask(rows: int, columns: int, p: float, like: Tensor) -> Tensor | None:
+    """(rows, columns) of zeros with probability p and 1 / (1 - p) otherwise; None for p = 0."""
+    if p == 0:
+        return None
+    return torch.empty(rows, columns, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)
+
+
+def draw_masks(rates: Rates, batch_size: int, embedding: Tensor, nhid: int) -> Masks:
+    """Masks of one batch of `batch_size` rows for an embedding matrix (V, E) and `nhid` hidden units."""
+    ntoken, ninp = embedding.shape
+    return Masks(
+        word=draw_mask(ntoken, 1, rates.dropoute, embedding),
+        embedding=draw_mask(batch_size, ninp, rates.dropouti, embedding),
+        x=draw_mask(batch_size, ninp, rates.dropoutx, embedding),
+        hidden=draw_mask(batch_size, nhid, rates.dropouth, embedding),
+        output=draw_mask(batch_size, nhid, rates.dropout, embedding),
+    )

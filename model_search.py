@@ -1,0 +1,61 @@
+"""The language model that is searched: every edge carries every primitive, weighted by the softmaxed alphas.
+
+Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import recurrence
+from dropout import Masks, Rates
+from genotypes import PRIMITIVES, STEPS, Genotype
+from model import RNNModel, cell_weights
+
+
+class DARTSCellSearch(nn.Module):
+    """The continuous relaxation of the cell (DARTS, section 2.2), with its architecture parameters."""
+
+    def __init__(self, ninp: int, nhid: int, steps: int = STEPS):
+        super().__init__()
+        self.W0, self.Ws = cell_weights(ninp, nhid, steps)
+        self.alphas = nn.Parameter(1e-3 * torch.randn(steps * (steps + 1) // 2, len(PRIMITIVES)))
+
+    def forward(self, x: Tensor, hidden: Tensor, masks: Masks) -> Tensor:
+        """x (T, B, E), hidden (B, H) -> hidden states (T, B, H)."""
+        probs = self.alphas.softmax(dim=-1)  # (N(N+1)/2, K)
+        return recurrence.relaxed(x, hidden, self.W0, self.Ws, probs, masks.x, masks.hidden)
+
+
+class RNNModelSearch(RNNModel):
+    """A language model with two sets of parameters: `weights()` and `alphas` (N(N+1)/2, K)."""
+
+    def __init__(self, ntoken: int, nhid: int, rates: Rates, steps: int = STEPS):
+        super().__init__(ntoken, nhid, rates, DARTSCellSearch(nhid, nhid, steps))
+
+    @property
+    def alphas(self) -> nn.Parameter:
+        return self.cell.alphas
+
+    def weights(self) -> list[nn.Parameter]:
+        """Every parameter but the alphas."""
+        return [parameter for parameter in self.parameters() if parameter is not self.alphas]
+
+    def genotype(self) -> Genotype:
+        """The discrete cell that the alphas point to (`derive`)."""
+        return derive(self.alphas.detach().softmax(dim=-1))
+
+
+def derive(probs: Tensor) -> Genotype:
+    """The most likely cell (DARTS, section 2.4): for each node the predecessor whose strongest primitive other
+    than `none` has the largest probability, with that primitive; the output is the mean of all nodes.
+
+    probs (N(N+1)/2, K); the rows of node i = 1..N are its predecessors 0..i-1.
+    """
+    strength, primitive = probs[:, 1:].max(dim=-1)  # (N(N+1)/2,)
+    recurrent, start = [], 0
+    while start < len(probs):
+        stop = start + len(recurrent) + 1
+        j = int(strength[start:stop].argmax())
+        recurrent.append((PRIMITIVES[1 + int(primitive[start + j])], j))
+        start = stop
+    return Genotype(tuple(recurrent), tuple(range(1, len(recurrent) + 1)))

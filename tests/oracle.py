@@ -1,0 +1,163 @@
+"""The recurrent cell written a second time, in numpy, from its equations alone, for tests to compare against.
+
+Every sum is the loop that the equation writes; nothing is factored or folded. Source: Liu, Simonyan & Yang,
+"DARTS: Differentiable Architecture Search", ICLR 2019, sections 2.1, 2.2, 2.4 and appendix A.1.
+
+The cell's functions take complex numbers too, and are analytic in them (no abs, no conjugate; relu and the
+softmax's maximum look at the real part alone), so that `complex_step_gradient` is exact to rounding.
+
+Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives.
+"""
+
+import numpy as np
+
+PRIMITIVES = ["none", "tanh", "relu", "sigmoid", "identity"]
+BN_EPS = 1e-5
+
+
+def tanh(z):
+    return np.tanh(z)
+
+
+def relu(z):
+    return np.where(z.real > 0, z, 0)
+
+
+def sigmoid(z):
+    return (1 + np.tanh(z / 2)) / 2  # 1 / (1 + exp(-z)), which would overflow
+
+
+def identity(z):
+    return z
+
+
+ACTIVATION = {"tanh": tanh, "relu": relu, "sigmoid": sigmoid, "identity": identity}
+
+
+def softmax(row):
+    """Softmax of one row of logits, (K,) -> (K,)."""
+    e = np.exp(row - row.real.max())
+    return e / e.sum()
+
+
+def batch_norm(s):
+    """Each column by its mean and biased variance over the B rows, no affine part, (B, H) -> (B, H)."""
+    mean = s.sum(axis=0) / len(s)
+    deviation = s - mean
+    variance = (deviation * deviation).sum(axis=0) / len(s)
+    return deviation / np.sqrt(variance + BN_EPS)
+
+
+def split(product):
+    """The two halves of a product, (B, 2H) -> c (B, H), h (B, H); c is the gate's."""
+    H = product.shape[1] // 2
+    return product[:, :H], product[:, H:]
+
+
+def cell_input(x, h_prev, W0, x_mask, h_mask):
+    """s_0 = h_prev + sigmoid(c0) * (tanh(h0) - h_prev), not normalised.
+
+    x (B, E), h_prev (B, H), W0 (E + H, 2H), x_mask (B, E), h_mask (B, H) -> (B, H).
+    """
+    c0, h0 = split(np.concatenate([x * x_mask, h_prev * h_mask], axis=1) @ W0)
+    return h_prev + sigmoid(c0) * (tanh(h0) - h_prev)
+
+
+def relaxed_step(x, h_prev, W0, Ws, alpha, x_mask, h_mask):
+    """One time step of the relaxed cell, x (B, E), h_prev (B, H) -> (B, H); see `relaxed_sequence`."""
+    N = len(Ws)
+    s = [batch_norm(cell_input(x, h_prev, W0, x_mask, h_mask))]  # s_0, s_1, ... s_N, all normalised
+    edge = 0  # row of alpha
+    for i in range(1, N + 1):
+        total = 0
+        for j in range(i):
+            c, h = split((s[j] * h_mask) @ Ws[i - 1])
+            p = softmax(alpha[edge])
+            for k, name in enumerate(PRIMITIVES):
+                if name != "none":
+                    f = ACTIVATION[name]
+                    total = total + p[k] * (s[j] + sigmoid(c) * (f(h) - s[j]))
+            edge += 1
+        s.append(batch_norm(total))
+    return sum(s[1:]) / N
+
+
+def discrete_step(x, h_prev, W0, Ws, recurrent, concat, x_mask, h_mask):
+    """One time step of a discrete cell, x (B, E), h_prev (B, H) -> (B, H); see `discrete_sequence`."""
+    s = [cell_input(x, h_prev, W0, x_mask, h_mask)]
+    for i, (name, j) in enumerate(recurrent, start=1):
+        c, h = split((s[j] * h_mask) @ Ws[i - 1])
+        f = ACTIVATION[name]
+        s.append(s[j] + sigmoid(c) * (f(h) - s[j]))
+    return sum(s[i] for i in concat) / len(concat)
+
+
+def relaxed_sequence(x, h0, W0, Ws, alpha, x_mask, h_mask):
+    """The relaxed cell over T steps, each step's output the next step's hidden state; returns (T, B, H).
+
+    x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N matrices (H, 2H), as a list or one (N, H, 2H) array;
+    alpha (N(N+1)/2, K) logits, in rows for node 1 from 0, node 2 from 0, node 2 from 1, node 3 from 0, ...,
+    in columns as PRIMITIVES; x_mask (B, E) and h_mask (B, H), already scaled, the same at all T steps.
+    The masks act on what enters a product, nowhere else. Every s_j that enters a node is the normalised one.
+    """
+    hidden, outputs = h0, []
+    for t in range(len(x)):
+        hidden = relaxed_step(x[t], hidden, W0, Ws, alpha, x_mask, h_mask)
+        outputs.append(hidden)
+    return np.stack(outputs)
+
+
+def discrete_sequence(x, h0, W0, Ws, recurrent, concat, x_mask, h_mask):
+    """A discrete cell over T steps, with no batch normalisation; returns (T, B, H).
+
+    recurrent: (op, predecessor) of nodes 1..N, predecessor 0 being s_0; concat: the nodes, counted from 1,
+    whose mean is the output. All else as in `relaxed_sequence`.
+    """
+    hidden, outputs = h0, []
+    for t in range(len(x)):
+        hidden = discrete_step(x[t], hidden, W0, Ws, recurrent, concat, x_mask, h_mask)
+        outputs.append(hidden)
+    return np.stack(outputs)
+
+
+def derive(alpha):
+    """The discrete cell of alpha, real logits (N(N+1)/2, K): a list of N pairs (op, predecessor).
+
+    Each node keeps the predecessor whose strongest primitive other than none has the largest softmax weight,
+    with that primitive. Of equal weights the first wins: the earlier predecessor, then the earlier primitive.
+    """
+    recurrent, edge, i = [], 0, 1
+    while edge < len(alpha):
+        best, choice = -1.0, None
+        for j in range(i):
+            p = softmax(alpha[edge])
+            for k, name in enumerate(PRIMITIVES):
+                if name != "none" and p[k] > best:
+                    best, choice = p[k], (name, j)
+            edge += 1
+        recurrent.append(choice)
+        i += 1
+    return recurrent
+
+
+def scalar(hiddens, R):
+    """sum(hiddens * R), one number out of a sequence, for gradients; R a fixed array of hiddens' shape."""
+    return (hiddens * R).sum()
+
+
+def complex_step_gradient(f, arrays, step=1e-30):
+    """Gradient of the scalar f(**arrays) in every element of every array: Im f(x + i step) / step.
+
+    f must be real for real arguments and analytic; it is called with complex128 copies. Nothing is
+    subtracted, so the step can be tiny. Returns float64 arrays under the names and shapes of `arrays`.
+    """
+    point = {name: np.array(a, dtype=np.complex128) for name, a in arrays.items()}
+    gradient = {}
+    for name, a in point.items():
+        gradient[name] = np.zeros(a.shape)
+        for index in np.ndindex(a.shape):
+            kept = a[index]
+            a[index] = kept + 1j * step
+            gradient[name][index] = f(**point).imag / step
+            a[index] = kept
+    return gradient

@@ -1,0 +1,110 @@
+"""Both cells, forward and gradient, equal an implementation written as plain loops from the equations."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import recurrence
+from genotypes import PRIMITIVES, random_genotype
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def problem(T, B, E, H, N, seed, masked):
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "x": rng.normal(size=(T, B, E)),
+        "h0": rng.normal(size=(B, H)),
+        "W0": rng.normal(size=(E + H, 2 * H)) * 0.7,
+        "Ws": rng.normal(size=(N, H, 2 * H)) * 0.7,
+        "alpha": rng.normal(size=(N * (N + 1) // 2, len(PRIMITIVES))),
+    }
+    masks = [rng.choice([0.0, 2.0], size=size) if masked else None for size in ((B, E), (B, H))]
+    return arrays, masks, rng.normal(size=(T, B, H))
+
+
+def oracle_masks(arrays, masks):
+    ones = np.ones_like(arrays["x"][0]), np.ones_like(arrays["h0"])
+    return [one if mask is None else mask for one, mask in zip(ones, masks, strict=True)]
+
+
+def torch_masks(masks):
+    return [None if mask is None else torch.from_numpy(mask) for mask in masks]
+
+
+def relaxed(arrays, masks):
+    def run(x, h0, W0, Ws, alpha):
+        return recurrence.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *torch_masks(masks))
+
+    def by_loops(x, h0, W0, Ws, alpha):
+        return oracle.relaxed_sequence(x, h0, W0, Ws, alpha, *oracle_masks(arrays, masks))
+
+    return run, by_loops
+
+
+def discrete(arrays, masks, genotype):
+    def run(x, h0, W0, Ws):
+        return recurrence.discrete(x, h0, W0, list(Ws), *genotype, *torch_masks(masks))
+
+    def by_loops(x, h0, W0, Ws):
+        return oracle.discrete_sequence(x, h0, W0, Ws, *genotype, *oracle_masks(arrays, masks))
+
+    return run, by_loops
+
+
+def gradients(run, arrays, R):
+    leaves = {name: torch.from_numpy(array).requires_grad_() for name, array in arrays.items()}
+    (run(**leaves) * torch.from_numpy(R)).sum().backward()
+    return {name: leaf.grad.numpy() for name, leaf in leaves.items()}
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "T": st.integers(1, 4), "B": st.integers(1, 4), "E": st.integers(1, 4), "H": st.integers(1, 4),
+        "N": st.integers(1, 8), "seed": st.integers(0, 10**6), "masked": st.booleans(),
+    }
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes)
+def test_the_relaxed_cell_is_the_equations(size):
+    arrays, masks, _ = problem(**size)
+    run, by_loops = relaxed(arrays, masks)
+    found = run(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    np.testing.assert_allclose(found.numpy(), by_loops(**arrays), **TOLERANCE)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes)
+def test_the_discrete_cell_is_the_equations(size):
+    arrays, masks, _ = problem(**size)
+    del arrays["alpha"]
+    run, by_loops = discrete(arrays, masks, random_genotype(size["seed"], size["N"]))
+    found = run(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    np.testing.assert_allclose(found.numpy(), by_loops(**arrays), **TOLERANCE)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("size", [(3, 3, 2, 3, 3), (1, 2, 2, 2, 2), (2, 1, 2, 2, 2)])
+def test_gradients_of_the_relaxed_cell(size, masked):
+    """Weights, alphas, input and first hidden state, by the complex step through the loops."""
+    arrays, masks, R = problem(*size, seed=1, masked=masked)
+    run, by_loops = relaxed(arrays, masks)
+    expected = oracle.complex_step_gradient(lambda **a: oracle.scalar(by_loops(**a), R), arrays)
+    for name, found in gradients(run, arrays, R).items():
+        np.testing.assert_allclose(found, expected[name], err_msg=name, **TOLERANCE)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("size", [(3, 3, 2, 3, 4), (1, 2, 2, 2, 2), (2, 1, 2, 2, 2)])
+def test_gradients_of_the_discrete_cell(size, masked):
+    arrays, masks, R = problem(*size, seed=2, masked=masked)
+    del arrays["alpha"]
+    run, by_loops = discrete(arrays, masks, random_genotype(5, size[-1]))
+    expected = oracle.complex_step_gradient(lambda **a: oracle.scalar(by_loops(**a), R), arrays)
+    for name, found in gradients(run, arrays, R).items():
+        np.testing.assert_allclose(found, expected[name], err_msg=name, **TOLERANCE)

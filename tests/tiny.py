@@ -1,0 +1,37 @@
+"""A language model of a few dozen weights in float64, with random text and masks, for tests of gradients."""
+
+import torch
+
+from dropout import Rates
+from model import retrain_model
+from model_search import RNNModelSearch
+from objective import Batch
+
+V, H, B, T, N = 11, 4, 6, 5, 3
+RATES = Rates(dropout=0.3, dropouth=0.25, dropoutx=0.3, dropouti=0.2, dropoute=0.1)
+
+
+def search_model(rates=RATES, seed=0):
+    torch.manual_seed(seed)
+    return spread(RNNModelSearch(V, H, rates, steps=N))
+
+
+def discrete_model(genotype, rates=RATES, seed=0):
+    torch.manual_seed(seed)
+    return spread(retrain_model(V, H, rates, genotype))
+
+
+def spread(model):
+    """Weights and alphas of order 1, where every term of a gradient shows."""
+    model = model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.6)
+    return model
+
+
+def batch(model, seed, rows=B):
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(V, (T + 1, rows), generator=generator)
+    hidden = torch.randn(rows, H, generator=generator, dtype=torch.float64)
+    return Batch(text[:-1], text[1:], hidden, model.draw_masks(rows))

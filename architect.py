@@ -1,0 +1,136 @@
+"""The architecture step: alphas move down the validation loss that the weights would have after their step.
+
+    first order:  grad = d/d alpha L_valid(w, alpha)
+    unrolled:     grad = d/d alpha L_valid(w', alpha) - eta c d/d alpha (d/dw L_train(w, alpha) . v)
+
+with w' = w - eta (c g + wdecay w), g = d/dw L_train(w, alpha), c = min(1, clip / |g|) held constant, and
+v = d/dw' L_valid(w', alpha) (DARTS, equations 6 and 7, for the weight step that is really taken). The first
+term is the direct part, the second the implicit part. The product in the second is a central difference of
+d/d alpha L_train at w +- R v / |v| ("finite"), or is had by differentiating twice ("exact").
+
+A loss is given as a function of a batch that yields it in parts which sum to the whole; only one part's graph
+lives at a time. Every pass over one batch uses the masks that the batch carries.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RADIUS = 0.005
+
+
+class Architect:
+    """Owns the alphas' optimizer and computes their gradient; the weights come back bit for bit.
+
+    Args:
+        weights: the parameters w, any shapes.
+        alphas: the architecture parameters (N(N+1)/2, K).
+        train_loss, valid_loss: batch -> parts of the loss, each with `.total` (scalar to differentiate) and
+            `.hidden` (rows of the state to go on from). `train_loss` is the loss of the weight step.
+        clip, wdecay: of the weight step, which the virtual step imitates.
+        hessian: None for the first-order step, else "finite" or "exact".
+        lr, arch_wdecay: of Adam on the alphas.
+        radius: R of the central difference.
+    """
+
+    def __init__(
+        self,
+        weights: list[Tensor],
+        alphas: Tensor,
+        train_loss: Callable[[Any], Iterable],
+        valid_loss: Callable[[Any], Iterable],
+        *,
+        clip: float,
+        wdecay: float,
+        hessian: str | None = None,
+        lr: float = 3e-3,
+        arch_wdecay: float = 1e-3,
+        radius: float = RADIUS,
+    ):
+        self.weights, self.alphas = weights, alphas
+        self.train_loss, self.valid_loss = train_loss, valid_loss
+        self.clip, self.wdecay, self.hessian, self.radius = clip, wdecay, hessian, radius
+        self.optimizer = torch.optim.Adam([alphas], lr=lr, weight_decay=arch_wdecay)
+
+    def step(self, train: Any, valid: Any, eta: float) -> Tensor:
+        """One Adam step on the alphas; returns the hidden states (B, H) that the validation text ends in.
+
+        eta is the learning rate of the weight step that follows.
+        """
+        direct, implicit, hidden = self.gradient(train, valid, eta)
+        self.alphas.grad = direct if implicit is None else direct - implicit
+        self.optimizer.step()
+        self.alphas.grad = None
+        return hidden
+
+    def gradient(self, train: Any, valid: Any, eta: float) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(direct, implicit, hidden): the gradient is direct - implicit; implicit is None in first order."""
+        if self.hessian is None:
+            [direct], hidden = gradients(self.valid_loss(valid), [self.alphas])
+            return direct, None, hidden
+
+        g, _ = gradients(self.train_loss(train), self.weights)
+        c = clip_coefficient(g, self.clip)
+        steps = [-eta * (c * g_i + self.wdecay * w.detach()) for g_i, w in zip(g, self.weights, strict=True)]
+        del g
+        with moved(self.weights, steps):
+            (direct, *v), hidden = gradients(self.valid_loss(valid), [self.alphas, *self.weights])
+        product = self.exact_product if self.hessian == "exact" else self.finite_product
+        return direct, eta * c * product(train, v), hidden
+
+    def exact_product(self, train: Any, v: list[Tensor]) -> Tensor:
+        """d/d alpha (d/dw L_train . v), shape of the alphas, by differentiating twice."""
+        total = torch.zeros_like(self.alphas)
+        for part in self.train_loss(train):
+            g = torch.autograd.grad(part.total, self.weights, create_graph=True)
+            along = sum((g_i * v_i).sum() for g_i, v_i in zip(g, v, strict=True))
+            total += torch.autograd.grad(along, self.alphas)[0]
+        return total
+
+    def finite_product(self, train: Any, v: list[Tensor]) -> Tensor:
+        """The same by a central difference at radius R along v / |v| (DARTS, equation 8)."""
+        scale = self.radius / total_norm(v)
+        ends = []
+        for sign in (1, -1):
+            with moved(self.weights, [sign * scale * v_i for v_i in v]):
+                [end], _ = gradients(self.train_loss(train), [self.alphas])
+            ends.append(end)
+        return (ends[0] - ends[1]) / (2 * scale)
+
+
+def gradients(parts: Iterable, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Gradient of the sum of the parts with respect to the inputs alone, and the hidden states (B, H)."""
+    totals, hidden = None, []
+    for part in parts:
+        found = torch.autograd.grad(part.total, inputs)
+        totals = list(found) if totals is None else [a.add_(b) for a, b in zip(totals, found, strict=True)]
+        hidden.append(part.hidden)
+    return totals, torch.cat(hidden)
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of all elements together, a scalar tensor (no host synchronisation)."""
+    return torch.nn.utils.get_total_norm(tensors)
+
+
+def clip_coefficient(gradient: list[Tensor], clip: float) -> Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies a gradient by: min(1, clip / norm), a scalar tensor."""
+    return (clip / (total_norm(gradient) + 1e-6)).clamp(max=1.0)
+
+
+@contextmanager
+def moved(weights: list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
+    """The weights plus the deltas inside; outside, the very bits that they had before."""
+    before = [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        for w, delta in zip(weights, deltas, strict=True):
+            w.add_(delta)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, old in zip(weights, before, strict=True):
+                w.copy_(old)

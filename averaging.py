@@ -1,0 +1,68 @@
+"""NT-ASGD: when to start averaging the weights, and how to evaluate the average (Merity et al. 2017, section 4).
+
+if trigger.fires(valid_loss):
+    optimizer = ASGD(model.weights(), lr, t0=0, lambd=0, weight_decay=wdecay)
+with averaged(optimizer):
+    loss = evaluate(...)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class NonMonotonicTrigger:
+    """Fires when the validation loss has stopped falling (Merity et al. 2017, algorithm 1).
+
+    That is: more than `nonmono` losses are on record, and the new one is above the smallest of all but the
+    last `nonmono`. The new loss is then put on record; `losses` is the whole state.
+    """
+
+    def __init__(self, nonmono: int):
+        self.nonmono = nonmono
+        self.losses: list[float] = []
+
+    def fires(self, loss: float) -> bool:
+        older = self.losses[: -self.nonmono]
+        self.losses.append(loss)
+        return bool(older) and loss > min(older)
+
+
+class ASGD(torch.optim.ASGD):
+    """torch's ASGD, but each step has the learning rate of its own parameter group.
+
+    torch computes the step size at the end of the step before, so that a rate scaled for one segment of text
+    would act on the next one. Without decay of the step size (lambd = 0, the only use here) it is just lr.
+    """
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if group["lambd"]:
+                raise ValueError("this ASGD keeps the step size at lr: lambd must be 0")
+            for parameter in group["params"]:
+                if eta := self.state.get(parameter, {}).get("eta"):
+                    eta.fill_(group["lr"])
+        return super().step(closure)
+
+
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The averaged weights inside, the raw ones again outside; no change for an optimizer that has no average."""
+    raw = {}
+    for parameter, state in optimizer.state.items():
+        if "ax" in state:
+            raw[parameter] = parameter.detach().clone()
+            parameter.data.copy_(state["ax"])
+    try:
+        yield
+    finally:
+        for parameter, old in raw.items():
+            parameter.data.copy_(old)
+
+
+def saved_average(optimizer_state: dict) -> list[Tensor] | None:
+    """The averaged weights in an optimizer's `state_dict()`, in the order of its parameters; None without."""
+    states = optimizer_state["state"]
+    return [states[i]["ax"] for i in sorted(states)] if states and "ax" in states[min(states)] else None

@@ -1,0 +1,255 @@
+"""The alphas' gradient, against brute force in float64, and each trap of the published code."""
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from torch.func import functional_call
+
+import train_search
+from architect import Architect, clip_coefficient, moved
+from objective import losses, small_batch_losses
+
+ETA, CLIP, WDECAY, AR, TAR = 0.7, 0.25, 1e-2, 0.4, 0.9
+
+
+class LossModule(torch.nn.Module):
+    """A loss as a module, so that `functional_call` can put other weights in."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, alpha=0.0, beta=0.0):
+        return losses(self.model, batch, alpha, beta).total
+
+
+def parameters(model):
+    """Names and values of the weights, and the name of the alphas, for `functional_call`."""
+    named = {f"model.{name}": p for name, p in model.named_parameters()}
+    alphas = next(name for name, p in named.items() if p is model.alphas)
+    return {name: p for name, p in named.items() if name != alphas}, alphas
+
+
+def brute_force(model, train, valid, eta, clip, wdecay, alpha=AR, beta=TAR):
+    """d/d alpha L_valid(w - eta (c g(alpha) + wdecay w), alpha), by differentiating through g."""
+    module, (weights, alphas_name) = LossModule(model), parameters(model)
+    alphas = model.alphas.detach().clone().requires_grad_()
+    train_loss = functional_call(module, {**weights, alphas_name: alphas}, (train, alpha, beta))
+    g = torch.autograd.grad(train_loss, list(weights.values()), create_graph=True)
+    norm = torch.cat([g_i.detach().flatten() for g_i in g]).norm()
+    c = min(1.0, clip / (norm.item() + 1e-6))
+    stepped = {name: w - eta * (c * g_i + wdecay * w) for (name, w), g_i in zip(weights.items(), g, strict=True)}
+    valid_loss = functional_call(module, {**stepped, alphas_name: alphas}, (valid,))
+    return torch.autograd.grad(valid_loss, alphas)[0]
+
+
+def architect(model, hessian="exact", clip=CLIP, small=tiny.B, train_loss=None, valid_loss=None, **options):
+    valid_loss = valid_loss or partial(small_batch_losses, model, small_batch_size=small)
+    train_loss = train_loss or partial(small_batch_losses, model, small_batch_size=small, alpha=AR, beta=TAR)
+    return Architect(
+        model.weights(),
+        model.alphas,
+        train_loss,
+        valid_loss,
+        clip=clip,
+        wdecay=WDECAY,
+        hessian=hessian,
+        **options,
+    )
+
+
+def unrolled_gradient(found):
+    direct, implicit, _ = found
+    return direct - implicit
+
+
+@pytest.fixture
+def model():
+    return tiny.search_model()
+
+
+@pytest.fixture
+def batches(model):
+    return tiny.batch(model, 1), tiny.batch(model, 2)
+
+
+@pytest.mark.parametrize("clip", [CLIP, 1e6])
+def test_the_unrolled_gradient_is_the_brute_force_one(model, batches, clip):
+    """Dropout on with fixed masks, AR and TAR on, clipped and not."""
+    found = unrolled_gradient(architect(model, clip=clip).gradient(*batches, ETA))
+    expected = brute_force(model, *batches, ETA, clip, WDECAY)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_unrolled_gradient_is_the_slope_of_the_loss_after_the_step(model, batches):
+    """No automatic differentiation with respect to alpha at all: central differences of the whole procedure."""
+    train, valid = batches
+    module, (weights, alphas_name) = LossModule(model), parameters(model)
+
+    def gradient_of_weights(alphas):
+        loss = functional_call(module, {**weights, alphas_name: alphas}, (train, AR, TAR))
+        return torch.autograd.grad(loss, list(weights.values()))
+
+    c = clip_coefficient(list(gradient_of_weights(model.alphas.detach())), CLIP)
+
+    def after_the_step(alphas):
+        g = gradient_of_weights(alphas)
+        stepped = {n: w - ETA * (c * g_i + WDECAY * w) for (n, w), g_i in zip(weights.items(), g, strict=True)}
+        return functional_call(module, {**stepped, alphas_name: alphas}, (valid,)).item()
+
+    found = unrolled_gradient(architect(model).gradient(train, valid, ETA))
+    h = 1e-5
+    for index in [(0, 1), (1, 2), (2, 0), (3, 4), (5, 3)]:
+        delta = torch.zeros_like(model.alphas)
+        delta[index] = h
+        slope = (after_the_step(model.alphas + delta) - after_the_step(model.alphas - delta)) / (2 * h)
+        assert found[index].item() == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+def test_first_order_is_the_validation_gradient_at_the_present_weights(model, batches):
+    direct, implicit, hidden = architect(model, hessian=None).gradient(*batches, ETA)
+    loss = losses(model, batches[1])
+    assert implicit is None
+    torch.testing.assert_close(direct, torch.autograd.grad(loss.total, model.alphas)[0])
+    torch.testing.assert_close(hidden, loss.hidden)
+
+
+def test_finite_approaches_exact_as_the_radius_shrinks(model, batches):
+    exact = architect(model).gradient(*batches, ETA)[1]
+    errors = [
+        (architect(model, "finite", radius=radius).gradient(*batches, ETA)[1] - exact).norm() / exact.norm()
+        for radius in (1e-3, 1e-4, 1e-5)
+    ]
+    assert errors[2] < 1e-5
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("hessian", ["finite", "exact"])
+def test_one_set_of_masks_serves_every_pass(model, batches, hessian):
+    """Trap: fresh dropout masks in each of the passes. Here no pass draws anything."""
+    before = torch.get_rng_state()
+    first = unrolled_gradient(architect(model, hessian).gradient(*batches, ETA))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(unrolled_gradient(architect(model, hessian).gradient(*batches, ETA)), first)
+    other = batches[0]._replace(masks=model.draw_masks(tiny.B)), batches[1]
+    assert not torch.allclose(unrolled_gradient(architect(model, hessian).gradient(*other, ETA)), first)
+
+
+def test_every_weight_takes_the_virtual_step(model, batches):
+    """Trap: the tied embedding stayed behind. The validation pass must see all weights moved, by the step."""
+    train, valid = batches
+    weights = model.weights()
+    before = [w.detach().clone() for w in weights]
+    g = torch.autograd.grad(losses(model, train, AR, TAR).total, weights)
+    c = min(1.0, CLIP / (torch.cat([g_i.flatten() for g_i in g]).norm().item() + 1e-6))
+    seen = []
+
+    def valid_loss(batch):
+        seen.extend(w.detach().clone() for w in weights)
+        return small_batch_losses(model, batch, tiny.B)
+
+    architect(model, valid_loss=valid_loss).gradient(train, valid, ETA)
+    assert any(w is model.embedding for w in weights)
+    assert len(seen) == len(weights)
+    for old, new, g_i in zip(before, seen, g, strict=True):
+        torch.testing.assert_close(new, old - ETA * (c * g_i + WDECAY * old), rtol=1e-12, atol=1e-14)
+        assert not torch.equal(new, old)
+
+
+def test_the_clip_coefficient_is_capped_at_one():
+    """Trap: small gradients were scaled up. And a large one is scaled as the weight step scales it."""
+    assert clip_coefficient([torch.tensor([1e-3, 0.0])], 0.25).item() == 1.0
+    w = torch.nn.Parameter(torch.zeros(5))
+    w.grad = torch.arange(5.0)
+    expected = w.grad * clip_coefficient([w.grad], 0.25)
+    torch.nn.utils.clip_grad_norm_([w], 0.25)
+    torch.testing.assert_close(w.grad, expected)
+
+
+def test_the_virtual_step_follows_the_loss_of_the_weight_step(model, batches):
+    """Trap: the virtual step's loss left TAR out."""
+    found = unrolled_gradient(architect(model).gradient(*batches, ETA))
+    without = brute_force(model, *batches, ETA, CLIP, WDECAY, alpha=AR, beta=0.0)
+    assert (found - without).norm() > 1e-3 * found.norm()
+
+
+def test_the_search_gives_the_architect_the_loss_of_its_weight_step(monkeypatch, tmp_path):
+    """The script's two uses of the training loss are one; validation is by NLL alone."""
+    seen = {}
+
+    class Spy(Architect):
+        def __init__(self, weights, alphas, train_loss, valid_loss, **options):
+            seen.update(train=train_loss, valid=valid_loss, options=options)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_search, "Architect", Spy)
+    flags = "--data builtin --emsize 8 --batch_size 8 --alpha 0.5 --beta 0.25 --clip 0.125 --wdecay 0.01 --unrolled"
+    with pytest.raises(KeyboardInterrupt):
+        train_search.main([*flags.split(), "--save", str(tmp_path / "run")])
+    assert seen["train"].keywords["alpha"] == 0.5
+    assert seen["train"].keywords["beta"] == 0.25
+    assert not {"alpha", "beta"} & seen["valid"].keywords.keys()
+    assert seen["options"]["clip"] == 0.125
+    assert seen["options"]["wdecay"] == 0.01
+    assert seen["options"]["hessian"] in ("finite", "exact")
+
+
+def test_v_enters_the_product_as_it_is(model, batches):
+    """Trap: v was clipped. With a clip far below |v| the product still is the brute-force one."""
+    clip = 1e-3
+    v = torch.autograd.grad(losses(model, batches[1]).total, model.weights())
+    assert torch.cat([v_i.flatten() for v_i in v]).norm() > 100 * clip
+    found = unrolled_gradient(architect(model, clip=clip).gradient(*batches, 50.0))
+    torch.testing.assert_close(found, brute_force(model, *batches, 50.0, clip, WDECAY), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("hessian", [None, "finite", "exact"])
+def test_a_step_leaves_every_weight_bit_for_bit(model, batches, hessian):
+    """Traps: buffers that the passes disturb; a second model rebuilt at every step. Here the same tensors stay."""
+    model = model.float()
+    train, valid = (b._replace(hidden=b.hidden.float(), masks=model.draw_masks(tiny.B)) for b in batches)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    places = [(w, w.data_ptr()) for w in model.weights()]
+    architect(model, hessian).step(train, valid, ETA)
+    after = model.state_dict()
+    assert list(model.buffers()) == []
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["cell.alphas"]
+    assert all(w is old and w.data_ptr() == place for w, (old, place) in zip(model.weights(), places, strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_weights_come_back_when_a_pass_fails(model):
+    before = [w.detach().clone() for w in model.weights()]
+    with (
+        pytest.raises(ZeroDivisionError),
+        moved(model.weights(), [torch.ones_like(w) for w in model.weights()]),
+    ):
+        raise ZeroDivisionError
+    assert all(torch.equal(w, old) for w, old in zip(model.weights(), before, strict=True))
+
+
+@pytest.mark.parametrize("hessian", [None, "finite", "exact"])
+def test_small_batches_give_one_alpha_step_from_the_summed_gradient(model, batches, hessian):
+    """Trap: an Adam step for each small batch. Two copies of a half make a batch whose statistics each half has."""
+    train, valid = (
+        b._replace(
+            x=b.x[:, :3].repeat(1, 2), y=b.y[:, :3].repeat(1, 2), hidden=b.hidden[:3].repeat(2, 1),
+            masks=type(b.masks)(b.masks.word, *(m[:3].repeat(2, 1) for m in b.masks[1:])),
+        )
+        for b in batches
+    )  # fmt: skip
+    start = model.alphas.detach().clone()
+    ends = []
+    for small in (6, 3):
+        with torch.no_grad():
+            model.alphas.copy_(start)
+        stepping = architect(model, hessian, small=small)
+        stepping.step(train, valid, ETA)
+        (state,) = stepping.optimizer.state.values()
+        assert state["step"] == 1
+        ends.append(model.alphas.detach().clone())
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,73 @@
+"""NT-ASGD: the trigger, the average, and the step size of a scaled segment."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from averaging import ASGD, NonMonotonicTrigger, averaged, saved_average
+from objective import scaled_lr
+
+
+@given(losses=st.lists(st.floats(0, 10), max_size=30), nonmono=st.integers(1, 6))
+def test_the_trigger_is_its_definition(losses, nonmono):
+    trigger = NonMonotonicTrigger(nonmono)
+    for n, loss in enumerate(losses):
+        expected = n > nonmono and any(loss > losses[i] for i in range(n - nonmono))
+        assert trigger.fires(loss) == expected
+    assert trigger.losses == losses
+
+
+def test_the_trigger_waits_for_more_than_nonmono_losses():
+    trigger = NonMonotonicTrigger(2)
+    assert [trigger.fires(loss) for loss in (5.0, 6.0, 7.0, 8.0)] == [False, False, False, True]
+
+
+def descend(optimizer, w, gradients, scales):
+    for gradient, scale in zip(gradients, scales, strict=True):
+        w.grad = gradient.clone()
+        with scaled_lr(optimizer, scale):
+            optimizer.step()
+        yield w.detach().clone()
+
+
+def test_steps_are_those_of_sgd_with_the_rate_of_their_own_segment():
+    """torch's own ASGD is late by one step; the values are those of plain SGD."""
+    gradients = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    scales = [1.0, 0.5, 1.3, 0.2, 1.0, 0.7]
+    raw = torch.arange(3.0)
+    w = torch.nn.Parameter(raw.clone())
+    optimizer = ASGD([w], lr=0.5, t0=0, lambd=0, weight_decay=0.1)
+    for found, gradient, scale in zip(descend(optimizer, w, gradients, scales), gradients, scales, strict=True):
+        raw = raw - 0.5 * scale * (gradient + 0.1 * raw)
+        torch.testing.assert_close(found, raw)
+
+
+def test_the_average_is_evaluated_and_the_raw_weights_come_back():
+    gradients = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)).unbind()
+    w = torch.nn.Parameter(torch.zeros(3))
+    optimizer = ASGD([w], lr=0.5, t0=0, lambd=0)
+    path = torch.stack(list(descend(optimizer, w, gradients, [1.0] * 9)))
+    mean = path[1:].mean(0)  # torch's average leaves the first iterate out
+    with pytest.raises(ZeroDivisionError), averaged(optimizer):
+        torch.testing.assert_close(w.detach(), mean)
+        raise ZeroDivisionError
+    assert torch.equal(w.detach(), path[-1])
+    torch.testing.assert_close(saved_average(optimizer.state_dict())[0], mean)
+
+
+def test_plain_sgd_has_no_average():
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    with averaged(optimizer):
+        assert torch.equal(w.detach(), torch.zeros(2))
+    assert saved_average(optimizer.state_dict()) is None
+
+
+def test_a_decaying_step_size_is_refused():
+    w = torch.nn.Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="lambd"):
+        ASGD([w], lr=1.0, lambd=1e-4).step()

@@ -1,0 +1,85 @@
+"""Perplexity of a checkpoint on a split of a corpus, the same as its own run reported.
+
+    python evaluate.py runs/train-.../best.pt                 # test.txt of the corpus that it was trained on
+    python evaluate.py runs/train-.../best.pt --data wikitext-2 --split valid
+
+Seconds for validation text; the test text is read in a single row, which takes minutes on a CPU at the
+published size.
+"""
+
+import sys
+
+import options
+from averaging import saved_average
+from checkpoint import CheckpointError, load
+from data import DataError, batchify, read_split
+from dropout import Rates
+from genotypes import from_json
+from model import RNNModel, retrain_model
+from model_search import RNNModelSearch
+from objective import evaluate
+from progress import perplexity
+from utils import choose_device
+
+
+def build_parser() -> options.Parser:
+    parser = options.Parser("evaluate.py", "Perplexity of a checkpoint on a split of a corpus.")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="best.pt or last.pt of a run of either script",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="NAME|DIR",
+        help="penn, wikitext-2, builtin or a folder; words that the checkpoint does not know count as "
+        "<unk> (default: what it was trained on)",
+    )
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="which text")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto (CUDA where there is some), cpu, cuda or cuda:N",
+    )
+    return parser
+
+
+def build_model(saved: dict) -> RNNModel:
+    """The model of a checkpoint, with the weights that its run evaluated: averaged ones where there are some."""
+    vocabulary, size = len(saved["words"]), saved["flags"]["emsize"]
+    if saved["kind"] == "search":
+        model = RNNModelSearch(vocabulary, size, Rates())
+    else:
+        model = retrain_model(vocabulary, size, Rates(), from_json(saved["genotype"]))
+    model.load_state_dict(saved["model"])
+    if average := saved_average(saved["optimizer"]):
+        for w, ax in zip(model.weights(), average, strict=True):
+            w.data.copy_(ax)
+    return model
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if faults := options.device_faults(args.device):
+        parser.refuse(faults)
+    try:
+        saved = load(args.checkpoint)
+        model = build_model(saved)
+    except CheckpointError as error:
+        parser.refuse([str(error)])
+    except (KeyError, TypeError, ValueError, RuntimeError):  # a dict, but with other things in it
+        parser.refuse([f"{args.checkpoint}: holds no model of this project"])
+    name = args.data or saved["flags"]["data"]
+    try:
+        source = batchify(read_split(name, args.split, saved["words"]), saved["eval_rows"][args.split])
+    except DataError as error:
+        parser.refuse(error.faults)
+    device = choose_device(args.device)
+    loss = evaluate(model.to(device), source.to(device), saved["flags"]["bptt"])
+    print(f"{name} {args.split}: loss {loss:.6f}, perplexity {perplexity(loss):.4f}, {source.numel():,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(options.run_script(main))

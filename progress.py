@@ -1,0 +1,131 @@
+"""Where a run stands and what its user sees of it: a bar, a log line at each interval, rows of metrics."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import Run, RunError
+
+
+class Progress:
+    """Counts epochs, steps and tokens, and averages the training loss.
+
+    The running sums stay on the device; they are read once a second at most for the bar, and at the log
+    interval, so that a GPU is not waited for at every step.
+    """
+
+    def __init__(self, run: Run, device: torch.device, epochs: int, epoch_rows: int):
+        self.run, self.epochs, self.epoch_rows = run, epochs, epoch_rows
+        self.epoch, self.row, self.step = 1, 0, 0  # row: where the next segment of the text starts
+        self.seconds = 0.0  # of all processes that worked on this run
+        self.interval = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the loss, tokens
+        self.whole = torch.zeros(2, dtype=torch.float64, device=device)  # the same since the epoch began
+        self.clock = self.shown = time.perf_counter()
+
+    def track(self, segments: Iterable[tuple[int, int]], columns: int) -> Iterator[tuple[int, int]]:
+        """The segments, behind a bar that counts tokens."""
+        self.bar = tqdm(
+            desc=f"epoch {self.epoch}/{self.epochs}", total=self.epoch_rows * columns, initial=self.row * columns,
+            unit="tok", unit_scale=True, leave=False, disable=None, dynamic_ncols=True,
+        )  # fmt: skip
+        self.tick = (time.perf_counter(), self.interval[1].item())
+        with self.bar:
+            yield from segments
+
+    def advance(self, nll: Tensor, shape: tuple[int, int], lr: float) -> None:
+        """One weight step was taken on a (T, B) segment with this loss (nats per word)."""
+        rows, columns = shape
+        sums = torch.stack([nll.double() * rows * columns, nll.new_tensor(rows * columns, dtype=torch.float64)])
+        self.interval += sums
+        self.whole += sums
+        self.row += rows
+        self.step += 1
+        self.bar.update(rows * columns)
+        if not self.bar.disable and time.perf_counter() - self.shown > 1:
+            self.shown = time.perf_counter()
+            loss = mean(self.interval)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, ppl {perplexity(loss):.1f}, lr {lr:.3g}")
+
+    def close_interval(self, lr: float, **extra: Any) -> None:
+        """Log the mean loss since the last time, with extra columns for metrics.jsonl."""
+        loss, seconds = self.checked(self.interval), self.elapsed()
+        since, tokens = self.tick
+        speed = (self.interval[1].item() - tokens) / (time.perf_counter() - since)
+        self.run.log(
+            f"epoch {self.epoch} | {100 * self.row / self.epoch_rows:3.0f}% | step {self.step} | lr {lr:.4g}"
+            f" | loss {loss:.3f} | ppl {perplexity(loss):.2f} | {speed:,.0f} tok/s"
+        )
+        self.run.record(
+            kind="interval", epoch=self.epoch, step=self.step, loss=loss, ppl=perplexity(loss), lr=lr,
+            tokens_per_s=speed, seconds=seconds, **extra,
+        )  # fmt: skip
+        self.interval.zero_()
+        self.tick = (time.perf_counter(), 0)
+
+    def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
+        """Log the epoch's training loss and the validation loss, and go on to the next epoch."""
+        loss, valid_ppl = self.checked(self.whole), perplexity(valid_loss)
+        if not math.isfinite(valid_loss):
+            raise RunError(f"the validation loss is {valid_loss} after epoch {self.epoch}; {ADVICE}")
+        seconds = self.elapsed()
+        left = seconds / self.epoch * (self.epochs - self.epoch)
+        self.run.log(
+            f"epoch {self.epoch}/{self.epochs} done | train ppl {perplexity(loss):.2f} | valid loss {valid_loss:.4f}"
+            f" | valid ppl {valid_ppl:.2f}{note} | {tqdm.format_interval(seconds)} gone,"
+            f" {tqdm.format_interval(left)} left"
+        )
+        self.run.record(
+            kind="epoch", epoch=self.epoch, step=self.step, loss=loss, ppl=perplexity(loss), valid_loss=valid_loss,
+            valid_ppl=valid_ppl, lr=lr, seconds=seconds, **extra,
+        )  # fmt: skip
+        self.whole.zero_()
+        self.epoch, self.row = self.epoch + 1, 0
+
+    def checked(self, sums: Tensor) -> float:
+        loss = mean(sums)
+        if not math.isfinite(loss):
+            raise RunError(f"the training loss is {loss} at step {self.step}; {ADVICE}")
+        return loss
+
+    def elapsed(self) -> float:
+        """Seconds of work on this run so far."""
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        return self.seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "row": self.row,
+            "step": self.step,
+            "seconds": self.elapsed(),
+            "interval": self.interval,
+            "whole": self.whole,
+            "metrics_size": self.run.metrics_size(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; rows of metrics that were written after it are cut off, to be written again."""
+        self.epoch, self.row, self.step, self.seconds = (state[key] for key in ("epoch", "row", "step", "seconds"))
+        self.interval.copy_(state["interval"])
+        self.whole.copy_(state["whole"])
+        self.run.cut_metrics(state["metrics_size"])
+
+
+ADVICE = "the run has diverged: start again with a lower --lr (5 suits small models) or a lower --clip"
+
+
+def mean(sums: Tensor) -> float:
+    """Loss per token of (sum of the loss, tokens); 0 before the first step."""
+    total, tokens = sums.tolist()
+    return total / max(tokens, 1.0)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats, infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,204 @@
+"""Every fault of a user ends in exit code 2 and one line for each, and nothing is written over."""
+
+import json
+
+import pytest
+import torch
+
+import evaluate
+import train
+import train_search
+
+SMALL = "--emsize 8 --batch_size 4 --bptt 6 --epochs 1 --lr 1".split()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_text("a b c d e f g h\n" * 12)
+    return folder
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a script and gives the lines that it ends with, having checked that it is refused."""
+
+    def run(script, *flags):
+        with pytest.raises(SystemExit) as caught:
+            script.main([str(flag) for flag in flags])
+        assert caught.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        lines = err.splitlines()
+        assert all("error: " in line for line in lines)
+        return lines
+
+    return run
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".npz" not in path.name}
+
+
+BAD_FLAGS = [
+    ("--dropout -0.1", "--dropout -0.1"),
+    ("--dropouth 1", "--dropouth 1.0"),
+    ("--dropoute nan", "--dropoute nan"),
+    ("--lr 0", "--lr 0.0"),
+    ("--lr inf", "--lr inf"),
+    ("--clip -1", "--clip -1.0"),
+    ("--epochs 0", "--epochs 0"),
+    ("--bptt 0", "--bptt 0"),
+    ("--log_interval 0", "--log_interval 0"),
+    ("--wdecay -1e-3", "--wdecay -0.001"),
+    ("--seed -1", "--seed -1"),
+    ("--small_batch_size 3", "--small_batch_size 3: must divide --batch_size 4"),
+    ("--small_batch_size 8", "--small_batch_size 8: must divide --batch_size 4"),
+    ("--nhid 9", "--emsize 8 --nhid 9"),
+    ("--nhidlast 9", "--nhidlast 9"),
+    ("--device cuda:99", "--device cuda:99"),
+    ("--device tpu", "--device tpu"),
+    ("--device cuda:x", "--device cuda:x"),
+    ("--lr fast", "--lr: invalid float value: 'fast'"),
+    ("--colour red", "--colour"),
+    ("--resume", "--save DIR"),
+]
+
+
+@pytest.mark.parametrize("script", [train_search, train])
+@pytest.mark.parametrize(("flags", "names"), BAD_FLAGS)
+def test_a_flag_that_cannot_be_used(script, flags, names, corpus, refused, tmp_path):
+    before = tree(tmp_path)
+    (line,) = refused(script, "--data", corpus, *SMALL, *flags.split())
+    assert names in line
+    assert tree(tmp_path) == before
+
+
+def test_every_fault_is_reported_at_once(refused, corpus, tmp_path):
+    (corpus / "valid.txt").write_text("")
+    (corpus / "test.txt").unlink()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    flags = "--emsize 8 --nhid 9 --batch_size 4 --small_batch_size 3 --dropout 2 --lr -1 --arch DRATS --device tpu"
+    lines = refused(train, "--data", corpus, *flags.split(), "--save", tmp_path / "taken")
+    named = [
+        "--dropout",
+        "--lr",
+        "--nhid 9",
+        "--small_batch_size",
+        "--device tpu",
+        "--save",
+        "--arch",
+        "valid.txt",
+        "test.txt",
+    ]
+    assert [sum(name in line for line in lines) for name in named] == [1] * len(named)
+    assert len(lines) == len(named)
+
+
+BAD_ARCH = [
+    ("DRATS", "did you mean DARTS"),
+    ("runs/there-is-none", "unknown genotype"),
+    ("cell.json", "cannot read"),
+    ("Genotype(recurrent=[('tanh', 0)", "cannot read"),
+    ("Genotype(recurrent=[('tanh', 1)], concat=[1])", "node 1: predecessor"),
+    ("Genotype(recurrent=[('sine', 0)], concat=[1])", "'sine'"),
+    ("Genotype(recurrent=[('none', 0)], concat=[1])", "'none'"),
+    ("Genotype(recurrent=[('tanh', 0)], concat=[2])", "concat"),
+    ("__import__('os').system('true')", "expected Genotype"),
+]
+
+
+@pytest.mark.parametrize(("arch", "says"), BAD_ARCH)
+def test_an_architecture_that_cannot_be_built(arch, says, corpus, refused):
+    (line,) = refused(train, "--data", corpus, *SMALL, "--arch", arch)
+    assert "--arch" in line
+    assert says in line
+
+
+@pytest.mark.parametrize("script", [train_search, train])
+def test_texts_that_cannot_be_read(script, corpus, refused, tmp_path):
+    (corpus / "train.txt").write_bytes(b"caf\xe9 au lait\n" * 50)
+    (corpus / "valid.txt").write_text(" \n\n")
+    (corpus / "test.txt").unlink()
+    lines = refused(script, "--data", corpus, *SMALL)
+    assert len(lines) == 3
+    assert all(name in line for name, line in zip(("train.txt", "valid.txt", "test.txt"), lines, strict=True))
+    assert "UTF-8" in lines[0]
+    (line,) = refused(script, "--data", tmp_path / "nowhere", *SMALL)
+    assert "--data" in line
+
+
+@pytest.mark.parametrize("script", [train_search, train])
+def test_a_split_too_short_for_the_batch(script, corpus, refused):
+    (corpus / "test.txt").write_text("a\n")
+    lines = refused(script, "--data", corpus, *SMALL, "--batch_size", 100)
+    assert any("too few for 100 rows" in line and "--batch_size" in line for line in lines)
+
+
+@pytest.mark.parametrize("script", [train_search, train])
+def test_a_directory_that_is_in_use(script, corpus, refused, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    before = tree(tmp_path)
+    (line,) = refused(script, "--data", corpus, *SMALL, "--save", folder)
+    assert "--save" in line
+    (line,) = refused(script, "--data", corpus, *SMALL, "--save", folder / "thesis.txt")
+    assert "is a file" in line
+    assert tree(tmp_path) == before
+
+
+def finished(script, corpus, folder):
+    assert script.main([str(flag) for flag in ("--data", corpus, *SMALL, "--save", folder)]) == 0
+
+
+def test_a_run_is_neither_written_over_nor_continued_as_another(corpus, refused, tmp_path, capsys):
+    folder = tmp_path / "run"
+    finished(train, corpus, folder)
+    capsys.readouterr()
+    before = tree(tmp_path)
+    (line,) = refused(train, "--data", corpus, *SMALL, "--save", folder)
+    assert "--resume" in line
+    (line,) = refused(train_search, "--resume", "--save", folder)
+    assert "train.py" in line
+    (line,) = refused(train, "--resume", "--save", folder, "--lr", 3)
+    assert "--lr 3.0: the run in" in line
+    assert "has 1.0" in line
+    (line,) = refused(train, "--resume", "--save", tmp_path / "none")
+    assert "no run" in line
+    (corpus / "train.txt").write_text("a b c d e f g h i\n" * 12)
+    (line,) = refused(train, "--resume", "--save", folder)
+    assert "not the text" in line
+    assert {p: b for p, b in tree(tmp_path).items() if "corpus" not in str(p)} == {
+        p: b for p, b in before.items() if "corpus" not in str(p)
+    }
+    (folder / "config.json").write_text("{")
+    (line,) = refused(train, "--resume", "--save", folder)
+    assert "damaged" in line
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(corpus, tmp_path):
+    finished(train, corpus, tmp_path / "whole")
+    finished(train, corpus, tmp_path / "run")
+    for name in ("last.pt", "best.pt", "result.json"):
+        (tmp_path / "run" / name).unlink()
+    assert train.main(["--resume", "--save", str(tmp_path / "run")]) == 0
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "run")]
+    assert results[0]["test_ppl"] == results[1]["test_ppl"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_checkpoints_that_cannot_be_evaluated(corpus, refused, tmp_path, capsys):
+    torch.save({"format": 1}, tmp_path / "odd.pt")
+    for path in (tmp_path / "none.pt", tmp_path / "odd.pt", corpus / "train.txt", tmp_path):
+        (line,) = refused(evaluate, path)
+        assert str(path) in line
+    finished(train, corpus, tmp_path / "run")
+    capsys.readouterr()
+    (line,) = refused(evaluate, tmp_path / "run" / "best.pt", "--data", tmp_path / "nowhere")
+    assert "--data" in line
+    (line,) = refused(evaluate, tmp_path / "run" / "best.pt", "--device", "cuda:99")
+    assert "--device" in line

@@ -1,0 +1,283 @@
+"""The two scripts and evaluate.py as a user runs them: whole runs, resumed runs, interrupted runs."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import genotypes
+
+ROOT = Path(__file__).parent.parent
+SIZES = "--emsize 12 --batch_size 4 --bptt 8 --lr 1 --log_interval 5 --device cpu"
+# The whole state but what tells the time or names the run.
+UNTIMED = {"seconds", "metrics_size"}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A few hundred words of a made-up language, in a folder."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    for split, lines in (("train", 60), ("valid", 25), ("test", 20)):
+        text = "\n".join(" ".join(rng.choices("abcdefgh", weights=range(8, 0, -1), k=9)) for _ in range(lines))
+        (folder / f"{split}.txt").write_text(text + "\n")
+    return folder
+
+
+def command(script, flags):
+    return [sys.executable, str(ROOT / script), *map(str, flags)]
+
+
+def run(script, *flags, code=0):
+    done = subprocess.run(command(script, flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def search(corpus, save, *flags, code=0):
+    return run("train_search.py", "--data", corpus, "--save", save, *SIZES.split(), *flags, code=code)
+
+
+def train(corpus, save, *flags, code=0):
+    return run("train.py", "--data", corpus, "--save", save, *SIZES.split(), *flags, code=code)
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def rows(folder, kind):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+def differences(a, b, where=""):
+    """Where two states differ in so much as a bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
+    if isinstance(a, dict):
+        keys = (a.keys() | b.keys()) - UNTIMED
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{where}/{k}")]
+    if isinstance(a, list | tuple):
+        pairs = [d for i, (x, y) in enumerate(zip(a, b, strict=False)) for d in differences(x, y, f"{where}/{i}")]
+        return pairs if len(a) == len(b) else [where]
+    return [] if a == b else [where]
+
+
+@pytest.fixture(scope="session")
+def searched(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "search"
+    done = search(corpus, folder, "--epochs", 2, "--unrolled")
+    return folder, done
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "train"
+    done = train(corpus, folder, "--arch", "DARTS_V1", "--alpha", 0.1, "--epochs", 6, "--nonmono", 1, "--lr", 20)
+    return folder, done
+
+
+def test_a_search_leaves_what_the_contract_lists(searched):
+    folder, done = searched
+    files = ["config.json", "log.txt", "metrics.jsonl", "last.pt", "best.pt", "genotype.json", "result.json"]
+    assert sorted(files) == sorted(path.name for path in folder.iterdir())
+    result = read(folder, "result.json")
+    assert result["kind"] == "search"
+    assert result["epochs"] == 2
+    assert result["stopped_by"] == "epochs"
+    assert result["steps"] == rows(folder, "epoch")[-1]["step"]
+    found = genotypes.from_json(result["genotype"])
+    assert found == genotypes.resolve(str(folder))
+    assert str(found) in done.stdout
+    probabilities = torch.tensor(read(folder, "genotype.json")["probabilities"])
+    assert probabilities.shape == (36, 5)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(36))
+    config = read(folder, "config.json")
+    assert config["flags"]["unrolled"] is True
+    assert config["flags"]["nhid"] == 12
+    assert config["versions"]["torch"] == torch.__version__
+    assert set(config["sha256"]) == {"train", "valid", "test"}
+
+
+def test_every_interval_of_a_search_has_a_genotype(searched):
+    folder, _ = searched
+    intervals = rows(folder, "interval")
+    assert [row["step"] for row in intervals] == [5 * (i + 1) for i in range(len(intervals))]
+    for row in intervals:
+        genotypes.from_json(row["genotype"])
+        assert row["ppl"] == pytest.approx(math.exp(row["loss"]))
+        assert row["tokens_per_s"] > 0
+
+
+def test_logs_have_no_bar_codes(searched, trained):
+    for folder, done in (searched, trained):
+        for text in ((folder / "log.txt").read_text(), done.stdout, done.stderr):
+            assert not re.search(r"[\r\x1b]|it/s|tok/s\]", text)
+
+
+def test_the_learning_rate_is_scaled_with_the_segment(trained):
+    folder, _ = trained
+    rates = {row["lr"] for row in rows(folder, "interval")}
+    assert len(rates) > 1
+    assert all(rate * 8 / 20 == pytest.approx(round(rate * 8 / 20)) for rate in rates)
+    assert {row["lr"] for row in rows(folder, "epoch")} == {20.0}
+
+
+def test_retraining_switches_to_averages_and_keeps_the_best(trained):
+    folder, done = trained
+    epochs = rows(folder, "epoch")
+    assert epochs[0]["phase"] == "sgd"
+    assert epochs[-1]["phase"] == "asgd"
+    result = read(folder, "result.json")
+    assert result["valid_ppl"] == min(row["valid_ppl"] for row in epochs)
+    assert f"test ppl {result['test_ppl']:.2f}" in done.stdout
+
+
+def perplexity_of(checkpoint, *flags):
+    line = run("evaluate.py", checkpoint, "--device", "cpu", *flags).stdout
+    return float(re.search(r"perplexity ([\d.]+)", line).group(1))
+
+
+def test_evaluate_prints_what_the_runs_reported(searched, trained):
+    (search_folder, _), (train_folder, _) = searched, trained
+    for checkpoint in (search_folder / "last.pt", train_folder / "best.pt"):
+        for split in ("valid", "test"):
+            reported = read(checkpoint.parent, "result.json")[f"{split}_ppl"]
+            assert perplexity_of(checkpoint, "--split", split) == pytest.approx(reported, abs=6e-5)
+    # last.pt of the averaging phase: the raw weights go on, but the averaged ones were evaluated
+    last = rows(train_folder, "epoch")[-1]
+    assert last["phase"] == "asgd"
+    assert perplexity_of(train_folder / "last.pt", "--split", "valid") == pytest.approx(last["valid_ppl"], abs=6e-5)
+
+
+def test_evaluate_reads_another_corpus_with_the_checkpoint_s_words(trained, tmp_path):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("h h h a b\n" * 20)
+    assert perplexity_of(trained[0] / "best.pt", "--data", tmp_path) > 1
+    (tmp_path / "test.txt").write_text("a word that it never saw\n" * 20)
+    done = run("evaluate.py", trained[0] / "best.pt", "--data", tmp_path, code=2)
+    assert "vocabulary" in done.stderr
+
+
+CONTINUED = [
+    ("train_search.py", []),
+    ("train_search.py", ["--unrolled", "--search_split", "train", "--batch_size", 8, "--small_batch_size", 4]),
+    ("train.py", ["--arch", "ENAS", "--nonmono", 9]),  # the last epochs before the switch
+    ("train.py", ["--arch", "DARTS_V1", "--nonmono", 1, "--lr", 20, "--alpha", 0.1]),  # across it and beyond
+]
+
+
+@pytest.mark.parametrize(("script", "flags"), CONTINUED)
+def test_two_epochs_and_two_resumed_are_four(script, flags, corpus, tmp_path):
+    start = ["--data", corpus, *SIZES.split(), *flags]
+    run(script, *start, "--save", tmp_path / "whole", "--epochs", 4)
+    run(script, *start, "--save", tmp_path / "parts", "--epochs", 2)
+    run(script, "--resume", "--save", tmp_path / "parts", "--epochs", 4)
+    whole, parts = (state(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert {d for d in differences(whole, parts) if not d.startswith("/flags/")} == set()
+    results = [read(tmp_path / name, "result.json") for name in ("whole", "parts")]
+    assert differences(*results) == []
+    steps = [[(row["step"], row["loss"]) for row in rows(tmp_path / name, "interval")] for name in ("whole", "parts")]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("script", "flags"), [("train_search.py", ["--unrolled"]), ("train.py", [])])
+def test_an_interrupted_run_saves_and_goes_on_where_it_was(script, flags, number, corpus, tmp_path):
+    start = ["--data", corpus, *SIZES.split(), "--epochs", 3, "--log_interval", 1, *flags]
+    run(script, *start, "--save", tmp_path / "whole")
+    folder = tmp_path / "parts"
+    process = subprocess.Popen(command(script, [*start, "--save", folder]), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 9:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume" in out.splitlines()[-1]
+    assert not (folder / "result.json").exists()
+    saved = state(folder / "last.pt")["progress"]
+    assert saved["step"] >= 8
+    run(script, "--resume", "--save", folder)
+    ends = [state(folder / "last.pt"), state(tmp_path / "whole" / "last.pt")]
+    assert {d for d in differences(*ends) if not d.startswith("/flags/")} == set()
+    steps = [[(row["step"], row["loss"]) for row in rows(f, "interval")] for f in (folder, tmp_path / "whole")]
+    assert steps[0] == steps[1]
+
+
+def test_the_four_forms_of_arch_are_one_cell(searched, corpus, tmp_path):
+    folder, _ = searched
+    text = str(genotypes.resolve(str(folder)))
+    ends = []
+    for i, arch in enumerate((folder, folder / "genotype.json", text)):
+        train(corpus, tmp_path / str(i), "--arch", arch, "--epochs", 1)
+        ends.append(state(tmp_path / str(i) / "last.pt")["model"])
+    assert differences(ends[0], ends[1]) == differences(ends[0], ends[2]) == []
+    train(corpus, tmp_path / "name", "--arch", "DARTS", "--epochs", 1)
+    assert genotypes.from_json(read(tmp_path / "name", "result.json")["genotype"]) == genotypes.DARTS
+
+
+def test_the_held_out_tenth_is_never_trained_on_and_valid_is_not_searched_on(corpus):
+    import data
+    import train_search
+
+    loaded = data.load_corpus(str(corpus))
+    weights, alphas = train_search.search_texts(loaded, "train")
+    assert torch.equal(torch.cat([weights, alphas]), loaded.train)
+    assert len(alphas) == len(loaded.train) // 10
+    assert train_search.search_texts(loaded, "valid") == (loaded.train, loaded.valid)
+
+
+def test_help_names_every_flag_of_the_contract():
+    both = """data emsize nhid nhidlast lr clip epochs batch_size small_batch_size bptt max_seq_len_delta dropout
+        dropouth dropoutx dropouti dropoute alpha beta wdecay seed log_interval save resume device""".split()
+    for script, more in (
+        ("train_search.py", "unrolled hessian search_split arch_lr arch_wdecay"),
+        ("train.py", "arch nonmono"),
+    ):
+        text = run(script, "--help").stdout
+        assert [flag for flag in [*both, *more.split()] if f"--{flag}" not in text] == []
+        assert "None" not in text
+
+
+def test_a_run_that_diverges_ends_with_one_line(corpus, tmp_path):
+    done = train(corpus, tmp_path / "run", "--lr", 1e38, "--clip", 1e30, code=1)
+    assert done.stderr.count("\n") == 1
+    assert "lower --lr" in done.stderr
+
+
+def test_the_search_steps_over_full_validation_segments(monkeypatch, corpus, tmp_path):
+    """Trap: one alpha step in eight saw a handful of tokens. Here each sees as many time steps as the weights'."""
+    import train_search
+    from architect import Architect
+
+    sizes, wraps = [], 0
+
+    class Spy(Architect):
+        def step(self, train, valid, eta):
+            nonlocal wraps
+            sizes.append((train.x.shape, valid.x.shape))
+            wraps += not valid.hidden.any()
+            return super().step(train, valid, eta)
+
+    monkeypatch.setattr(train_search, "Architect", Spy)
+    flags = f"--data {corpus} --save {tmp_path / 'run'} --epochs 3 {SIZES}"
+    assert train_search.main(flags.split()) == 0
+    assert len(sizes) > 40
+    assert all(a == b for a, b in sizes)
+    assert 2 < wraps < len(sizes) / 2  # the state starts anew when the text does, and not oftener
+    assert os.path.exists(tmp_path / "run" / "result.json")

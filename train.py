@@ -1,0 +1,171 @@
+"""Retrain a cell from scratch and measure it: SGD, then averaged SGD once the validation loss stops falling.
+
+    python train.py --arch DARTS                                       # published setting; wants a GPU
+    python train.py --data builtin --arch runs/search-... --emsize 64 --lr 5 --epochs 8
+
+The first is days on a GPU, the second two minutes on two CPU cores. Both end with the test perplexity of the
+weights that did best on the validation text.
+"""
+
+import sys
+from argparse import Namespace
+from functools import partial
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+import checkpoint
+import options
+from averaging import ASGD, NonMonotonicTrigger, averaged
+from data import Corpus, batchify, get_batch, segments
+from dropout import Rates
+from genotypes import from_json, resolve, to_json
+from model import retrain_model
+from objective import (
+    TEST_ROWS,
+    VALID_ROWS,
+    Batch,
+    accumulate_gradients,
+    evaluate,
+    scaled_lr,
+    small_batch_losses,
+)
+from progress import Progress, perplexity
+from utils import Run, StopSignal, choose_device
+
+EVAL_ROWS = {"valid": VALID_ROWS, "test": TEST_ROWS}
+
+
+def build_parser() -> options.Parser:
+    parser = options.Parser("train.py", "Retrain a recurrent cell for language modelling, from scratch.")
+    cell = parser.add_argument_group("cell")
+    cell.add_argument(
+        "--arch",
+        default="DARTS",
+        help="the cell: a name (DARTS, DARTS_V1, DARTS_V2, ENAS), a search's run directory, a "
+        "genotype.json, the text of a genotype, or random:SEED",
+    )
+    options.add_shared_flags(
+        parser, size=850, batch_size=64, epochs=8000, dropoute=0.1, wdecay=8e-7, bptt_std=5.0, seed=1267,
+        log_interval=200,
+    )  # fmt: skip
+    averaging = parser.add_argument_group("averaging (NT-ASGD)")
+    averaging.add_argument(
+        "--nonmono",
+        type=int,
+        default=5,
+        help="averaging starts when the validation loss is above the best of all but this many last epochs",
+    )
+    return parser
+
+
+def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tensor, int]]:
+    """Word ids and the number of rows that they are cut into, by name."""
+    return {
+        "train": (corpus.train, args.batch_size),
+        "valid": (corpus.valid, EVAL_ROWS["valid"]),
+        "test": (corpus.test, EVAL_ROWS["test"]),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args, faults = options.parse(parser, argv)
+    corpus = options.load_corpus(parser, args, faults, texts_to_read)
+    device = choose_device(args.device)
+    torch.manual_seed(args.seed)
+    bptt_rng = torch.Generator().manual_seed(args.seed)
+    train, valid, test = (batchify(ids, rows).to(device) for ids, rows in texts_to_read(corpus, args).values())
+
+    saved = checkpoint.load_last(args.save) if args.resume else None
+    genotype = from_json(saved["genotype"]) if saved else resolve(args.arch)
+    rates = Rates(args.dropout, args.dropouth, args.dropoutx, args.dropouti, args.dropoute)
+    model = retrain_model(len(corpus.words), args.emsize, rates, genotype).to(device)
+    weights = model.weights()
+    params = sum(w.numel() for w in weights)
+    train_loss = partial(
+        small_batch_losses, model, small_batch_size=args.small_batch_size, alpha=args.alpha, beta=args.beta
+    )
+    trigger = NonMonotonicTrigger(args.nonmono)
+    optimizers = {
+        "sgd": lambda: torch.optim.SGD(weights, lr=args.lr, weight_decay=args.wdecay),
+        "asgd": lambda: ASGD(weights, lr=args.lr, t0=0, lambd=0, weight_decay=args.wdecay),
+    }
+    phase = saved["phase"] if saved else "sgd"
+    optimizer = optimizers[phase]()
+    hidden = model.initial_hidden(args.batch_size)  # (B, H)
+    best = float("inf")  # validation loss
+
+    run = Run(args.save)
+    run.configure(parser.prog, args, device, corpus.sha256)
+    progress = Progress(run, device, args.epochs, len(train) - 1)
+
+    def state() -> dict:
+        return {
+            "kind": "train", "flags": vars(args), "words": corpus.words, "eval_rows": EVAL_ROWS,
+            "genotype": to_json(genotype), "model": model.state_dict(), "phase": phase,
+            "optimizer": optimizer.state_dict(), "valid_losses": trigger.losses,
+            "rng": checkpoint.rng_state(device, bptt_rng), "progress": progress.state_dict(),
+            "hidden": hidden, "best": best,
+        }  # fmt: skip
+
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        trigger.losses, best = saved["valid_losses"], saved["best"]
+        checkpoint.set_rng_state(saved["rng"], device, bptt_rng)
+        progress.load_state_dict(saved["progress"])
+        hidden = saved["hidden"].to(device)
+        run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
+    else:
+        run.cut_metrics(0)  # of a run that was ended before it saved anything
+        run.log(f"retraining in {run.folder} on {device}: {params:,} weights, {options.describe(corpus)}")
+        run.log(str(genotype))
+
+    with StopSignal() as stop:
+        while progress.epoch <= args.epochs:
+            lengths = segments(
+                len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row
+            )
+            for i, seq_len in progress.track(lengths, columns=args.batch_size):
+                x, y = get_batch(train, i, seq_len)  # (T, B)
+                batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
+                with scaled_lr(optimizer, seq_len / args.bptt) as lr:
+                    nll, hidden = accumulate_gradients(train_loss(batch), weights)
+                    clip_grad_norm_(weights, args.clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                progress.advance(nll, x.shape, lr)
+
+                if progress.step % args.log_interval == 0:
+                    progress.close_interval(lr)
+                if stop.requested:
+                    checkpoint.save(state(), run.folder / "last.pt")
+                    run.log(f"interrupted; continue with: python {parser.prog} --resume --save {run.folder}")
+                    return 130
+
+            with averaged(optimizer):
+                loss = evaluate(model, valid, args.bptt)
+                progress.close_epoch(loss, args.lr, note=" (averaged)" if phase == "asgd" else "", phase=phase)
+                hidden = model.initial_hidden(args.batch_size)
+                if loss < best:
+                    best = loss
+                    checkpoint.save(state(), run.folder / "best.pt")
+            if phase == "sgd" and trigger.fires(loss):
+                phase, optimizer = "asgd", optimizers["asgd"]()
+                run.log("the validation loss has stopped falling: averaging the weights from here on")
+            checkpoint.save(state(), run.folder / "last.pt")
+
+    model.load_state_dict(checkpoint.load(run.folder / "best.pt")["model"])
+    test_ppl = perplexity(evaluate(model, test, args.bptt))
+    run.write("result.json", {
+        "kind": "train", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
+        "params": params, "valid_ppl": perplexity(best), "test_ppl": test_ppl, "genotype": to_json(genotype),
+        "stopped_by": "epochs",
+    })  # fmt: skip
+    run.log(f"best weights: valid ppl {perplexity(best):.2f} | test ppl {test_ppl:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(options.run_script(main))

@@ -1,0 +1,211 @@
+"""Search a recurrent cell by gradient descent: weights on the training text, alphas on the validation text.
+
+    python train_search.py --unrolled                                  # published setting; wants a GPU
+    python train_search.py --data builtin --emsize 64 --batch_size 32 --lr 5 --epochs 3 --unrolled
+
+The first is hours on a GPU, the second two minutes on two CPU cores. Both end with a genotype in the run
+directory; `python train.py --arch RUN` retrains it.
+"""
+
+import sys
+from argparse import Namespace
+from functools import partial
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+import checkpoint
+import options
+from architect import RADIUS, Architect
+from data import Corpus, Cursor, batchify, get_batch, segments
+from dropout import Rates
+from genotypes import to_json
+from model_search import RNNModelSearch
+from objective import VALID_ROWS, Batch, accumulate_gradients, evaluate, scaled_lr, small_batch_losses
+from progress import Progress, perplexity
+from utils import Run, StopSignal, choose_device
+
+# The relaxed cell normalises by the statistics of the batch, and a batch of one has none: the test text is
+# read in as many rows as the validation text, where a discrete cell reads it in one.
+EVAL_ROWS = {"valid": VALID_ROWS, "test": VALID_ROWS}
+HELD_OUT = 0.1  # of train.txt, for the alphas, with --search_split train
+
+
+def build_parser() -> options.Parser:
+    parser = options.Parser(
+        "train_search.py", "Search a recurrent cell for language modelling by gradient descent (DARTS)."
+    )
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--unrolled",
+        action="store_true",
+        help="second order: the alphas' gradient is taken at the weights that the next weight step "
+        "would give, not at the present ones",
+    )
+    search.add_argument(
+        "--hessian",
+        choices=("finite", "exact"),
+        default="finite",
+        help="with --unrolled, the product with the mixed second derivative: a central difference at "
+        f"radius {RADIUS}, or exact by differentiating twice",
+    )
+    search.add_argument(
+        "--search_split",
+        choices=("valid", "train"),
+        default="valid",
+        help="text for the alphas: valid.txt, as published, or the last tenth of train.txt, which "
+        "leaves valid.txt unseen for choosing",
+    )
+    search.add_argument("--arch_lr", type=float, default=3e-3, help="learning rate of Adam on the alphas")
+    search.add_argument("--arch_wdecay", type=float, default=1e-3, help="weight decay of the alphas")
+    options.add_shared_flags(
+        parser,
+        size=300,
+        batch_size=256,
+        epochs=50,
+        dropoute=0.0,
+        wdecay=5e-7,
+        bptt_std=0.0,
+        seed=3,
+        log_interval=50,
+    )
+    return parser
+
+
+def search_texts(corpus: Corpus, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Word ids for the weights and for the alphas."""
+    if split == "valid":
+        return corpus.train, corpus.valid
+    held_out = int(HELD_OUT * len(corpus.train))
+    return corpus.train[:-held_out], corpus.train[-held_out:]
+
+
+def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tensor, int]]:
+    """Word ids and the number of rows that they are cut into, by name."""
+    train, alphas = search_texts(corpus, args.search_split)
+    return {
+        "train": (train, args.batch_size),
+        "the alphas": (alphas, args.batch_size),
+        "valid": (corpus.valid, EVAL_ROWS["valid"]),
+        "test": (corpus.test, EVAL_ROWS["test"]),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args, faults = options.parse(parser, argv)
+    corpus = options.load_corpus(parser, args, faults, texts_to_read)
+    device = choose_device(args.device)
+    torch.manual_seed(args.seed)
+    bptt_rng = torch.Generator().manual_seed(args.seed)
+    # (n, B) each; the alphas' text has a cursor of its own
+    train, alphas_text, valid, test = (
+        batchify(ids, rows).to(device) for ids, rows in texts_to_read(corpus, args).values()
+    )
+    valid_batches = Cursor(alphas_text)
+
+    rates = Rates(args.dropout, args.dropouth, args.dropoutx, args.dropouti, args.dropoute)
+    model = RNNModelSearch(len(corpus.words), args.emsize, rates).to(device)
+    weights = model.weights()
+    params = sum(w.numel() for w in weights)
+    optimizer = torch.optim.SGD(weights, lr=args.lr, weight_decay=args.wdecay)
+    valid_loss = partial(small_batch_losses, model, small_batch_size=args.small_batch_size)
+    train_loss = partial(valid_loss, alpha=args.alpha, beta=args.beta)
+    architect = Architect(
+        weights, model.alphas, train_loss, valid_loss, clip=args.clip, wdecay=args.wdecay,
+        hessian=args.hessian if args.unrolled else None, lr=args.arch_lr, arch_wdecay=args.arch_wdecay,
+    )  # fmt: skip
+    hidden = hidden_valid = model.initial_hidden(args.batch_size)  # (B, H)
+    best = float("inf")  # validation loss
+    history = []  # [epoch, genotype] at the end of each epoch
+
+    run = Run(args.save)
+    run.configure(parser.prog, args, device, corpus.sha256)
+    progress = Progress(run, device, args.epochs, len(train) - 1)
+
+    def state() -> dict:
+        return {
+            "kind": "search", "flags": vars(args), "words": corpus.words, "eval_rows": EVAL_ROWS,
+            "genotype": to_json(model.genotype()), "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(), "arch_optimizer": architect.optimizer.state_dict(),
+            "rng": checkpoint.rng_state(device, bptt_rng), "progress": progress.state_dict(),
+            "hidden": hidden, "hidden_valid": hidden_valid, "valid_position": valid_batches.position,
+            "best": best, "history": history,
+        }  # fmt: skip
+
+    if args.resume and (saved := checkpoint.load_last(run.folder)):
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        architect.optimizer.load_state_dict(saved["arch_optimizer"])
+        checkpoint.set_rng_state(saved["rng"], device, bptt_rng)
+        progress.load_state_dict(saved["progress"])
+        hidden, hidden_valid = saved["hidden"].to(device), saved["hidden_valid"].to(device)
+        valid_batches.position, best, history = saved["valid_position"], saved["best"], saved["history"]
+        run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
+    else:
+        run.cut_metrics(0)  # of a run that was ended before it saved anything
+        run.log(f"search in {run.folder} on {device}: {params:,} weights, {model.alphas.numel()} alphas,"
+                f" {options.describe(corpus)}")  # fmt: skip
+
+    with StopSignal() as stop:
+        while progress.epoch <= args.epochs:
+            lengths = segments(
+                len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row
+            )
+            for i, seq_len in progress.track(lengths, columns=args.batch_size):
+                x, y = get_batch(train, i, seq_len)  # (T, B)
+                xv, yv, wrapped = valid_batches.take(seq_len)  # (T, B)
+                if wrapped:
+                    hidden_valid = model.initial_hidden(args.batch_size)
+                with scaled_lr(optimizer, seq_len / args.bptt) as eta:
+                    hidden_valid = architect.step(
+                        train=Batch(x, y, hidden, model.draw_masks(args.batch_size)),
+                        valid=Batch(xv, yv, hidden_valid, model.draw_masks(args.batch_size)),
+                        eta=eta,
+                    )
+                    batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
+                    nll, hidden = accumulate_gradients(train_loss(batch), weights)
+                    clip_grad_norm_(weights, args.clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                progress.advance(nll, x.shape, eta)
+
+                if progress.step % args.log_interval == 0:
+                    genotype = model.genotype()
+                    progress.close_interval(eta, genotype=to_json(genotype))
+                    run.log(str(genotype))
+                if stop.requested:
+                    checkpoint.save(state(), run.folder / "last.pt")
+                    run.log(f"interrupted; continue with: python {parser.prog} --resume --save {run.folder}")
+                    return 130
+
+            loss = evaluate(model, valid, args.bptt)
+            genotype = model.genotype()
+            history.append([progress.epoch, to_json(genotype)])
+            run.write("genotype.json", {
+                "genotype": to_json(genotype), "text": str(genotype), "epoch": progress.epoch,
+                "probabilities": model.alphas.softmax(-1).tolist(),
+            })  # fmt: skip
+            progress.close_epoch(loss, args.lr, genotype=to_json(genotype))
+            run.log(str(genotype))
+            hidden = model.initial_hidden(args.batch_size)
+            if loss < best:
+                best = loss
+                checkpoint.save(state(), run.folder / "best.pt")
+            checkpoint.save(state(), run.folder / "last.pt")
+
+    valid_ppl, test_ppl = (perplexity(evaluate(model, text, args.bptt)) for text in (valid, test))
+    genotype = model.genotype()
+    run.write("result.json", {
+        "kind": "search", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
+        "params": params, "valid_ppl": valid_ppl, "test_ppl": test_ppl, "best_valid_ppl": perplexity(best),
+        "genotype": to_json(genotype), "stopped_by": "epochs",
+    })  # fmt: skip
+    run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | test ppl {test_ppl:.2f}")
+    run.log(f"found {genotype}")
+    run.log(f"retrain it with: python train.py --arch {run.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(options.run_script(main))

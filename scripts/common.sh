@@ -1,0 +1,16 @@
+# Sourced by the other scripts: an environment in .venv with the packages of a requirements file.
+
+python_with() { # python_with REQUIREMENTS: makes or updates .venv, prints nothing when there is nothing to do
+  if [ ! -x .venv/bin/python ]; then
+    "${PYTHON:-python3}" -m venv .venv || {
+      echo "cannot make .venv: install Python's venv module (on Debian and Ubuntu: apt install python3-venv)" >&2
+      exit 1
+    }
+  fi
+  if ! cmp -s "$1" ".venv/$1.installed" || ! cmp -s requirements.txt .venv/requirements.txt.installed; then
+    echo "installing $1 into .venv"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || exit 1
+    cp requirements.txt .venv/requirements.txt.installed
+    cp "$1" ".venv/$1.installed" 2>/dev/null || true
+  fi
+}

@@ -6,12 +6,28 @@ which builds nothing else: a file from a stranger cannot run code.
 
 import os
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 FORMAT = 1
+# What torch's reader raises on bytes that are not what they claim to be.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+)
 
 
 class CheckpointError(Exception):
@@ -34,10 +50,14 @@ def save(state: dict[str, Any], path: Path) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """The state saved at `path`, its tensors on the CPU. Raises `CheckpointError`."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):  # torch also reads an older form, which nothing here writes
+                raise CheckpointError(f"{path}: not a checkpoint, or a damaged one")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this project (format {FORMAT})")

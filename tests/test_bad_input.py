@@ -52,7 +52,7 @@ BAD_FLAGS = [
     ("--epochs 0", "--epochs 0"),
     ("--bptt 0", "--bptt 0"),
     ("--log_interval 0", "--log_interval 0"),
-    ("--wdecay -1e-3", "--wdecay -0.001"),
+    ("--wdecay -0.001", "--wdecay -0.001"),
     ("--seed -1", "--seed -1"),
     ("--small_batch_size 3", "--small_batch_size 3: must divide --batch_size 4"),
     ("--small_batch_size 8", "--small_batch_size 8: must divide --batch_size 4"),
@@ -91,8 +91,8 @@ def test_every_fault_is_reported_at_once(refused, corpus, tmp_path):
         "--device tpu",
         "--save",
         "--arch",
-        "valid.txt",
-        "test.txt",
+        "valid.txt: empty",
+        "test.txt: missing",
     ]
     assert [sum(name in line for line in lines) for name in named] == [1] * len(named)
     assert len(lines) == len(named)

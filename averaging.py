@@ -42,9 +42,15 @@ class ASGD(torch.optim.ASGD):
             if group["lambd"]:
                 raise ValueError("this ASGD keeps the step size at lr: lambd must be 0")
             for parameter in group["params"]:
-                if eta := self.state.get(parameter, {}).get("eta"):
-                    eta.fill_(group["lr"])
+                if state := self.state.get(parameter):  # empty before the first step, which has the right rate
+                    state["eta"].fill_(group["lr"])
         return super().step(closure)
+
+
+def averaging_sgd(weights: list[Tensor], lr: float, wdecay: float) -> ASGD:
+    """SGD that averages from its first step on."""
+    on_gpu = weights[0].is_cuda  # then torch keeps its counters there, and does not wait for them
+    return ASGD(weights, lr=lr, t0=0, lambd=0, weight_decay=wdecay, capturable=on_gpu)
 
 
 @contextmanager

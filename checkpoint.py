@@ -65,9 +65,11 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def load_last(folder: str | Path) -> dict[str, Any] | None:
-    """The state of `last.pt` in a run directory; None for a run that was ended before it saved one."""
-    path = Path(folder, "last.pt")
-    return load(path) if path.exists() else None
+    """The state of `last.pt` in a run directory; None for a run that was ended before it took a step."""
+    path, metrics = Path(folder, "last.pt"), Path(folder, "metrics.jsonl")
+    if not path.exists() and not (metrics.exists() and metrics.stat().st_size):
+        return None
+    return load(path)
 
 
 def rng_state(device: torch.device, bptt_rng: torch.Generator) -> dict[str, torch.Tensor]:

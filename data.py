@@ -129,20 +129,20 @@ def load_corpus(name: str, root: Path = Path("corpora")) -> Corpus:
     return corpus
 
 
-def read_split(name: str, split: str, words: Sequence[str], root: Path = Path("corpora")) -> torch.Tensor:
-    """Ids (tokens,) of one split under a vocabulary from elsewhere, such as a checkpoint's.
+def read_split(name: str, split: str, words: Sequence[str], root: Path = Path("corpora")) -> tuple[torch.Tensor, str]:
+    """Ids (tokens,) of one split under a vocabulary from elsewhere, such as a checkpoint's, and the text's sha256.
 
     Words outside it become `<unk>`. Raises DataError if the split cannot be read, or if there are such
     words and the vocabulary has no `<unk>`.
     """
-    texts, _ = _read(name, [split], root)
+    texts, sha256 = _read(name, [split], root)
     ids = _encode(texts[split], {word: i for i, word in enumerate(words)})
     if outside := int((ids < 0).sum()):
         raise DataError(
             f"{name}: {outside:,} words of {split} are not in the vocabulary given, and it has no {UNK};"
             " use the corpus that it was made from"
         )
-    return ids
+    return ids, sha256[split]
 
 
 # --- text to ids ---
@@ -345,8 +345,8 @@ def batchify(ids: torch.Tensor, batch_size: int) -> torch.Tensor:
     rows = len(ids) // batch_size
     if rows < 2:
         raise DataError(
-            f"batch size {batch_size}: too large for a split of {len(ids):,} tokens; use a longer text or a"
-            " smaller --batch_size"
+            f"batch size {batch_size}: too large for a text of {len(ids):,} tokens, which must have at least"
+            f" {2 * batch_size:,}; use a longer text"
         )
     return ids[: rows * batch_size].reshape(batch_size, rows).t().contiguous()  # (rows, B)
 

@@ -10,6 +10,7 @@ published size.
 import sys
 
 import options
+import start
 from averaging import saved_average
 from checkpoint import CheckpointError, load
 from data import DataError, batchify, read_split
@@ -72,14 +73,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.refuse([f"{args.checkpoint}: holds no model of this project"])
     name = args.data or saved["flags"]["data"]
     try:
-        source = batchify(read_split(name, args.split, saved["words"]), saved["eval_rows"][args.split])
+        ids, sha256 = read_split(name, args.split, saved["words"])
+        source = batchify(ids, saved["eval_rows"][args.split])
     except DataError as error:
         parser.refuse(error.faults)
+    if args.data is None and sha256 != saved["sha256"][args.split]:
+        print(f"note: {name} {args.split} is not the text that the run read", file=sys.stderr)
     device = choose_device(args.device)
-    loss = evaluate(model.to(device), source.to(device), saved["flags"]["bptt"])
+    loss = evaluate(model.to(device), source.to(device), saved["flags"]["bptt"], args.split)
     print(f"{name} {args.split}: loss {loss:.6f}, perplexity {perplexity(loss):.4f}, {source.numel():,} tokens")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(options.run_script(main))
+    sys.exit(start.run_script(main))

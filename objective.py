@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data import get_batch
 from dropout import Masks
@@ -96,14 +97,15 @@ def scaled_lr(optimizer: torch.optim.Optimizer, scale: float) -> Iterator[float]
 
 
 @torch.no_grad()
-def evaluate(model, source: Tensor, bptt: int) -> float:
+def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
     """Mean negative log-likelihood in nats per predicted word of `source` (n, B), without dropout.
 
-    The hidden state is carried from segment to segment. exp of it is the perplexity.
+    The hidden state is carried from segment to segment. exp of it is the perplexity. `name` is for the bar.
     """
     hidden = model.initial_hidden(source.size(1))
     total, count = torch.zeros((), dtype=torch.float64, device=source.device), 0
-    for i in range(0, len(source) - 1, bptt):
+    starts = range(0, len(source) - 1, bptt)
+    for i in tqdm(starts, desc=f"evaluating on {name}", unit="segment", leave=False, disable=None, dynamic_ncols=True):
         x, y = get_batch(source, i, bptt)  # (T, B)
         hiddens, outputs = model(x, hidden)  # (T, B, H)
         total += model.nll(outputs, y).double() * y.numel()

@@ -1,32 +1,25 @@
-"""The flags of the two scripts: shared groups, and one check that reports every fault at once.
-
-A flag that cannot be used ends the script with exit code 2 and one line for each fault; nothing is written.
-"""
+"""The flags of the two scripts: shared groups, and one check that reports every fault at once."""
 
 import argparse
-import json
 import math
+import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
-import data
-from checkpoint import CheckpointError
 from genotypes import GenotypeError, resolve
-from utils import RunError, new_folder
+from utils import new_folder
 
-# What may differ between a run and its continuation; every other flag belongs to the run.
-RESUMABLE = {"epochs", "log_interval", "device", "save", "resume", "data"}
+LARGEST = 2**31  # of a flag that is a whole number
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names every default that is a value; what None stands for, a flag's help says itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, faults: list[str]) -> NoReturn:
         """End with exit code 2 and a line for each fault."""
         for fault in faults:
-            print(f"{self.prog}: error: {fault}", file=sys.stderr)
+            print(f"{self.prog}: error: {' '.join(fault.split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -88,7 +81,7 @@ def add_shared_flags(
         "--bptt_std",
         type=float,
         default=bptt_std,
-        help="standard deviation of the segment length; 0 for fixed lengths",
+        help="standard deviation of the segment length about bptt or its half, at least 5; 0 for just those two",
     )
     text.add_argument(
         "--max_seq_len_delta",
@@ -149,8 +142,8 @@ def add_shared_flags(
     run.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in --save with its own flags; only --epochs, --log_interval and "
-        "--device may be given anew",
+        help="continue the run in --save with its own flags; only --epochs, --log_interval, "
+        "--device and the place of the same --data may be given anew",
     )
     run.add_argument("--device", default="auto", help="auto (CUDA where there is some), cpu, cuda or cuda:N")
     run.add_argument(
@@ -162,99 +155,13 @@ def add_shared_flags(
     run.add_argument("--log_interval", type=int, default=log_interval, help="steps between two log lines")
 
 
-def parse(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and every fault in them.
-
-    A resumed run's flags are those in its config.json. Missing sizes become the ones they default to.
-    """
-    args = parser.parse_args(argv)
-    saved: dict[str, Any] = {}
-    if args.resume:
-        saved = read_config(parser, args.save)["flags"]
-        parser.set_defaults(**{name: value for name, value in saved.items() if name in vars(args)})
-        args = parser.parse_args(argv)
-        args.resume = True
+def complete(args: argparse.Namespace, kind: str) -> None:
+    """Fill in the flags whose defaults depend on others, and name a new run directory for a run of this kind."""
     if args.save is None:
-        args.save = str(new_folder("search" if "unrolled" in vars(args) else "train"))
+        args.save = str(new_folder(kind))
     args.nhid = args.emsize if args.nhid is None else args.nhid
     args.nhidlast = args.emsize if args.nhidlast is None else args.nhidlast
     args.small_batch_size = args.batch_size if args.small_batch_size is None else args.small_batch_size
-
-    faults = validate(args)
-    faults += [
-        f"--{name} {value}: the run in {args.save} has {saved[name]}; leave the flag out, or start a new run"
-        for name, value in vars(args).items()
-        if name in saved and name not in RESUMABLE and saved[name] != value
-    ]
-    return args, faults
-
-
-def read_config(parser: Parser, save: str | None) -> dict[str, Any]:
-    """config.json of the run in `save`, to be continued by the script of `parser`; ends the script without one."""
-    if save is None:
-        parser.refuse(["--resume: say which run to continue with --save DIR"])
-    path = Path(save) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        script, flags = config["script"], dict(config["flags"])
-    except OSError:
-        parser.refuse([f"--resume: there is no run in {save} ({path.name} cannot be read)"])
-    except (ValueError, KeyError, TypeError):
-        parser.refuse([f"--resume: {path} is damaged; start a new run"])
-    if script != parser.prog:
-        parser.refuse([f"--resume: {save} is a run of {script}"])
-    return {**config, "flags": flags}
-
-
-def load_corpus(
-    parser: Parser,
-    args: argparse.Namespace,
-    faults: list[str],
-    texts: Callable[[data.Corpus, argparse.Namespace], dict[str, tuple[torch.Tensor, int]]],
-) -> data.Corpus:
-    """The corpus of --data; with faults of its own or of the flags the script ends here, with all of them.
-
-    `texts` names the texts that the script will read, with the number of rows that each is cut into. Nothing
-    is downloaded for flags that cannot be used.
-    """
-    if not faults or data.is_available(args.data):
-        try:
-            corpus = data.load_corpus(args.data)
-        except data.DataError as error:
-            faults = faults + error.faults
-        else:
-            faults = faults + [
-                f"--data {args.data}: {len(ids):,} tokens for {name} are too few for {rows} rows of text"
-                f" (at least {2 * rows:,}); use a longer text or a smaller --batch_size"
-                for name, (ids, rows) in texts(corpus, args).items()
-                if len(ids) < 2 * rows
-            ]
-            if args.resume and read_config(parser, args.save).get("sha256") != corpus.sha256:
-                faults.append(f"--data {args.data}: not the text that the run in {args.save} began with")
-    if faults:
-        parser.refuse(faults)
-    return corpus
-
-
-def describe(corpus: data.Corpus) -> str:
-    """One line on a corpus: its size, and what of it is outside the vocabulary."""
-    unknown = sum(corpus.unknown.values())
-    return (
-        f"{corpus.name} with {len(corpus.train):,} + {len(corpus.valid):,} + {len(corpus.test):,} tokens, "
-        f"{len(corpus.words):,} word types" + (f" ({unknown:,} words of valid and test are unknown)" if unknown else "")
-    )
-
-
-def run_script(main: Callable[[], int]) -> int:
-    """The exit code of a script; what a user can mend or has caused gives one line, not a traceback."""
-    try:
-        return main()
-    except (RunError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, CheckpointError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; the last checkpoint stands", file=sys.stderr)
-        return 130
 
 
 def validate(args: argparse.Namespace) -> list[str]:
@@ -279,11 +186,17 @@ def number_faults(args: argparse.Namespace) -> list[str]:
             "dropout dropouth dropoutx dropouti dropoute",
         ),
     }
-    return [
+    faults = [
         f"--{name} {value}: must be {words}"
         for words, (holds, names) in ranges.items()
         for name in names.split()
-        if (value := getattr(args, name, None)) is not None and not (math.isfinite(value) and holds(value))
+        if (value := getattr(args, name, None)) is not None
+        and not (holds(value) and (isinstance(value, int) or math.isfinite(value)))
+    ]
+    return faults + [
+        f"--{name} {value}: must be below {LARGEST:,}"
+        for name, value in vars(args).items()
+        if type(value) is int and value >= LARGEST
     ]
 
 
@@ -297,6 +210,10 @@ def size_faults(args: argparse.Namespace) -> list[str]:
         )
     if args.batch_size >= 1 and args.small_batch_size >= 1 and args.batch_size % args.small_batch_size:
         faults.append(f"--small_batch_size {args.small_batch_size}: must divide --batch_size {args.batch_size} evenly")
+    if "unrolled" in vars(args) and args.small_batch_size == 1:
+        faults.append(
+            "--small_batch_size 1: a search needs at least 2 rows at a time, since its cell normalises over them"
+        )
     return faults
 
 
@@ -315,14 +232,18 @@ def device_faults(name: str) -> list[str]:
 
 def run_faults(args: argparse.Namespace) -> list[str]:
     """A run directory or an architecture that cannot be used."""
-    faults = []
-    if args.save is not None and not args.resume:
-        folder = Path(args.save)
-        if folder.is_dir() and any(folder.iterdir()):
+    folder, faults = Path(args.save), []
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            faults.append(f"--save {folder}: {there} is a file; name a directory")
+        elif not os.access(there, os.W_OK | os.X_OK):
+            faults.append(f"--save {folder}: {there} cannot be written to; take another")
+        elif not args.resume and there == folder and any(folder.iterdir()):
             faults.append(f"--save {folder}: holds files already; add --resume to continue a run, or take another")
-        elif folder.exists() and not folder.is_dir():
-            faults.append(f"--save {folder}: is a file; name a directory")
-    if "arch" in vars(args) and not args.resume:
+    except OSError as error:  # a folder that may not be looked into, or a name that no folder can have
+        faults.append(f"--save {folder}: cannot be used ({error.strerror})")
+    if "arch" in vars(args):
         try:
             resolve(args.arch)
         except GenotypeError as error:

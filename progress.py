@@ -23,8 +23,8 @@ class Progress:
         self.run, self.epochs, self.epoch_rows = run, epochs, epoch_rows
         self.epoch, self.row, self.step = 1, 0, 0  # row: where the next segment of the text starts
         self.seconds = 0.0  # of all processes that worked on this run
-        self.interval = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the loss, tokens
-        self.whole = torch.zeros(2, dtype=torch.float64, device=device)  # the same since the epoch began
+        self.interval = Sum(device)
+        self.whole = Sum(device)  # since the epoch began
         self.clock = self.shown = time.perf_counter()
 
     def track(self, segments: Iterable[tuple[int, int]], columns: int) -> Iterator[tuple[int, int]]:
@@ -33,29 +33,28 @@ class Progress:
             desc=f"epoch {self.epoch}/{self.epochs}", total=self.epoch_rows * columns, initial=self.row * columns,
             unit="tok", unit_scale=True, leave=False, disable=None, dynamic_ncols=True,
         )  # fmt: skip
-        self.tick = (time.perf_counter(), self.interval[1].item())
+        self.tick = (time.perf_counter(), self.interval.tokens)
         with self.bar:
             yield from segments
 
     def advance(self, nll: Tensor, shape: tuple[int, int], lr: float) -> None:
         """One weight step was taken on a (T, B) segment with this loss (nats per word)."""
         rows, columns = shape
-        sums = torch.stack([nll.double() * rows * columns, nll.new_tensor(rows * columns, dtype=torch.float64)])
-        self.interval += sums
-        self.whole += sums
+        self.interval.add(nll, rows * columns)
+        self.whole.add(nll, rows * columns)
         self.row += rows
         self.step += 1
         self.bar.update(rows * columns)
         if not self.bar.disable and time.perf_counter() - self.shown > 1:
             self.shown = time.perf_counter()
-            loss = mean(self.interval)
+            loss = self.interval.mean()
             self.bar.set_postfix_str(f"loss {loss:.3f}, ppl {perplexity(loss):.1f}, lr {lr:.3g}")
 
     def close_interval(self, lr: float, **extra: Any) -> None:
         """Log the mean loss since the last time, with extra columns for metrics.jsonl."""
         loss, seconds = self.checked(self.interval), self.elapsed()
         since, tokens = self.tick
-        speed = (self.interval[1].item() - tokens) / (time.perf_counter() - since)
+        speed = (self.interval.tokens - tokens) / (time.perf_counter() - since)
         self.run.log(
             f"epoch {self.epoch} | {100 * self.row / self.epoch_rows:3.0f}% | step {self.step} | lr {lr:.4g}"
             f" | loss {loss:.3f} | ppl {perplexity(loss):.2f} | {speed:,.0f} tok/s"
@@ -64,7 +63,7 @@ class Progress:
             kind="interval", epoch=self.epoch, step=self.step, loss=loss, ppl=perplexity(loss), lr=lr,
             tokens_per_s=speed, seconds=seconds, **extra,
         )  # fmt: skip
-        self.interval.zero_()
+        self.interval.reset()
         self.tick = (time.perf_counter(), 0)
 
     def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
@@ -83,11 +82,11 @@ class Progress:
             kind="epoch", epoch=self.epoch, step=self.step, loss=loss, ppl=perplexity(loss), valid_loss=valid_loss,
             valid_ppl=valid_ppl, lr=lr, seconds=seconds, **extra,
         )  # fmt: skip
-        self.whole.zero_()
+        self.whole.reset()
         self.epoch, self.row = self.epoch + 1, 0
 
-    def checked(self, sums: Tensor) -> float:
-        loss = mean(sums)
+    def checked(self, sums: "Sum") -> float:
+        loss = sums.mean()
         if not math.isfinite(loss):
             raise RunError(f"the training loss is {loss} at step {self.step}; {ADVICE}")
         return loss
@@ -104,26 +103,47 @@ class Progress:
             "row": self.row,
             "step": self.step,
             "seconds": self.elapsed(),
-            "interval": self.interval,
-            "whole": self.whole,
+            "interval": self.interval.state_dict(),
+            "whole": self.whole.state_dict(),
             "metrics_size": self.run.metrics_size(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; rows of metrics that were written after it are cut off, to be written again."""
         self.epoch, self.row, self.step, self.seconds = (state[key] for key in ("epoch", "row", "step", "seconds"))
-        self.interval.copy_(state["interval"])
-        self.whole.copy_(state["whole"])
+        self.interval.load_state_dict(state["interval"])
+        self.whole.load_state_dict(state["whole"])
         self.run.cut_metrics(state["metrics_size"])
 
 
 ADVICE = "the run has diverged: start again with a lower --lr (5 suits small models) or a lower --clip"
 
 
-def mean(sums: Tensor) -> float:
-    """Loss per token of (sum of the loss, tokens); 0 before the first step."""
-    total, tokens = sums.tolist()
-    return total / max(tokens, 1.0)
+class Sum:
+    """A loss summed over tokens; the sum stays on the device until its mean is asked for."""
+
+    def __init__(self, device: torch.device):
+        self.total, self.tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+
+    def add(self, nll: Tensor, tokens: int) -> None:
+        """A mean loss over so many tokens."""
+        self.total += nll.double() * tokens
+        self.tokens += tokens
+
+    def mean(self) -> float:
+        """Loss per token; 0 before the first."""
+        return self.total.item() / max(self.tokens, 1)
+
+    def reset(self) -> None:
+        self.total.zero_()
+        self.tokens = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "tokens": self.tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total.copy_(state["total"])
+        self.tokens = state["tokens"]
 
 
 def perplexity(loss: float) -> float:

@@ -16,10 +16,11 @@ from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
 import options
-from averaging import ASGD, NonMonotonicTrigger, averaged
+import start
+from averaging import NonMonotonicTrigger, averaged, averaging_sgd
 from data import Corpus, batchify, get_batch, segments
 from dropout import Rates
-from genotypes import from_json, resolve, to_json
+from genotypes import resolve, to_json
 from model import retrain_model
 from objective import (
     TEST_ROWS,
@@ -70,16 +71,14 @@ def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tens
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args, faults = options.parse(parser, argv)
-    corpus = options.load_corpus(parser, args, faults, texts_to_read)
+    args, corpus, saved = start.begin("train", parser, argv, texts_to_read)
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     bptt_rng = torch.Generator().manual_seed(args.seed)
     train, valid, test = (batchify(ids, rows).to(device) for ids, rows in texts_to_read(corpus, args).values())
 
-    saved = checkpoint.load_last(args.save) if args.resume else None
-    genotype = from_json(saved["genotype"]) if saved else resolve(args.arch)
-    rates = Rates(args.dropout, args.dropouth, args.dropoutx, args.dropouti, args.dropoute)
+    genotype = resolve(args.arch)
+    rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
     model = retrain_model(len(corpus.words), args.emsize, rates, genotype).to(device)
     weights = model.weights()
     params = sum(w.numel() for w in weights)
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     trigger = NonMonotonicTrigger(args.nonmono)
     optimizers = {
         "sgd": lambda: torch.optim.SGD(weights, lr=args.lr, weight_decay=args.wdecay),
-        "asgd": lambda: ASGD(weights, lr=args.lr, t0=0, lambd=0, weight_decay=args.wdecay),
+        "asgd": lambda: averaging_sgd(weights, args.lr, args.wdecay),
     }
     phase = saved["phase"] if saved else "sgd"
     optimizer = optimizers[phase]()
@@ -102,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def state() -> dict:
         return {
-            "kind": "train", "flags": vars(args), "words": corpus.words, "eval_rows": EVAL_ROWS,
-            "genotype": to_json(genotype), "model": model.state_dict(), "phase": phase,
+            "kind": "train", "flags": vars(args), "words": corpus.words, "sha256": corpus.sha256,
+            "eval_rows": EVAL_ROWS, "genotype": to_json(genotype), "model": model.state_dict(), "phase": phase,
             "optimizer": optimizer.state_dict(), "valid_losses": trigger.losses,
             "rng": checkpoint.rng_state(device, bptt_rng), "progress": progress.state_dict(),
             "hidden": hidden, "best": best,
@@ -118,9 +117,9 @@ def main(argv: list[str] | None = None) -> int:
         hidden = saved["hidden"].to(device)
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
-        run.cut_metrics(0)  # of a run that was ended before it saved anything
-        run.log(f"retraining in {run.folder} on {device}: {params:,} weights, {options.describe(corpus)}")
+        run.log(f"retraining in {run.folder} on {device}: {params:,} weights, {start.describe(corpus)}")
         run.log(str(genotype))
+        checkpoint.save(state(), run.folder / "last.pt")
 
     with StopSignal() as stop:
         while progress.epoch <= args.epochs:
@@ -141,11 +140,10 @@ def main(argv: list[str] | None = None) -> int:
                     progress.close_interval(lr)
                 if stop.requested:
                     checkpoint.save(state(), run.folder / "last.pt")
-                    run.log(f"interrupted; continue with: python {parser.prog} --resume --save {run.folder}")
-                    return 130
+                    return run.interrupted(parser.prog)
 
             with averaged(optimizer):
-                loss = evaluate(model, valid, args.bptt)
+                loss = evaluate(model, valid, args.bptt, "valid")
                 progress.close_epoch(loss, args.lr, note=" (averaged)" if phase == "asgd" else "", phase=phase)
                 hidden = model.initial_hidden(args.batch_size)
                 if loss < best:
@@ -155,9 +153,11 @@ def main(argv: list[str] | None = None) -> int:
                 phase, optimizer = "asgd", optimizers["asgd"]()
                 run.log("the validation loss has stopped falling: averaging the weights from here on")
             checkpoint.save(state(), run.folder / "last.pt")
+            if stop.requested:
+                return run.interrupted(parser.prog)
 
     model.load_state_dict(checkpoint.load(run.folder / "best.pt")["model"])
-    test_ppl = perplexity(evaluate(model, test, args.bptt))
+    test_ppl = perplexity(evaluate(model, test, args.bptt, "test"))
     run.write("result.json", {
         "kind": "train", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
         "params": params, "valid_ppl": perplexity(best), "test_ppl": test_ppl, "genotype": to_json(genotype),
@@ -168,4 +168,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(options.run_script(main))
+    sys.exit(start.run_script(main))

@@ -10,12 +10,14 @@ directory; `python train.py --arch RUN` retrains it.
 import sys
 from argparse import Namespace
 from functools import partial
+from shlex import quote
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
 import options
+import start
 from architect import RADIUS, Architect
 from data import Corpus, Cursor, batchify, get_batch, segments
 from dropout import Rates
@@ -93,8 +95,7 @@ def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tens
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args, faults = options.parse(parser, argv)
-    corpus = options.load_corpus(parser, args, faults, texts_to_read)
+    args, corpus, saved = start.begin("search", parser, argv, texts_to_read)
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     bptt_rng = torch.Generator().manual_seed(args.seed)
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     valid_batches = Cursor(alphas_text)
 
-    rates = Rates(args.dropout, args.dropouth, args.dropoutx, args.dropouti, args.dropoute)
+    rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
     model = RNNModelSearch(len(corpus.words), args.emsize, rates).to(device)
     weights = model.weights()
     params = sum(w.numel() for w in weights)
@@ -125,15 +126,15 @@ def main(argv: list[str] | None = None) -> int:
 
     def state() -> dict:
         return {
-            "kind": "search", "flags": vars(args), "words": corpus.words, "eval_rows": EVAL_ROWS,
-            "genotype": to_json(model.genotype()), "model": model.state_dict(),
+            "kind": "search", "flags": vars(args), "words": corpus.words, "sha256": corpus.sha256,
+            "eval_rows": EVAL_ROWS, "genotype": to_json(model.genotype()), "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "arch_optimizer": architect.optimizer.state_dict(),
             "rng": checkpoint.rng_state(device, bptt_rng), "progress": progress.state_dict(),
             "hidden": hidden, "hidden_valid": hidden_valid, "valid_position": valid_batches.position,
             "best": best, "history": history,
         }  # fmt: skip
 
-    if args.resume and (saved := checkpoint.load_last(run.folder)):
+    if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         architect.optimizer.load_state_dict(saved["arch_optimizer"])
@@ -143,9 +144,9 @@ def main(argv: list[str] | None = None) -> int:
         valid_batches.position, best, history = saved["valid_position"], saved["best"], saved["history"]
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
-        run.cut_metrics(0)  # of a run that was ended before it saved anything
         run.log(f"search in {run.folder} on {device}: {params:,} weights, {model.alphas.numel()} alphas,"
-                f" {options.describe(corpus)}")  # fmt: skip
+                f" {start.describe(corpus)}")  # fmt: skip
+        checkpoint.save(state(), run.folder / "last.pt")
 
     with StopSignal() as stop:
         while progress.epoch <= args.epochs:
@@ -176,25 +177,27 @@ def main(argv: list[str] | None = None) -> int:
                     run.log(str(genotype))
                 if stop.requested:
                     checkpoint.save(state(), run.folder / "last.pt")
-                    run.log(f"interrupted; continue with: python {parser.prog} --resume --save {run.folder}")
-                    return 130
+                    return run.interrupted(parser.prog)
 
-            loss = evaluate(model, valid, args.bptt)
-            genotype = model.genotype()
-            history.append([progress.epoch, to_json(genotype)])
-            run.write("genotype.json", {
-                "genotype": to_json(genotype), "text": str(genotype), "epoch": progress.epoch,
-                "probabilities": model.alphas.softmax(-1).tolist(),
-            })  # fmt: skip
+            loss = evaluate(model, valid, args.bptt, "valid")
+            epoch, genotype = progress.epoch, model.genotype()
             progress.close_epoch(loss, args.lr, genotype=to_json(genotype))
             run.log(str(genotype))
+            run.write("genotype.json", {
+                "genotype": to_json(genotype), "text": str(genotype), "epoch": epoch,
+                "probabilities": model.alphas.softmax(-1).tolist(),
+            })  # fmt: skip
+            history.append([epoch, to_json(genotype)])
             hidden = model.initial_hidden(args.batch_size)
             if loss < best:
                 best = loss
                 checkpoint.save(state(), run.folder / "best.pt")
             checkpoint.save(state(), run.folder / "last.pt")
+            if stop.requested:
+                return run.interrupted(parser.prog)
 
-    valid_ppl, test_ppl = (perplexity(evaluate(model, text, args.bptt)) for text in (valid, test))
+    valid_ppl = perplexity(evaluate(model, valid, args.bptt, "valid"))
+    test_ppl = perplexity(evaluate(model, test, args.bptt, "test"))
     genotype = model.genotype()
     run.write("result.json", {
         "kind": "search", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
@@ -203,9 +206,9 @@ def main(argv: list[str] | None = None) -> int:
     })  # fmt: skip
     run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | test ppl {test_ppl:.2f}")
     run.log(f"found {genotype}")
-    run.log(f"retrain it with: python train.py --arch {run.folder}")
+    run.log(f"retrain it with: python train.py --arch {quote(str(run.folder))}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(options.run_script(main))
+    sys.exit(start.run_script(main))

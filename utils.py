@@ -8,6 +8,7 @@ import subprocess
 import time
 from argparse import Namespace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -53,18 +54,24 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
 
     def configure(self, script: str, args: Namespace, device: torch.device, sha256: dict[str, str]) -> None:
-        """Write config.json: all that is needed to start the run again."""
+        """Write config.json: all that is needed to start the run again, with a line for each time it went on."""
         cuda = device.type == "cuda"
-        config = {
-            "script": script,
-            "flags": {name: value for name, value in vars(args).items() if name != "resume"},
+        surroundings = {
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": str(device),
             "hardware": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "git_commit": git_commit(),
-            "sha256": sha256,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
+        flags = {name: value for name, value in vars(args).items() if name != "resume"}
+        if args.resume:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            config["flags"] = flags
+            config.setdefault("resumed", []).append(surroundings)
+            (self.folder / "result.json").unlink(missing_ok=True)  # it will be another
+        else:
+            config = {"script": script, "flags": flags, "sha256": sha256, **surroundings}
         self.write("config.json", config)
 
     def log(self, text: str) -> None:
@@ -72,6 +79,11 @@ class Run:
         tqdm.write(text)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def interrupted(self, script: str) -> int:
+        """Say how to go on; gives the exit code of an interrupted run."""
+        self.log(f"interrupted; continue with: python {script} --resume --save {quote(str(self.folder))}")
+        return 130
 
     def record(self, **row: Any) -> None:
         """Add an object to metrics.jsonl."""
@@ -90,7 +102,7 @@ class Run:
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
         temporary = self.folder / f".{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, self.folder / name)
 
 

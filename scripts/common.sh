@@ -1,4 +1,4 @@
-# Sourced by the other scripts: an environment in .venv with the packages of a requirements file.
+# Sourced by the other scripts: which Python they run, and what is installed for it.
 
 python_with() { # python_with REQUIREMENTS: makes or updates .venv, prints nothing when there is nothing to do
   if [ ! -x .venv/bin/python ]; then
@@ -12,5 +12,15 @@ python_with() { # python_with REQUIREMENTS: makes or updates .venv, prints nothi
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || exit 1
     cp requirements.txt .venv/requirements.txt.installed
     cp "$1" ".venv/$1.installed" 2>/dev/null || true
+  fi
+}
+
+find_python() { # prints the Python to run with: $PYTHON, the one in .venv, or the system's
+  if [ -n "${PYTHON:-}" ]; then
+    echo "$PYTHON"
+  elif [ -x .venv/bin/python ]; then
+    echo .venv/bin/python
+  else
+    echo python3
   fi
 }

@@ -4,7 +4,8 @@
 # Extra flags are passed on: scripts/search_ptb.sh --seed 0 --save runs/ptb-0
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python}" train_search.py \
+source scripts/common.sh
+exec "$(find_python)" train_search.py \
   --data penn \
   --unrolled \
   --epochs 50 \

@@ -4,7 +4,8 @@
 # Extra flags are passed on: scripts/train_ptb.sh --arch runs/search-... --save runs/mine
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python}" train.py \
+source scripts/common.sh
+exec "$(find_python)" train.py \
   --data penn \
   --arch DARTS \
   --epochs 8000 \

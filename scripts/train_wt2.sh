@@ -4,7 +4,8 @@
 # Extra flags are passed on: scripts/train_wt2.sh --arch runs/search-... --save runs/mine
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python}" train.py \
+source scripts/common.sh
+exec "$(find_python)" train.py \
   --data wikitext-2 \
   --arch DARTS \
   --epochs 8000 \

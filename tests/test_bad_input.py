@@ -54,6 +54,7 @@ BAD_FLAGS = [
     ("--log_interval 0", "--log_interval 0"),
     ("--wdecay -0.001", "--wdecay -0.001"),
     ("--seed -1", "--seed -1"),
+    ("--seed 99999999999999999999", "--seed 99999999999999999999"),
     ("--small_batch_size 3", "--small_batch_size 3: must divide --batch_size 4"),
     ("--small_batch_size 8", "--small_batch_size 8: must divide --batch_size 4"),
     ("--nhid 9", "--emsize 8 --nhid 9"),
@@ -136,6 +137,7 @@ def test_a_split_too_short_for_the_batch(script, corpus, refused):
     (corpus / "test.txt").write_text("a\n")
     lines = refused(script, "--data", corpus, *SMALL, "--batch_size", 100)
     assert any("too few for 100 rows" in line and "--batch_size" in line for line in lines)
+    assert all("--batch_size" not in line for line in lines if "for test" in line)
 
 
 @pytest.mark.parametrize("script", [train_search, train])
@@ -146,8 +148,9 @@ def test_a_directory_that_is_in_use(script, corpus, refused, tmp_path):
     before = tree(tmp_path)
     (line,) = refused(script, "--data", corpus, *SMALL, "--save", folder)
     assert "--save" in line
-    (line,) = refused(script, "--data", corpus, *SMALL, "--save", folder / "thesis.txt")
-    assert "is a file" in line
+    for file in (folder / "thesis.txt", folder / "thesis.txt" / "run"):
+        (line,) = refused(script, "--data", corpus, *SMALL, "--save", file)
+        assert "thesis.txt is a file" in line
     assert tree(tmp_path) == before
 
 
@@ -183,12 +186,61 @@ def test_a_run_is_neither_written_over_nor_continued_as_another(corpus, refused,
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(corpus, tmp_path):
     finished(train, corpus, tmp_path / "whole")
     finished(train, corpus, tmp_path / "run")
-    for name in ("last.pt", "best.pt", "result.json"):
+    for name in ("last.pt", "best.pt", "result.json", "metrics.jsonl"):
         (tmp_path / "run" / name).unlink()
     assert train.main(["--resume", "--save", str(tmp_path / "run")]) == 0
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "run")]
     assert results[0]["test_ppl"] == results[1]["test_ppl"]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_lost_or_foreign_state_is_not_taken_for_a_new_run(corpus, refused, tmp_path, capsys):
+    folder = tmp_path / "run"
+    finished(train, corpus, folder)
+    finished(train_search, corpus, tmp_path / "search")
+    capsys.readouterr()
+    before = tree(folder)
+    (line,) = refused(train_search, "--resume", "--save", tmp_path / "search", "--arch_lr", 9)
+    assert "--arch_lr 9.0" in line
+    for name in ("search/last.pt", "corpus/train.txt"):
+        (folder / "last.pt").write_bytes((tmp_path / name).read_bytes())
+        (line,) = refused(train, "--resume", "--save", folder)
+        assert "last.pt" in line
+    (folder / "last.pt").unlink()
+    (line,) = refused(train, "--resume", "--save", folder)
+    assert "last.pt" in line
+    (folder / "last.pt").write_bytes(before[folder / "last.pt"])
+    assert tree(folder) == before
+
+
+def test_fewer_epochs_than_are_done(corpus, refused, tmp_path, capsys):
+    finished(train, corpus, tmp_path / "run")
+    assert train.main(["--resume", "--save", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    capsys.readouterr()
+    (line,) = refused(train, "--resume", "--save", tmp_path / "run", "--epochs", "1")
+    assert "--epochs 1" in line
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": None}, {"lr": [1]}, {"device": 5}, {"emsize": 8.0}, {"arch": 3}, {"colour": 1}]
+)
+def test_a_config_with_other_values_is_refused(change, corpus, refused, tmp_path, capsys):
+    finished(train, corpus, tmp_path / "run")
+    capsys.readouterr()
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "flags": {**config["flags"], **change}}))
+    (line,) = refused(train, "--resume", "--save", tmp_path / "run")
+    assert "damaged" in line
+    path.write_text(json.dumps({**config, "flags": {}}))
+    (line,) = refused(train, "--resume", "--save", tmp_path / "run")
+    assert "damaged" in line
+
+
+def test_a_search_that_reads_one_row_at_a_time(corpus, refused):
+    for flags in ("--batch_size 1", "--small_batch_size 1"):
+        (line,) = refused(train_search, "--data", corpus, *SMALL, *flags.split())
+        assert "at least 2 rows" in line
 
 
 def test_checkpoints_that_cannot_be_evaluated(corpus, refused, tmp_path, capsys):

@@ -115,7 +115,7 @@ def test_real_corpus_with_one_changed_byte_is_refused(real, tmp_path):
 
 
 def test_read_split_of_a_real_corpus_is_the_corpus(real):
-    ids = data.read_split(real.name, "valid", real.corpus.words, real.root)
+    ids, _ = data.read_split(real.name, "valid", real.corpus.words, real.root)
     assert ids.dtype == torch.int64 and ids.equal(real.corpus.valid)
 
 
@@ -161,12 +161,12 @@ def test_no_unk_is_added_where_nothing_is_unknown(tmp_path):
 def test_read_split_uses_the_given_vocabulary(tmp_path):
     folder = write_folder(tmp_path, **TEXTS)
     words = ["<unk>", "mat", "<eos>", "the"]
-    assert data.read_split(str(folder), "test", words).tolist() == [3, 1, 0, 2]
+    assert data.read_split(str(folder), "test", words)[0].tolist() == [3, 1, 0, 2]
 
 
 def test_read_split_reads_no_other_split(tmp_path):
     folder = write_folder(tmp_path, test=TEXTS["test"])
-    assert len(data.read_split(str(folder), "test", ["<unk>"])) == 4
+    assert len(data.read_split(str(folder), "test", ["<unk>"])[0]) == 4
 
 
 def test_read_split_refuses_unknown_words_where_there_is_no_unk(tmp_path):
@@ -488,7 +488,9 @@ def test_builtin_counts_what_became_unk_in_valid_and_test(builtin):
 
 @pytest.mark.parametrize("split", data.SPLITS)
 def test_read_split_of_builtin_is_the_corpus(builtin, split):
-    assert data.read_split("builtin", split, builtin.words).equal(getattr(builtin, split))
+    ids, sha256 = data.read_split("builtin", split, builtin.words)
+    assert ids.equal(getattr(builtin, split))
+    assert sha256 == builtin.sha256[split]
 
 
 # --- batches ---

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import recurrence
 from dropout import Masks, Rates, draw_mask
 from genotypes import DARTS_V1
 from objective import accumulate_gradients, evaluate, losses, scaled_lr, small_batch_losses
@@ -46,15 +47,27 @@ def test_a_single_time_step_has_no_temporal_term():
     assert found.total.item() == pytest.approx(found.nll.item())
 
 
-def test_masks_are_where_they_belong():
-    """Each rate set alone changes the output; none of them set, the masks are empty and nothing is dropped."""
-    for name in Rates._fields:
-        model = tiny.discrete_model(DARTS_V1, Rates(**{name: 0.5}))
-        batch = tiny.batch(model, 3)
-        assert sum(mask is not None for mask in batch.masks) == 1
-        clean, dropped = losses(model, batch._replace(masks=Masks())), losses(model, batch)
-        assert clean.nll != dropped.nll, name
-    assert all(mask is None for mask in tiny.discrete_model(DARTS_V1, Rates()).draw_masks(4))
+@pytest.mark.parametrize(
+    ("rate", "mask"),
+    [("dropout", "output"), ("dropouth", "hidden"), ("dropoutx", "x"), ("dropouti", "embedding"), ("dropoute", "word")],
+)
+def test_each_rate_draws_its_own_mask(rate, mask):
+    masks = tiny.discrete_model(DARTS_V1, Rates(**{rate: 0.5})).draw_masks(4)
+    assert {name for name, value in masks._asdict().items() if value is not None} == {mask}
+    assert all(value is None for value in tiny.discrete_model(DARTS_V1, Rates()).draw_masks(4))
+
+
+def test_every_mask_acts_at_its_place():
+    """The model is: embed, drop words, drop elements, cell with both of its masks, drop outputs."""
+    model = tiny.discrete_model(DARTS_V1)
+    batch = tiny.batch(model, 3)
+    masks = batch.masks
+    embedded = (model.embedding * masks.word)[batch.x] * masks.embedding
+    cell = model.cell
+    expected = recurrence.discrete(embedded, batch.hidden, cell.W0, cell.Ws, *DARTS_V1, masks.x, masks.hidden)
+    hiddens, outputs = model(batch.x, batch.hidden, masks)
+    torch.testing.assert_close(hiddens, expected)
+    torch.testing.assert_close(outputs, expected * masks.output)
 
 
 def test_a_dropped_word_type_is_dropped_wherever_it_stands():

@@ -1,8 +1,10 @@
 """The two scripts and evaluate.py as a user runs them: whole runs, resumed runs, interrupted runs."""
 
+import contextlib
 import json
 import math
 import os
+import pty
 import random
 import re
 import signal
@@ -196,7 +198,13 @@ def test_two_epochs_and_two_resumed_are_four(script, flags, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("script", "flags"), [("train_search.py", ["--unrolled"]), ("train.py", [])])
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train_search.py", ["--unrolled"]),
+        ("train.py", ["--arch", "DARTS_V1", "--nonmono", 1, "--lr", 20, "--alpha", 0.1]),
+    ],
+)
 def test_an_interrupted_run_saves_and_goes_on_where_it_was(script, flags, number, corpus, tmp_path):
     start = ["--data", corpus, *SIZES.split(), "--epochs", 3, "--log_interval", 1, *flags]
     run(script, *start, "--save", tmp_path / "whole")
@@ -252,12 +260,35 @@ def test_help_names_every_flag_of_the_contract():
         text = run(script, "--help").stdout
         assert [flag for flag in [*both, *more.split()] if f"--{flag}" not in text] == []
         assert "None" not in text
+        for flag in ("alpha ALPHA", "dropoute DROPOUTE", "bptt_std BPTT_STD", "seed SEED"):  # zeros are shown too
+            assert re.search(rf"--{flag}[^-]*?\(default: [\d.]+\)", text), flag
 
 
 def test_a_run_that_diverges_ends_with_one_line(corpus, tmp_path):
-    done = train(corpus, tmp_path / "run", "--lr", 1e38, "--clip", 1e30, code=1)
-    assert done.stderr.count("\n") == 1
-    assert "lower --lr" in done.stderr
+    for script, log_interval in ((train, 5), (search, 1000)):
+        folder = tmp_path / script.__name__
+        done = script(corpus, folder, "--lr", 1e38, "--clip", 1e30, "--log_interval", log_interval, code=1)
+        assert done.stderr.count("\n") == 1
+        assert "lower --lr" in done.stderr
+        assert not (folder / "genotype.json").exists()  # NaN says nothing about a cell
+
+
+def test_a_terminal_shows_a_bar_and_the_log_does_not(corpus, tmp_path):
+    """Loss, perplexity, learning rate, speed and the time left, once the first second is over."""
+    folder = tmp_path / "run"
+    flags = ["--data", corpus, "--save", folder, *SIZES.split(), "--epochs", 40, "--log_interval", 10**6]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(COLUMNS="200", TERM="xterm")
+        os.execv(sys.executable, command("train.py", flags))
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error, not an end of file
+        while block := os.read(terminal, 4096):
+            shown += block
+    assert os.waitpid(pid, 0)[1] == 0
+    assert re.search(rb"epoch \d+/40: .*tok/s, loss \d\.\d+, ppl \d+\.\d, lr [\d.]+\]", shown)
+    assert re.search(rb"\[00:\d\d<00:\d\d", shown)
+    assert not re.search(r"[\r\x1b]|tok/s, loss", (folder / "log.txt").read_text())
 
 
 def test_the_search_steps_over_full_validation_segments(monkeypatch, corpus, tmp_path):
@@ -265,19 +296,33 @@ def test_the_search_steps_over_full_validation_segments(monkeypatch, corpus, tmp
     import train_search
     from architect import Architect
 
-    sizes, wraps = [], 0
+    sizes, continued, wraps, hidden = [], [], 0, None
+    accumulate = train_search.accumulate_gradients
 
     class Spy(Architect):
         def step(self, train, valid, eta):
             nonlocal wraps
             sizes.append((train.x.shape, valid.x.shape))
             wraps += not valid.hidden.any()
+            assert eta == pytest.approx(len(train.x) / 8)  # lr 1, bptt 8
+            # the text goes on from where the weight step before it ended, or from zeros in a new epoch
+            if train.hidden.any():
+                assert torch.equal(train.hidden, hidden)
+                continued.append(len(sizes))
             return super().step(train, valid, eta)
+
+    def keep(*arguments):
+        nonlocal hidden
+        nll, hidden = accumulate(*arguments)
+        return nll, hidden
+
+    monkeypatch.setattr(train_search, "accumulate_gradients", keep)
 
     monkeypatch.setattr(train_search, "Architect", Spy)
     flags = f"--data {corpus} --save {tmp_path / 'run'} --epochs 3 {SIZES}"
     assert train_search.main(flags.split()) == 0
     assert len(sizes) > 40
+    assert len(continued) == len(sizes) - 3  # all but the first of each epoch
     assert all(a == b for a, b in sizes)
     assert 2 < wraps < len(sizes) / 2  # the state starts anew when the text does, and not oftener
     assert os.path.exists(tmp_path / "run" / "result.json")

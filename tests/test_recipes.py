@@ -1,0 +1,52 @@
+"""Defaults and recipe scripts hold the published settings (the paper's appendix A, its repository's flags)."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import train
+import train_search
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+SHARED = {
+    "data": "penn", "bptt": 35, "max_seq_len_delta": 20, "lr": 20.0, "clip": 0.25, "dropout": 0.75, "dropouth": 0.25,
+    "dropoutx": 0.75, "dropouti": 0.2, "alpha": 0.0, "beta": 1e-3, "device": "auto", "resume": False,
+}  # fmt: skip
+SEARCH = {
+    **SHARED, "emsize": 300, "batch_size": 256, "epochs": 50, "dropoute": 0.0, "wdecay": 5e-7, "seed": 3,
+    "log_interval": 50, "bptt_std": 0.0, "arch_lr": 3e-3, "arch_wdecay": 1e-3, "unrolled": False,
+    "search_split": "valid",
+}  # fmt: skip
+RETRAIN = {
+    **SHARED, "emsize": 850, "batch_size": 64, "epochs": 8000, "dropoute": 0.1, "wdecay": 8e-7, "seed": 1267,
+    "log_interval": 200, "bptt_std": 5.0, "nonmono": 5, "arch": "DARTS",
+}  # fmt: skip
+WT2 = {"data": "wikitext-2", "emsize": 700, "dropouth": 0.15, "wdecay": 5e-7}
+
+
+def differences(found, expected):
+    return {name: getattr(found, name) for name, value in expected.items() if getattr(found, name) != value}
+
+
+@pytest.mark.parametrize(("script", "expected"), [(train_search, SEARCH), (train, RETRAIN)])
+def test_the_defaults_are_the_published_ones(script, expected):
+    assert differences(script.build_parser().parse_args([]), expected) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "expected"),
+    [
+        ("search_ptb.sh", train_search, {**SEARCH, "unrolled": True}),
+        ("search_wt2.sh", train_search, {**SEARCH, "unrolled": True, "data": "wikitext-2"}),
+        ("train_ptb.sh", train, RETRAIN),
+        ("train_wt2.sh", train, {**RETRAIN, **WT2}),
+    ],
+)
+def test_the_recipes_give_the_published_settings(name, script, expected):
+    text = (SCRIPTS / name).read_text()
+    flags = re.findall(r"^  (--.*) \\$", text, re.M)
+    assert f"{script.__name__}.py" in text
+    assert len(flags) > 10
+    found = script.build_parser().parse_args(" ".join(flags).split())
+    assert differences(found, expected) == {}

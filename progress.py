@@ -69,7 +69,7 @@ class Progress:
     def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
         """Log the epoch's training loss and the validation loss, and go on to the next epoch."""
         loss, valid_ppl = self.checked(self.whole), perplexity(valid_loss)
-        if not math.isfinite(valid_loss):
+        if not math.isfinite(valid_ppl):
             raise RunError(f"the validation loss is {valid_loss} after epoch {self.epoch}; {ADVICE}")
         seconds = self.elapsed()
         left = seconds / self.epoch * (self.epochs - self.epoch)
@@ -86,8 +86,9 @@ class Progress:
         self.epoch, self.row = self.epoch + 1, 0
 
     def checked(self, sums: "Sum") -> float:
+        """The mean, if it still is a loss that words can have."""
         loss = sums.mean()
-        if not math.isfinite(loss):
+        if not math.isfinite(perplexity(loss)):
             raise RunError(f"the training loss is {loss} at step {self.step}; {ADVICE}")
         return loss
 
@@ -148,4 +149,4 @@ class Sum:
 
 def perplexity(loss: float) -> float:
     """exp of a loss in nats, infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(loss) if not loss > 700 else math.inf

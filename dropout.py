@@ -2,7 +2,8 @@
 
 A mask is a tensor of zeros and 1 / (1 - p), drawn for one batch and applied to every time step of it. The
 masks of a batch are an explicit value, `Masks`, so that several passes over the same batch can share them:
-without that, a difference between two passes measures the masks and not the weights (see architect.py).
+without that, a difference between two passes measures the masks and not the weights (see architect.py). The
+active set of relu is held in the same way where such a difference is taken.
 """
 
 from typing import NamedTuple
@@ -21,19 +22,42 @@ class Rates(NamedTuple):
     dropoute: float = 0.0  # word embeddings, whole word types
 
 
+class HeldRelu:
+    """relu whose active set is that of the first pass, in every later pass over the same batch.
+
+    Between two nearby sets of weights a few of the millions of activations cross relu's kink; each makes the
+    gradient jump, and a difference of gradients measures those jumps. With the active set held, the network
+    is smooth in its weights, and where the set was taken it has the same derivatives of every order.
+    """
+
+    def __init__(self):
+        self.active: dict[tuple[int, int], Tensor] = {}  # by time step and node, (i, B, H) of bool
+        self.parts: dict[tuple[int, int], HeldRelu] = {}  # of small batches
+
+    def __call__(self, u: Tensor, place: tuple[int, int]) -> Tensor:
+        if place not in self.active:
+            self.active[place] = u.detach() > 0
+        return u * self.active[place]
+
+    def rows(self, start: int, stop: int) -> "HeldRelu":
+        """The one for batch rows start..stop-1."""
+        return self.parts.setdefault((start, stop), HeldRelu())
+
+
 class Masks(NamedTuple):
-    """The masks of one batch, None where nothing is dropped."""
+    """What is held over every pass over one batch; None where nothing is dropped, or relu is free."""
 
     word: Tensor | None = None  # (V, 1)
     embedding: Tensor | None = None  # (B, E)
     x: Tensor | None = None  # (B, E)
     hidden: Tensor | None = None  # (B, H)
     output: Tensor | None = None  # (B, H)
+    relu: HeldRelu | None = None
 
     def rows(self, start: int, stop: int) -> "Masks":
         """The masks of batch rows start..stop-1; the word types dropped are the whole batch's."""
-        per_row = (None if mask is None else mask[start:stop] for mask in self[1:])
-        return Masks(self.word, *per_row)
+        per_row = (None if mask is None else mask[start:stop] for mask in self[1:-1])
+        return Masks(self.word, *per_row, relu=None if self.relu is None else self.relu.rows(start, stop))
 
 
 def drop(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ class DARTSCellSearch(nn.Module):
     def forward(self, x: Tensor, hidden: Tensor, masks: Masks) -> Tensor:
         """x (T, B, E), hidden (B, H) -> hidden states (T, B, H)."""
         probs = self.alphas.softmax(dim=-1)  # (N(N+1)/2, K)
-        return recurrence.relaxed(x, hidden, self.W0, self.Ws, probs, masks.x, masks.hidden)
+        return recurrence.relaxed(x, hidden, self.W0, self.Ws, probs, masks.x, masks.hidden, masks.relu)
 
 
 class RNNModelSearch(RNNModel):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dropout import drop
+from dropout import HeldRelu, drop
 
 BN_EPS = 1e-5
 ACTIVATIONS = {
@@ -19,7 +19,7 @@ ACTIVATIONS = {
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
     "identity": lambda h: h,
-}  # in the order of the columns 1..K-1 of the architecture parameters; column 0 is `none`
+}
 
 
 def normalise(s: Tensor) -> Tensor:
@@ -51,6 +51,7 @@ def relaxed(
     probs: Tensor,
     x_mask: Tensor | None = None,
     h_mask: Tensor | None = None,
+    held_relu: HeldRelu | None = None,
 ) -> Tensor:
     """Hidden states (T, B, H) of the continuous relaxation (DARTS, section 2.2 and 3.1.2).
 
@@ -66,13 +67,15 @@ def relaxed(
     W0_h = W0[x.size(-1) :]
     rows = probs.split(list(range(1, len(Ws) + 1)))  # N times (i, K)
     h, hiddens = h0, []
-    for xW in cell_inputs(x, W0, x_mask):
+    for t, xW in enumerate(cell_inputs(x, W0, x_mask)):
         states = [normalise(initial_state(xW, h, W0_h, h_mask))]
         for W, p in zip(Ws, rows, strict=True):
             s = torch.stack(states)  # (i, B, H)
             c, u = (drop(s, h_mask) @ W).chunk(2, dim=-1)  # (i, B, H) each
             p = p[:, 1:, None, None]  # (i, K-1, 1, 1)
-            mixed = sum(p[:, k] * f(u) for k, f in enumerate(ACTIVATIONS.values()))  # (i, B, H)
+            relu = torch.relu(u) if held_relu is None else held_relu(u, (t, len(states)))
+            activations = (torch.tanh(u), relu, torch.sigmoid(u), u)  # (i, B, H) each, in the order of PRIMITIVES
+            mixed = sum(p[:, k] * f for k, f in enumerate(activations))  # (i, B, H)
             kept = p.sum(1) * s  # (i, B, H)
             states.append(normalise((kept + torch.sigmoid(c) * (mixed - kept)).sum(0)))
         h = sum(states[1:]) / len(Ws)  # (B, H)

@@ -20,7 +20,7 @@ import options
 import start
 from architect import RADIUS, Architect
 from data import Corpus, Cursor, batchify, get_batch, segments
-from dropout import Rates
+from dropout import HeldRelu, Rates
 from genotypes import to_json
 from model_search import RNNModelSearch
 from objective import VALID_ROWS, Batch, accumulate_gradients, evaluate, scaled_lr, small_batch_losses
@@ -46,8 +46,8 @@ def build_parser() -> options.Parser:
     )
     search.add_argument(
         "--hessian",
-        choices=("finite", "exact"),
-        default="finite",
+        choices=("exact", "finite"),
+        default="exact",
         help="with --unrolled, the product with the mixed second derivative: a central difference at "
         f"radius {RADIUS}, or exact by differentiating twice",
     )
@@ -159,8 +159,9 @@ def main(argv: list[str] | None = None) -> int:
                 if wrapped:
                     hidden_valid = model.initial_hidden(args.batch_size)
                 with scaled_lr(optimizer, seq_len / args.bptt) as eta:
+                    held = model.draw_masks(args.batch_size)._replace(relu=HeldRelu())  # over every pass
                     hidden_valid = architect.step(
-                        train=Batch(x, y, hidden, model.draw_masks(args.batch_size)),
+                        train=Batch(x, y, hidden, held),
                         valid=Batch(xv, yv, hidden_valid, model.draw_masks(args.batch_size)),
                         eta=eta,
                     )

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 from architect import RADIUS, Architect
 from data import Cursor, batchify, load_corpus
-from dropout import Rates
+from dropout import HeldRelu, Rates
 from model_search import RNNModelSearch
 from objective import Batch, small_batch_losses
 
-RADII = [RADIUS / 4, RADIUS / 2, RADIUS, 2 * RADIUS, 4 * RADIUS]
+RADII = [RADIUS / 3, RADIUS, 3 * RADIUS, 10 * RADIUS]
 
 
 class Agreement:
@@ -53,7 +53,7 @@ class Agreement:
         for n, cursor in enumerate(self.cursors):
             x, y, _ = cursor.take(self.flags.bptt)
             masks = self.model.draw_masks(self.flags.batch_size)
-            taken.append(Batch(x, y, self.hiddens[n], masks))
+            taken.append(Batch(x, y, self.hiddens[n], masks._replace(relu=HeldRelu() if n == 0 else None)))
             with torch.no_grad():
                 self.hiddens[n] = self.model(x, self.hiddens[n], masks)[0][-1]
         return taken

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 import train_search
 from architect import Architect, clip_coefficient, moved
+from dropout import HeldRelu
 from objective import losses, small_batch_losses
 
 ETA, CLIP, WDECAY, AR, TAR = 0.7, 0.25, 1e-2, 0.4, 0.9
@@ -126,6 +127,33 @@ def test_finite_approaches_exact_as_the_radius_shrinks(model, batches):
     assert errors[0] > errors[1] > errors[2]
 
 
+def test_with_relu_held_a_wide_difference_does_not_see_its_kinks(model, batches):
+    """The error is of second order in the radius, as for a smooth function; with relu free it is not."""
+    train, valid = batches
+    exact = architect(model).gradient(train, valid, ETA)[1]
+
+    def error(relu, radius):
+        held = train._replace(masks=train.masks._replace(relu=relu))
+        found = architect(model, "finite", radius=radius).gradient(held, valid, ETA)[1]
+        return ((found - exact).norm() / exact.norm()).item()
+
+    wide, narrow = (error(HeldRelu(), radius) for radius in (1e-2, 1e-3))
+    assert narrow < 1e-4
+    assert 50 < wide / narrow < 200
+    assert error(None, 1e-2) > 10 * wide
+
+
+@pytest.mark.parametrize("small", [tiny.B, tiny.B // 2])
+def test_held_relu_changes_no_value_where_it_was_taken(model, batches, small):
+    held = batches[0]._replace(masks=batches[0].masks._replace(relu=HeldRelu()))
+    weights = model.weights()
+    for _ in range(2):  # the pass that takes the active set, and one that holds it
+        for free, fixed in zip(*(small_batch_losses(model, b, small) for b in (batches[0], held)), strict=True):
+            assert torch.equal(free.total, fixed.total)
+            pairs = zip(*(torch.autograd.grad(loss.total, weights) for loss in (free, fixed)), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("hessian", ["finite", "exact"])
 def test_one_set_of_masks_serves_every_pass(model, batches, hessian):
     """Trap: fresh dropout masks in each of the passes. Here no pass draws anything."""
@@ -238,7 +266,7 @@ def test_small_batches_give_one_alpha_step_from_the_summed_gradient(model, batch
     train, valid = (
         b._replace(
             x=b.x[:, :3].repeat(1, 2), y=b.y[:, :3].repeat(1, 2), hidden=b.hidden[:3].repeat(2, 1),
-            masks=type(b.masks)(b.masks.word, *(m[:3].repeat(2, 1) for m in b.masks[1:])),
+            masks=type(b.masks)(b.masks.word, *(m[:3].repeat(2, 1) for m in b.masks[1:-1])),
         )
         for b in batches
     )  # fmt: skip

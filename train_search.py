@@ -46,10 +46,12 @@ def build_parser() -> options.Parser:
     )
     search.add_argument(
         "--hessian",
-        choices=("exact", "finite"),
-        default="exact",
-        help="with --unrolled, the product with the mixed second derivative: a central difference at "
-        f"radius {RADIUS}, or exact by differentiating twice",
+        choices=("finite", "exact"),
+        default="finite",
+        help="with --unrolled, how the product with the mixed second derivative is formed: by a central difference "
+        f"at radius {RADIUS:g} with relu's active set held, or exact by differentiating twice. Over 20 batches of "
+        "Penn Treebank the cosine of the two has a median of 1.0000 and a lowest value of 0.997; finite takes 0.6 "
+        "of the time and, at the default sizes, half of the memory (benchmarks/hessian.py)",
     )
     search.add_argument(
         "--search_split",

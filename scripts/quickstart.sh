@@ -17,7 +17,7 @@ echo "== searching (unrolled) in $out/search"
 for cell in "found $out/search" "random random:0" "published DARTS"; do
   read -r name arch <<<"$cell"
   echo "== retraining the $name cell in $out/$name"
-  .venv/bin/python train.py "${common[@]}" --arch "$arch" --epochs 8 --log_interval 60 --save "$out/$name"
+  .venv/bin/python train.py "${common[@]}" --arch "$arch" --epochs 12 --log_interval 60 --save "$out/$name"
 done
 
 .venv/bin/python scripts/summary.py "$out"/{found,random,published}

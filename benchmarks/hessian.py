@@ -1,7 +1,7 @@
 """How well the finite difference of the unrolled step agrees with the exact product, on a model that has learned.
 
     python train_search.py --data penn --unrolled --emsize 100 --batch_size 64 --lr 5 --epochs 1 --save runs/mine
-    python benchmarks/hessian.py runs/mine                     # 4 minutes on 2 CPU cores
+    python benchmarks/hessian.py runs/mine                     # 5 minutes on a CPU core
 
 For a number of batches forms the implicit part of the alphas' gradient exactly and by a central difference at
 several radii, all on one set of dropout masks, at the flags of the run. Prints for each radius the median and

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests that are too long for every commit: agreement of the finite and the exact product on Penn Treebank.
-# Cost: 15 minutes on 2 cores. Penn Treebank must lie in corpora/penn.
+# Cost: about 25 minutes on 2 cores. Penn Treebank must lie in corpora/penn.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

@@ -46,6 +46,14 @@ class ASGD(torch.optim.ASGD):
                     state["eta"].fill_(group["lr"])
         return super().step(closure)
 
+    def load_state_dict(self, state: dict) -> None:
+        """Of a run on any device: where torch keeps its counters depends on where the weights are now."""
+        groups = [
+            {**old, "capturable": new["capturable"]}
+            for old, new in zip(state["param_groups"], self.param_groups, strict=True)
+        ]
+        super().load_state_dict({**state, "param_groups": groups})
+
 
 def averaging_sgd(weights: list[Tensor], lr: float, wdecay: float) -> ASGD:
     """SGD that averages from its first step on."""

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from averaging import ASGD, NonMonotonicTrigger, averaged, saved_average
+from averaging import ASGD, NonMonotonicTrigger, averaged, averaging_sgd, saved_average
 from objective import scaled_lr
 
 
@@ -54,6 +54,22 @@ def test_the_average_is_evaluated_and_the_raw_weights_come_back():
         raise ZeroDivisionError
     assert torch.equal(w.detach(), path[-1])
     torch.testing.assert_close(saved_average(optimizer.state_dict())[0], mean)
+
+
+def test_the_state_of_a_run_on_a_gpu_goes_on_without_one():
+    """There torch's counters live beside the weights ("capturable"), here they must not."""
+    ends = []
+    for capturable in (False, True):
+        w = torch.nn.Parameter(torch.ones(2))
+        optimizer = averaging_sgd([w], lr=0.5, wdecay=0.0)
+        list(descend(optimizer, w, torch.ones(3, 2).unbind(), [1.0] * 3))
+        state = optimizer.state_dict()
+        state["param_groups"][0]["capturable"] = capturable
+        other = averaging_sgd([w], lr=0.5, wdecay=0.0)
+        other.load_state_dict(state)
+        ends.append(list(descend(other, w, torch.ones(3, 2).unbind(), [1.0] * 3))[-1])
+        assert other.state[w]["step"] == 6
+    assert torch.equal(*ends)
 
 
 def test_plain_sgd_has_no_average():

@@ -31,7 +31,7 @@ UNREADABLE = (
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read; the message is one line for a person."""
+    """A checkpoint that cannot be read or written; the message is one line for a person."""
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -43,6 +43,8 @@ def save(state: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        raise CheckpointError(f"{path}: cannot be written ({error.__context__ or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -239,7 +239,7 @@ def run_faults(args: argparse.Namespace) -> list[str]:
             faults.append(f"--save {folder}: {there} is a file; name a directory")
         elif not os.access(there, os.W_OK | os.X_OK):
             faults.append(f"--save {folder}: {there} cannot be written to; take another")
-        elif not args.resume and there == folder and any(folder.iterdir()):
+        elif not args.resume and there == folder and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
             faults.append(f"--save {folder}: holds files already; add --resume to continue a run, or take another")
     except OSError as error:  # a folder that may not be looked into, or a name that no folder can have
         faults.append(f"--save {folder}: cannot be used ({error.strerror})")

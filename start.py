@@ -157,10 +157,10 @@ def run_script(main: Callable[[], int]) -> int:
     try:
         return main()
     except (RunError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted; the last checkpoint stands", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 1

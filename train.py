@@ -156,7 +156,9 @@ def main(argv: list[str] | None = None) -> int:
             if stop.requested:
                 return run.interrupted(parser.prog)
 
-    model.load_state_dict(checkpoint.load(run.folder / "best.pt")["model"])
+    chosen = checkpoint.load(run.folder / "best.pt")
+    model.load_state_dict(chosen["model"])
+    best = chosen["best"]
     test_ppl = perplexity(evaluate(model, test, args.bptt, "test"))
     run.write("result.json", {
         "kind": "train", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),

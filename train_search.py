@@ -51,7 +51,7 @@ def build_parser() -> options.Parser:
         help="with --unrolled, how the product with the mixed second derivative is formed: by a central difference "
         f"at radius {RADIUS:g} with relu's active set held, or exact by differentiating twice. Over 20 batches of "
         "Penn Treebank the cosine of the two has a median of 1.0000 and a lowest value of 0.997; finite takes 0.6 "
-        "of the time and, at the default sizes, half of the memory (benchmarks/hessian.py)",
+        "of the time (benchmarks/hessian.py) and half of the memory",
     )
     search.add_argument(
         "--search_split",
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     })  # fmt: skip
     run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | test ppl {test_ppl:.2f}")
     run.log(f"found {genotype}")
-    run.log(f"retrain it with: python train.py --arch {quote(str(run.folder))}")
+    run.log(f"retrain it with: python train.py --data {quote(args.data)} --arch {quote(str(run.folder))}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """How well the finite difference of the unrolled step agrees with the exact product, on a model that has learned.
 
-    python train_search.py --data penn --unrolled --emsize 100 --batch_size 64 --lr 5 --epochs 1 --save runs/mine
+    python train_search.py --data penn --unrolled --emsize 100 --batch_size 64 --lr 5 --dropout 0.3 --dropoutx 0.3 \\
+        --dropouth 0.1 --dropouti 0.1 --epochs 1 --save runs/mine
     python benchmarks/hessian.py runs/mine                     # 5 minutes on a CPU core
 
 For a number of batches forms the implicit part of the alphas' gradient exactly and by a central difference at
@@ -20,11 +21,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
+import start
 from architect import RADIUS, Architect
 from data import Cursor, batchify, load_corpus
 from dropout import HeldRelu, Rates
 from model_search import RNNModelSearch
 from objective import Batch, small_batch_losses
+from train_search import search_texts
 
 RADII = [RADIUS / 3, RADIUS, 3 * RADIUS, 10 * RADIUS]
 
@@ -34,12 +37,14 @@ class Agreement:
 
     def __init__(self, folder: Path):
         saved = checkpoint.load(folder / "last.pt")
+        if saved["kind"] != "search":
+            raise checkpoint.CheckpointError(f"{folder}: not a search run")
         self.flags = flags = argparse.Namespace(**saved["flags"])
         rates = Rates(*(getattr(flags, name) for name in Rates._fields))
         self.model = RNNModelSearch(len(saved["words"]), flags.emsize, rates)
         self.model.load_state_dict(saved["model"])
         corpus = load_corpus(flags.data)
-        self.cursors = [Cursor(batchify(ids, flags.batch_size)) for ids in (corpus.train, corpus.valid)]
+        self.cursors = [Cursor(batchify(ids, flags.batch_size)) for ids in search_texts(corpus, flags.search_split)]
         self.hiddens = [self.model.initial_hidden(flags.batch_size)] * 2  # (B, H) each
         valid_loss = partial(small_batch_losses, self.model, small_batch_size=flags.small_batch_size)
         train_loss = partial(valid_loss, alpha=flags.alpha, beta=flags.beta)
@@ -80,7 +85,7 @@ class Agreement:
         return found, seconds
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory of a search run")
     parser.add_argument("--batches", type=int, default=20)
@@ -96,7 +101,8 @@ def main() -> None:
         print(f"{radius:>8g}{median(values):>16.5f}{min(values):>10.5f}")
     exact, finite = (median(seconds[kind]) for kind in ("exact", "finite"))
     print(f"alpha gradient: exact {exact:.2f} s, finite {finite:.2f} s, ratio {exact / finite:.2f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(start.run_script(main))

@@ -1,7 +1,7 @@
 # Sourced by the other scripts: which Python they run, and what is installed for it.
 
 python_with() { # python_with REQUIREMENTS: makes or updates .venv, prints nothing when there is nothing to do
-  if [ ! -x .venv/bin/python ]; then
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     "${PYTHON:-python3}" -m venv .venv || {
       echo "cannot make .venv: install Python's venv module (on Debian and Ubuntu: apt install python3-venv)" >&2
       exit 1
@@ -15,12 +15,14 @@ python_with() { # python_with REQUIREMENTS: makes or updates .venv, prints nothi
   fi
 }
 
-find_python() { # prints the Python to run with: $PYTHON, the one in .venv, or the system's
-  if [ -n "${PYTHON:-}" ]; then
-    echo "$PYTHON"
-  elif [ -x .venv/bin/python ]; then
-    echo .venv/bin/python
-  else
-    echo python3
+run_python() { # runs a script with $PYTHON, the Python in .venv, or the system's
+  local python=${PYTHON:-python3}
+  if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
+    python=.venv/bin/python
   fi
+  "$python" -c "import torch" 2>/dev/null || {
+    echo "$python has no PyTorch: run scripts/quickstart.sh first, or name another with PYTHON=..." >&2
+    exit 1
+  }
+  exec "$python" "$@"
 }

@@ -3,7 +3,7 @@
 # and the published one under the same budget. Needs no network after the install.
 # Cost: 5 minutes on 2 CPU cores after the install.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh
 python_with requirements.txt
 

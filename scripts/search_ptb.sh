@@ -2,10 +2,11 @@
 # Search a cell on Penn Treebank, second order, at the published settings.
 # Cost: 50 epochs. The published code took 4 h 21 min on a V100 (Liu et al. report 6 h on a 1080Ti).
 # Extra flags are passed on: scripts/search_ptb.sh --seed 0 --save runs/ptb-0
+# To go on after an interruption: python train_search.py --resume --save RUN
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh
-exec "$(find_python)" train_search.py \
+run_python train_search.py \
   --data penn \
   --unrolled \
   --epochs 50 \

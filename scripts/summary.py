@@ -3,6 +3,7 @@
 python scripts/summary.py runs/one runs/another
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import load_corpus
 from genotypes import from_json
 from progress import perplexity
+from start import run_script
 
 
 def unigram_perplexity(train: torch.Tensor, test: torch.Tensor, words: int) -> float:
@@ -22,21 +24,26 @@ def unigram_perplexity(train: torch.Tensor, test: torch.Tensor, words: int) -> f
     return perplexity(-(counts / counts.sum()).log()[test].mean().item())
 
 
-def main(folders: list[str]) -> None:
-    results = {folder: json.loads(Path(folder, "result.json").read_text()) for folder in folders}
-    config = json.loads(Path(folders[0], "config.json").read_text())
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of finished runs of train.py on one corpus")
+    folders = parser.parse_args().runs
+    results = {folder: json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in folders}
+    config = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
     corpus = load_corpus(config["flags"]["data"])
     unigram = unigram_perplexity(corpus.train, corpus.test, len(corpus.words))
 
     print(f"\n{'cell':<12}{'valid ppl':>10}{'test ppl':>10}   run")
     for folder, result in results.items():
-        print(f"{Path(folder).name:<12}{result['valid_ppl']:>10.2f}{result['test_ppl']:>10.2f}   {folder}")
+        print(f"{folder.name:<12}{result['valid_ppl']:>10.2f}{result['test_ppl']:>10.2f}   {folder}")
     print(f"{'no context':<12}{'':>10}{unigram:>10.2f}   (unigram model)")
 
     folder, result = next(iter(results.items()))
-    print(f"\nThe {Path(folder).name} cell's test perplexity is {unigram / result['test_ppl']:.1f} times lower than"
-          f" without context. It is\n{from_json(result['genotype'])}")  # fmt: skip
+    factor = unigram / result["test_ppl"]
+    print(f"\nThe {folder.name} cell's test perplexity is {factor:.1f} times lower than without context. It is")
+    print(from_json(result["genotype"]))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_script(main))

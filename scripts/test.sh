@@ -2,7 +2,7 @@
 # Lint and tests, in an environment of their own (.venv), as continuous integration runs them.
 # Cost: about 5 minutes on 2 cores after the install. Arguments go to pytest: scripts/test.sh -k data
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh
 python_with requirements-dev.txt
 .venv/bin/ruff check .

@@ -2,10 +2,11 @@
 # Retrain a cell on WikiText-2 at the published settings; DARTS reaches 71.2 valid, 69.6 test (paper), 33M weights.
 # Cost: up to 8000 epochs of 2.25 times as many steps as train_ptb.sh. Stop it when the validation loss has settled.
 # Extra flags are passed on: scripts/train_wt2.sh --arch runs/search-... --save runs/mine
+# To go on after an interruption: python train.py --resume --save RUN
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh
-exec "$(find_python)" train.py \
+run_python train.py \
   --data wikitext-2 \
   --arch DARTS \
   --epochs 8000 \

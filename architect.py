@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import products_in
+
 RADIUS = 1e-4
 
 
@@ -31,6 +33,8 @@ class Architect:
         alphas: the architecture parameters (N(N+1)/2, K).
         train_loss, valid_loss: batch -> parts of the loss, each with `.total` (scalar to differentiate) and
             `.hidden` (rows of the state to go on from). `train_loss` is the loss of the weight step.
+        product_loss: the same loss as `train_loss` for the mixed product, where it needs another engine: one in
+            full precision for a difference, one that differentiates twice for the exact product.
         clip, wdecay: of the weight step, which the virtual step imitates.
         hessian: None for the first-order step, else "finite" or "exact".
         lr, arch_wdecay: of Adam on the alphas.
@@ -43,6 +47,7 @@ class Architect:
         alphas: Tensor,
         train_loss: Callable[[Any], Iterable],
         valid_loss: Callable[[Any], Iterable],
+        product_loss: Callable[[Any], Iterable] | None = None,
         *,
         clip: float,
         wdecay: float,
@@ -53,6 +58,7 @@ class Architect:
     ):
         self.weights, self.alphas = weights, alphas
         self.train_loss, self.valid_loss = train_loss, valid_loss
+        self.product_loss = product_loss or train_loss
         self.clip, self.wdecay, self.hessian, self.radius = clip, wdecay, hessian, radius
         self.optimizer = torch.optim.Adam([alphas], lr=lr, weight_decay=arch_wdecay)
 
@@ -70,22 +76,32 @@ class Architect:
     def gradient(self, train: Any, valid: Any, eta: float) -> tuple[Tensor, Tensor | None, Tensor]:
         """(direct, implicit, hidden): the gradient is direct - implicit; implicit is None in first order."""
         if self.hessian is None:
-            [direct], hidden = gradients(self.valid_loss(valid), [self.alphas])
+            [direct], hidden = self.gradients(self.valid_loss(valid), [self.alphas])
             return direct, None, hidden
 
-        g, _ = gradients(self.train_loss(train), self.weights)
+        g, _ = self.gradients(self.train_loss(train), self.weights)
         c = clip_coefficient(g, self.clip)
         steps = [-eta * (c * g_i + self.wdecay * w.detach()) for g_i, w in zip(g, self.weights, strict=True)]
         del g
         with moved(self.weights, steps):
-            (direct, *v), hidden = gradients(self.valid_loss(valid), [self.alphas, *self.weights])
+            (direct, *v), hidden = self.gradients(self.valid_loss(valid), [self.alphas, *self.weights])
         product = self.exact_product if self.hessian == "exact" else self.finite_product
         return direct, eta * c * product(train, v), hidden
+
+    def gradients(self, parts: Iterable, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Gradient of the sum of the parts with respect to the inputs alone, and the hidden states (B, H)."""
+        totals, hidden = None, []
+        with only(inputs, of=[*self.weights, self.alphas]):
+            for part in parts:
+                found = torch.autograd.grad(part.total, inputs)
+                totals = list(found) if totals is None else [a.add_(b) for a, b in zip(totals, found, strict=True)]
+                hidden.append(part.hidden)
+        return totals, torch.cat(hidden)
 
     def exact_product(self, train: Any, v: list[Tensor]) -> Tensor:
         """d/d alpha (d/dw L_train . v), shape of the alphas, by differentiating twice."""
         total = torch.zeros_like(self.alphas)
-        for part in self.train_loss(train):
+        for part in self.product_loss(train):
             g = torch.autograd.grad(part.total, self.weights, create_graph=True)
             along = sum((g_i * v_i).sum() for g_i, v_i in zip(g, v, strict=True))
             total += torch.autograd.grad(along, self.alphas)[0]
@@ -96,20 +112,10 @@ class Architect:
         scale = self.radius / total_norm(v)
         ends = []
         for sign in (1, -1):
-            with moved(self.weights, [sign * scale * v_i for v_i in v]):
-                [end], _ = gradients(self.train_loss(train), [self.alphas])
+            with moved(self.weights, [sign * scale * v_i for v_i in v]), products_in("fp32"):
+                [end], _ = self.gradients(self.product_loss(train), [self.alphas])
             ends.append(end)
         return (ends[0] - ends[1]) / (2 * scale)
-
-
-def gradients(parts: Iterable, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Gradient of the sum of the parts with respect to the inputs alone, and the hidden states (B, H)."""
-    totals, hidden = None, []
-    for part in parts:
-        found = torch.autograd.grad(part.total, inputs)
-        totals = list(found) if totals is None else [a.add_(b) for a, b in zip(totals, found, strict=True)]
-        hidden.append(part.hidden)
-    return totals, torch.cat(hidden)
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
@@ -120,6 +126,19 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
 def clip_coefficient(gradient: list[Tensor], clip: float) -> Tensor:
     """What `torch.nn.utils.clip_grad_norm_` multiplies a gradient by: min(1, clip / norm), a scalar tensor."""
     return (clip / (total_norm(gradient) + 1e-6)).clamp(max=1.0)
+
+
+@contextmanager
+def only(inputs: list[Tensor], of: list[Tensor]) -> Iterator[None]:
+    """Of these tensors none but the inputs wants a gradient inside, so that none is formed for nothing."""
+    others = [tensor for tensor in of if not any(tensor is wanted for wanted in inputs)]
+    for tensor in others:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in others:
+            tensor.requires_grad_(True)
 
 
 @contextmanager

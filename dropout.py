@@ -34,10 +34,14 @@ class HeldRelu:
         self.active: dict[tuple[int, int], Tensor] = {}  # by time step and node, (i, B, H) of bool
         self.parts: dict[tuple[int, int], HeldRelu] = {}  # of small batches
 
-    def __call__(self, u: Tensor, place: tuple[int, int]) -> Tensor:
+    def active_set(self, u: Tensor, place: tuple[int, int]) -> Tensor:
+        """Where relu lets through the u (i, B, H) of this place, bool (i, B, H)."""
         if place not in self.active:
             self.active[place] = u.detach() > 0
-        return u * self.active[place]
+        return self.active[place]
+
+    def __call__(self, u: Tensor, place: tuple[int, int]) -> Tensor:
+        return u * self.active_set(u, place)
 
     def rows(self, start: int, stop: int) -> "HeldRelu":
         """The one for batch rows start..stop-1."""

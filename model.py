@@ -4,12 +4,14 @@ Shapes: T time steps, B batch, E embedding, H hidden, V words, N nodes. E = H, s
 the embedding's.
 """
 
+from copy import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import recurrence
 from dropout import Masks, Rates, draw_masks, drop
+from engine import Engine
 from genotypes import Genotype
 
 INITRANGE = 0.04
@@ -24,9 +26,9 @@ class DARTSCell(nn.Module):
         self.genotype = genotype
         self.W0, self.Ws = cell_weights(ninp, nhid, len(genotype.recurrent))
 
-    def forward(self, x: Tensor, hidden: Tensor, masks: Masks) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor, masks: Masks, engine: Engine) -> Tensor:
         """x (T, B, E), hidden (B, H) -> hidden states (T, B, H)."""
-        return recurrence.discrete(x, hidden, self.W0, self.Ws, *self.genotype, masks.x, masks.hidden)
+        return engine.discrete(x, hidden, self.W0, self.Ws, *self.genotype, masks.x, masks.hidden)
 
 
 def cell_weights(ninp: int, nhid: int, nodes: int) -> tuple[nn.Parameter, nn.ParameterList]:
@@ -51,22 +53,27 @@ class RNNModel(nn.Module):
         self.embedding = nn.Parameter(torch.empty(ntoken, nhid).uniform_(-INITRANGE, INITRANGE))  # (V, E)
         self.bias = nn.Parameter(torch.zeros(ntoken))  # (V,)
         self.cell = cell
+        self.engine = Engine()
 
-    def forward(self, x: Tensor, hidden: Tensor, masks: Masks = NO_MASKS) -> tuple[Tensor, Tensor]:
-        """x (T, B) word ids, hidden (B, H) -> hidden states and dropped outputs, (T, B, H) each.
+    def using(self, engine: Engine) -> "RNNModel":
+        """The same parameters behind another engine."""
+        other = copy(self)
+        other.engine = engine
+        return other
+
+    def forward(self, x: Tensor, hidden: Tensor, masks: Masks = NO_MASKS) -> Tensor:
+        """x (T, B) word ids, hidden (B, H) -> hidden states (T, B, H).
 
         The last hidden state, `hiddens[-1]`, is where the next segment starts.
         """
         embedded = F.embedding(x, self.embedding)  # (T, B, E)
         if masks.word is not None:
             embedded = embedded * F.embedding(x, masks.word)  # a dropped word type is dropped wherever it stands
-        hiddens = self.cell(drop(embedded, masks.embedding), hidden, masks)  # (T, B, H)
-        return hiddens, drop(hiddens, masks.output)
+        return self.cell(drop(embedded, masks.embedding), hidden, masks, self.engine)
 
-    def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Mean negative log-likelihood in nats of the words y (T, B) given the outputs (T, B, H)."""
-        logits = F.linear(outputs.flatten(0, 1), self.embedding, self.bias)  # (TB, V)
-        return F.cross_entropy(logits, y.flatten())
+    def nll(self, hiddens: Tensor, y: Tensor, masks: Masks = NO_MASKS) -> Tensor:
+        """Mean negative log-likelihood in nats of the words y (T, B) given the hidden states (T, B, H)."""
+        return self.engine.nll(hiddens, masks.output, self.embedding, self.bias, y)
 
     def draw_masks(self, batch_size: int) -> Masks:
         """New dropout masks for a batch, from torch's global generator."""

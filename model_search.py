@@ -6,8 +6,8 @@ Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives.
 import torch
 from torch import Tensor, nn
 
-import recurrence
 from dropout import Masks, Rates
+from engine import Engine
 from genotypes import PRIMITIVES, STEPS, Genotype
 from model import RNNModel, cell_weights
 
@@ -20,10 +20,12 @@ class DARTSCellSearch(nn.Module):
         self.W0, self.Ws = cell_weights(ninp, nhid, steps)
         self.alphas = nn.Parameter(1e-3 * torch.randn(steps * (steps + 1) // 2, len(PRIMITIVES)))
 
-    def forward(self, x: Tensor, hidden: Tensor, masks: Masks) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor, masks: Masks, engine: Engine) -> Tensor:
         """x (T, B, E), hidden (B, H) -> hidden states (T, B, H)."""
         probs = self.alphas.softmax(dim=-1)  # (N(N+1)/2, K)
-        return recurrence.relaxed(x, hidden, self.W0, self.Ws, probs, masks.x, masks.hidden, masks.relu)
+        # An active set is held for a difference, which is taken in full precision: so is the set.
+        relu = masks.relu if engine.precision == "fp32" else None
+        return engine.relaxed(x, hidden, self.W0, self.Ws, probs, masks.x, masks.hidden, relu)
 
 
 class RNNModelSearch(RNNModel):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import get_batch
-from dropout import Masks
+from dropout import Masks, drop
 
 VALID_ROWS, TEST_ROWS = 10, 1  # the published batch sizes of evaluation
 
@@ -45,10 +45,10 @@ def losses(model, batch: Batch, alpha: float = 0.0, beta: float = 0.0) -> Losses
     AR is alpha times the mean square of the dropped outputs; TAR is beta times the mean squared difference of
     successive hidden states, without dropout, 0 for a single time step.
     """
-    hiddens, outputs = model(batch.x, batch.hidden, batch.masks)  # (T, B, H) each
-    nll = total = model.nll(outputs, batch.y)
+    hiddens = model(batch.x, batch.hidden, batch.masks)  # (T, B, H)
+    nll = total = model.nll(hiddens, batch.y, batch.masks)
     if alpha:
-        total = total + alpha * outputs.square().mean()
+        total = total + alpha * drop(hiddens, batch.masks.output).square().mean()
     if beta and len(hiddens) > 1:
         total = total + beta * (hiddens[1:] - hiddens[:-1]).square().mean()
     return Losses(total, nll.detach(), hiddens[-1].detach())
@@ -107,8 +107,8 @@ def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
     starts = range(0, len(source) - 1, bptt)
     for i in tqdm(starts, desc=f"evaluating on {name}", unit="segment", leave=False, disable=None, dynamic_ncols=True):
         x, y = get_batch(source, i, bptt)  # (T, B)
-        hiddens, outputs = model(x, hidden)  # (T, B, H)
-        total += model.nll(outputs, y).double() * y.numel()
+        hiddens = model(x, hidden)  # (T, B, H)
+        total += model.nll(hiddens, y).double() * y.numel()
         count += y.numel()
         hidden = hiddens[-1]
     return total.item() / count

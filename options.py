@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 
+from engine import ENGINES, PRECISIONS
 from genotypes import GenotypeError, resolve
 from utils import new_folder
 
@@ -137,6 +138,21 @@ def add_shared_flags(
     optimisation.add_argument("--clip", type=float, default=0.25, help="largest norm of the gradient")
     optimisation.add_argument("--epochs", type=int, default=epochs, help="passes over the training text")
 
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="fused",
+        help="fused, compiled at the first steps (cached), or eager, the readable definition; they agree to rounding",
+    )
+    speed.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of matrix products: fp32, tf32 (CUDA) or bf16 (fused), which also halves what is stored; sums, "
+        "normalisation, softmax and optimizer stay in fp32, and so does a finite --hessian",
+    )
+
     run = parser.add_argument_group("run")
     run.add_argument("--save", metavar="DIR", help="run directory (default: runs/KIND-YYYYMMDD-HHMMSS)")
     run.add_argument(
@@ -166,7 +182,8 @@ def complete(args: argparse.Namespace, kind: str) -> None:
 
 def validate(args: argparse.Namespace) -> list[str]:
     """Every fault of the flags, one line each; an empty list if they can be used."""
-    return [*number_faults(args), *size_faults(args), *device_faults(args.device), *run_faults(args)]
+    faults = [*number_faults(args), *size_faults(args), *device_faults(args.device), *run_faults(args)]
+    return faults + precision_faults(args)
 
 
 def number_faults(args: argparse.Namespace) -> list[str]:
@@ -227,6 +244,15 @@ def device_faults(name: str) -> list[str]:
     count = torch.cuda.device_count()
     if int(index or 0) >= count:
         return [f"--device {name}: this machine has {count} CUDA devices; use --device auto or cpu"]
+    return []
+
+
+def precision_faults(args: argparse.Namespace) -> list[str]:
+    """A precision that the engine or the device does not have."""
+    if args.precision == "bf16" and args.engine == "eager":
+        return ["--precision bf16: is for --engine fused; --engine eager computes in fp32 or tf32"]
+    if args.precision == "tf32" and (args.device == "cpu" or not torch.cuda.is_available()):
+        return ["--precision tf32: is for CUDA; on a CPU take fp32 or bf16"]
     return []
 
 

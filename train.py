@@ -20,7 +20,9 @@ import start
 from averaging import NonMonotonicTrigger, averaged, averaging_sgd
 from data import Corpus, batchify, get_batch, segments
 from dropout import Rates
+from engine import Engine
 from genotypes import resolve, to_json
+from kernels import products_in
 from model import retrain_model
 from objective import (
     TEST_ROWS,
@@ -80,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     genotype = resolve(args.arch)
     rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
     model = retrain_model(len(corpus.words), args.emsize, rates, genotype).to(device)
+    model = model.using(Engine(args.engine, args.precision))
     weights = model.weights()
     params = sum(w.numel() for w in weights)
     train_loss = partial(
@@ -121,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         run.log(str(genotype))
         checkpoint.save(state(), run.folder / "last.pt")
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, products_in(args.precision):
         while progress.epoch <= args.epochs:
             lengths = segments(
                 len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row

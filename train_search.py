@@ -21,7 +21,9 @@ import start
 from architect import RADIUS, Architect
 from data import Corpus, Cursor, batchify, get_batch, segments
 from dropout import HeldRelu, Rates
+from engine import Engine
 from genotypes import to_json
+from kernels import products_in
 from model_search import RNNModelSearch
 from objective import VALID_ROWS, Batch, accumulate_gradients, evaluate, scaled_lr, small_batch_losses
 from progress import Progress, perplexity
@@ -109,13 +111,18 @@ def main(argv: list[str] | None = None) -> int:
 
     rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
     model = RNNModelSearch(len(corpus.words), args.emsize, rates).to(device)
+    model = model.using(Engine(args.engine, args.precision))
     weights = model.weights()
     params = sum(w.numel() for w in weights)
     optimizer = torch.optim.SGD(weights, lr=args.lr, weight_decay=args.wdecay)
-    valid_loss = partial(small_batch_losses, model, small_batch_size=args.small_batch_size)
-    train_loss = partial(valid_loss, alpha=args.alpha, beta=args.beta)
+    # A difference of nearby weights needs every digit, the exact product an engine that differentiates twice.
+    precise = model.using(Engine("eager" if args.hessian == "exact" else args.engine))
+    parts = {"small_batch_size": args.small_batch_size}
+    regularised = {**parts, "alpha": args.alpha, "beta": args.beta}
+    valid_loss = partial(small_batch_losses, model, **parts)
+    train_loss, product_loss = (partial(small_batch_losses, m, **regularised) for m in (model, precise))
     architect = Architect(
-        weights, model.alphas, train_loss, valid_loss, clip=args.clip, wdecay=args.wdecay,
+        weights, model.alphas, train_loss, valid_loss, product_loss, clip=args.clip, wdecay=args.wdecay,
         hessian=args.hessian if args.unrolled else None, lr=args.arch_lr, arch_wdecay=args.arch_wdecay,
     )  # fmt: skip
     hidden = hidden_valid = model.initial_hidden(args.batch_size)  # (B, H)
@@ -150,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
                 f" {start.describe(corpus)}")  # fmt: skip
         checkpoint.save(state(), run.folder / "last.pt")
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, products_in(args.precision):
         while progress.epoch <= args.epochs:
             lengths = segments(
                 len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row

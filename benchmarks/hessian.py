@@ -25,6 +25,7 @@ import start
 from architect import RADIUS, Architect
 from data import Cursor, batchify, load_corpus
 from dropout import HeldRelu, Rates
+from engine import Engine
 from model_search import RNNModelSearch
 from objective import Batch, small_batch_losses
 from train_search import search_texts
@@ -41,16 +42,23 @@ class Agreement:
             raise checkpoint.CheckpointError(f"{folder}: not a search run")
         self.flags = flags = argparse.Namespace(**saved["flags"])
         rates = Rates(*(getattr(flags, name) for name in Rates._fields))
-        self.model = RNNModelSearch(len(saved["words"]), flags.emsize, rates)
-        self.model.load_state_dict(saved["model"])
+        model = RNNModelSearch(len(saved["words"]), flags.emsize, rates)
+        model.load_state_dict(saved["model"])
+        self.model = model.using(Engine(flags.engine, flags.precision))
         corpus = load_corpus(flags.data)
         self.cursors = [Cursor(batchify(ids, flags.batch_size)) for ids in search_texts(corpus, flags.search_split)]
         self.hiddens = [self.model.initial_hidden(flags.batch_size)] * 2  # (B, H) each
-        valid_loss = partial(small_batch_losses, self.model, small_batch_size=flags.small_batch_size)
-        train_loss = partial(valid_loss, alpha=flags.alpha, beta=flags.beta)
+        parts = {"small_batch_size": flags.small_batch_size}
+        regularised = {**parts, "alpha": flags.alpha, "beta": flags.beta}
         self.architect = Architect(
-            self.model.weights(), self.model.alphas, train_loss, valid_loss, clip=flags.clip, wdecay=flags.wdecay
-        )
+            model.weights(), model.alphas,
+            partial(small_batch_losses, self.model, **regularised), partial(small_batch_losses, self.model, **parts),
+            clip=flags.clip, wdecay=flags.wdecay,
+        )  # fmt: skip
+        self.product_loss = {  # as in train_search.py
+            hessian: partial(small_batch_losses, model.using(engine), **regularised)
+            for hessian, engine in (("finite", Engine(flags.engine)), ("exact", Engine("eager")))
+        }
 
     def batches(self) -> list[Batch]:
         """The next batch of train and of valid, with fresh masks; the hidden states go on."""
@@ -60,12 +68,13 @@ class Agreement:
             masks = self.model.draw_masks(self.flags.batch_size)
             taken.append(Batch(x, y, self.hiddens[n], masks._replace(relu=HeldRelu() if n == 0 else None)))
             with torch.no_grad():
-                self.hiddens[n] = self.model(x, self.hiddens[n], masks)[0][-1]
+                self.hiddens[n] = self.model(x, self.hiddens[n], masks)[-1]
         return taken
 
     def implicit(self, batches: list[Batch], hessian: str, radius: float = RADIUS) -> tuple[torch.Tensor, float]:
         """The implicit part of the gradient, flat, and the seconds that the whole gradient took."""
         self.architect.hessian, self.architect.radius = hessian, radius
+        self.architect.product_loss = self.product_loss[hessian]
         clock = time.perf_counter()
         _, implicit, _ = self.architect.gradient(*batches, self.flags.lr)
         return implicit.flatten(), time.perf_counter() - clock

@@ -209,8 +209,8 @@ def test_the_search_gives_the_architect_the_loss_of_its_weight_step(monkeypatch,
     seen = {}
 
     class Spy(Architect):
-        def __init__(self, weights, alphas, train_loss, valid_loss, **options):
-            seen.update(train=train_loss, valid=valid_loss, options=options)
+        def __init__(self, weights, alphas, train_loss, valid_loss, product_loss, **options):
+            seen.update(train=train_loss, valid=valid_loss, product=product_loss, options=options)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train_search, "Architect", Spy)
@@ -219,6 +219,7 @@ def test_the_search_gives_the_architect_the_loss_of_its_weight_step(monkeypatch,
         train_search.main([*flags.split(), "--save", str(tmp_path / "run")])
     assert seen["train"].keywords["alpha"] == 0.5
     assert seen["train"].keywords["beta"] == 0.25
+    assert seen["product"].keywords == seen["train"].keywords
     assert not {"alpha", "beta"} & seen["valid"].keywords.keys()
     assert seen["options"]["clip"] == 0.125
     assert seen["options"]["wdecay"] == 0.01

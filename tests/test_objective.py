@@ -27,7 +27,8 @@ def plain_nll(model, outputs, y):
 def test_the_loss_is_nll_and_both_activation_terms():
     model = tiny.discrete_model(DARTS_V1)
     batch = tiny.batch(model, 3)
-    hiddens, outputs = model(batch.x, batch.hidden, batch.masks)
+    hiddens = model(batch.x, batch.hidden, batch.masks)
+    outputs = hiddens * batch.masks.output
     found = losses(model, batch, alpha=0.7, beta=1.3)
     nll = plain_nll(model, outputs, batch.y)
     ar = sum(value**2 for value in outputs.flatten().tolist()) / outputs.numel()
@@ -58,16 +59,17 @@ def test_each_rate_draws_its_own_mask(rate, mask):
 
 
 def test_every_mask_acts_at_its_place():
-    """The model is: embed, drop words, drop elements, cell with both of its masks, drop outputs."""
+    """The model is: embed, drop words, drop elements, cell with both of its masks; then the outputs are dropped."""
     model = tiny.discrete_model(DARTS_V1)
     batch = tiny.batch(model, 3)
     masks = batch.masks
     embedded = (model.embedding * masks.word)[batch.x] * masks.embedding
     cell = model.cell
     expected = recurrence.discrete(embedded, batch.hidden, cell.W0, cell.Ws, *DARTS_V1, masks.x, masks.hidden)
-    hiddens, outputs = model(batch.x, batch.hidden, masks)
+    hiddens = model(batch.x, batch.hidden, masks)
     torch.testing.assert_close(hiddens, expected)
-    torch.testing.assert_close(outputs, expected * masks.output)
+    nll = model.nll(expected * masks.output, batch.y)
+    torch.testing.assert_close(model.nll(hiddens, batch.y, masks), nll)
 
 
 def test_a_dropped_word_type_is_dropped_wherever_it_stands():
@@ -76,9 +78,9 @@ def test_a_dropped_word_type_is_dropped_wherever_it_stands():
     word = torch.ones(tiny.V, 1, dtype=torch.float64)
     word[2] = 0
     with torch.no_grad():
-        found, _ = model(x, model.initial_hidden(2), Masks(word=word))
+        found = model(x, model.initial_hidden(2), Masks(word=word))
         model.embedding[2] = 0
-        expected, _ = model(x, model.initial_hidden(2))
+        expected = model(x, model.initial_hidden(2))
     assert torch.equal(found, expected)
 
 
@@ -142,6 +144,6 @@ def test_evaluation_is_the_mean_over_every_predicted_word(bptt):
     model = tiny.discrete_model(DARTS_V1, Rates(0.5, 0.5, 0.5, 0.5, 0.5))
     source = torch.randint(tiny.V, (23, 3), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        _, outputs = model(source[:-1], model.initial_hidden(3))
+        outputs = model(source[:-1], model.initial_hidden(3))
         expected = plain_nll(model, outputs, source[1:])
     assert evaluate(model, source, bptt) == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,261 @@
+"""Milliseconds of one step, engine against engine, and of the matrix products that it is made of.
+
+    python benchmarks/step.py                                   # published sizes; 10 minutes on 2 CPU cores
+    python benchmarks/step.py --small                           # B 32, H 64: a laptop's
+    python benchmarks/step.py --growth                          # how the time grows over T, B, H and N
+    python benchmarks/step.py --precisions fp32 bf16 --json FILE
+
+Four steps: an alpha step and a weight step of a first-order search, the same unrolled, a step of retraining, and
+evaluation without gradients. The engines take turns, so that what else the machine does falls on all; given is
+the median over the rounds. `floor_ms` is the time of the step's own matrix products alone, whose shapes, layout,
+precision and number are recorded while the step runs, and which are then run one by one on their own.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import decoder
+import fused
+from architect import Architect
+from dropout import HeldRelu, Rates
+from engine import PRECISIONS, Engine
+from genotypes import DARTS
+from kernels import onednn, products_in
+from model import retrain_model
+from model_search import RNNModelSearch
+from objective import VALID_ROWS, Batch, accumulate_gradients, small_batch_losses
+
+SEARCH = {"T": 35, "B": 256, "H": 300, "V": 10_000, "N": 8}
+TRAIN = {"T": 35, "B": 64, "H": 850, "V": 10_000}
+SMALL = {"T": 35, "B": 32, "H": 64, "V": 10_000, "N": 8}
+GROWTH = {"T": (9, 18, 35, 70), "B": (32, 64, 128, 256), "H": (75, 150, 300, 600), "N": (2, 4, 8, 12)}
+STEPS = ("search-first", "search-unrolled", "train", "evaluate")
+RATES = {"search": Rates(0.75, 0.25, 0.75, 0.2, 0.0), "train": Rates(0.75, 0.25, 0.75, 0.2, 0.1)}
+
+
+def search_step(engine: Engine, sizes: dict, device: torch.device, hessian: str | None) -> Callable[[], None]:
+    """An alpha step and a weight step as in train_search.py."""
+    T, B, H, V, N = sizes.values()
+    model = RNNModelSearch(V, H, RATES["search"], N).to(device).using(engine)
+    precise, weights = model.using(Engine(engine.name)), model.weights()
+    optimizer = torch.optim.SGD(weights, lr=20.0, weight_decay=5e-7)
+    valid_loss = partial(small_batch_losses, model, small_batch_size=B)
+    train_loss, product_loss = (partial(small_batch_losses, m, small_batch_size=B, beta=1e-3) for m in (model, precise))
+    architect = Architect(
+        weights, model.alphas, train_loss, valid_loss, product_loss, clip=0.25, wdecay=5e-7, hessian=hessian
+    )
+    (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
+
+    def step() -> None:
+        held = model.draw_masks(B)._replace(relu=HeldRelu())
+        architect.step(Batch(x, y, hidden, held), Batch(y, x, hidden, model.draw_masks(B)), eta=20.0)
+        weight_step(train_loss, Batch(x, y, hidden, model.draw_masks(B)), weights, optimizer)
+
+    return step
+
+
+def weight_step(loss: Callable, batch: Batch, weights: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    accumulate_gradients(loss(batch), weights)
+    clip_grad_norm_(weights, 0.25)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
+    """A step of train.py."""
+    T, B, H, V = (sizes[name] for name in "TBHV")
+    model = retrain_model(V, H, RATES["train"], DARTS).to(device).using(engine)
+    optimizer = torch.optim.SGD(model.weights(), lr=20.0, weight_decay=8e-7)
+    loss = partial(small_batch_losses, model, small_batch_size=B, beta=1e-3)
+    (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
+    return lambda: weight_step(loss, Batch(x, y, hidden, model.draw_masks(B)), model.weights(), optimizer)
+
+
+def evaluate_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
+    """A segment of evaluation of a retrained cell."""
+    T, B, H, V = (sizes[name] for name in "TBHV")
+    model = retrain_model(V, H, RATES["train"], DARTS).to(device).using(engine)
+    (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
+
+    @torch.no_grad()
+    def step() -> None:
+        model.nll(model(x, hidden), y)
+
+    return step
+
+
+def build(name: str, engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
+    torch.manual_seed(0)
+    if name.startswith("search"):
+        return search_step(engine, sizes, device, "finite" if name == "search-unrolled" else None)
+    return (train_step if name == "train" else evaluate_step)(engine, sizes, device)
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that are run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "_linear_pointwise"):
+            a, b = args[1:3] if name in ("addmm", "addmm_", "baddbmm") else args[:2]
+            out = (kwargs or {}).get("out", args[0] if name == "addmm_" else None)
+            self.count[name, describe(a), describe(b), None if out is None else describe(out)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def floor(self, device: torch.device) -> float:
+        """Milliseconds of all of them."""
+        return sum(n * product_ms(*product, device) for product, n in self.count.items())
+
+
+def describe(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def product_ms(name: str, a: tuple, b: tuple, out: tuple | None, device: torch.device) -> float:
+    """The median milliseconds of one product, into memory that is there already."""
+    a, b = (torch.empty_strided(*shape, dtype=dtype, device=device).fill_(0.01) for *shape, dtype in (a, b))
+    if name == "_linear_pointwise":
+        b = b.t()  # which takes a weight (out, in)
+    columns = b.size(-1)
+    target = torch.empty(*a.shape[:-1], columns, dtype=a.dtype, device=device)
+    if out is not None:
+        *shape, dtype = out
+        target = torch.empty_strided(*shape, dtype=dtype, device=device).zero_()
+    run = {
+        "addmm_": lambda: target.addmm_(a, b),
+        "_linear_pointwise": lambda: onednn(a, b),
+    }.get(name, lambda: torch.matmul(a, b, out=target))
+    [times] = timed([run], device, rounds=5, repeats=2 if device.type == "cpu" else 20)
+    return median(times)
+
+
+def timed(steps: list[Callable[[], None]], device: torch.device, rounds: int, repeats: int = 1) -> list[list[float]]:
+    """Milliseconds of each step in each round, the steps in turn."""
+    found = [[] for _ in steps]
+    for round_ in range(rounds + 1):
+        for step, times in zip(steps, found, strict=True):
+            synchronise(device)
+            clock = perf_counter()
+            for _ in range(repeats):
+                step()
+            synchronise(device)
+            if round_:  # the first one warms up
+                times.append(1e3 * (perf_counter() - clock) / repeats)
+    return found
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_mb(step: Callable[[], None], device: torch.device) -> float | None:
+    """The most memory that is in use during a step, in MB; None where the system does not tell."""
+    fused.POOL.free.clear()
+    decoder.POOL.free.clear()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+        step()
+        [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / 1e6
+    except OSError:
+        return None
+
+
+def measure(name: str, engines: list[Engine], sizes: dict, device: torch.device, rounds: int) -> Iterator[dict]:
+    """One object for each engine."""
+    steps = [build(name, engine, sizes, device) for engine in engines]
+    compile_s = []
+    for step in steps:
+        clock = perf_counter()
+        step()
+        synchronise(device)
+        compile_s.append(perf_counter() - clock)
+    all_times = timed(steps, device, rounds)
+    for engine, step, times, first in zip(engines, steps, all_times, compile_s, strict=True):
+        with products_in(engine.precision):
+            with Products() as products:
+                step()
+            floor = products.floor(device)
+        ms = median(times)
+        yield {
+            "step": name, "engine": engine.name, "precision": engine.precision,
+            **{key: sizes.get(key) for key in "TBHVN"}, "ms": ms, "floor_ms": floor,
+            "tokens_per_s": 1e3 * sizes["T"] * sizes["B"] / ms, "peak_mb": peak_mb(step, device), "first_s": first,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+        }  # fmt: skip
+
+
+def sizes_of(name: str, small: bool) -> dict:
+    if small:
+        return SMALL
+    return {"evaluate": {**TRAIN, "B": VALID_ROWS}, "train": TRAIN}.get(name, SEARCH)
+
+
+def grown() -> Iterator[dict]:
+    for letter, values in GROWTH.items():
+        for value in values:
+            yield {**SEARCH, "B": 64, letter: value}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=("fp32", "bf16"))
+    parser.add_argument("--no_eager", action="store_true", help="leave the eager engine out")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--growth", action="store_true", help="first-order search over T, B, H and N, from B 64")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    engines = [Engine("fused", precision) for precision in args.precisions]
+    engines = engines if args.no_eager else [Engine(), *engines]
+    jobs = [("search-first", sizes) for sizes in grown()] if args.growth else []
+    jobs = jobs or [(name, sizes_of(name, args.small)) for name in args.steps]
+    lines = []
+    print(f"{'step':16}{'engine':>7}{'':>6}  {'T':>3}{'B':>5}{'H':>5}{'N':>4}{'ms':>10}{'floor':>10}{'ms/floor':>9}"
+          f"{'tokens/s':>10}{'peak MB':>9}{'against first':>15}")  # fmt: skip
+    for name, sizes in jobs:
+        first = None
+        for line in measure(name, engines, sizes, device, args.rounds):
+            lines.append(line)
+            first = first or line["ms"]
+            print(
+                f"{name:16}{line['engine']:>7}{line['precision']:>6}  {line['T']:>3}{line['B']:>5}{line['H']:>5}"
+                f"{line['N'] or '':>4}{line['ms']:10.1f}{line['floor_ms']:10.1f}{line['ms'] / line['floor_ms']:9.2f}"
+                f"{line['tokens_per_s']:10.0f}{line['peak_mb'] or 0:9.0f}{first / line['ms']:14.2f}x",
+                flush=True,
+            )
+            if args.json:
+                args.json.write_text(json.dumps(lines, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

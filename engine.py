@@ -1,0 +1,46 @@
+"""Which code runs the recurrence and the loss: the readable definition, or the fast one; and in what precision."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import decoder
+import fused
+import recurrence
+from dropout import drop
+
+ENGINES = ("fused", "eager")
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+class Engine(NamedTuple):
+    """`eager` is the definition and can be differentiated twice; `fused` is fast.
+
+    In bf16 products and what is kept for the way back are rounded, sums, batch normalisation and softmax are not;
+    tf32 is a setting of CUDA's products (`products_in`).
+    """
+
+    name: str = "eager"
+    precision: str = "fp32"
+
+    @property
+    def store(self) -> torch.dtype | None:
+        """The dtype of products; None for that of the weights."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+    def relaxed(self, *args) -> Tensor:
+        """See `recurrence.relaxed`."""
+        return fused.relaxed(*args, store=self.store) if self.name == "fused" else recurrence.relaxed(*args)
+
+    def discrete(self, *args) -> Tensor:
+        """See `recurrence.discrete`."""
+        return fused.discrete(*args, store=self.store) if self.name == "fused" else recurrence.discrete(*args)
+
+    def nll(self, hiddens: Tensor, mask: Tensor | None, embedding: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+        """See `decoder.nll`."""
+        if self.name == "fused":
+            return decoder.nll(hiddens, mask, embedding, bias, y, self.store)
+        logits = F.linear(drop(hiddens, mask).flatten(0, 1), embedding, bias)  # (TB, V)
+        return F.cross_entropy(logits, y.flatten())

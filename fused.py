@@ -1,0 +1,423 @@
+"""The recurrence of recurrence.py, fast: same signatures, same values, one derivative.
+
+Back-propagation through time is written out by hand and run as one autograd function over the whole sequence:
+products straight into their place, everything between two products in one compiled pass, and no gradient of a
+weight that nobody asked for. For a second derivative take the definition, recurrence.py.
+
+Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives. `wide` is the dtype of sums and
+normalisation (float32, or float64), `store` that of products and of what is kept for the way back.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dropout import HeldRelu, drop
+from kernels import Pool, add_product, first_derivative_only, kernel, product, sigmoid, sigmoid_tanh
+from recurrence import BN_EPS
+
+POOL = Pool()
+
+
+def relaxed(
+    x: Tensor,
+    h0: Tensor,
+    W0: Tensor,
+    Ws: Sequence[Tensor],
+    probs: Tensor,
+    x_mask: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    held_relu: HeldRelu | None = None,
+    store: torch.dtype | None = None,
+) -> Tensor:
+    """As `recurrence.relaxed`, (T, B, H); `store` is the dtype of products, by default that of h0."""
+    xW, W0_h, h_mask, keep = prepare(x, h0, W0, x_mask, h_mask, store, (x, h0, W0, *Ws, probs))
+    return Relaxed.apply(keep, held_relu, xW, h0, W0_h, probs, h_mask, *Ws)
+
+
+def discrete(
+    x: Tensor,
+    h0: Tensor,
+    W0: Tensor,
+    Ws: Sequence[Tensor],
+    recurrent: Sequence[tuple[str, int]],
+    concat: Sequence[int],
+    x_mask: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    store: torch.dtype | None = None,
+) -> Tensor:
+    """As `recurrence.discrete`, (T, B, H); `store` is the dtype of products, by default that of h0."""
+    xW, W0_h, h_mask, keep = prepare(x, h0, W0, x_mask, h_mask, store, (x, h0, W0, *Ws))
+    return Discrete.apply(keep, tuple(recurrent), tuple(concat), xW, h0, W0_h, h_mask, *Ws)
+
+
+def prepare(
+    x: Tensor,
+    h0: Tensor,
+    W0: Tensor,
+    x_mask: Tensor | None,
+    h_mask: Tensor | None,
+    store: torch.dtype | None,
+    inputs: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """The input's half of `[c0, h0]` (T, B, 2H), the hidden state's half of W0, a mask, and whether any of the
+    inputs wants a gradient."""
+    store = h0.dtype if store is None else store
+    xW = drop(x, x_mask).to(store) @ W0[: x.size(-1)].to(store)
+    h_mask = torch.ones_like(h0) if h_mask is None else h_mask
+    return xW, W0[x.size(-1) :], h_mask, torch.is_grad_enabled() and any(i.requires_grad for i in inputs)
+
+
+class Workspace:
+    """Buffers of one pass over a sequence, which go back to the pool when nobody holds the workspace any more."""
+
+    def __init__(self, store: torch.dtype, wide: torch.dtype, device: torch.device):
+        self.store, self.wide, self.device = store, wide, device
+        self.taken: list[tuple[str, Tensor]] = []
+
+    def take(self, name: str, *shape: int, wide: bool = False) -> Tensor:
+        buffer = POOL.take(name, shape, self.wide if wide else self.store, self.device)
+        self.taken.append((name, buffer))
+        return buffer
+
+    def __del__(self):
+        for name, buffer in self.taken:
+            POOL.give(name, buffer)
+
+
+def halves(dcu: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of c and those of u, (..., H) each."""
+    H = dcu.size(-1) // 2
+    return dcu[..., :H], dcu[..., H:]
+
+
+class Relaxed(torch.autograd.Function):
+    """The relaxed cell. The product of node i holds `[c_j, u_j]` of each of its predecessors, (i, B, 2H)."""
+
+    @staticmethod
+    def forward(ctx, keep, held_relu, xW, h0, W0_h, probs, h_mask, *Ws):
+        (T, B, _), H, N = xW.shape, h0.size(-1), len(Ws)
+        space = Workspace(xW.dtype, h0.dtype, h0.device)
+        kept = T if keep else 1  # steps that are remembered
+        states = space.take("states", kept, N + 1, B, H)  # s_0 .. s_N
+        masked = space.take("masked", kept, N + 1, B, H)
+        products = [space.take(f"product {i}", kept, max(i, 1), B, 2 * H) for i in range(N + 1)]
+        previous = space.take("previous", T + 1, B, H)  # the hidden state before each step, masked
+        inverse = h0.new_empty(kept, N + 1, H)  # 1 / standard deviation
+        hiddens = h0.new_empty(T, B, H)
+        weights = [W.to(space.store) for W in (W0_h, *Ws)]
+        rows = probs.detach().split(list(range(1, N + 1)))  # N times (i, K)
+
+        h = h0
+        previous[0] = h0 * h_mask
+        for t in range(T):
+            k = t if keep else 0
+            state, mask, cu = states[k], masked[k], products[0][k, 0]  # (N+1, B, H) twice, (B, 2H)
+            torch.addmm(xW[t], previous[t], weights[0], out=cu)
+            relaxed_start(cu, h, h_mask, state[0], mask[0], inverse[k, 0])
+            for i in range(1, N + 1):
+                cu = products[i][k]  # (i, B, 2H)
+                product(mask[:i].flatten(0, 1), weights[i], out=cu.flatten(0, 1))
+                active = held_set(cu, held_relu, (t, i))
+                relaxed_node(cu, state[:i], rows[i - 1], active, h_mask, state[i], mask[i], inverse[k, i])
+            h = hiddens[t]
+            relaxed_output(state[1:], h_mask, h, previous[t + 1])
+
+        if keep:
+            ctx.space, ctx.held_relu = space, held_relu
+            ctx.buffers = states, masked, products, previous, inverse
+            ctx.save_for_backward(h0, W0_h, probs, h_mask, *Ws)
+            ctx.hiddens = hiddens.detach()
+        return hiddens
+
+    @staticmethod
+    def backward(ctx, g_hiddens):
+        first_derivative_only()
+        states, masked, products, previous, inverse = ctx.buffers
+        space = Workspace(ctx.space.store, ctx.space.wide, ctx.space.device)
+        h0, W0_h, probs, h_mask, *Ws = ctx.saved_tensors
+        hiddens = ctx.hiddens
+        T, B, H = hiddens.shape
+        N = len(Ws)
+        of_weights = ctx.needs_input_grad[4] or any(ctx.needs_input_grad[7:])
+        rows = probs.split(list(range(1, N + 1)))  # N times (i, K)
+        weights = [W.to(space.store) for W in (W0_h, *Ws)]
+        dxW = space.take("xW", T, B, 2 * H)
+        # On CUDA a weight's gradient is one product over all steps, after them; a CPU forms it step by step,
+        # while the factors are in its cache (benchmarks/NOTES.md).
+        at_once = of_weights and sum_after_loop(h0.device)
+        dcs = [space.take(f"gradient {i}", T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]
+        dWs = [torch.zeros_like(W, dtype=space.wide) for W in Ws] if of_weights else []
+        total = space.take("total", 2, N + 1, B, H, wide=True)  # gradient of the states, two to swap
+        through = space.take("through", N + 1, B, H)  # what comes through the product of the node above
+        dz = space.take("dz", B, H, wide=True)
+        direct = space.take("direct", B, H, wide=True)  # of the hidden state before the step
+        into = space.take("into", B, H)  # the same, through its product with W0
+        sums = [probs.new_zeros(4, i, B) for i in range(1, N + 1)]  # of each primitive's probability
+
+        direct.zero_()
+        into.zero_()
+        for t in reversed(range(T)):
+            state = states[t]
+            here, there = total
+            relaxed_output_back(g_hiddens[t], direct, into, h_mask, here)
+            through.zero_()
+            for i in range(N, 0, -1):
+                normalise_back(here[i], through[i], h_mask, state[i], inverse[t, i], dz)
+                cu, (dc, du) = products[i][t], dcs[i - 1][t if at_once else 0]  # (i, B, 2H), (i, B, H) each
+                active = held_set(cu, ctx.held_relu, (t, i))
+                relaxed_node_back(
+                    dz, through[:i], here[:i], cu, state[:i], rows[i - 1], active, h_mask,
+                    dc, du, there[:i], sums[i - 1],
+                )  # fmt: skip
+                here, there = there, here
+                dc, du, (Wc, Wu) = dc.flatten(0, 1), du.flatten(0, 1), halves(weights[i])
+                below = through[:i].flatten(0, 1)
+                product(dc, Wc.t(), out=below)
+                below.addmm_(du, Wu.t())
+                if of_weights and not at_once:
+                    s, (dWc, dWu) = masked[t, :i].flatten(0, 1).t(), halves(dWs[i - 1])
+                    add_product(dWc, s, dc)
+                    add_product(dWu, s, du)
+            normalise_back(here[0], through[0], h_mask, state[0], inverse[t, 0], dz)
+            h = hiddens[t - 1] if t else h0
+            start_back(dz, products[0][t, 0], h, *halves(dxW[t]), direct)
+            product(dxW[t], weights[0].t(), out=into)
+
+        dprobs = torch.cat([torch.cat([s.new_zeros(1, s.size(1)), s.sum(-1)]).t() for s in sums])
+        dh0 = direct + into * h_mask
+        dW0_h = None
+        if of_weights:
+            dW0_h = (previous[:T].flatten(0, 1).t() @ dxW.flatten(0, 1)).to(space.wide)
+            if at_once:
+                for i, dW in enumerate(dWs, 1):
+                    s = masked[:, :i].flatten(1, 2).mT  # (T, H, iB)
+                    for half, d in zip(halves(dW), dcs[i - 1].unbind(1), strict=True):
+                        half.copy_((s @ d.flatten(1, 2)).sum(0, dtype=space.wide))
+        dxW = dxW.clone() if ctx.needs_input_grad[2] else None
+        return None, None, dxW, dh0, dW0_h, dprobs, None, *(dWs or [None] * N)
+
+
+class Discrete(torch.autograd.Function):
+    """The cell of one genotype. Time stands inside the nodes, so that a weight's gradient is one product."""
+
+    @staticmethod
+    def forward(ctx, keep, recurrent, concat, xW, h0, W0_h, h_mask, *Ws):
+        (T, B, _), H, N = xW.shape, h0.size(-1), len(Ws)
+        space = Workspace(xW.dtype, h0.dtype, h0.device)
+        kept = T if keep else 1
+        states = space.take("states", N + 1, kept, B, H)
+        masked = space.take("masked", N + 1, kept, B, H)
+        products = space.take("products", N + 1, kept, B, 2 * H)
+        previous = space.take("previous", T + 1, B, H)  # the hidden state before each step, masked
+        hiddens = h0.new_empty(T, B, H)
+        weights = [W.to(space.store) for W in (W0_h, *Ws)]
+
+        h = h0
+        previous[0] = h0 * h_mask
+        for t in range(T):
+            k = t if keep else 0
+            torch.addmm(xW[t], previous[t], weights[0], out=products[0, k])
+            discrete_node("tanh", products[0, k], h, h_mask, states[0, k], masked[0, k])
+            for i, (name, j) in enumerate(recurrent, 1):
+                product(masked[j, k], weights[i], out=products[i, k])
+                discrete_node(name, products[i, k], states[j, k], h_mask, states[i, k], masked[i, k])
+            h = hiddens[t]
+            discrete_output(states[:, k], concat, h_mask, h, previous[t + 1])
+
+        if keep:
+            ctx.space, ctx.cell = space, (recurrent, concat)
+            ctx.buffers = states, masked, products, previous
+            ctx.save_for_backward(h0, W0_h, h_mask, *Ws)
+            ctx.hiddens = hiddens.detach()
+        return hiddens
+
+    @staticmethod
+    def backward(ctx, g_hiddens):
+        first_derivative_only()
+        states, masked, products, previous = ctx.buffers
+        space = Workspace(ctx.space.store, ctx.space.wide, ctx.space.device)
+        h0, W0_h, h_mask, *Ws = ctx.saved_tensors
+        hiddens, (recurrent, concat) = ctx.hiddens, ctx.cell
+        T, B, H = hiddens.shape
+        N = len(Ws)
+        of_weights = ctx.needs_input_grad[5] or any(ctx.needs_input_grad[7:])
+        weights = [W.to(space.store) for W in (W0_h, *Ws)]
+        gradients = space.take("gradients", N + 1, T, B, 2 * H)  # of the products
+        total = space.take("total", N + 1, B, H, wide=True)  # of the states
+        direct = space.take("direct", B, H, wide=True)
+        into = space.take("into", B, H)
+        direct.zero_()
+        into.zero_()
+        for t in reversed(range(T)):
+            discrete_output_back(g_hiddens[t], direct, into, h_mask, concat, total)
+            for i, (name, j) in reversed(list(enumerate(recurrent, 1))):
+                discrete_node_back(name, total[i], products[i, t], states[j, t], *halves(gradients[i, t]), total[j])
+                product(gradients[i, t], weights[i].t(), out=into)
+                total[j].addcmul_(into.to(space.wide), h_mask)
+            h = hiddens[t - 1] if t else h0
+            start_back(total[0], products[0, t], h, *halves(gradients[0, t]), direct)
+            product(gradients[0, t], weights[0].t(), out=into)
+
+        dh0 = direct + into * h_mask
+        factors = [previous[:T]] + [masked[j] for _, j in recurrent]  # N+1 times (T, B, H)
+        dWs = [None] * (N + 1)
+        if of_weights:
+            dWs = [
+                (factor.flatten(0, 1).t() @ gradient.flatten(0, 1)).to(space.wide)
+                for factor, gradient in zip(factors, gradients, strict=True)
+            ]
+        dxW = gradients[0].clone() if ctx.needs_input_grad[3] else None
+        return None, None, None, dxW, dh0, dWs[0], None, *dWs[1:]
+
+
+def sum_after_loop(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def held_set(cu: Tensor, held_relu: HeldRelu | None, place: tuple[int, int]) -> Tensor | None:
+    """Where relu is held active, (..., H) as bytes, since Inductor reads bool slowly; None where it is free."""
+    return None if held_relu is None else held_relu.active_set(halves(cu)[1], place).view(torch.uint8)
+
+
+# The kernels: each one pass over its arguments, of which it writes the last ones. (A kernel that read a large
+# argument and wrote over it would be compiled to several passes.)
+
+
+@kernel
+def relaxed_start(cu, h, h_mask, state, masked, inverse):
+    """s_0 from the hidden state: cu (B, 2H), h and h_mask (B, H) -> state, masked (B, H), inverse (H,)."""
+    c, u = cu.to(h.dtype).chunk(2, dim=-1)
+    tanh = sigmoid_tanh(u)[1]
+    put_normalised(h + sigmoid(c) * (tanh - h), h_mask, state, masked, inverse)
+
+
+@kernel
+def relaxed_node(cu, states, p, active, h_mask, state, masked, inverse):
+    """s_i: cu (i, B, 2H), states (i, B, H), p (i, K), relu's active set (i, B, H) or None -> state, masked (B, H),
+    inverse (H,)."""
+    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
+    p = p[:, 1:, None, None]
+    sig, tanh = sigmoid_tanh(u)
+    mixed = p[:, 0] * tanh + p[:, 1] * (u * slope_of_relu(u, active)) + p[:, 2] * sig + p[:, 3] * u
+    kept = p.sum(1) * states.to(h_mask.dtype)
+    put_normalised((kept + sigmoid(c) * (mixed - kept)).sum(0), h_mask, state, masked, inverse)
+
+
+def slope_of_relu(u, active):
+    return (u > 0 if active is None else active).to(u.dtype)
+
+
+def put_normalised(s, h_mask, state, masked, inverse):
+    centred = s - s.mean(0)
+    scale = torch.rsqrt(centred.square().mean(0) + BN_EPS)
+    s = centred * scale
+    state.copy_(s)
+    masked.copy_(s * h_mask)
+    inverse.copy_(scale)
+
+
+@kernel
+def relaxed_output(states, h_mask, hidden, masked):
+    """The mean of s_1 .. s_N (N, B, H) -> hidden, masked (B, H)."""
+    h = states.to(hidden.dtype).mean(0)
+    hidden.copy_(h)
+    masked.copy_(h * h_mask)
+
+
+@kernel
+def relaxed_output_back(g, direct, into, h_mask, total):
+    """Gradient of a hidden state from the loss and from the next step -> of s_0 .. s_N (N+1, B, H)."""
+    each = (g + direct + into * h_mask) / (total.size(0) - 1)
+    total.copy_(torch.cat([torch.zeros_like(each)[None], each.expand(total.size(0) - 1, *each.shape)]))
+
+
+@kernel
+def normalise_back(g, through, h_mask, state, inverse, dz):
+    """Back through batch normalisation, (B, H): inverse * (g - mean(g) - s mean(g s))."""
+    g = g + through * h_mask
+    s = state.to(g.dtype)
+    dz.copy_(inverse * (g - g.mean(0) - s * (g * s).mean(0)))
+
+
+@kernel
+def relaxed_node_back(dz, through, total, cu, states, p, active, h_mask, dc, du, total_after, sums):
+    """Back through a node before its normalisation: dz (B, H), the rest as in `relaxed_node` -> dc, du (i, B, H).
+
+    `total_after` (i, B, H) is `total` and `through`, which waited, and this node's share. `sums` (4, i, B) gains
+    the gradients of the probabilities.
+    """
+    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
+    s = states.to(h_mask.dtype)
+    p = p[:, 1:, None, None]
+    gate = sigmoid(c)
+    sig, tanh = sigmoid_tanh(u)
+    active = slope_of_relu(u, active)
+    relu = u * active
+    mixed = p[:, 0] * tanh + p[:, 1] * relu + p[:, 2] * sig + p[:, 3] * u
+    slope = p[:, 0] * (1 - tanh * tanh) + p[:, 1] * active + p[:, 2] * sig * (1 - sig) + p[:, 3]
+    some = p.sum(1)
+    opened = dz * gate
+    shut = dz - opened
+    dc.copy_(opened * (1 - gate) * (mixed - some * s))
+    du.copy_(opened * slope)
+    total_after.copy_(total + through * h_mask + some * shut)
+    sums.copy_(sums + torch.stack([(opened * f + shut * s).sum(-1) for f in (tanh, relu, sig, u)]))
+
+
+@kernel
+def start_back(g, cu, h, dc, du, direct):
+    """Back through s = h + sigmoid(c) (tanh(u) - h), all (B, H) -> dc, du, and h's own share."""
+    c, u = cu.to(h.dtype).chunk(2, dim=-1)
+    gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]
+    dc.copy_(g * gate * (1 - gate) * (tanh - h))
+    du.copy_(g * gate * (1 - tanh * tanh))
+    direct.copy_(g * (1 - gate))
+
+
+def activation(name, u):
+    """f(u) and f'(u)."""
+    if name == "identity":
+        return u, torch.ones_like(u)
+    if name == "relu":
+        return u.clamp(min=0), (u > 0).to(u.dtype)
+    sig, tanh = sigmoid_tanh(u)
+    return (tanh, 1 - tanh * tanh) if name == "tanh" else (sig, sig * (1 - sig))
+
+
+@kernel
+def discrete_node(name, cu, s, h_mask, state, masked):
+    """s_i: cu (B, 2H), the predecessor s (B, H) -> state, masked (B, H)."""
+    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
+    s = s.to(h_mask.dtype)
+    s = s + sigmoid(c) * (activation(name, u)[0] - s)
+    state.copy_(s)
+    masked.copy_(s * h_mask)
+
+
+@kernel
+def discrete_output(states, concat, h_mask, hidden, masked):
+    """The mean of the nodes in `concat`, of states (N+1, B, H) -> hidden, masked (B, H)."""
+    h = sum(states[i].to(hidden.dtype) for i in concat) / len(concat)
+    hidden.copy_(h)
+    masked.copy_(h * h_mask)
+
+
+@kernel
+def discrete_output_back(g, direct, into, h_mask, concat, total):
+    """Gradient of a hidden state from the loss and from the next step -> of s_0 .. s_N (N+1, B, H)."""
+    each = (g + direct + into * h_mask) / len(concat)
+    total.copy_(torch.stack([each * concat.count(i) for i in range(total.size(0))]))
+
+
+@kernel
+def discrete_node_back(name, g, cu, s, dc, du, total):
+    """Back through a node: g (B, H) -> dc, du (B, H); `total` (B, H), the predecessor's, gains this node's share."""
+    c, u = cu.to(g.dtype).chunk(2, dim=-1)
+    s = s.to(g.dtype)
+    gate = sigmoid(c)
+    f, slope = activation(name, u)
+    dc.copy_(g * gate * (1 - gate) * (f - s))
+    du.copy_(g * gate * slope)
+    total.copy_(total + g * (1 - gate))

@@ -1,0 +1,168 @@
+"""What the fast engine is built from: compiled element-wise functions, reused memory, the quickest product.
+
+Nothing here knows of cells or language models.
+"""
+
+import json
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, wraps
+from math import prod
+from os import environ
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+# Inductor stores an intermediate result that is used more than once, which here costs more than its arithmetic:
+# everything is to stay in registers, in one loop.
+INLINE = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000}
+LOG2_E = 1.4426950408889634
+
+
+@cache
+def compiler_found() -> bool:
+    """Whether element-wise functions can be compiled here; says so once if not."""
+    found = shutil.which(environ.get("CXX", "g++")) is not None
+    if not found:
+        print("no C++ compiler: --engine fused runs uncompiled, slower (install g++, or set CXX)", file=sys.stderr)
+    return found
+
+
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """An element-wise function that writes into its arguments, compiled at its first call where that can be.
+
+    C++ on a CPU, Triton on CUDA, from the one source; the compiled code is cached on disk.
+    """
+
+    @cache
+    def compiled() -> Callable[..., None]:
+        if environ.get("TORCH_COMPILE_DISABLE") == "1" or not compiler_found():
+            return function
+        torch._dynamo.config.recompile_limit = 64  # one variant for each operation and kind of shape
+        return torch.compile(function, fullgraph=True, options=INLINE)
+
+    @wraps(function)
+    def call(*args) -> None:
+        compiled()(*args)
+
+    call.compiled = compiled
+    return call
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), by exp2, which is the exponential that Inductor leaves where it is used."""
+    return 1 / (1 + torch.exp2(-LOG2_E * x))
+
+
+def sigmoid_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of one exponential; of tanh the absolute error is that of 1 in its dtype."""
+    e = torch.exp2(-LOG2_E * x)
+    return 1 / (1 + e), 2 / (1 + e * e) - 1
+
+
+class Pool:
+    """Large buffers that are handed out and given back: fresh pages cost a CPU as much as what is written there.
+
+    A buffer serves any shape that fits in it. One that is not given back is simply garbage.
+    """
+
+    def __init__(self):
+        self.free: dict[tuple, list[Tensor]] = defaultdict(list)
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor; `name` tells buffers of one use from those of another."""
+        if device.type == "cuda":  # whose allocator is a pool already
+            return torch.empty(shape, dtype=dtype, device=device)
+        free, size = self.free[name, dtype], prod(shape)
+        flat = free.pop() if free else torch.empty(0, dtype=dtype)
+        if flat.numel() < size:
+            flat = torch.empty(size, dtype=dtype)
+        return flat[:size].view(shape)
+
+    def give(self, name: str, *buffers: Tensor) -> None:
+        """Back for the next `take` of that name."""
+        for buffer in buffers:
+            if buffer.device.type != "cuda":
+                self.free[name, buffer.dtype].append(buffer._base)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b for rows a and a weight b, by the library that is quicker at it on this processor.
+
+    oneDNN's lead is in few rows; it is very slow at weights that are a slice of something wider.
+    """
+    few = a.dtype == torch.float32 and a.device.type == "cpu" and len(a) <= 512
+    if few and (b.is_contiguous() or b.t().is_contiguous()) and onednn_is_quicker():
+        out.copy_(onednn(a, b))
+    else:
+        torch.mm(a, b, out=out)
+
+
+def onednn(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 by oneDNN; torch.mm takes MKL."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+
+
+@cache
+def onednn_is_quicker() -> bool:
+    """Measured once a machine, and kept beside the compiled kernels: a run that goes on must choose as before."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    noted = Path(cache_dir()) / f"quicker-product-torch-{torch.__version__}-{torch.get_num_threads()}-threads.json"
+    try:
+        return json.loads(noted.read_text()) == "onednn"
+    except (OSError, ValueError):
+        pass
+    a, weights = torch.ones(64, 512), torch.ones(32, 512, 1024)  # as many weights as fill a cache, in turn
+    out = torch.empty(64, 1024)
+    seconds = {"mkl": [], "onednn": []}
+    for _ in range(5):
+        for name, multiply in (
+            ("mkl", lambda b: torch.mm(a, b, out=out)),
+            ("onednn", lambda b: out.copy_(onednn(a, b))),
+        ):
+            clock = perf_counter()
+            for b in weights:
+                multiply(b)
+            seconds[name].append(perf_counter() - clock)
+    quicker = min(seconds, key=lambda name: median(seconds[name]))
+    with suppress(OSError):  # a cache that cannot be written to is no reason to stop
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        noted.write_text(json.dumps(quicker))
+    return quicker == "onednn"
+
+
+def first_derivative_only() -> None:
+    """For a way back written by hand: called in one that is to be differentiated itself, raises RuntimeError.
+
+    (torch's `once_differentiable` notices only if the incoming gradient depends on something.)
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused engine has no second derivative; use the eager engine")
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total may be wider than a and b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """CUDA's products of fp32 tensors in TF32 inside, if that is the precision, else in full."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -1,0 +1,236 @@
+"""The fused engine computes what the definition does: every value and every gradient, for both cells and the loss."""
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import decoder
+import fused
+import recurrence
+from dropout import HeldRelu
+from engine import Engine
+from genotypes import DARTS_V1, PRIMITIVES, random_genotype
+from objective import losses
+
+CELLS = ("relaxed", "discrete")
+sizes = st.fixed_dictionaries(
+    {
+        "T": st.integers(1, 4), "B": st.integers(1, 5), "E": st.integers(1, 4), "H": st.integers(1, 5),
+        "N": st.integers(1, 8), "seed": st.integers(0, 10**6), "masked": st.booleans(),
+    }
+)  # fmt: skip
+
+
+def problem(T, B, E, H, N, seed, masked, scale=0.7, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    leaves = {
+        "x": normal(T, B, E), "h0": normal(B, H), "W0": normal(E + H, 2 * H, scale=scale),
+        "Ws": normal(N, H, 2 * H, scale=scale), "alpha": normal(N * (N + 1) // 2, len(PRIMITIVES)),
+    }  # fmt: skip
+    masks = [torch.randint(2, (B, n), generator=generator).to(dtype) * 2 if masked else None for n in (E, H)]
+    return leaves, masks, normal(T, B, H)
+
+
+def run(module, cell, leaves, masks, seed=0, held=None):
+    x, h0, W0, Ws, alpha = leaves.values()
+    if cell == "relaxed":
+        return module.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *masks, held)
+    return module.discrete(x, h0, W0, list(Ws), *random_genotype(seed, len(Ws)), *masks)
+
+
+def values_and_gradients(module, cell, leaves, masks, R, seed=0, held=None):
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    out = run(module, cell, leaves, masks, seed, held)
+    found = torch.autograd.grad((out * R).sum(), list(leaves.values()), allow_unused=True)
+    return {"hiddens": out.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def assert_equal(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None:
+            assert found[name] is None or not found[name].any(), name
+        else:
+            scale = value.abs().max().item()
+            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance * (1 + scale), msg=name)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@settings(max_examples=60, deadline=None)
+@given(size=sizes)
+def test_fused_is_eager_in_float64(cell, size):
+    leaves, masks, R = problem(**size)
+    found, expected = (values_and_gradients(m, cell, leaves, masks, R, size["seed"]) for m in (fused, recurrence))
+    assert_equal(found, expected, 1e-9)
+
+
+def relative_errors(found, exact):
+    return {k: ((found[k].double() - v).norm() / (v.norm() + 1e-30)).item() for k, v in exact.items() if v is not None}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@settings(max_examples=25, deadline=None)
+@given(
+    T=st.integers(1, 6), B=st.integers(8, 20), H=st.integers(4, 24), seed=st.integers(0, 10**6), masked=st.booleans()
+)
+def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(cell, T, B, H, seed, masked):
+    """To 1e-5; where a random cell is so steep that fp32 does not carry that far, to 4 times eager's own error."""
+    exact_leaves, masks, R = problem(T, B, H, H, 8, seed, masked, scale=0.2)
+    exact = values_and_gradients(recurrence, cell, exact_leaves, masks, R, seed)
+    leaves = {name: leaf.float() for name, leaf in exact_leaves.items()}
+    masks, R = [None if mask is None else mask.float() for mask in masks], R.float()
+    eager, found = (
+        relative_errors(values_and_gradients(m, cell, leaves, masks, R, seed), exact) for m in (recurrence, fused)
+    )
+    assert all(found[name] <= max(1e-5, 4 * eager[name]) for name in found), (found, eager)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("size", [(2, 3, 2, 3, 2), (1, 2, 2, 2, 3), (2, 1, 2, 2, 2)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck(cell, size, masked):
+    leaves, masks, _ = problem(*size, seed=4, masked=masked)
+    names = [name for name in leaves if cell == "relaxed" or name != "alpha"]
+    inputs = [leaves[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(
+        lambda *args: run(fused, cell, {**leaves, **dict(zip(names, args, strict=True))}, masks), inputs
+    )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_weight_gradients_after_the_loop_are_those_within_it(cell, monkeypatch):
+    """What CUDA does, run here."""
+    leaves, masks, R = problem(4, 3, 3, 4, 5, seed=1, masked=True)
+    within = values_and_gradients(fused, cell, leaves, masks, R)
+    monkeypatch.setattr(fused, "sum_after_loop", lambda device: True)
+    assert_equal(values_and_gradients(fused, cell, leaves, masks, R), within, 1e-12)
+
+
+def test_held_relu_takes_and_holds_the_same_set_as_eager():
+    leaves, masks, R = problem(3, 4, 3, 4, 4, seed=2, masked=True)
+    elsewhere = {name: leaf + 0.3 for name, leaf in leaves.items()}
+    found = {}
+    for module in (fused, recurrence):
+        held = HeldRelu()
+        found[module] = [
+            values_and_gradients(module, "relaxed", where, masks, R, held=held) for where in (leaves, elsewhere)
+        ]
+    for one, other in zip(found[fused], found[recurrence], strict=True):
+        assert_equal(one, other, 1e-9)
+    free = values_and_gradients(recurrence, "relaxed", elsewhere, masks, R)
+    assert not torch.allclose(free["hiddens"], found[fused][1]["hiddens"])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_graphs_at_once_keep_out_of_each_others_buffers(cell):
+    first, second = (problem(3, 4, 3, 4, 3, seed=seed, masked=True) for seed in (1, 2))
+    alone = [values_and_gradients(fused, cell, *p) for p in (first, second)]
+    graphs = []
+    for leaves, masks, R in (first, second):
+        leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+        graphs.append((leaves, (run(fused, cell, leaves, masks) * R).sum()))
+    for (leaves, total), expected in zip(graphs, alone, strict=True):
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        for name, value in zip(leaves, found, strict=True):
+            assert value is expected[name] or torch.equal(value, expected[name])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(cell):
+    leaves, masks, _ = problem(4, 3, 3, 4, 3, seed=1, masked=False)
+    wanted = run(fused, cell, {name: leaf.requires_grad_() for name, leaf in leaves.items()}, masks)
+    with torch.no_grad():
+        free = run(fused, cell, leaves, masks)
+    assert torch.equal(wanted, free)
+    assert not free.requires_grad
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_second_derivative_is_refused(cell):
+    leaves, masks, _ = problem(2, 3, 3, 4, 3, seed=1, masked=False)
+    total = run(fused, cell, {name: leaf.requires_grad_() for name, leaf in leaves.items()}, masks).sum()
+    with pytest.raises(RuntimeError, match="eager"):
+        torch.autograd.grad(total, leaves["W0"], create_graph=True)
+
+
+# The loss.
+
+
+def decoder_problem(T, B, H, V, seed, p):
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    mask = None if p is None else (torch.rand(B, H, generator=generator) >= p).double() * 3
+    return normal(T, B, H), mask, normal(V, H), normal(V), torch.randint(V, (T, B), generator=generator)
+
+
+def loss_and_gradients(engine, hiddens, mask, embedding, bias, y):
+    leaves = [leaf.clone().requires_grad_() for leaf in (hiddens, embedding, bias)]
+    total = engine.nll(leaves[0], mask, *leaves[1:], y)
+    return [total.detach(), *torch.autograd.grad(3 * total, leaves)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    T=st.integers(1, 5), B=st.integers(1, 6), H=st.integers(1, 6), V=st.integers(1, 12), seed=st.integers(0, 10**6),
+    p=st.sampled_from([None, 0.0, 0.3, 0.75, 1.0]), chunk=st.sampled_from([1, 20, 1 << 23]),
+)  # fmt: skip
+def test_the_loss_is_cross_entropy_of_the_dropped_outputs(T, B, H, V, seed, p, chunk):
+    """With columns skipped (much is dropped) and not, in one chunk and in many."""
+    arguments = decoder_problem(T, B, H, V, seed, p)
+    before, decoder.CHUNK = decoder.CHUNK, chunk
+    try:
+        found = loss_and_gradients(Engine("fused"), *arguments)
+    finally:
+        decoder.CHUNK = before
+    for one, other in zip(found, loss_and_gradients(Engine("eager"), *arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_large_logits_do_not_overflow():
+    hiddens, mask, embedding, bias, y = decoder_problem(2, 3, 4, 5, 1, None)
+    found, expected = (
+        engine.nll(1e4 * hiddens, mask, embedding, bias, y) for engine in (Engine("fused"), Engine("eager"))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+# The model.
+
+
+@pytest.mark.parametrize("build", [tiny.search_model, lambda: tiny.discrete_model(DARTS_V1)])
+def test_a_model_behind_another_engine_is_the_same_model(build):
+    """AR, TAR, every dropout; and the parameters are shared, not copied."""
+    model = build()
+    other = model.using(Engine("fused"))
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    batch = tiny.batch(model, 1)
+    found, expected = (losses(m, batch, 0.3, 0.7) for m in (other, model))
+    torch.testing.assert_close(found.total, expected.total, rtol=1e-10, atol=0)
+    parameters = list(model.parameters())
+    for one, two in zip(*(torch.autograd.grad(loss.total, parameters) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_bf16_rounds_products_and_nothing_else(cell):
+    """Within a few of bf16's rounding errors (1/256) of fp32, and not equal to it; gradients in fp32."""
+    leaves, masks, R = problem(5, 16, 12, 12, 8, seed=3, masked=True, scale=0.1, dtype=torch.float32)
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    x, h0, W0, Ws, alpha = leaves.values()
+    found = {}
+    for store in (None, torch.bfloat16):
+        if cell == "relaxed":
+            out = fused.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *masks, store=store)
+        else:
+            out = fused.discrete(x, h0, W0, list(Ws), *random_genotype(0, 8), *masks, store=store)
+        assert out.dtype == torch.float32
+        found[store] = [out.detach(), *torch.autograd.grad((out * R).sum(), [h0, W0, Ws])]
+    for wide, narrow in zip(*found.values(), strict=True):
+        assert narrow.dtype == torch.float32
+        assert 1e-5 < (wide - narrow).norm() / wide.norm() < 0.05

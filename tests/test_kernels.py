@@ -1,0 +1,142 @@
+"""Compiled kernels compute what the same functions compute as they stand; buffers, products and settings."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from architect import Architect
+from kernels import Pool, add_product, products_in
+
+ROOT = Path(__file__).parent.parent
+COMPARE = """
+import sys
+sys.path[:0] = ["tests", "."]
+import torch, fused, recurrence
+from test_fused import problem, relative_errors, values_and_gradients
+from dropout import HeldRelu
+from engine import Engine
+
+for cell, size in (("relaxed", (3, 6, 8, 20, 3)), ("discrete", (3, 6, 8, 20, 4))):
+    leaves, masks, R = problem(*size, seed=1, masked=True, scale=0.2, dtype=torch.float32)
+    held = [HeldRelu(), HeldRelu()] if cell == "relaxed" else [None, None]
+    found, expected = (values_and_gradients(m, cell, leaves, masks, R, 3, h) for m, h in zip((fused, recurrence), held))
+    assert max(relative_errors(found, {k: v for k, v in expected.items() if v is not None}).values()) < 1e-5
+assert fused.relaxed_node.compiled() is not fused.relaxed_node.__wrapped__
+print("equal")
+"""
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_compiled_kernels_are_the_definition():
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARE], cwd=ROOT, env={**os.environ, "TORCH_COMPILE_DISABLE": "0"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_without_a_compiler_one_line_says_so_and_the_functions_run():
+    code = "import kernels, torch; f = kernels.kernel(lambda x, out: out.copy_(x + 1)); o = torch.zeros(2)\n"
+    code += "f(o, o); f(o, o); print(o.tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TORCH_COMPILE_DISABLE": "0", "CXX": "no-such"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[2.0, 2.0]"
+    assert done.stderr.count("\n") == 1
+    assert "compiler" in done.stderr
+
+
+@settings(deadline=None)
+@given(st.floats(-1e4, 1e4))
+def test_sigmoid_and_tanh(x):
+    x = torch.tensor(x, dtype=torch.float64)
+    for found, expected in zip(
+        (kernels.sigmoid(x), *kernels.sigmoid_tanh(x)), (x.sigmoid(), x.sigmoid(), x.tanh()), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8))
+def test_a_buffer_is_nobody_elses_until_it_comes_back(shapes):
+    pool, cpu = Pool(), torch.device("cpu")
+    held = [pool.take("a", shape, torch.float32, cpu) for shape in shapes]
+    for number, buffer in enumerate(held):
+        buffer.fill_(number)
+    assert all(
+        (buffer == number).all() and buffer.shape == shape
+        for number, (buffer, shape) in enumerate(zip(held, shapes, strict=True))
+    )
+    for buffer in held:
+        pool.give("a", buffer)
+    assert len(pool.free["a", torch.float32]) == len(shapes)
+
+
+def test_a_buffer_comes_back():
+    pool, cpu = Pool(), torch.device("cpu")
+    first = pool.take("a", (4, 5), torch.float32, cpu)
+    place = first.data_ptr()
+    pool.give("a", first)
+    assert pool.take("a", (3, 2), torch.float32, cpu).data_ptr() == place
+    assert pool.take("a", (3, 2), torch.float32, cpu).data_ptr() != place
+
+
+@pytest.mark.parametrize("quicker", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_product_is_the_product_by_either_library(monkeypatch, quicker, transposed):
+    monkeypatch.setattr(kernels, "onednn_is_quicker", lambda: quicker)
+    a, b, out = torch.randn(7, 5), torch.randn(5, 9), torch.empty(7, 9)
+    b = b.t().contiguous().t() if transposed else b
+    kernels.product(a, b, out)
+    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_total_may_be_wider_than_what_is_added():
+    a, b, total = torch.ones(2, 3).bfloat16(), torch.ones(3, 2).bfloat16(), torch.full((2, 2), 1000.0)
+    add_product(total, a, b)
+    assert torch.equal(total, torch.full((2, 2), 1003.0))  # which bf16 could not hold
+
+
+def test_the_precision_of_products_is_set_inside_and_restored():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    with products_in("tf32"):
+        assert settings.fp32_precision == "tf32"
+        with products_in("fp32"):
+            assert settings.fp32_precision == "ieee"
+        assert settings.fp32_precision == "tf32"
+    assert settings.fp32_precision == before
+
+
+def test_a_difference_is_taken_in_full_precision_when_all_else_is_in_tf32():
+    seen = []
+    w, alphas = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+
+    class Part:
+        hidden = torch.zeros(1, 1)
+
+        def __init__(self):
+            self.total = (w * alphas).square().sum()
+
+    def loss(name):
+        def parts(_):
+            seen.append((name, torch.backends.cuda.matmul.fp32_precision))
+            yield Part()
+
+        return parts
+
+    architect = Architect(
+        [w], alphas, loss("train"), loss("valid"), loss("product"), clip=1.0, wdecay=0.0, hessian="finite"
+    )
+    with products_in("tf32"):
+        architect.gradient(None, None, 0.1)
+    assert seen == [("train", "tf32"), ("valid", "tf32"), ("product", "ieee"), ("product", "ieee")]

@@ -60,7 +60,12 @@ class Architect:
         self.train_loss, self.valid_loss = train_loss, valid_loss
         self.product_loss = product_loss or train_loss
         self.clip, self.wdecay, self.hessian, self.radius = clip, wdecay, hessian, radius
-        self.optimizer = torch.optim.Adam([alphas], lr=lr, weight_decay=arch_wdecay)
+        self.optimizer = torch.optim.Adam([alphas], lr=lr, weight_decay=arch_wdecay, capturable=alphas.is_cuda)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The state of `optimizer` as it was saved, on whatever kind of device that was."""
+        groups = [{**group, "capturable": self.alphas.is_cuda} for group in state["param_groups"]]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
 
     def step(self, train: Any, valid: Any, eta: float) -> Tensor:
         """One Adam step on the alphas; returns the hidden states (B, H) that the validation text ends in.

@@ -109,20 +109,25 @@ class Relaxed(torch.autograd.Function):
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
         rows = probs.detach().split(list(range(1, N + 1)))  # N times (i, K)
 
+        state, mask, scale = (by_node(buffer) for buffer in (states, masked, inverse))  # [i][t]
+        below, factor = before_node(states), [flat_rows(masked[:, :i]) for i in range(N + 1)]
+        cus, rows_of_cu = [cu.unbind(0) for cu in products], [flat_rows(cu) for cu in products]
+        nodes, xWs, hs = states[:, 1:].unbind(0), xW.unbind(0), hiddens.unbind(0)
+
         h = h0
         previous[0] = h0 * h_mask
+        previous_t = previous.unbind(0)
         for t in range(T):
             k = t if keep else 0
-            state, mask, cu = states[k], masked[k], products[0][k, 0]  # (N+1, B, H) twice, (B, 2H)
-            torch.addmm(xW[t], previous[t], weights[0], out=cu)
-            relaxed_start(cu, h, h_mask, state[0], mask[0], inverse[k, 0])
+            torch.addmm(xWs[t], previous_t[t], weights[0], out=rows_of_cu[0][k])
+            relaxed_start(rows_of_cu[0][k], h, h_mask, state[0][k], mask[0][k], scale[0][k])
             for i in range(1, N + 1):
-                cu = products[i][k]  # (i, B, 2H)
-                product(mask[:i].flatten(0, 1), weights[i], out=cu.flatten(0, 1))
+                cu = cus[i][k]  # (i, B, 2H)
+                product(factor[i][k], weights[i], out=rows_of_cu[i][k])
                 active = held_set(cu, held_relu, (t, i))
-                relaxed_node(cu, state[:i], rows[i - 1], active, h_mask, state[i], mask[i], inverse[k, i])
-            h = hiddens[t]
-            relaxed_output(state[1:], h_mask, h, previous[t + 1])
+                relaxed_node(cu, below[i][k], rows[i - 1], active, h_mask, state[i][k], mask[i][k], scale[i][k])
+            h = hs[t]
+            relaxed_output(nodes[k], h_mask, h, previous_t[t + 1])
 
         if keep:
             ctx.space, ctx.held_relu = space, held_relu
@@ -146,7 +151,7 @@ class Relaxed(torch.autograd.Function):
         dxW = space.take("xW", T, B, 2 * H)
         # On CUDA a weight's gradient is one product over all steps, after them; a CPU forms it step by step,
         # while the factors are in its cache (benchmarks/NOTES.md).
-        at_once = of_weights and sum_after_loop(h0.device)
+        at_once = of_weights and sum_after_loop(h0)
         dcs = [space.take(f"gradient {i}", T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]
         dWs = [torch.zeros_like(W, dtype=space.wide) for W in Ws] if of_weights else []
         total = space.take("total", 2, N + 1, B, H, wide=True)  # gradient of the states, two to swap
@@ -156,34 +161,44 @@ class Relaxed(torch.autograd.Function):
         into = space.take("into", B, H)  # the same, through its product with W0
         sums = [probs.new_zeros(4, i, B) for i in range(1, N + 1)]  # of each primitive's probability
 
+        state, scale, below, cus = (
+            by_node(states),
+            by_node(inverse),
+            before_node(states),
+            [p.unbind(0) for p in products],
+        )
+        factor = [masked[:, :i].flatten(1, 2).mT.unbind(0) for i in range(N + 1)]  # (H, iB) each
+        gradient = [[(dc, du, dc.flatten(0, 1), du.flatten(0, 1)) for dc, du in d] for d in dcs]
+        each, share = [half.unbind(0) for half in total], [[half[:i] for i in range(N + 1)] for half in total]
+        rest, rest_of = through.unbind(0), [through[:i] for i in range(N + 1)]
+        rows_of_rest = [part.flatten(0, 1) for part in rest_of]
+        transposed = [tuple(half.t() for half in halves(W)) for W in weights]
+        halves_of_dW = [halves(dW) for dW in dWs]
+        W0_t, gs, hs, dxWs, dcs_0 = weights[0].t(), g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), halves(dxW)
+
         direct.zero_()
         into.zero_()
         for t in reversed(range(T)):
-            state = states[t]
-            here, there = total
-            relaxed_output_back(g_hiddens[t], direct, into, h_mask, here)
+            here, there = 0, 1  # which half of total
+            relaxed_output_back(gs[t], direct, into, h_mask, total[here])
             through.zero_()
             for i in range(N, 0, -1):
-                normalise_back(here[i], through[i], h_mask, state[i], inverse[t, i], dz)
-                cu, (dc, du) = products[i][t], dcs[i - 1][t if at_once else 0]  # (i, B, 2H), (i, B, H) each
+                normalise_back(each[here][i], rest[i], h_mask, state[i][t], scale[i][t], dz)
+                cu, (dc, du, dc_rows, du_rows) = cus[i][t], gradient[i - 1][t if at_once else 0]
                 active = held_set(cu, ctx.held_relu, (t, i))
                 relaxed_node_back(
-                    dz, through[:i], here[:i], cu, state[:i], rows[i - 1], active, h_mask,
-                    dc, du, there[:i], sums[i - 1],
+                    dz, rest_of[i], share[here][i], cu, below[i][t], rows[i - 1], active, h_mask,
+                    dc, du, share[there][i], sums[i - 1],
                 )  # fmt: skip
                 here, there = there, here
-                dc, du, (Wc, Wu) = dc.flatten(0, 1), du.flatten(0, 1), halves(weights[i])
-                below = through[:i].flatten(0, 1)
-                product(dc, Wc.t(), out=below)
-                below.addmm_(du, Wu.t())
+                product(dc_rows, transposed[i][0], out=rows_of_rest[i])
+                rows_of_rest[i].addmm_(du_rows, transposed[i][1])
                 if of_weights and not at_once:
-                    s, (dWc, dWu) = masked[t, :i].flatten(0, 1).t(), halves(dWs[i - 1])
-                    add_product(dWc, s, dc)
-                    add_product(dWu, s, du)
-            normalise_back(here[0], through[0], h_mask, state[0], inverse[t, 0], dz)
-            h = hiddens[t - 1] if t else h0
-            start_back(dz, products[0][t, 0], h, *halves(dxW[t]), direct)
-            product(dxW[t], weights[0].t(), out=into)
+                    for dW, d in zip(halves_of_dW[i - 1], (dc_rows, du_rows), strict=True):
+                        add_product(dW, factor[i][t], d)
+            normalise_back(each[here][0], rest[0], h_mask, state[0][t], scale[0][t], dz)
+            start_back(dz, cus[0][t][0], hs[t], dcs_0[0][t], dcs_0[1][t], direct)
+            product(dxWs[t], W0_t, out=into)
 
         dprobs = torch.cat([torch.cat([s.new_zeros(1, s.size(1)), s.sum(-1)]).t() for s in sums])
         dh0 = direct + into * h_mask
@@ -214,17 +229,21 @@ class Discrete(torch.autograd.Function):
         hiddens = h0.new_empty(T, B, H)
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
 
+        state, mask, cu = ([node.unbind(0) for node in buffer] for buffer in (states, masked, products))  # [i][t]
+        nodes, xWs, hs = states.unbind(1), xW.unbind(0), hiddens.unbind(0)
+
         h = h0
         previous[0] = h0 * h_mask
+        previous_t = previous.unbind(0)
         for t in range(T):
             k = t if keep else 0
-            torch.addmm(xW[t], previous[t], weights[0], out=products[0, k])
-            discrete_node("tanh", products[0, k], h, h_mask, states[0, k], masked[0, k])
+            torch.addmm(xWs[t], previous_t[t], weights[0], out=cu[0][k])
+            discrete_node("tanh", cu[0][k], h, h_mask, state[0][k], mask[0][k])
             for i, (name, j) in enumerate(recurrent, 1):
-                product(masked[j, k], weights[i], out=products[i, k])
-                discrete_node(name, products[i, k], states[j, k], h_mask, states[i, k], masked[i, k])
-            h = hiddens[t]
-            discrete_output(states[:, k], concat, h_mask, h, previous[t + 1])
+                product(mask[j][k], weights[i], out=cu[i][k])
+                discrete_node(name, cu[i][k], state[j][k], h_mask, state[i][k], mask[i][k])
+            h = hs[t]
+            discrete_output(nodes[k], concat, h_mask, h, previous_t[t + 1])
 
         if keep:
             ctx.space, ctx.cell = space, (recurrent, concat)
@@ -248,17 +267,22 @@ class Discrete(torch.autograd.Function):
         total = space.take("total", N + 1, B, H, wide=True)  # of the states
         direct = space.take("direct", B, H, wide=True)
         into = space.take("into", B, H)
+        state, cu, gradient, dc, du = (
+            [node.unbind(0) for node in buffer] for buffer in (states, products, gradients, *halves(gradients))
+        )  # [i][t]
+        transposed, share = [W.t() for W in weights], total.unbind(0)
+        gs, hs, backwards = g_hiddens.unbind(0), (h0, *hiddens), list(enumerate(recurrent, 1))[::-1]
+
         direct.zero_()
         into.zero_()
         for t in reversed(range(T)):
-            discrete_output_back(g_hiddens[t], direct, into, h_mask, concat, total)
-            for i, (name, j) in reversed(list(enumerate(recurrent, 1))):
-                discrete_node_back(name, total[i], products[i, t], states[j, t], *halves(gradients[i, t]), total[j])
-                product(gradients[i, t], weights[i].t(), out=into)
-                total[j].addcmul_(into.to(space.wide), h_mask)
-            h = hiddens[t - 1] if t else h0
-            start_back(total[0], products[0, t], h, *halves(gradients[0, t]), direct)
-            product(gradients[0, t], weights[0].t(), out=into)
+            discrete_output_back(gs[t], direct, into, h_mask, concat, total)
+            for i, (name, j) in backwards:
+                discrete_node_back(name, share[i], cu[i][t], state[j][t], dc[i][t], du[i][t], share[j])
+                product(gradient[i][t], transposed[i], out=into)
+                share[j].addcmul_(into.to(space.wide), h_mask)
+            start_back(share[0], cu[0][t], hs[t], dc[0][t], du[0][t], direct)
+            product(gradient[0][t], transposed[0], out=into)
 
         dh0 = direct + into * h_mask
         factors = [previous[:T]] + [masked[j] for _, j in recurrent]  # N+1 times (T, B, H)
@@ -272,8 +296,27 @@ class Discrete(torch.autograd.Function):
         return None, None, None, dxW, dh0, dWs[0], None, *dWs[1:]
 
 
-def sum_after_loop(device: torch.device) -> bool:
-    return device.type == "cuda"
+def sum_after_loop(h: Tensor) -> bool:
+    """Also for a small cell (B, H), where a call costs more than its product."""
+    return h.device.type == "cuda" or h.numel() < 1 << 14
+
+
+# Views for all time steps at once: made one by one in the loop they would cost a small cell as much as its kernels.
+
+
+def by_node(buffer: Tensor) -> list[tuple[Tensor, ...]]:
+    """[i][t] of (T, N+1, ...)."""
+    return [node.unbind(0) for node in buffer.unbind(1)]
+
+
+def before_node(states: Tensor) -> list[tuple[Tensor, ...]]:
+    """[i][t]: the states s_0 .. s_{i-1}, (i, B, H) each, of (T, N+1, B, H)."""
+    return [states[:, :i].unbind(0) for i in range(states.size(1))]
+
+
+def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
+    """[t]: (iB, H) each, of (T, i, B, H)."""
+    return buffer.flatten(1, 2).unbind(0)
 
 
 def held_set(cu: Tensor, held_relu: HeldRelu | None, place: tuple[int, int]) -> Tensor | None:

@@ -22,6 +22,8 @@ from torch import Tensor
 # Inductor stores an intermediate result that is used more than once, which here costs more than its arithmetic:
 # everything is to stay in registers, in one loop.
 INLINE = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000}
+# What a kernel is compiled for is told by its arguments; nothing else that it refers to changes.
+ARGUMENTS = {"TENSOR_MATCH", "SHAPE_ENV", "CONSTANT_MATCH", "EQUALS_MATCH", "TYPE_MATCH"}
 LOG2_E = 1.4426950408889634
 
 
@@ -45,7 +47,8 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
         if environ.get("TORCH_COMPILE_DISABLE") == "1" or not compiler_found():
             return function
         torch._dynamo.config.recompile_limit = 64  # one variant for each operation and kind of shape
-        return torch.compile(function, fullgraph=True, options=INLINE)
+        options = {**INLINE, "guard_filter_fn": lambda guards: [g.guard_type in ARGUMENTS for g in guards]}
+        return torch.compile(function, fullgraph=True, options=options)
 
     @wraps(function)
     def call(*args) -> None:
@@ -95,10 +98,10 @@ class Pool:
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b for rows a and a weight b, by the library that is quicker at it on this processor.
 
-    oneDNN's lead is in few rows; it is very slow at weights that are a slice of something wider.
+    oneDNN's lead is in few rows of a large weight; it is very slow at weights that are a slice of something wider.
     """
-    few = a.dtype == torch.float32 and a.device.type == "cpu" and len(a) <= 512
-    if few and (b.is_contiguous() or b.t().is_contiguous()) and onednn_is_quicker():
+    lead = a.dtype == torch.float32 and a.device.type == "cpu" and len(a) <= 512 and b.numel() >= 1 << 17
+    if lead and (b.is_contiguous() or b.t().is_contiguous()) and onednn_is_quicker():
         out.copy_(onednn(a, b))
     else:
         torch.mm(a, b, out=out)

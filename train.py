@@ -9,9 +9,11 @@ perplexity of the weights that did best on the validation text.
 
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
@@ -22,6 +24,7 @@ from data import Corpus, batchify, get_batch, segments
 from dropout import Rates
 from engine import Engine
 from genotypes import resolve, to_json
+from graphs import Graphs
 from kernels import products_in
 from model import retrain_model
 from objective import (
@@ -95,6 +98,20 @@ def main(argv: list[str] | None = None) -> int:
     }
     phase = saved["phase"] if saved else "sgd"
     optimizer = optimizers[phase]()
+
+    def step_by(optimizer: torch.optim.Optimizer) -> Callable:
+        def step(lr: float, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            """One step of the weights. The optimizer has the rate; here it tells one captured step from another."""
+            batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
+            nll, hidden = accumulate_gradients(train_loss(batch), weights)
+            clip_grad_norm_(weights, args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            return nll, hidden
+
+        return Graphs(step, device) if args.engine == "fused" else step
+
+    take_step = step_by(optimizer)
     hidden = model.initial_hidden(args.batch_size)  # (B, H)
     best = float("inf")  # validation loss
 
@@ -131,12 +148,8 @@ def main(argv: list[str] | None = None) -> int:
             )
             for i, seq_len in progress.track(lengths, columns=args.batch_size):
                 x, y = get_batch(train, i, seq_len)  # (T, B)
-                batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
                 with scaled_lr(optimizer, seq_len / args.bptt) as lr:
-                    nll, hidden = accumulate_gradients(train_loss(batch), weights)
-                    clip_grad_norm_(weights, args.clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    nll, hidden = take_step(lr, x, y, hidden)
                 progress.advance(nll, x.shape, lr)
 
                 if progress.step % args.log_interval == 0:
@@ -154,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
                     checkpoint.save(state(), run.folder / "best.pt")
             if phase == "sgd" and trigger.fires(loss):
                 phase, optimizer = "asgd", optimizers["asgd"]()
+                take_step = step_by(optimizer)
                 run.log("the validation loss has stopped falling: averaging the weights from here on")
             checkpoint.save(state(), run.folder / "last.pt")
             if stop.requested:

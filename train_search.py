@@ -13,6 +13,7 @@ from functools import partial
 from shlex import quote
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
@@ -23,6 +24,7 @@ from data import Corpus, Cursor, batchify, get_batch, segments
 from dropout import HeldRelu, Rates
 from engine import Engine
 from genotypes import to_json
+from graphs import Graphs
 from kernels import products_in
 from model_search import RNNModelSearch
 from objective import VALID_ROWS, Batch, accumulate_gradients, evaluate, scaled_lr, small_batch_losses
@@ -125,6 +127,23 @@ def main(argv: list[str] | None = None) -> int:
         weights, model.alphas, train_loss, valid_loss, product_loss, clip=args.clip, wdecay=args.wdecay,
         hessian=args.hessian if args.unrolled else None, lr=args.arch_lr, arch_wdecay=args.arch_wdecay,
     )  # fmt: skip
+
+    def step(eta: float, x: Tensor, y: Tensor, hidden: Tensor, xv: Tensor, yv: Tensor, hidden_valid: Tensor):
+        """One step of the search (DARTS, algorithm 1): the alphas on validation text, the weights on training text."""
+        held = model.draw_masks(args.batch_size)._replace(relu=HeldRelu())  # over every pass
+        hidden_valid = architect.step(
+            train=Batch(x, y, hidden, held),
+            valid=Batch(xv, yv, hidden_valid, model.draw_masks(args.batch_size)),
+            eta=eta,
+        )
+        batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
+        nll, hidden = accumulate_gradients(train_loss(batch), weights)
+        clip_grad_norm_(weights, args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return nll, hidden, hidden_valid
+
+    take_step = Graphs(step, device) if precise.engine.name == "fused" else step
     hidden = hidden_valid = model.initial_hidden(args.batch_size)  # (B, H)
     best = float("inf")  # validation loss
     history = []  # [epoch, genotype] at the end of each epoch
@@ -146,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        architect.optimizer.load_state_dict(saved["arch_optimizer"])
+        architect.load_state_dict(saved["arch_optimizer"])
         checkpoint.set_rng_state(saved["rng"], device, bptt_rng)
         progress.load_state_dict(saved["progress"])
         hidden, hidden_valid = saved["hidden"].to(device), saved["hidden_valid"].to(device)
@@ -168,17 +187,7 @@ def main(argv: list[str] | None = None) -> int:
                 if wrapped:
                     hidden_valid = model.initial_hidden(args.batch_size)
                 with scaled_lr(optimizer, seq_len / args.bptt) as eta:
-                    held = model.draw_masks(args.batch_size)._replace(relu=HeldRelu())  # over every pass
-                    hidden_valid = architect.step(
-                        train=Batch(x, y, hidden, held),
-                        valid=Batch(xv, yv, hidden_valid, model.draw_masks(args.batch_size)),
-                        eta=eta,
-                    )
-                    batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
-                    nll, hidden = accumulate_gradients(train_loss(batch), weights)
-                    clip_grad_norm_(weights, args.clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    nll, hidden, hidden_valid = take_step(eta, x, y, hidden, xv, yv, hidden_valid)
                 progress.advance(nll, x.shape, eta)
 
                 if progress.step % args.log_interval == 0:

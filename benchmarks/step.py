@@ -17,8 +17,11 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from time import perf_counter
 
@@ -29,12 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import decoder
-import fused
 from architect import Architect
 from dropout import HeldRelu, Rates
 from engine import PRECISIONS, Engine
 from genotypes import DARTS
+from graphs import Graphs
 from kernels import onednn, products_in
 from model import retrain_model
 from model_search import RNNModelSearch
@@ -102,8 +104,17 @@ def evaluate_step(engine: Engine, sizes: dict, device: torch.device) -> Callable
 def build(name: str, engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
     torch.manual_seed(0)
     if name.startswith("search"):
-        return search_step(engine, sizes, device, "finite" if name == "search-unrolled" else None)
-    return (train_step if name == "train" else evaluate_step)(engine, sizes, device)
+        step = search_step(engine, sizes, device, "finite" if name == "search-unrolled" else None)
+    else:
+        step = (train_step if name == "train" else evaluate_step)(engine, sizes, device)
+    replayed = Graphs(lambda: step() or (), device) if engine.name == "fused" else step
+
+    def once() -> None:
+        with products_in(engine.precision):
+            replayed()
+
+    once.plain = step  # as it is before a graph is made of it
+    return once
 
 
 class Products(TorchDispatchMode):
@@ -168,21 +179,19 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_mb(step: Callable[[], None], device: torch.device) -> float | None:
-    """The most memory that is in use during a step, in MB; None where the system does not tell."""
-    fused.POOL.free.clear()
-    decoder.POOL.free.clear()
+def peak_mb(name: str, engine: Engine, sizes: dict, device: torch.device) -> float:
+    """The most memory that a process of its own has in use in two steps, in MB: Python, torch, model and all."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(peak_mb_here, name, engine, sizes, device).result()
+
+
+def peak_mb_here(name: str, engine: Engine, sizes: dict, device: torch.device) -> float:
+    step = build(name, engine, sizes, device)
+    for _ in range(2):
+        step()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
-        step()
-        [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        return None
+        return torch.cuda.max_memory_reserved(device) / 1e6
+    return getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def measure(name: str, engines: list[Engine], sizes: dict, device: torch.device, rounds: int) -> Iterator[dict]:
@@ -197,14 +206,15 @@ def measure(name: str, engines: list[Engine], sizes: dict, device: torch.device,
     all_times = timed(steps, device, rounds)
     for engine, step, times, first in zip(engines, steps, all_times, compile_s, strict=True):
         with products_in(engine.precision):
-            with Products() as products:
-                step()
+            with torch.compiler.set_stance("force_eager"), Products() as products:  # compiled code hides nothing
+                step.plain()
             floor = products.floor(device)
         ms = median(times)
         yield {
             "step": name, "engine": engine.name, "precision": engine.precision,
             **{key: sizes.get(key) for key in "TBHVN"}, "ms": ms, "floor_ms": floor,
-            "tokens_per_s": 1e3 * sizes["T"] * sizes["B"] / ms, "peak_mb": peak_mb(step, device), "first_s": first,
+            "tokens_per_s": 1e3 * sizes["T"] * sizes["B"] / ms, "peak_mb": peak_mb(name, engine, sizes, device),
+            "first_s": first,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "threads": torch.get_num_threads(), "torch": torch.__version__,
         }  # fmt: skip
@@ -249,7 +259,7 @@ def main() -> int:
             print(
                 f"{name:16}{line['engine']:>7}{line['precision']:>6}  {line['T']:>3}{line['B']:>5}{line['H']:>5}"
                 f"{line['N'] or '':>4}{line['ms']:10.1f}{line['floor_ms']:10.1f}{line['ms'] / line['floor_ms']:9.2f}"
-                f"{line['tokens_per_s']:10.0f}{line['peak_mb'] or 0:9.0f}{first / line['ms']:14.2f}x",
+                f"{line['tokens_per_s']:10.0f}{line['peak_mb']:9.0f}{first / line['ms']:14.2f}x",
                 flush=True,
             )
             if args.json:

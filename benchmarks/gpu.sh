@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# What a GPU is asked once: the CUDA tests, the steps at the published sizes in every precision, an epoch of the
+# search and of the retraining on Penn Treebank. Everything it prints, and JSON, go to OUT.
+# Cost: written to end within 9 minutes on an H100 with torch 2.11; no GPU has run it yet.
+#   OUT=results bash benchmarks/gpu.sh      needs corpora/penn, and no network; PYTHON names the interpreter
+set -uo pipefail
+CDPATH="" cd -- "$(dirname -- "$0")/.."
+OUT=${OUT:-benchmarks/results}
+python=${PYTHON:-python3}
+mkdir -p "$OUT"
+[[ -f corpora/penn/train.txt ]] || { echo "corpora/penn: missing; copy Penn Treebank there" >&2; exit 2; }
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/gpu.txt"
+
+failed=0
+stage() { # name, seconds, command
+  local name=$1 seconds=$2 from=$SECONDS
+  shift 2
+  echo "== $name"
+  timeout "$seconds" "$@" > "$OUT/$name.txt" 2>&1 || { echo "$name: exit $?" | tee -a "$OUT/failed.txt"; failed=1; }
+  tail -n 15 "$OUT/$name.txt"
+  echo "{\"stage\": \"$name\", \"seconds\": $((SECONDS - from))}" >> "$OUT/stages.jsonl"
+}
+
+if "$python" -c "import pytest, hypothesis" 2> "$OUT/pytest_missing.txt"; then
+  stage tests 100 "$python" -m pytest -q -k "cuda or fused or kernels or graphs"
+else
+  echo "tests: skipped, this Python has no pytest and hypothesis" | tee "$OUT/tests.txt"
+fi
+stage step 170 "$python" benchmarks/step.py --device cuda --precisions fp32 tf32 bf16 --json "$OUT/step.json"
+stage search 150 "$python" train_search.py --data penn --unrolled --precision bf16 --epochs 1 --device cuda \
+  --save "$OUT/search"
+stage train 100 "$python" train.py --data penn --arch DARTS --precision bf16 --epochs 1 --device cuda --save "$OUT/train"
+rm -f "$OUT"/*/*.pt
+exit "$failed"

@@ -1,0 +1,58 @@
+"""CUDA graphs for a step that is taken again and again in a few shapes.
+
+A step at these sizes is thousands of small launches, and a GPU would wait for each. A graph replays them as one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[..., tuple[Tensor, ...]]
+
+
+class Graphs:
+    """`step`, by a graph for each shape of its tensors and each value of its other arguments; on a CPU, `step`.
+
+    A shape is run as it stands when it first comes, which compiles what there is to compile; is captured when it
+    comes again; and is replayed from then on. `step` must not read a tensor on the host.
+    """
+
+    def __init__(self, step: Step, device: torch.device, capture: Callable | None = None):
+        self.step = step
+        self.capture = capture or (Capture() if device.type == "cuda" else None)
+        self.recorded: dict[tuple, tuple | None] = {}
+
+    def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
+        if self.capture is None:
+            return self.step(*arguments)
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        key = tuple((a.shape, a.dtype) if isinstance(a, Tensor) else a for a in arguments)
+        if key not in self.recorded:
+            self.recorded[key] = None
+            return self.step(*arguments)
+        if self.recorded[key] is None:
+            static = [tensor.clone() for tensor in tensors]
+            place = iter(static)
+            run = partial(self.step, *[next(place) if isinstance(a, Tensor) else a for a in arguments])
+            self.recorded[key] = static, *self.capture(run)
+        static, replay, outputs = self.recorded[key]
+        for tensor, new in zip(static, tensors, strict=True):
+            tensor.copy_(new)
+        replay()
+        return tuple(output.clone() for output in outputs)  # the next replay writes over them
+
+
+class Capture:
+    """Records what a call would launch; all graphs share one pool of memory, as only one runs at a time."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            outputs = run()
+        return graph.replay, outputs

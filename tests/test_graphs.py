@@ -1,0 +1,90 @@
+"""The bookkeeping of CUDA graphs, with a plain call in the place of a captured one."""
+
+import pytest
+import tiny
+import torch
+
+from dropout import Masks
+from engine import Engine
+from graphs import Graphs
+from objective import Batch, accumulate_gradients, losses
+
+CUDA = torch.device("cuda")
+
+
+class PlainCapture:
+    """Like a graph: nothing happens at capture; a replay reads and writes the tensors of the capture."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, run):
+        self.captures += 1
+        outputs = []
+
+        def replay():
+            self.replays += 1
+            new = run()
+            if not outputs:
+                outputs.extend(torch.empty_like(o) for o in new)
+            for old, value in zip(outputs, new, strict=True):
+                old.copy_(value)
+
+        return replay, outputs
+
+
+def test_every_call_takes_one_step_with_its_own_arguments():
+    taken, capture = [], PlainCapture()
+    total = torch.zeros(3)
+
+    def step(eta, x):
+        taken.append((eta, len(x)))
+        total[: len(x)].add_(eta * x)
+        return x.sum() * eta, total[: len(x)] * 1
+
+    graphs, expected = Graphs(step, CUDA, capture), torch.zeros(3)
+    calls = [(0.5, 3), (0.5, 3), (1.0, 3), (0.5, 2), (0.5, 3), (1.0, 3), (0.5, 2), (0.5, 2)]
+    for n, (eta, length) in enumerate(calls):
+        x = torch.full((length,), float(n + 1))
+        summed, state = graphs(eta, x)
+        expected[:length] += eta * x
+        assert summed == eta * x.sum()
+        assert torch.equal(state, expected[:length])
+    assert taken == calls
+    assert capture.captures == 3  # one for each shape and rate that came twice
+    assert capture.replays == len(calls) - 3
+
+
+def test_what_a_call_returned_outlives_the_next():
+    graphs = Graphs(lambda x: (x * 2,), CUDA, PlainCapture())
+    found = [graphs(torch.full((2,), float(n)))[0] for n in range(4)]
+    assert [f[0].item() for f in found] == [0, 2, 4, 6]
+
+
+def test_on_a_cpu_a_step_is_just_called():
+    graphs = Graphs(lambda x: (x,), torch.device("cpu"))
+    x = torch.ones(2)
+    assert all(graphs(x)[0] is x for _ in range(3))
+    assert graphs.recorded == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_replayed_steps_are_the_plain_ones():
+    ends = []
+    for device in (torch.device("cpu"), CUDA):  # for the first no step is captured
+        model = tiny.search_model().float().cuda().using(Engine("fused"))
+        weights, batch = model.weights(), tiny.batch(tiny.search_model(), 1)
+        optimizer = torch.optim.SGD(weights, lr=0.1)
+
+        def step(x, y, hidden, model=model, weights=weights, optimizer=optimizer):
+            nll, hidden = accumulate_gradients(iter([losses(model, Batch(x, y, hidden, Masks()), beta=0.1)]), weights)
+            optimizer.step()
+            optimizer.zero_grad()
+            return nll, hidden
+
+        graphs, hidden = Graphs(step, device), batch.hidden.float().cuda()
+        for _ in range(5):
+            _, hidden = graphs(batch.x.cuda(), batch.y.cuda(), hidden)
+        ends.append([hidden, *(w.detach().clone() for w in weights)])
+    for plain, replayed in zip(*ends, strict=True):
+        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 A step at these sizes is thousands of small launches, and a GPU would wait for each. A graph replays them as one.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,8 @@ class Graphs:
     """`step`, by a graph for each shape of its tensors and each value of its other arguments; on a CPU, `step`.
 
     A shape is run as it stands when it first comes, which compiles what there is to compile; is captured when it
-    comes again; and is replayed from then on. `step` must not read a tensor on the host.
+    comes again; and is replayed from then on. `step` must not read a tensor on the host. Where a capture fails one
+    line says so, and steps run as they stand.
     """
 
     def __init__(self, step: Step, device: torch.device, capture: Callable | None = None):
@@ -37,7 +39,12 @@ class Graphs:
             static = [tensor.clone() for tensor in tensors]
             place = iter(static)
             run = partial(self.step, *[next(place) if isinstance(a, Tensor) else a for a in arguments])
-            self.recorded[key] = static, *self.capture(run)
+            try:
+                self.recorded[key] = static, *self.capture(run)
+            except RuntimeError as error:  # a fault of the step itself shows again when it runs as it stands
+                print(f"no CUDA graphs, slower: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+                self.capture = None
+                return self.step(*arguments)
         static, replay, outputs = self.recorded[key]
         for tensor, new in zip(static, tensors, strict=True):
             tensor.copy_(new)

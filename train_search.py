@@ -54,8 +54,8 @@ def build_parser() -> options.Parser:
         default="finite",
         help="with --unrolled, how the product with the mixed second derivative is formed: by a central difference "
         f"at radius {RADIUS:g} with relu's active set held, or exact by differentiating twice. Over 20 batches of "
-        "Penn Treebank the cosine of the two has a median of 1.0000 and a lowest value of 0.997; finite takes 0.6 "
-        "of the time (benchmarks/hessian.py) and half of the memory",
+        "Penn Treebank the cosine of the two has a median of 1.0000 and a lowest value of 0.997 "
+        "(benchmarks/hessian.py). The exact product needs --engine eager for itself, and its time and memory",
     )
     search.add_argument(
         "--search_split",

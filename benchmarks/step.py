@@ -21,7 +21,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from time import perf_counter
 
@@ -54,28 +53,37 @@ def search_step(engine: Engine, sizes: dict, device: torch.device, hessian: str 
     """An alpha step and a weight step as in train_search.py."""
     T, B, H, V, N = sizes.values()
     model = RNNModelSearch(V, H, RATES["search"], N).to(device).using(engine)
-    precise, weights = model.using(Engine(engine.name)), model.weights()
-    optimizer = torch.optim.SGD(weights, lr=20.0, weight_decay=5e-7)
-    valid_loss = partial(small_batch_losses, model, small_batch_size=B)
-    train_loss, product_loss = (partial(small_batch_losses, m, small_batch_size=B, beta=1e-3) for m in (model, precise))
-    architect = Architect(
-        weights, model.alphas, train_loss, valid_loss, product_loss, clip=0.25, wdecay=5e-7, hessian=hessian
-    )
+    architect, train_loss, optimizer = search_parts(model, B, 20.0, hessian)
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
     def step() -> None:
         held = model.draw_masks(B)._replace(relu=HeldRelu())
         architect.step(Batch(x, y, hidden, held), Batch(y, x, hidden, model.draw_masks(B)), eta=20.0)
-        weight_step(train_loss, Batch(x, y, hidden, model.draw_masks(B)), weights, optimizer)
+        weight_step(train_loss, Batch(x, y, hidden, model.draw_masks(B)), model.weights(), optimizer)
 
     return step
 
 
-def weight_step(loss: Callable, batch: Batch, weights: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
-    accumulate_gradients(loss(batch), weights)
+def search_parts(model: RNNModelSearch, B: int, lr: float, hessian: str | None) -> tuple:
+    """The architect, the loss of the weight step and its optimizer, as in train_search.py."""
+    weights, precise = model.weights(), model.using(Engine(model.engine.name))
+    valid_loss = partial(small_batch_losses, model, small_batch_size=B)
+    train_loss, product_loss = (partial(small_batch_losses, m, small_batch_size=B, beta=1e-3) for m in (model, precise))
+    architect = Architect(
+        weights, model.alphas, train_loss, valid_loss, product_loss, clip=0.25, wdecay=5e-7, hessian=hessian
+    )
+    return architect, train_loss, torch.optim.SGD(weights, lr=lr, weight_decay=5e-7)
+
+
+def weight_step(
+    loss: Callable, batch: Batch, weights: list[Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[Tensor, Tensor]:
+    """The NLL and the last hidden states, before the step."""
+    nll, hidden = accumulate_gradients(loss(batch), weights)
     clip_grad_norm_(weights, 0.25)
     optimizer.step()
     optimizer.zero_grad()
+    return nll, hidden
 
 
 def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
@@ -191,7 +199,11 @@ def peak_mb_here(name: str, engine: Engine, sizes: dict, device: torch.device) -
         step()
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e6
-    return getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    status = Path("/proc/self/status")  # getrusage would count what the parent had
+    if not status.exists():
+        return float("nan")
+    [peak] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    return int(peak) * 1024 / 1e6
 
 
 def measure(name: str, engines: list[Engine], sizes: dict, device: torch.device, rounds: int) -> Iterator[dict]:

@@ -9,7 +9,8 @@ python_with requirements.txt
 
 out=runs/quickstart-$(date +%Y%m%d-%H%M%S)
 common=(--data builtin --emsize 64 --batch_size 32 --lr 5
-  --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0)
+  --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0
+  --engine eager) # the fused engine would compile for longer than it saves here
 
 echo "== searching (unrolled) in $out/search"
 .venv/bin/python train_search.py "${common[@]}" --unrolled --epochs 2 --log_interval 20 --save "$out/search"

@@ -68,6 +68,19 @@ def test_on_a_cpu_a_step_is_just_called():
     assert graphs.recorded == {}
 
 
+def test_where_nothing_can_be_captured_one_line_says_so_and_steps_are_called(capsys):
+    taken = []
+
+    def capture(run):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    graphs = Graphs(lambda x: (taken.append(1), x)[1:], CUDA, capture)
+    x = torch.ones(2)
+    assert all(graphs(x)[0] is x for _ in range(4))
+    assert len(taken) == 4
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda_replayed_steps_are_the_plain_ones():
     ends = []

@@ -1,0 +1,78 @@
+"""Whether the engines learn alike: loss curves of a search on real text, from one seed, through the same batches.
+
+    python benchmarks/curves.py --data penn                  # 200 first-order steps each; 5 minutes on 2 CPU cores
+    python benchmarks/curves.py --data penn --unrolled
+
+Prints the mean loss (nats per word) of every twentieth part for each engine, the largest difference between the
+curves of the first two, and each engine's perplexity over the last part.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from step import search_parts, weight_step
+
+import start
+from data import Cursor, batchify, load_corpus
+from dropout import HeldRelu, Rates
+from engine import Engine
+from model_search import RNNModelSearch
+from objective import Batch
+
+ENGINES = {"eager fp32": Engine(), "fused fp32": Engine("fused"), "fused bf16": Engine("fused", "bf16")}
+RATES = Rates(dropout=0.3, dropouth=0.1, dropoutx=0.3, dropouti=0.1)
+PARTS = 20
+
+
+def curve(engine: Engine, args: argparse.Namespace) -> list[float]:
+    """The training loss at each step (nats per word)."""
+    torch.manual_seed(3)
+    corpus = load_corpus(args.data)
+    train, valid = (Cursor(batchify(ids, args.batch_size)) for ids in (corpus.train, corpus.valid))
+    model = RNNModelSearch(len(corpus.words), args.emsize, RATES).using(engine)
+    hessian = "finite" if args.unrolled else None
+    architect, train_loss, optimizer = search_parts(model, args.batch_size, args.lr, hessian)
+    hidden = hidden_valid = model.initial_hidden(args.batch_size)
+    found = []
+    for _ in range(args.steps):
+        (x, y, _), (xv, yv, wrapped) = train.take(args.bptt), valid.take(args.bptt)
+        hidden_valid = model.initial_hidden(args.batch_size) if wrapped else hidden_valid
+        held, masks_valid, masks = (model.draw_masks(args.batch_size) for _ in range(3))
+        held = held._replace(relu=HeldRelu())
+        hidden_valid = architect.step(Batch(x, y, hidden, held), Batch(xv, yv, hidden_valid, masks_valid), args.lr)
+        nll, hidden = weight_step(train_loss, Batch(x, y, hidden, masks), model.weights(), optimizer)
+        found.append(nll.item())
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="builtin")
+    parser.add_argument("--unrolled", action="store_true")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--emsize", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--bptt", type=int, default=35)
+    parser.add_argument("--lr", type=float, default=5.0)
+    args = parser.parse_args()
+    curves = {name: curve(engine, args) for name, engine in ENGINES.items()}
+    length = max(1, args.steps // PARTS)
+    print(f"{'step':>6}" + "".join(f"{name:>14}" for name in curves))
+    for first in range(0, args.steps, length):
+        means = [sum(part) / len(part) for part in (c[first : first + length] for c in curves.values())]
+        print(f"{first + length:>6}" + "".join(f"{mean:14.5f}" for mean in means))
+    eager, fused, _ = curves.values()
+    print(f"eager and fused differ by at most {max(abs(a - b) for a, b in zip(eager, fused, strict=True)):.2g} nats")
+    last = {name: math.exp(sum(c[-length:]) / length) for name, c in curves.items()}
+    print("perplexity of the last part: " + ", ".join(f"{name} {ppl:.2f}" for name, ppl in last.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(start.run_script(main))

@@ -12,6 +12,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 SHARED = {
     "data": "penn", "bptt": 35, "max_seq_len_delta": 20, "lr": 20.0, "clip": 0.25, "dropout": 0.75, "dropouth": 0.25,
     "dropoutx": 0.75, "dropouti": 0.2, "alpha": 0.0, "beta": 1e-3, "device": "auto", "resume": False,
+    "engine": "fused", "precision": "fp32",
 }  # fmt: skip
 SEARCH = {
     **SHARED, "emsize": 300, "batch_size": 256, "epochs": 50, "dropoute": 0.0, "wdecay": 5e-7, "seed": 3,

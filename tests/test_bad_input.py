@@ -258,7 +258,7 @@ def test_checkpoints_that_cannot_be_evaluated(corpus, refused, tmp_path, capsys)
 
 @pytest.mark.parametrize("script", [train, train_search])
 def test_a_precision_that_engine_or_device_lacks(script, refused, corpus, tmp_path):
-    save = ("--data", corpus, "--save", tmp_path / "run")
+    save = ("--data", corpus, *SMALL, "--save", tmp_path / "run")
     [line] = refused(script, *save, "--engine", "eager", "--precision", "bf16")
     assert "--precision bf16" in line
     [line] = refused(script, *save, "--device", "cpu", "--precision", "tf32")

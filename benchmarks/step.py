@@ -1,6 +1,6 @@
 """Milliseconds of one step, engine against engine, and of the matrix products that it is made of.
 
-    python benchmarks/step.py                                   # published sizes; 10 minutes on 2 CPU cores
+    python benchmarks/step.py                                   # published sizes; 20 minutes on 2 CPU cores
     python benchmarks/step.py --small                           # B 32, H 64: a laptop's
     python benchmarks/step.py --growth                          # how the time grows over T, B, H and N
     python benchmarks/step.py --precisions fp32 bf16 --json FILE

@@ -161,12 +161,8 @@ class Relaxed(torch.autograd.Function):
         into = space.take("into", B, H)  # the same, through its product with W0
         sums = [probs.new_zeros(4, i, B) for i in range(1, N + 1)]  # of each primitive's probability
 
-        state, scale, below, cus = (
-            by_node(states),
-            by_node(inverse),
-            before_node(states),
-            [p.unbind(0) for p in products],
-        )
+        state, scale, below = by_node(states), by_node(inverse), before_node(states)
+        cus = [cu.unbind(0) for cu in products]
         factor = [masked[:, :i].flatten(1, 2).mT.unbind(0) for i in range(N + 1)]  # (H, iB) each
         gradient = [[(dc, du, dc.flatten(0, 1), du.flatten(0, 1)) for dc, du in d] for d in dcs]
         each, share = [half.unbind(0) for half in total], [[half[:i] for i in range(N + 1)] for half in total]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import get_batch
@@ -81,6 +82,18 @@ def accumulate_gradients(parts: Iterator[Losses], weights: list[Tensor]) -> tupl
         nll = nll + part.nll
         hidden.append(part.hidden)
     return nll, torch.cat(hidden)
+
+
+def weight_step(
+    parts: Iterator[Losses], weights: list[Tensor], optimizer: torch.optim.Optimizer, clip: float
+) -> tuple[Tensor, Tensor]:
+    """One step of the optimizer down the gradient of the parts, whose norm is clipped; returns what
+    `accumulate_gradients` does."""
+    nll, hidden = accumulate_gradients(parts, weights)
+    clip_grad_norm_(weights, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return nll, hidden
 
 
 @contextmanager

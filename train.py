@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
 import options
@@ -31,10 +30,10 @@ from objective import (
     TEST_ROWS,
     VALID_ROWS,
     Batch,
-    accumulate_gradients,
     evaluate,
     scaled_lr,
     small_batch_losses,
+    weight_step,
 )
 from progress import Progress, perplexity
 from utils import Run, StopSignal, choose_device
@@ -103,11 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         def step(lr: float, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
             """One step of the weights. The optimizer has the rate; here it tells one captured step from another."""
             batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
-            nll, hidden = accumulate_gradients(train_loss(batch), weights)
-            clip_grad_norm_(weights, args.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            return nll, hidden
+            return weight_step(train_loss(batch), weights, optimizer, args.clip)
 
         return Graphs(step, device) if args.engine == "fused" else step
 

@@ -14,7 +14,6 @@ from shlex import quote
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
 import options
@@ -27,7 +26,7 @@ from genotypes import to_json
 from graphs import Graphs
 from kernels import products_in
 from model_search import RNNModelSearch
-from objective import VALID_ROWS, Batch, accumulate_gradients, evaluate, scaled_lr, small_batch_losses
+from objective import VALID_ROWS, Batch, evaluate, scaled_lr, small_batch_losses, weight_step
 from progress import Progress, perplexity
 from utils import Run, StopSignal, choose_device
 
@@ -137,10 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             eta=eta,
         )
         batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
-        nll, hidden = accumulate_gradients(train_loss(batch), weights)
-        clip_grad_norm_(weights, args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        nll, hidden = weight_step(train_loss(batch), weights, optimizer, args.clip)
         return nll, hidden, hidden_valid
 
     take_step = Graphs(step, device) if precise.engine.name == "fused" else step

@@ -16,14 +16,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from step import search_parts, weight_step
+from step import CLIP, search_parts
 
 import start
 from data import Cursor, batchify, load_corpus
 from dropout import HeldRelu, Rates
 from engine import Engine
 from model_search import RNNModelSearch
-from objective import Batch
+from objective import Batch, weight_step
 
 ENGINES = {"eager fp32": Engine(), "fused fp32": Engine("fused"), "fused bf16": Engine("fused", "bf16")}
 RATES = Rates(dropout=0.3, dropouth=0.1, dropoutx=0.3, dropouti=0.1)
@@ -46,7 +46,7 @@ def curve(engine: Engine, args: argparse.Namespace) -> list[float]:
         held, masks_valid, masks = (model.draw_masks(args.batch_size) for _ in range(3))
         held = held._replace(relu=HeldRelu())
         hidden_valid = architect.step(Batch(x, y, hidden, held), Batch(xv, yv, hidden_valid, masks_valid), args.lr)
-        nll, hidden = weight_step(train_loss, Batch(x, y, hidden, masks), model.weights(), optimizer)
+        nll, hidden = weight_step(train_loss(Batch(x, y, hidden, masks)), model.weights(), optimizer, CLIP)
         found.append(nll.item())
     return found
 

@@ -26,7 +26,6 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -39,13 +38,14 @@ from graphs import Graphs
 from kernels import onednn, products_in
 from model import retrain_model
 from model_search import RNNModelSearch
-from objective import VALID_ROWS, Batch, accumulate_gradients, small_batch_losses
+from objective import VALID_ROWS, Batch, small_batch_losses, weight_step
 
 SEARCH = {"T": 35, "B": 256, "H": 300, "V": 10_000, "N": 8}
 TRAIN = {"T": 35, "B": 64, "H": 850, "V": 10_000}
 SMALL = {"T": 35, "B": 32, "H": 64, "V": 10_000, "N": 8}
 GROWTH = {"T": (9, 18, 35, 70), "B": (32, 64, 128, 256), "H": (75, 150, 300, 600), "N": (2, 4, 8, 12)}
 STEPS = ("search-first", "search-unrolled", "train", "evaluate")
+CLIP = 0.25
 RATES = {"search": Rates(0.75, 0.25, 0.75, 0.2, 0.0), "train": Rates(0.75, 0.25, 0.75, 0.2, 0.1)}
 
 
@@ -59,7 +59,7 @@ def search_step(engine: Engine, sizes: dict, device: torch.device, hessian: str 
     def step() -> None:
         held = model.draw_masks(B)._replace(relu=HeldRelu())
         architect.step(Batch(x, y, hidden, held), Batch(y, x, hidden, model.draw_masks(B)), eta=20.0)
-        weight_step(train_loss, Batch(x, y, hidden, model.draw_masks(B)), model.weights(), optimizer)
+        weight_step(train_loss(Batch(x, y, hidden, model.draw_masks(B))), model.weights(), optimizer, CLIP)
 
     return step
 
@@ -70,20 +70,9 @@ def search_parts(model: RNNModelSearch, B: int, lr: float, hessian: str | None) 
     valid_loss = partial(small_batch_losses, model, small_batch_size=B)
     train_loss, product_loss = (partial(small_batch_losses, m, small_batch_size=B, beta=1e-3) for m in (model, precise))
     architect = Architect(
-        weights, model.alphas, train_loss, valid_loss, product_loss, clip=0.25, wdecay=5e-7, hessian=hessian
+        weights, model.alphas, train_loss, valid_loss, product_loss, clip=CLIP, wdecay=5e-7, hessian=hessian
     )
     return architect, train_loss, torch.optim.SGD(weights, lr=lr, weight_decay=5e-7)
-
-
-def weight_step(
-    loss: Callable, batch: Batch, weights: list[Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[Tensor, Tensor]:
-    """The NLL and the last hidden states, before the step."""
-    nll, hidden = accumulate_gradients(loss(batch), weights)
-    clip_grad_norm_(weights, 0.25)
-    optimizer.step()
-    optimizer.zero_grad()
-    return nll, hidden
 
 
 def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
@@ -93,7 +82,7 @@ def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[]
     optimizer = torch.optim.SGD(model.weights(), lr=20.0, weight_decay=8e-7)
     loss = partial(small_batch_losses, model, small_batch_size=B, beta=1e-3)
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
-    return lambda: weight_step(loss, Batch(x, y, hidden, model.draw_masks(B)), model.weights(), optimizer)
+    return lambda: weight_step(loss(Batch(x, y, hidden, model.draw_masks(B))), model.weights(), optimizer, CLIP)
 
 
 def evaluate_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:

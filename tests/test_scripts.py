@@ -299,7 +299,7 @@ def test_the_search_steps_over_full_validation_segments(monkeypatch, corpus, tmp
     from architect import Architect
 
     sizes, continued, wraps, hidden = [], [], 0, None
-    accumulate = train_search.accumulate_gradients
+    weight_step = train_search.weight_step
 
     class Spy(Architect):
         def step(self, train, valid, eta):
@@ -315,10 +315,10 @@ def test_the_search_steps_over_full_validation_segments(monkeypatch, corpus, tmp
 
     def keep(*arguments):
         nonlocal hidden
-        nll, hidden = accumulate(*arguments)
+        nll, hidden = weight_step(*arguments)
         return nll, hidden
 
-    monkeypatch.setattr(train_search, "accumulate_gradients", keep)
+    monkeypatch.setattr(train_search, "weight_step", keep)
 
     monkeypatch.setattr(train_search, "Architect", Spy)
     flags = f"--data {corpus} --save {tmp_path / 'run'} --epochs 3 {SIZES}"

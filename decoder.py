@@ -48,7 +48,7 @@ class TiedDecoder(torch.autograd.Function):
             flat, words = logits.view(-1, V), words.reshape(-1, 1)
             of_words = flat.gather(1, words).to(bias.dtype) + bias[words]  # (n, 1)
             found = losses.new_empty(len(words))
-            softmax(flat, bias, of_words, 1 / y.numel(), found)
+            softmax(flat, bias.detach(), of_words, 1 / y.numel(), found)
             losses.copy_(found.view_as(losses))
             if any(wants):
                 flat.scatter_add_(1, words, flat.new_full(words.shape, -1 / y.numel()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dropout import HeldRelu, drop
-from kernels import Pool, add_product, first_derivative_only, kernel, product, sigmoid, sigmoid_tanh
+from kernels import Pool, add_product, first_derivative_only, kernel, product, realised, sigmoid, sigmoid_tanh
 from recurrence import BN_EPS
 
 POOL = Pool()
@@ -112,7 +112,7 @@ class Relaxed(torch.autograd.Function):
         state, mask, scale = (by_node(buffer) for buffer in (states, masked, inverse))  # [i][t]
         below, factor = before_node(states), [flat_rows(masked[:, :i]) for i in range(N + 1)]
         cus, rows_of_cu = [cu.unbind(0) for cu in products], [flat_rows(cu) for cu in products]
-        nodes, xWs, hs = states[:, 1:].unbind(0), xW.unbind(0), hiddens.unbind(0)
+        nodes, xWs, hs, concat = states.unbind(0), xW.unbind(0), hiddens.unbind(0), tuple(range(1, N + 1))
 
         h = h0
         previous[0] = h0 * h_mask
@@ -127,7 +127,7 @@ class Relaxed(torch.autograd.Function):
                 active = held_set(cu, held_relu, (t, i))
                 relaxed_node(cu, below[i][k], rows[i - 1], active, h_mask, state[i][k], mask[i][k], scale[i][k])
             h = hs[t]
-            relaxed_output(nodes[k], h_mask, h, previous_t[t + 1])
+            output(nodes[k], concat, h_mask, h, previous_t[t + 1])
 
         if keep:
             ctx.space, ctx.held_relu = space, held_relu
@@ -146,7 +146,7 @@ class Relaxed(torch.autograd.Function):
         T, B, H = hiddens.shape
         N = len(Ws)
         of_weights = ctx.needs_input_grad[4] or any(ctx.needs_input_grad[7:])
-        rows = probs.split(list(range(1, N + 1)))  # N times (i, K)
+        rows = probs.detach().split(list(range(1, N + 1)))  # N times (i, K)
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
         dxW = space.take("xW", T, B, 2 * H)
         # On CUDA a weight's gradient is one product over all steps, after them; a CPU forms it step by step,
@@ -154,7 +154,7 @@ class Relaxed(torch.autograd.Function):
         at_once = of_weights and sum_after_loop(h0)
         dcs = [space.take(f"gradient {i}", T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]
         dWs = [torch.zeros_like(W, dtype=space.wide) for W in Ws] if of_weights else []
-        total = space.take("total", 2, N + 1, B, H, wide=True)  # gradient of the states, two to swap
+        totals = [space.take("total", N + 1, B, H, wide=True) for _ in range(2)]  # gradient of the states, to swap
         through = space.take("through", N + 1, B, H)  # what comes through the product of the node above
         dz = space.take("dz", B, H, wide=True)
         direct = space.take("direct", B, H, wide=True)  # of the hidden state before the step
@@ -165,18 +165,20 @@ class Relaxed(torch.autograd.Function):
         cus = [cu.unbind(0) for cu in products]
         factor = [masked[:, :i].flatten(1, 2).mT.unbind(0) for i in range(N + 1)]  # (H, iB) each
         gradient = [[(dc, du, dc.flatten(0, 1), du.flatten(0, 1)) for dc, du in d] for d in dcs]
-        each, share = [half.unbind(0) for half in total], [[half[:i] for i in range(N + 1)] for half in total]
+        each, share = [half.unbind(0) for half in totals], [[half[:i] for i in range(N + 1)] for half in totals]
         rest, rest_of = through.unbind(0), [through[:i] for i in range(N + 1)]
         rows_of_rest = [part.flatten(0, 1) for part in rest_of]
         transposed = [tuple(half.t() for half in halves(W)) for W in weights]
         halves_of_dW = [halves(dW) for dW in dWs]
         W0_t, gs, hs, dxWs, dcs_0 = weights[0].t(), g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), halves(dxW)
 
+        concat = tuple(range(1, N + 1))
+
         direct.zero_()
         into.zero_()
         for t in reversed(range(T)):
-            here, there = 0, 1  # which half of total
-            relaxed_output_back(gs[t], direct, into, h_mask, total[here])
+            here, there = 0, 1  # which of totals
+            output_back(gs[t], direct, into, h_mask, concat, totals[here])
             through.zero_()
             for i in range(N, 0, -1):
                 normalise_back(each[here][i], rest[i], h_mask, state[i][t], scale[i][t], dz)
@@ -239,7 +241,7 @@ class Discrete(torch.autograd.Function):
                 product(mask[j][k], weights[i], out=cu[i][k])
                 discrete_node(name, cu[i][k], state[j][k], h_mask, state[i][k], mask[i][k])
             h = hs[t]
-            discrete_output(nodes[k], concat, h_mask, h, previous_t[t + 1])
+            output(nodes[k], concat, h_mask, h, previous_t[t + 1])
 
         if keep:
             ctx.space, ctx.cell = space, (recurrent, concat)
@@ -272,7 +274,7 @@ class Discrete(torch.autograd.Function):
         direct.zero_()
         into.zero_()
         for t in reversed(range(T)):
-            discrete_output_back(gs[t], direct, into, h_mask, concat, total)
+            output_back(gs[t], direct, into, h_mask, concat, total)
             for i, (name, j) in backwards:
                 discrete_node_back(name, share[i], cu[i][t], state[j][t], dc[i][t], du[i][t], share[j])
                 product(gradient[i][t], transposed[i], out=into)
@@ -358,18 +360,18 @@ def put_normalised(s, h_mask, state, masked, inverse):
 
 
 @kernel
-def relaxed_output(states, h_mask, hidden, masked):
-    """The mean of s_1 .. s_N (N, B, H) -> hidden, masked (B, H)."""
-    h = states.to(hidden.dtype).mean(0)
+def output(states, concat, h_mask, hidden, masked):
+    """The mean of the nodes in `concat`, of states (N+1, B, H) -> hidden, masked (B, H)."""
+    h = sum(states[i].to(hidden.dtype) for i in concat) / len(concat)
     hidden.copy_(h)
     masked.copy_(h * h_mask)
 
 
 @kernel
-def relaxed_output_back(g, direct, into, h_mask, total):
+def output_back(g, direct, into, h_mask, concat, total):
     """Gradient of a hidden state from the loss and from the next step -> of s_0 .. s_N (N+1, B, H)."""
-    each = (g + direct + into * h_mask) / (total.size(0) - 1)
-    total.copy_(torch.cat([torch.zeros_like(each)[None], each.expand(total.size(0) - 1, *each.shape)]))
+    each = (g + direct + into * h_mask) / len(concat)
+    total.copy_(torch.stack([each * concat.count(i) for i in range(total.size(0))]))
 
 
 @kernel
@@ -399,7 +401,8 @@ def relaxed_node_back(dz, through, total, cu, states, p, active, h_mask, dc, du,
     some = p.sum(1)
     opened = dz * gate
     shut = dz - opened
-    dc.copy_(opened * (1 - gate) * (mixed - some * s))
+    d = realised(opened * (1 - gate) * (mixed - some * s))
+    dc.copy_(d)
     du.copy_(opened * slope)
     total_after.copy_(total + through * h_mask + some * shut)
     sums.copy_(sums + torch.stack([(opened * f + shut * s).sum(-1) for f in (tanh, relu, sig, u)]))
@@ -433,21 +436,6 @@ def discrete_node(name, cu, s, h_mask, state, masked):
     s = s + sigmoid(c) * (activation(name, u)[0] - s)
     state.copy_(s)
     masked.copy_(s * h_mask)
-
-
-@kernel
-def discrete_output(states, concat, h_mask, hidden, masked):
-    """The mean of the nodes in `concat`, of states (N+1, B, H) -> hidden, masked (B, H)."""
-    h = sum(states[i].to(hidden.dtype) for i in concat) / len(concat)
-    hidden.copy_(h)
-    masked.copy_(h * h_mask)
-
-
-@kernel
-def discrete_output_back(g, direct, into, h_mask, concat, total):
-    """Gradient of a hidden state from the loss and from the next step -> of s_0 .. s_N (N+1, B, H)."""
-    each = (g + direct + into * h_mask) / len(concat)
-    total.copy_(torch.stack([each * concat.count(i) for i in range(total.size(0))]))
 
 
 @kernel

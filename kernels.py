@@ -24,6 +24,7 @@ from torch import Tensor
 INLINE = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000}
 # What a kernel is compiled for is told by its arguments; nothing else that it refers to changes.
 ARGUMENTS = {"TENSOR_MATCH", "SHAPE_ENV", "CONSTANT_MATCH", "EQUALS_MATCH", "TYPE_MATCH"}
+START = 64  # of a buffer's elements: for a view that begins at none, a kernel would be compiled once more
 LOG2_E = 1.4426950408889634
 
 
@@ -47,6 +48,7 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
         if environ.get("TORCH_COMPILE_DISABLE") == "1" or not compiler_found():
             return function
         torch._dynamo.config.recompile_limit = 64  # one variant for each operation and kind of shape
+        torch.fx.experimental._config.use_duck_shape = False  # nor one for each two numbers that happen to be equal
         options = {**INLINE, "guard_filter_fn": lambda guards: [g.guard_type in ARGUMENTS for g in guards]}
         return torch.compile(function, fullgraph=True, options=options)
 
@@ -75,6 +77,13 @@ def sigmoid_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     return 1 / (1 + e), tanh
 
 
+def realised(x: Tensor) -> Tensor:
+    """x, which Inductor gives a buffer of its own, and with it a place in the order of loops. A sum can join the
+    loop of an element-wise result that has come before it; else it would be a loop of its own, computing all again.
+    (The buffer itself is optimised away.)"""
+    return x.as_strided(x.shape, x.stride())
+
+
 class Pool:
     """Large buffers that are handed out and given back: fresh pages cost a CPU as much as what is written there.
 
@@ -88,11 +97,11 @@ class Pool:
         """An uninitialised tensor; `name` tells buffers of one use from those of another."""
         if device.type == "cuda":  # whose allocator is a pool already
             return torch.empty(shape, dtype=dtype, device=device)
-        free, size = self.free[name, dtype], prod(shape)
+        free, size = self.free[name, dtype], START + prod(shape)
         flat = free.pop() if free else torch.empty(0, dtype=dtype)
         if flat.numel() < size:
             flat = torch.empty(size, dtype=dtype)
-        return flat[:size].view(shape)
+        return flat[START:size].view(shape)
 
     def give(self, name: str, *buffers: Tensor) -> None:
         """Back for the next `take` of that name."""

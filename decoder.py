@@ -31,7 +31,7 @@ def nll(
 class TiedDecoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, wants, store, hiddens, mask, embedding, bias, y):
-        (T, B, _), V, device = hiddens.shape, len(embedding), hiddens.device
+        (T, B, H), V, device = hiddens.shape, len(embedding), hiddens.device
         outputs, decoder = drop(hiddens, mask).to(store), embedding.t().to(store)  # (T, B, H), (H, V)
         losses = hiddens.new_empty(y.shape)
         d_outputs, d_embedding, d_bias = (
@@ -67,20 +67,25 @@ class TiedDecoder(torch.autograd.Function):
                     add_product(d_embedding, d.t(), part)
                 POOL.give("logits", d)
         else:
-            # What is kept of an output differs from row to row of the batch, but not from time step to time step;
-            # where a row keeps less than others, zeros fill up. A few rows at once, one for each core.
-            decoder, rows = decoder.contiguous(), torch.get_num_threads()
-            kept = mask.topk(int((mask != 0).sum(1).max()), dim=1).indices  # (B, k)
+            # What is kept of an output differs from row to row of the batch, but not from time step to time step.
+            # A few rows at once, one for each core, that keep about as many; zeros fill up the rest.
+            decoder, together = decoder.contiguous(), torch.get_num_threads()
+            counts, rows = (mask != 0).sum(1).sort()
+            kept = mask[rows].topk(int(counts.max()), dim=1).indices  # (B, k)
             d_decoder = None if d_embedding is None else torch.zeros_like(decoder, dtype=bias.dtype)
-            for b in range(0, B, rows):
-                here = kept[b : b + rows]  # (r, k)
+            for b in range(0, B, together):
+                here = kept[b : b + together, : counts[b : b + together].max()]  # (r, k)
                 index = here[:, None, :].expand(-1, T, -1)  # (r, T, k)
-                part = outputs[:, b : b + rows].transpose(0, 1).gather(2, index)  # (r, T, k)
+                r = rows[b : b + together]
+                part = outputs[:, r].transpose(0, 1).gather(2, index)  # (r, T, k)
                 columns = POOL.take("columns", (*here.shape, V), store, device)
                 torch.index_select(decoder, 0, here.flatten(), out=columns.flatten(0, 1))
-                d = gradient_of_logits(part, columns, y[:, b : b + rows].t(), losses[:, b : b + rows].t())
+                losses_here = losses.new_empty(len(r), T)
+                d = gradient_of_logits(part, columns, y[:, r].t(), losses_here)
+                losses[:, r] = losses_here.t()
                 if d_outputs is not None:
-                    d_outputs[:, b : b + rows].transpose(0, 1).scatter_(2, index, d @ columns.mT)
+                    kept_of_d = d_outputs.new_zeros(len(r), T, H).scatter_(2, index, d @ columns.mT)
+                    d_outputs[:, r] = kept_of_d.transpose(0, 1)
                 if d_decoder is not None:
                     torch.bmm(part.mT, d, out=columns)
                     d_decoder.index_add_(0, here.flatten(), columns.flatten(0, 1).to(bias.dtype))

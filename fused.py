@@ -156,7 +156,6 @@ class Relaxed(torch.autograd.Function):
         dWs = [torch.zeros_like(W, dtype=space.wide) for W in Ws] if of_weights else []
         totals = [space.take("total", N + 1, B, H, wide=True) for _ in range(2)]  # gradient of the states, to swap
         through = space.take("through", N + 1, B, H)  # what comes through the product of the node above
-        dz = space.take("dz", B, H, wide=True)
         direct = space.take("direct", B, H, wide=True)  # of the hidden state before the step
         into = space.take("into", B, H)  # the same, through its product with W0
         sums = [probs.new_zeros(4, i, B) for i in range(1, N + 1)]  # of each primitive's probability
@@ -181,12 +180,11 @@ class Relaxed(torch.autograd.Function):
             output_back(gs[t], direct, into, h_mask, concat, totals[here])
             through.zero_()
             for i in range(N, 0, -1):
-                normalise_back(each[here][i], rest[i], h_mask, state[i][t], scale[i][t], dz)
                 cu, (dc, du, dc_rows, du_rows) = cus[i][t], gradient[i - 1][t if at_once else 0]
                 active = held_set(cu, ctx.held_relu, (t, i))
                 relaxed_node_back(
-                    dz, rest_of[i], share[here][i], cu, below[i][t], rows[i - 1], active, h_mask,
-                    dc, du, share[there][i], sums[i - 1],
+                    each[here][i], rest[i], state[i][t], scale[i][t], share[here][i], rest_of[i], below[i][t],
+                    cu, rows[i - 1], active, h_mask, dc, du, share[there][i], sums[i - 1],
                 )  # fmt: skip
                 here, there = there, here
                 product(dc_rows, transposed[i][0], out=rows_of_rest[i])
@@ -194,8 +192,10 @@ class Relaxed(torch.autograd.Function):
                 if of_weights and not at_once:
                     for dW, d in zip(halves_of_dW[i - 1], (dc_rows, du_rows), strict=True):
                         add_product(dW, factor[i][t], d)
-            normalise_back(each[here][0], rest[0], h_mask, state[0][t], scale[0][t], dz)
-            start_back(dz, cus[0][t][0], hs[t], dcs_0[0][t], dcs_0[1][t], direct)
+            relaxed_start_back(
+                each[here][0], rest[0], state[0][t], scale[0][t], cus[0][t][0], h_mask, hs[t],
+                dcs_0[0][t], dcs_0[1][t], direct,
+            )  # fmt: skip
             product(dxWs[t], W0_t, out=into)
 
         dprobs = torch.cat([torch.cat([s.new_zeros(1, s.size(1)), s.sum(-1)]).t() for s in sums])
@@ -279,7 +279,7 @@ class Discrete(torch.autograd.Function):
                 discrete_node_back(name, share[i], cu[i][t], state[j][t], dc[i][t], du[i][t], share[j])
                 product(gradient[i][t], transposed[i], out=into)
                 share[j].addcmul_(into.to(space.wide), h_mask)
-            start_back(share[0], cu[0][t], hs[t], dc[0][t], du[0][t], direct)
+            discrete_start_back(share[0], cu[0][t], hs[t], dc[0][t], du[0][t], direct)
             product(gradient[0][t], transposed[0], out=into)
 
         dh0 = direct + into * h_mask
@@ -351,6 +351,7 @@ def slope_of_relu(u, active):
 
 
 def put_normalised(s, h_mask, state, masked, inverse):
+    s = realised(s)
     centred = s - s.mean(0)
     scale = torch.rsqrt(centred.square().mean(0) + BN_EPS)
     s = centred * scale
@@ -374,21 +375,22 @@ def output_back(g, direct, into, h_mask, concat, total):
     total.copy_(torch.stack([each * concat.count(i) for i in range(total.size(0))]))
 
 
-@kernel
-def normalise_back(g, through, h_mask, state, inverse, dz):
+def normalise_back(g, state, inverse):
     """Back through batch normalisation, (B, H): inverse * (g - mean(g) - s mean(g s))."""
-    g = g + through * h_mask
     s = state.to(g.dtype)
-    dz.copy_(inverse * (g - g.mean(0) - s * (g * s).mean(0)))
+    return realised(inverse * (g - g.mean(0) - s * (g * s).mean(0)))
 
 
 @kernel
-def relaxed_node_back(dz, through, total, cu, states, p, active, h_mask, dc, du, total_after, sums):
-    """Back through a node before its normalisation: dz (B, H), the rest as in `relaxed_node` -> dc, du (i, B, H).
+def relaxed_node_back(
+    g, g_through, state, inverse, total, through, states, cu, p, active, h_mask, dc, du, total_after, sums
+):
+    """Back through a node: g, g_through, state (B, H), inverse (H,), the rest as in `relaxed_node` -> dc, du (i, B, H).
 
     `total_after` (i, B, H) is `total` and `through`, which waited, and this node's share. `sums` (4, i, B) gains
     the gradients of the probabilities.
     """
+    dz = normalise_back(g + g_through * h_mask, state, inverse)
     c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
     s = states.to(h_mask.dtype)
     p = p[:, 1:, None, None]
@@ -409,8 +411,19 @@ def relaxed_node_back(dz, through, total, cu, states, p, active, h_mask, dc, du,
 
 
 @kernel
-def start_back(g, cu, h, dc, du, direct):
-    """Back through s = h + sigmoid(c) (tanh(u) - h), all (B, H) -> dc, du, and h's own share."""
+def relaxed_start_back(g, g_through, state, inverse, cu, h_mask, h, dc, du, direct):
+    """Back through the normalisation of s_0 and through s_0, all (B, H) -> dc, du, and the hidden state's own share."""
+    put_start_back(normalise_back(g + g_through * h_mask, state, inverse), cu, h, dc, du, direct)
+
+
+@kernel
+def discrete_start_back(g, cu, h, dc, du, direct):
+    """Back through s_0, all (B, H) -> dc, du, and the hidden state's own share."""
+    put_start_back(g, cu, h, dc, du, direct)
+
+
+def put_start_back(g, cu, h, dc, du, direct):
+    """Back through s = h + sigmoid(c) (tanh(u) - h)."""
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]
     dc.copy_(g * gate * (1 - gate) * (tanh - h))

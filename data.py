@@ -26,6 +26,7 @@ import io
 import os
 import re
 import secrets
+import stat
 import zipfile
 import zlib
 from collections import Counter
@@ -46,6 +47,7 @@ from tqdm import tqdm
 SPLITS = ("train", "valid", "test")
 EOS = "<eos>"
 UNK = "<unk>"
+MAX_LINE = 1 << 28  # bytes; text8 is one line of 10^8
 TIMEOUT = 20  # seconds that a server may stay silent
 CACHE_FORMAT = 1  # raise it when tokens, vocabulary or the arrays of the cache change
 
@@ -186,7 +188,8 @@ def _load_cache(path: Path, name: str, sha256: dict[str, str]) -> Corpus | None:
     """The corpus kept at `path`; None if there is none, or none that can be trusted."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # numpy alone skips the checksum of an array that it cuts short
+            swollen = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+            if swollen or archive.testzip() is not None:  # numpy alone skips the checksum of an array it cuts short
                 return None
         with np.load(path, allow_pickle=False) as arrays:
             words, unknown = (arrays[key].tobytes().decode().split() for key in ("words", "unknown"))
@@ -196,7 +199,8 @@ def _load_cache(path: Path, name: str, sha256: dict[str, str]) -> Corpus | None:
         if used.min() != 0 or used.max() != len(words) - 1 or any(split.ndim != 1 for split in ids.values()):
             return None
         return Corpus(name, words, **ids, unknown=dict(zip(unknown, counts, strict=True)), sha256=sha256)
-    except (OSError, EOFError, LookupError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error):
+    except (OSError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile,
+            zlib.error):  # fmt: skip
         return None  # missing, or what zipfile and numpy raise on damaged bytes
 
 
@@ -235,7 +239,7 @@ def _read_file(path: Path, source: Source | None) -> tuple[str, str]:
     try:
         if source and not path.exists():
             download(source, path)
-        raw = path.read_bytes()
+        raw = _bytes(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing; the folder needs train.txt, valid.txt and test.txt") from error
     except OSError as error:  # a folder by that name, or no permission
@@ -257,6 +261,23 @@ def _read_file(path: Path, source: Source | None) -> tuple[str, str]:
     if not text or text.isspace():
         raise DataError(f"{path}: empty; put the text of this split there")
     return text, digest
+
+
+def _bytes(path: Path) -> bytes:
+    """What a file of a corpus holds. Raises DataError for one that is elsewhere, endless, or no text by its lines."""
+    if path.resolve().parent != path.parent.resolve():
+        raise DataError(f"{path}: a link that leaves its folder; put the text itself there")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(f"{path}: not a file; put a text file there")
+    blocks, line = [], 0  # bytes since the last line's end
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            blocks.append(block)
+            end = block.find(b"\n")
+            if line + (len(block) if end < 0 else end) > MAX_LINE:
+                raise DataError(f"{path}: a line of more than {MAX_LINE:,} bytes; break it into lines")
+            line = line + len(block) if end < 0 else len(block) - block.rfind(b"\n") - 1
+    return b"".join(blocks)
 
 
 def download(source: Source, path: Path) -> None:

@@ -9,10 +9,12 @@ published size.
 
 import sys
 
+import torch
+
 import options
 import start
 from averaging import saved_average
-from checkpoint import CheckpointError, load
+from checkpoint import UNREADABLE, CheckpointError, load
 from data import DataError, batchify, read_split
 from dropout import Rates
 from genotypes import from_json
@@ -46,17 +48,33 @@ def build_parser() -> options.Parser:
 
 
 def build_model(saved: dict) -> RNNModel:
-    """The model of a checkpoint, with the weights that its run evaluated: averaged ones where there are some."""
+    """The model of a checkpoint, with the weights that its run evaluated: averaged ones where there are some.
+
+    It takes the checkpoint's own tensors, so that no size in the file is believed before it has been seen.
+    """
     vocabulary, size = len(saved["words"]), saved["flags"]["emsize"]
-    if saved["kind"] == "search":
-        model = RNNModelSearch(vocabulary, size, Rates())
-    else:
-        model = retrain_model(vocabulary, size, Rates(), from_json(saved["genotype"]))
-    model.load_state_dict(saved["model"])
+    with torch.device("meta"):
+        if saved["kind"] == "search":
+            model = RNNModelSearch(vocabulary, size, Rates())
+        else:
+            model = retrain_model(vocabulary, size, Rates(), from_json(saved["genotype"]))
+    if any(weight.dtype != torch.float32 for weight in saved["model"].values()):
+        raise TypeError("weights that no run has")
+    model.load_state_dict(saved["model"], assign=True)
     if average := saved_average(saved["optimizer"]):
         for w, ax in zip(model.weights(), average, strict=True):
             w.data.copy_(ax)
     return model
+
+
+def reading(saved: dict, split: str) -> tuple[str, list[str], int, int]:
+    """The corpus of a checkpoint's run, its vocabulary, and in how many rows and how long segments it read a split."""
+    name, words, rows, bptt = (
+        saved["flags"]["data"], saved["words"], saved["eval_rows"][split], saved["flags"]["bptt"],
+    )  # fmt: skip
+    if not (isinstance(name, str) and all(isinstance(word, str) for word in words) and min(rows, bptt) >= 1):
+        raise ValueError("not what a run writes")
+    return name, words, int(rows), int(bptt)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,20 +85,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         saved = load(args.checkpoint)
         model = build_model(saved)
+        name, words, rows, bptt = reading(saved, args.split)
+        before = saved["sha256"][args.split]
     except CheckpointError as error:
         parser.refuse([str(error)])
-    except (KeyError, TypeError, ValueError, RuntimeError):  # a dict, but with other things in it
+    except UNREADABLE:  # a dict, but with other things in it
         parser.refuse([f"{args.checkpoint}: holds no model of this project"])
-    name = args.data or saved["flags"]["data"]
+    name = args.data or name
     try:
-        ids, sha256 = read_split(name, args.split, saved["words"])
-        source = batchify(ids, saved["eval_rows"][args.split])
+        ids, sha256 = read_split(name, args.split, words)
+        source = batchify(ids, rows)
     except DataError as error:
         parser.refuse(error.faults)
-    if args.data is None and sha256 != saved["sha256"][args.split]:
+    if args.data is None and sha256 != before:
         print(f"note: {name} {args.split} is not the text that the run read", file=sys.stderr)
     device = choose_device(args.device)
-    loss = evaluate(model.to(device), source.to(device), saved["flags"]["bptt"], args.split)
+    loss = evaluate(model.to(device), source.to(device), bptt, args.split)
     print(f"{name} {args.split}: loss {loss:.6f}, perplexity {perplexity(loss):.4f}, {source.numel():,} tokens")
     return 0
 

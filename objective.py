@@ -86,14 +86,14 @@ def accumulate_gradients(parts: Iterator[Losses], weights: list[Tensor]) -> tupl
 
 def weight_step(
     parts: Iterator[Losses], weights: list[Tensor], optimizer: torch.optim.Optimizer, clip: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step of the optimizer down the gradient of the parts, whose norm is clipped; returns what
-    `accumulate_gradients` does."""
+    `accumulate_gradients` does, and the norm before it was clipped."""
     nll, hidden = accumulate_gradients(parts, weights)
-    clip_grad_norm_(weights, clip)
+    norm = clip_grad_norm_(weights, clip)
     optimizer.step()
     optimizer.zero_grad()
-    return nll, hidden
+    return nll, hidden, norm
 
 
 @contextmanager
@@ -107,6 +107,13 @@ def scaled_lr(optimizer: torch.optim.Optimizer, scale: float) -> Iterator[float]
     finally:
         for group, lr in zip(optimizer.param_groups, before, strict=True):
             group["lr"] = lr
+
+
+@torch.no_grad()
+def loss_without_dropout(model, batch: Batch, rows: int) -> Tensor:
+    """NLL (nats per word) of the first rows of a batch, a scalar; nothing is drawn for it."""
+    part = batch.rows(0, rows)
+    return model.nll(model(part.x, part.hidden), part.y)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 
+import lock
 from engine import ENGINES, PRECISIONS
 from genotypes import GenotypeError, resolve
 from utils import new_folder
@@ -158,10 +159,28 @@ def add_shared_flags(
     run.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in --save with its own flags; only --epochs, --log_interval, "
-        "--device and the place of the same --data may be given anew",
+        help="continue the run in --save with its own flags; only --epochs, --log_interval, --checkpoint_minutes, "
+        "--backoff, --max_rollbacks, --device and the place of the same --data may be given anew",
     )
+    run.add_argument(
+        "--checkpoint_minutes",
+        type=float,
+        default=10.0,
+        help="the longest time between two checkpoints, which are made at each epoch's end as well",
+    )
+    run.add_argument(
+        "--backoff",
+        type=float,
+        default=0.5,
+        help="when the loss diverges, the run goes back to its last checkpoint and on with --lr times this",
+    )
+    run.add_argument("--max_rollbacks", type=int, default=5, help="how often it does that before it ends")
     run.add_argument("--device", default="auto", help="auto (CUDA where there is some), cpu, cuda or cuda:N")
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on CUDA, take only algorithms that give the same bits every time, which is slower; a CPU does anyway",
+    )
     run.add_argument(
         "--seed",
         type=int,
@@ -194,9 +213,10 @@ def number_faults(args: argparse.Namespace) -> list[str]:
             "epochs batch_size small_batch_size bptt emsize nhid nhidlast log_interval nonmono",
         ),
         "above 0": (lambda x: x > 0, "lr clip arch_lr"),
+        "above 0 and at most 1": (lambda x: 0 < x <= 1, "backoff"),
         "at least 0": (
             lambda x: x >= 0,
-            "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed",
+            "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes max_rollbacks",
         ),
         "at least 0 and below 1": (
             lambda x: 0 <= x < 1,
@@ -256,6 +276,11 @@ def precision_faults(args: argparse.Namespace) -> list[str]:
     return []
 
 
+def holds_work(path: Path) -> bool:
+    """Whether a file in a run directory is more than what an end before the first step leaves behind."""
+    return path.name != lock.NAME and not path.name.endswith(".tmp")
+
+
 def run_faults(args: argparse.Namespace) -> list[str]:
     """A run directory or an architecture that cannot be used."""
     folder, faults = Path(args.save), []
@@ -265,7 +290,9 @@ def run_faults(args: argparse.Namespace) -> list[str]:
             faults.append(f"--save {folder}: {there} is a file; name a directory")
         elif not os.access(there, os.W_OK | os.X_OK):
             faults.append(f"--save {folder}: {there} cannot be written to; take another")
-        elif not args.resume and there == folder and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+        elif not args.resume and (process := lock.owner(folder)):
+            faults.append(f"--save {folder}: in use by {process}; take another")
+        elif not args.resume and there == folder and any(holds_work(path) for path in folder.iterdir()):
             faults.append(f"--save {folder}: holds files already; add --resume to continue a run, or take another")
     except OSError as error:  # a folder that may not be looked into, or a name that no folder can have
         faults.append(f"--save {folder}: cannot be used ({error.strerror})")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import Run, RunError
+from utils import Diverged, Run
 
 
 class Progress:
@@ -22,7 +22,7 @@ class Progress:
     def __init__(self, run: Run, device: torch.device, epochs: int, epoch_rows: int):
         self.run, self.epochs, self.epoch_rows = run, epochs, epoch_rows
         self.epoch, self.row, self.step = 1, 0, 0  # row: where the next segment of the text starts
-        self.seconds = 0.0  # of all processes that worked on this run
+        self.seconds = 0.0  # of all processes that worked on this run, as far as metrics.jsonl has them
         self.interval = Sum(device)
         self.whole = Sum(device)  # since the epoch began
         self.clock = self.shown = time.perf_counter()
@@ -52,7 +52,7 @@ class Progress:
 
     def close_interval(self, lr: float, **extra: Any) -> None:
         """Log the mean loss since the last time, with extra columns for metrics.jsonl."""
-        loss, seconds = self.checked(self.interval), self.elapsed()
+        loss, seconds = self.interval.mean(), self.elapsed()
         since, tokens = self.tick
         speed = (self.interval.tokens - tokens) / (time.perf_counter() - since)
         self.run.log(
@@ -68,9 +68,9 @@ class Progress:
 
     def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
         """Log the epoch's training loss and the validation loss, and go on to the next epoch."""
-        loss, valid_ppl = self.checked(self.whole), perplexity(valid_loss)
+        loss, valid_ppl = self.whole.mean(), perplexity(valid_loss)
         if not math.isfinite(valid_ppl):
-            raise RunError(f"the validation loss is {valid_loss} after epoch {self.epoch}; {ADVICE}")
+            raise Diverged(f"the validation loss is {valid_loss:.4g}")
         seconds = self.elapsed()
         left = seconds / self.epoch * (self.epochs - self.epoch)
         self.run.log(
@@ -85,13 +85,6 @@ class Progress:
         self.whole.reset()
         self.epoch, self.row = self.epoch + 1, 0
 
-    def checked(self, sums: "Sum") -> float:
-        """The mean, if it still is a loss that words can have."""
-        loss = sums.mean()
-        if not math.isfinite(perplexity(loss)):
-            raise RunError(f"the training loss is {loss} at step {self.step}; {ADVICE}")
-        return loss
-
     def elapsed(self) -> float:
         """Seconds of work on this run so far."""
         now = time.perf_counter()
@@ -103,21 +96,17 @@ class Progress:
             "epoch": self.epoch,
             "row": self.row,
             "step": self.step,
-            "seconds": self.elapsed(),
             "interval": self.interval.state_dict(),
             "whole": self.whole.state_dict(),
-            "metrics_size": self.run.metrics_size(),
+            "metrics_rows": self.run.rows,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; rows of metrics that were written after it are cut off, to be written again."""
-        self.epoch, self.row, self.step, self.seconds = (state[key] for key in ("epoch", "row", "step", "seconds"))
+        self.epoch, self.row, self.step = (state[key] for key in ("epoch", "row", "step"))
         self.interval.load_state_dict(state["interval"])
         self.whole.load_state_dict(state["whole"])
-        self.run.cut_metrics(state["metrics_size"])
-
-
-ADVICE = "the run has diverged: start again with a lower --lr (5 suits small models) or a lower --clip"
+        self.seconds = self.run.cut_metrics(state["metrics_rows"])
 
 
 class Sum:

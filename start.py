@@ -5,24 +5,32 @@ written.
 """
 
 import json
+import math
+import reprlib
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import checkpoint
 import data
 import options
 from genotypes import GenotypeError, resolve
-from utils import RunError
+from lock import Locked
+from utils import Run, RunError
 
 # What may differ between a run and its continuation; every other flag belongs to the run. The data may lie
 # elsewhere, but must be the same text.
-RESUMABLE = {"epochs", "log_interval", "device", "save", "resume", "data"}
+RESUMABLE = {
+    "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "backoff", "max_rollbacks",
+}  # fmt: skip
+MAX_CONFIG = 1_000_000  # bytes
 
 # The texts that a script reads: by name the word ids, and the number of rows that they are cut into.
 Texts = dict[str, tuple[Tensor, int]]
@@ -30,11 +38,11 @@ Texts = dict[str, tuple[Tensor, int]]
 
 def begin(
     kind: str, parser: options.Parser, argv: list[str] | None, texts: Callable[[data.Corpus, Namespace], Texts]
-) -> tuple[Namespace, data.Corpus, dict[str, Any] | None]:
-    """The flags, the corpus, and the state to go on from (None for a new run) of a run of this kind.
+) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
+    """The flags, the corpus, the run's directory, and the state to go on from (None for a new run).
 
     A resumed run has the flags in its config.json, but for those given anew. Nothing is downloaded for flags
-    that cannot be used.
+    that cannot be used, and the directory of a new run is made last.
     """
     args = parser.parse_args(argv)
     config = read_config(parser, args.save) if args.resume else None
@@ -46,13 +54,16 @@ def begin(
     if "arch" in vars(args):
         args.arch = cell_text(args.arch)
 
-    saved = None
+    run = saved = None
     if config is not None:
         faults += changed_flags(args, config["flags"], f"the run in {args.save}")
         try:
-            saved = checkpoint.load_last(args.save)
-        except checkpoint.CheckpointError as error:
-            faults.append(str(error))
+            run = None if faults else Run(args.save)  # before anything is read, so that nobody writes it meanwhile
+            saved, note = checkpoint.load_last(args.save)
+            if note:
+                print(f"{parser.prog}: {note}", file=sys.stderr)
+        except (Locked, checkpoint.CheckpointError) as error:
+            faults.append(f"--save: {error}" if run is None else str(error))
         if saved is not None:
             faults += state_faults(kind, args, config["flags"], saved)
 
@@ -66,9 +77,67 @@ def begin(
         faults += length_faults(args, texts(corpus, args))
         if config is not None and config.get("sha256") != corpus.sha256:
             faults.append(f"--data {args.data}: not the text that the run in {args.save} began with")
+    if not faults and run is None:
+        try:
+            run = Run(args.save)
+            if any(map(options.holds_work, run.folder.iterdir())):  # another came and went while the corpus was read
+                faults.append(
+                    f"--save {args.save}: holds files already; add --resume to continue a run, or take another"
+                )
+        except Locked as error:
+            faults.append(f"--save: {error}")
     if faults:
+        if run is not None:
+            run.lock.release()
         parser.refuse(faults)
-    return args, corpus, saved
+    return args, corpus, run, saved
+
+
+def identity(kind: str, args: Namespace, corpus: data.Corpus) -> dict[str, Any]:
+    """What a checkpoint says of its run: all that tells it from another, and not where it lies."""
+    flags = {name: value for name, value in vars(args).items() if name not in RESUMABLE or name == "data"}
+    return {"kind": kind, "flags": flags, "words": corpus.words, "sha256": corpus.sha256}
+
+
+@contextmanager
+def restoring(parser: options.Parser, run: Run) -> Iterator[None]:
+    """Ends the script with a line if what a checkpoint holds cannot be put in its place."""
+    try:
+        yield
+    except (*checkpoint.UNREADABLE, checkpoint.CheckpointError) as error:
+        if checkpoint.out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        run.lock.release()
+        parser.refuse([f"{run.folder}: its checkpoint is not the state of this run ({reason}); start a new run"])
+
+
+def check_state(saved: dict[str, Any], form: dict[str, Any], optimizers: dict[str, torch.optim.Optimizer]) -> None:
+    """Raises ValueError unless what was saved has the form of this run's state, a step of each optimizer taken.
+
+    What a run on another kind of device has of its own, the state of a generator, is left out of it.
+    """
+    form = {**form, **{name: checkpoint.stepped(optimizer) for name, optimizer in optimizers.items()}}
+    form["rng"] = {name: part for name, part in form["rng"].items() if name != "cuda"}
+    checkpoint.check_form(saved, form)
+
+
+@contextmanager
+def memory_explained(args: Namespace) -> Iterator[None]:
+    """Running out of memory inside becomes a `RunError` that tells the sizes and what would need less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not checkpoint.out_of_memory(error):
+            raise
+        rows = args.small_batch_size
+        least = 2 if "unrolled" in vars(args) else 1  # a relaxed cell normalises over its rows
+        smaller = max((n for n in range(least, rows // 2 + 1) if args.batch_size % n == 0), default=None)
+        advice = f"--small_batch_size {smaller} needs about half" if smaller else "take a smaller --emsize or --bptt"
+        raise RunError(
+            f"out of memory with --emsize {args.emsize}, --bptt {args.bptt} and {rows} rows of --batch_size"
+            f" {args.batch_size} at a time; {advice} (a new run), or go on with --resume where more memory is free"
+        ) from error
 
 
 def cell_text(arch: str) -> str:
@@ -85,8 +154,12 @@ def read_config(parser: options.Parser, save: str | None) -> dict[str, Any]:
         parser.refuse(["--resume: say which run to continue with --save DIR"])
     path = Path(save) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_CONFIG:
+            raise ValueError("too long")
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
         script, flags = config["script"], dict(config["flags"])
+        if not isinstance(config.get("resumed", []), list):
+            raise ValueError("resumed")
     except OSError:
         parser.refuse([f"--resume: there is no run in {save} ({path.name} cannot be read)"])
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -98,6 +171,11 @@ def read_config(parser: options.Parser, save: str | None) -> dict[str, Any]:
     if wrong or flags.keys() - actions.keys():
         parser.refuse([f"--resume: {path} is damaged at {', '.join(wrong) or 'its flags'}; start a new run"])
     return config
+
+
+def refuse_constant(name: str) -> None:
+    """For NaN and infinity, which JSON does not have and Python reads."""
+    raise ValueError(name)
 
 
 def fits(action: Any, value: Any) -> bool:
@@ -121,15 +199,21 @@ def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[
     """Why a run with these flags in its config.json cannot go on from the state in its directory."""
     path = Path(args.save, "last.pt")
     try:
-        same = all(saved["flags"][name] == value for name, value in flags.items() if name not in RESUMABLE)
+        other = {name: saved["flags"][name] for name in flags.keys() - RESUMABLE if saved["flags"][name] != flags[name]}
         begun = saved["progress"]["epoch"] - (saved["progress"]["row"] == 0)
-        if saved["kind"] != kind or not same:
-            return [f"{path}: the state of another run than config.json tells of; start a new run"]
-    except (LookupError, TypeError):
+        if saved["kind"] != kind:
+            return [f"{path}: the state of another kind of run ({reprlib.repr(saved['kind'])}); start a new run"]
+        best = path.with_name("best.pt")
+        if kind == "train" and saved["best"] < math.inf and not checkpoint.is_whole(best):
+            return [f"{best}: missing or damaged, and the result is made from it; put a copy there, or start a new run"]
+        if args.epochs < begun:
+            return [f"--epochs {args.epochs}: the run in {args.save} is in epoch {begun} already"]
+    except checkpoint.UNREADABLE:
         return [f"{path}: not the state of a run; start a new run"]
-    if args.epochs < begun:
-        return [f"--epochs {args.epochs}: the run in {args.save} is in epoch {begun} already"]
-    return []
+    return [
+        f"--{name} {flags[name]}: {path} was written with {reprlib.repr(there)}; it is the state of another run"
+        for name, there in sorted(other.items())
+    ]
 
 
 def length_faults(args: Namespace, texts: Texts) -> list[str]:
@@ -153,11 +237,16 @@ def describe(corpus: data.Corpus) -> str:
 
 def run_script(main: Callable[[], int]) -> int:
     """The exit code of a script: what its surroundings did to it gives one line, not a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler)
     try:
         return main()
     except (RunError, checkpoint.CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:  # before the first step, when the weights are made
+        if not checkpoint.out_of_memory(error):
+            raise
+        print("error: out of memory; take a smaller --emsize, or a smaller --small_batch_size", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:

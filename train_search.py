@@ -9,6 +9,7 @@ end with a genotype in the run directory; `python train.py --arch RUN` retrains 
 
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from shlex import quote
 
@@ -20,15 +21,25 @@ import options
 import start
 from architect import RADIUS, Architect
 from data import Corpus, Cursor, batchify, get_batch, segments
+from divergence import Watch, back_off, count_rollback
 from dropout import HeldRelu, Rates
 from engine import Engine
 from genotypes import to_json
 from graphs import Graphs
 from kernels import products_in
+from model import NO_MASKS
 from model_search import RNNModelSearch
-from objective import VALID_ROWS, Batch, evaluate, scaled_lr, small_batch_losses, weight_step
+from objective import (
+    VALID_ROWS,
+    Batch,
+    evaluate,
+    loss_without_dropout,
+    scaled_lr,
+    small_batch_losses,
+    weight_step,
+)
 from progress import Progress, perplexity
-from utils import Run, StopSignal, choose_device
+from utils import Diverged, StopSignal, choose_device
 
 # The relaxed cell normalises by the statistics of the batch, and a batch of one has none: the test text is
 # read in as many rows as the validation text, where a discrete cell reads it in one.
@@ -100,8 +111,8 @@ def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tens
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args, corpus, saved = start.begin("search", parser, argv, texts_to_read)
-    device = choose_device(args.device)
+    args, corpus, run, saved = start.begin("search", parser, argv, texts_to_read)
+    device = choose_device(args.device, args.deterministic)
     torch.manual_seed(args.seed)
     bptt_rng = torch.Generator().manual_seed(args.seed)
     # (n, B) each; the alphas' text has a cursor of its own
@@ -136,67 +147,102 @@ def main(argv: list[str] | None = None) -> int:
             eta=eta,
         )
         batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
-        nll, hidden = weight_step(train_loss(batch), weights, optimizer, args.clip)
-        return nll, hidden, hidden_valid
+        nll, hidden, norm = weight_step(train_loss(batch), weights, optimizer, args.clip)
+        return nll, norm, hidden, hidden_valid
 
-    take_step = Graphs(step, device) if precise.engine.name == "fused" else step
+    def quick() -> Callable:
+        return Graphs(step, device) if precise.engine.name == "fused" else step
+
     hidden = hidden_valid = model.initial_hidden(args.batch_size)  # (B, H)
     best = float("inf")  # validation loss
     history = []  # [epoch, genotype] at the end of each epoch
-
-    run = Run(args.save)
-    run.configure(parser.prog, args, device, corpus.sha256)
+    rollbacks, watch = 0, Watch(device, len(corpus.words))
     progress = Progress(run, device, args.epochs, len(train) - 1)
+    keeper = checkpoint.Keeper(run.folder, args.checkpoint_minutes)
 
     def state() -> dict:
         return {
-            "kind": "search", "flags": vars(args), "words": corpus.words, "sha256": corpus.sha256,
-            "eval_rows": EVAL_ROWS, "genotype": to_json(model.genotype()), "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(), "arch_optimizer": architect.optimizer.state_dict(),
-            "rng": checkpoint.rng_state(device, bptt_rng), "progress": progress.state_dict(),
-            "hidden": hidden, "hidden_valid": hidden_valid, "valid_position": valid_batches.position,
-            "best": best, "history": history,
+            **start.identity("search", args, corpus), "eval_rows": EVAL_ROWS, "genotype": to_json(model.genotype()),
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "arch_optimizer": architect.optimizer.state_dict(), "rng": checkpoint.rng_state(device, bptt_rng),
+            "progress": progress.state_dict(), "hidden": hidden, "hidden_valid": hidden_valid,
+            "valid_position": valid_batches.position, "best": best, "history": history,
+            "watch": watch.state_dict(), "rollbacks": rollbacks,
         }  # fmt: skip
 
-    if saved:
+    def restore(saved: dict) -> None:
+        nonlocal hidden, hidden_valid, best, history, rollbacks
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         architect.load_state_dict(saved["arch_optimizer"])
-        checkpoint.set_rng_state(saved["rng"], device, bptt_rng)
-        progress.load_state_dict(saved["progress"])
-        hidden, hidden_valid = saved["hidden"].to(device), saved["hidden_valid"].to(device)
+        hidden, hidden_valid = (saved[name].to(device) for name in ("hidden", "hidden_valid"))
         valid_batches.position, best, history = saved["valid_position"], saved["best"], saved["history"]
+        rollbacks = saved["rollbacks"]
+        watch.load_state_dict(saved["watch"])
+        progress.load_state_dict(saved["progress"])
+
+    def go_back(fault: Diverged) -> None:
+        """To the last checkpoint, on with a lower learning rate and other random numbers than led here."""
+        nonlocal rollbacks
+        attempt = count_rollback(rollbacks, args.max_rollbacks, fault, progress.step)
+        restore(checkpoint.load_last(run.folder)[0])
+        rollbacks = attempt
+        back_off(run, optimizer, args.backoff, fault, progress)
+        checkpoint.save(state(), run.folder / "last.pt")  # and previous.pt stays what it is
+
+    if saved:
+        with start.restoring(parser, run):
+            form = {**state(), "history": [[1, to_json(model.genotype())]]}
+            start.check_state(saved, form, {"optimizer": optimizer, "arch_optimizer": architect.optimizer})
+            checkpoint.set_rng_state(saved["rng"], device, bptt_rng)
+            restore(saved)
+    run.configure(parser.prog, args, device, corpus.sha256, finished=progress.epoch > args.epochs)
+    if saved:
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
         run.log(f"search in {run.folder} on {device}: {params:,} weights, {model.alphas.numel()} alphas,"
                 f" {start.describe(corpus)}")  # fmt: skip
-        checkpoint.save(state(), run.folder / "last.pt")
+        keeper.keep(state())
 
-    with StopSignal() as stop, products_in(args.precision):
+    with StopSignal() as stop, products_in(args.precision), start.memory_explained(args):
+        take_step = quick()
         while progress.epoch <= args.epochs:
-            lengths = segments(
-                len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row
-            )
-            for i, seq_len in progress.track(lengths, columns=args.batch_size):
-                x, y = get_batch(train, i, seq_len)  # (T, B)
-                xv, yv, wrapped = valid_batches.take(seq_len)  # (T, B)
-                if wrapped:
-                    hidden_valid = model.initial_hidden(args.batch_size)
-                with scaled_lr(optimizer, seq_len / args.bptt) as eta:
-                    nll, hidden, hidden_valid = take_step(eta, x, y, hidden, xv, yv, hidden_valid)
-                progress.advance(nll, x.shape, eta)
+            try:
+                lengths = segments(
+                    len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row
+                )
+                for i, seq_len in progress.track(lengths, columns=args.batch_size):
+                    x, y = get_batch(train, i, seq_len)  # (T, B)
+                    xv, yv, wrapped = valid_batches.take(seq_len)  # (T, B)
+                    if wrapped:
+                        hidden_valid = model.initial_hidden(args.batch_size)
+                    with scaled_lr(optimizer, seq_len / args.bptt) as eta:
+                        nll, norm, hidden, hidden_valid = take_step(eta, x, y, hidden, xv, yv, hidden_valid)
+                    progress.advance(nll, x.shape, eta)
+                    watch.add(nll, norm)
 
-                if progress.step % args.log_interval == 0:
-                    genotype = model.genotype()
-                    progress.close_interval(eta, genotype=to_json(genotype))
-                    run.log(str(genotype))
-                if stop.requested:
-                    checkpoint.save(state(), run.folder / "last.pt")
-                    return run.interrupted(parser.prog)
+                    if progress.step % args.log_interval == 0:
+                        watch.check()
+                        genotype = model.genotype()
+                        progress.close_interval(eta, genotype=to_json(genotype))
+                        run.log(str(genotype))
+                    stopping = stop.requested
+                    if stopping or keeper.due():
+                        watch.check()
+                        watch.judge(loss_without_dropout(model, Batch(x, y, hidden, NO_MASKS), args.small_batch_size))
+                        keeper.keep(state())
+                    if stopping:
+                        return run.interrupted(parser.prog)
 
-            loss = evaluate(model, valid, args.bptt, "valid")
-            epoch, genotype = progress.epoch, model.genotype()
-            progress.close_epoch(loss, args.lr, genotype=to_json(genotype))
+                watch.check()
+                loss = evaluate(model, valid, args.bptt, "valid")
+                watch.judge(loss)
+                epoch, genotype = progress.epoch, model.genotype()
+                progress.close_epoch(loss, optimizer.param_groups[0]["lr"], genotype=to_json(genotype))
+            except Diverged as fault:
+                go_back(fault)
+                take_step = quick()  # what was captured holds the optimizer's old state
+                continue
             run.log(str(genotype))
             run.write("genotype.json", {
                 "genotype": to_json(genotype), "text": str(genotype), "epoch": epoch,
@@ -207,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
             if loss < best:
                 best = loss
                 checkpoint.save(state(), run.folder / "best.pt")
-            checkpoint.save(state(), run.folder / "last.pt")
+            keeper.keep(state())
             if stop.requested:
                 return run.interrupted(parser.prog)
 

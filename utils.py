@@ -14,13 +14,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lock import Lock
+
 
 class RunError(Exception):
     """A run that cannot go on, through no fault of the program; the message is one line for a person."""
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
+class Diverged(RunError):
+    """A loss or a gradient that no training recovers from."""
+
+
+def choose_device(name: str, deterministic: bool = False) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU. Deterministic, what runs there gives the same
+    bits every time, and an operation that cannot raises RuntimeError."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
@@ -46,15 +57,25 @@ def git_commit() -> str | None:
 
 
 class Run:
-    """A run directory: log.txt for people, metrics.jsonl for programs, and whole JSON files beside them."""
+    """A run directory: log.txt for people, metrics.jsonl for programs, and whole JSON files beside them.
+
+    It is this process's alone. Raises `lock.Locked`.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = folder = Path(folder)
         self.metrics = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
+        self.lock = Lock(folder)
+        self.rows = 0  # of metrics
 
-    def configure(self, script: str, args: Namespace, device: torch.device, sha256: dict[str, str]) -> None:
-        """Write config.json: all that is needed to start the run again, with a line for each time it went on."""
+    def configure(
+        self, script: str, args: Namespace, device: torch.device, sha256: dict[str, str], finished: bool = False
+    ) -> None:
+        """Write config.json: all that is needed to start the run again, with a line for each time it went on.
+
+        What processes left half written is removed, and so is the result of a run that is not `finished` any more.
+        """
         cuda = device.type == "cuda"
         surroundings = {
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -69,16 +90,18 @@ class Run:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             config["flags"] = flags
             config.setdefault("resumed", []).append(surroundings)
-            (self.folder / "result.json").unlink(missing_ok=True)  # it will be another
         else:
             config = {"script": script, "flags": flags, "sha256": sha256, **surroundings}
         self.write("config.json", config)
+        if not finished:
+            (self.folder / "result.json").unlink(missing_ok=True)
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
     def log(self, text: str) -> None:
         """Print a line (above a progress bar, if there is one) and add it to log.txt with the time."""
         tqdm.write(text)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        append(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def interrupted(self, script: str) -> int:
         """Say how to go on; gives the exit code of an interrupted run."""
@@ -87,36 +110,71 @@ class Run:
 
     def record(self, **row: Any) -> None:
         """Add an object to metrics.jsonl."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.metrics, json.dumps(row) + "\n")
+        self.rows += 1
 
-    def metrics_size(self) -> int:
-        """Bytes in metrics.jsonl."""
-        return self.metrics.stat().st_size if self.metrics.exists() else 0
-
-    def cut_metrics(self, size: int) -> None:
-        """Drop what is in metrics.jsonl beyond `size` bytes: rows of steps that will be taken again."""
-        if self.metrics_size() > size:
-            os.truncate(self.metrics, size)
+    def cut_metrics(self, rows: int) -> float:
+        """Drop all but the first rows of metrics.jsonl, as their steps will be taken again; gives the seconds that
+        the last row left tells of."""
+        self.rows, size, last = 0, 0, b""
+        try:
+            with open(self.metrics, "r+b") as file:
+                while self.rows < rows and (line := file.readline()).endswith(b"\n"):
+                    self.rows, size, last = self.rows + 1, size + len(line), line
+                file.truncate(size)
+        except FileNotFoundError:
+            pass
+        try:
+            return float(json.loads(last)["seconds"])
+        except (ValueError, LookupError, TypeError):
+            return 0.0
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
-        temporary = self.folder / f".{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / name)
+        path, temporary = self.folder / name, self.folder / f".{name}.tmp"
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise named(error, path) from error
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a file, on the disk when this returns. Raises OSError that names it."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise named(error, path) from error
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The error with the file that it is about, which one of a full disk does not tell."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into `requested`, to be obeyed between two steps; a second one acts."""
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 into `requested`, to be obeyed between two steps; after the first, Ctrl-C and
+    SIGTERM act at once. (Slurm sends SIGUSR1 as a warning, where it is asked to.)"""
 
     def __enter__(self) -> "StopSignal":
         self.requested = False
-        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self.previous = {number: signal.getsignal(number) for number in numbers}
+        for number in numbers:
+            signal.signal(number, self.handle)
         return self
 
     def handle(self, number: int, frame: Any) -> None:
         self.requested = True
-        self.__exit__()
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, self.previous[other])
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.previous.items():

@@ -46,7 +46,7 @@ def curve(engine: Engine, args: argparse.Namespace) -> list[float]:
         held, masks_valid, masks = (model.draw_masks(args.batch_size) for _ in range(3))
         held = held._replace(relu=HeldRelu())
         hidden_valid = architect.step(Batch(x, y, hidden, held), Batch(xv, yv, hidden_valid, masks_valid), args.lr)
-        nll, hidden = weight_step(train_loss(Batch(x, y, hidden, masks)), model.weights(), optimizer, CLIP)
+        nll, hidden, _ = weight_step(train_loss(Batch(x, y, hidden, masks)), model.weights(), optimizer, CLIP)
         found.append(nll.item())
     return found
 

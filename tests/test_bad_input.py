@@ -39,7 +39,8 @@ def refused(capsys):
 
 
 def tree(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".npz" not in path.name}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if ".npz" not in path.name and path.name != "lock"}
 
 
 BAD_FLAGS = [
@@ -186,7 +187,7 @@ def test_a_run_is_neither_written_over_nor_continued_as_another(corpus, refused,
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(corpus, tmp_path):
     finished(train, corpus, tmp_path / "whole")
     finished(train, corpus, tmp_path / "run")
-    for name in ("last.pt", "best.pt", "result.json", "metrics.jsonl"):
+    for name in ("last.pt", "previous.pt", "best.pt", "result.json", "metrics.jsonl"):
         (tmp_path / "run" / name).unlink()
     assert train.main(["--resume", "--save", str(tmp_path / "run")]) == 0
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "run")]
@@ -199,6 +200,7 @@ def test_a_lost_or_foreign_state_is_not_taken_for_a_new_run(corpus, refused, tmp
     finished(train, corpus, folder)
     finished(train_search, corpus, tmp_path / "search")
     capsys.readouterr()
+    (folder / "previous.pt").unlink()
     before = tree(folder)
     (line,) = refused(train_search, "--resume", "--save", tmp_path / "search", "--arch_lr", 9)
     assert "--arch_lr 9.0" in line
@@ -211,6 +213,9 @@ def test_a_lost_or_foreign_state_is_not_taken_for_a_new_run(corpus, refused, tmp
     assert "last.pt" in line
     (folder / "last.pt").write_bytes(before[folder / "last.pt"])
     assert tree(folder) == before
+    (folder / "best.pt").unlink()
+    (line,) = refused(train, "--resume", "--save", folder)
+    assert "best.pt: missing" in line
 
 
 def test_fewer_epochs_than_are_done(corpus, refused, tmp_path, capsys):

@@ -194,7 +194,7 @@ def test_a_file_of_no_bytes_is_empty(tmp_path):
 def test_a_folder_in_place_of_a_file_is_a_fault(tmp_path):
     write_folder(tmp_path, train="a\n", valid="a\n")
     (tmp_path / "test.txt").mkdir()
-    with pytest.raises(data.DataError, match=r"test\.txt: cannot be read") as caught:
+    with pytest.raises(data.DataError, match=r"test\.txt: not a file") as caught:
         data.load_corpus(str(tmp_path))
     assert len(caught.value.faults) == 1
 

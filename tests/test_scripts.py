@@ -7,11 +7,9 @@ import os
 import pty
 import random
 import re
-import signal
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +19,7 @@ import genotypes
 
 ROOT = Path(__file__).parent.parent
 SIZES = "--emsize 12 --batch_size 4 --bptt 8 --lr 1 --log_interval 5 --device cpu"
-# The whole state but what tells the time or names the run.
-UNTIMED = {"seconds", "metrics_size"}
+UNTIMED = {"seconds"}  # the rest of a result is the same in every run
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +93,9 @@ def trained(corpus, tmp_path_factory):
 
 def test_a_search_leaves_what_the_contract_lists(searched):
     folder, done = searched
-    files = ["config.json", "log.txt", "metrics.jsonl", "last.pt", "best.pt", "genotype.json", "result.json"]
-    assert sorted(files) == sorted(path.name for path in folder.iterdir())
+    files = {"config.json", "log.txt", "metrics.jsonl", "genotype.json", "result.json", "lock"}
+    files |= {"last.pt", "previous.pt", "best.pt"}
+    assert files == {path.name for path in folder.iterdir()}
     result = read(folder, "result.json")
     assert result["kind"] == "search"
     assert result["epochs"] == 2
@@ -176,11 +174,9 @@ def test_evaluate_reads_another_corpus_with_the_checkpoint_s_words(trained, tmp_
     assert "vocabulary" in done.stderr
 
 
-CONTINUED = [
-    ("train_search.py", []),
+CONTINUED = [  # test_crash.py has the others
     ("train_search.py", ["--unrolled", "--search_split", "train", "--batch_size", 8, "--small_batch_size", 4]),
     ("train.py", ["--arch", "ENAS", "--nonmono", 9]),  # the last epochs before the switch
-    ("train.py", ["--arch", "DARTS_V1", "--nonmono", 1, "--lr", 20, "--alpha", 0.1]),  # across it and beyond
 ]
 
 
@@ -195,36 +191,6 @@ def test_two_epochs_and_two_resumed_are_four(script, flags, corpus, tmp_path):
     results = [read(tmp_path / name, "result.json") for name in ("whole", "parts")]
     assert differences(*results) == []
     steps = [[(row["step"], row["loss"]) for row in rows(tmp_path / name, "interval")] for name in ("whole", "parts")]
-    assert steps[0] == steps[1]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    [
-        ("train_search.py", ["--unrolled"]),
-        ("train.py", ["--arch", "DARTS_V1", "--nonmono", 1, "--lr", 20, "--alpha", 0.1]),
-    ],
-)
-def test_an_interrupted_run_saves_and_goes_on_where_it_was(script, flags, number, corpus, tmp_path):
-    start = ["--data", corpus, *SIZES.split(), "--epochs", 3, "--log_interval", 1, *flags]
-    run(script, *start, "--save", tmp_path / "whole")
-    folder = tmp_path / "parts"
-    process = subprocess.Popen(command(script, [*start, "--save", folder]), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 9:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "--resume" in out.splitlines()[-1]
-    assert not (folder / "result.json").exists()
-    saved = state(folder / "last.pt")["progress"]
-    assert saved["step"] >= 8
-    run(script, "--resume", "--save", folder)
-    ends = [state(folder / "last.pt"), state(tmp_path / "whole" / "last.pt")]
-    assert {d for d in differences(*ends) if not d.startswith("/flags/")} == set()
-    steps = [[(row["step"], row["loss"]) for row in rows(f, "interval")] for f in (folder, tmp_path / "whole")]
     assert steps[0] == steps[1]
 
 
@@ -266,13 +232,36 @@ def test_help_names_every_flag_of_the_contract():
             assert re.search(rf"--{flag} {flag.upper()} [^-]+\(default: [\d.]+\)", words), flag
 
 
-def test_a_run_that_diverges_ends_with_one_line(corpus, tmp_path):
+def test_a_run_that_diverges_every_time_ends_with_one_line(corpus, tmp_path):
     for script, log_interval in ((train, 5), (search, 1000)):
         folder = tmp_path / script.__name__
         done = script(corpus, folder, "--lr", 1e38, "--clip", 1e30, "--log_interval", log_interval, code=1)
         assert done.stderr.count("\n") == 1
+        assert "after 5 returns" in done.stderr
         assert "lower --lr" in done.stderr
+        assert [row["lr"] for row in rows(folder, "rollback")] == [1e38 * 0.5**n for n in range(1, 6)]
         assert not (folder / "genotype.json").exists()  # NaN says nothing about a cell
+    done = train(corpus, tmp_path / "none", "--lr", 1e38, "--clip", 1e30, "--max_rollbacks", 0, code=1)
+    assert "at step 2: " in done.stderr
+    assert not (tmp_path / "none" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("script", "minutes"), [(search, 10), (train, 10), (train, 0)])
+def test_a_run_that_diverges_goes_on_from_its_last_checkpoint_with_a_lower_rate(script, minutes, corpus, tmp_path):
+    """1e9 is too much for these weights, and a hundred-thousandth of it is not. With a checkpoint at every step too:
+    weights that a step has just spoilt are not kept."""
+    folder = tmp_path / "run"
+    flags = ["--lr", 1e9, "--clip", 1e9, "--backoff", 1e-5, "--epochs", 3, "--max_rollbacks", 3]
+    done = script(corpus, folder, *flags, "--checkpoint_minutes", minutes)
+    [*back] = rows(folder, "rollback")
+    assert 1 <= len(back) <= 3
+    assert "back to epoch 1, step 0, with lr" in done.stdout
+    assert {row["lr"] for row in rows(folder, "epoch")} == {back[-1]["lr"]}
+    assert torch.isfinite(torch.cat([w.flatten() for w in state(folder / "previous.pt")["model"].values()])).all()
+    assert [row["epoch"] for row in rows(folder, "epoch")] == [1, 2, 3]
+    steps = [row["step"] for row in rows(folder, "interval")]
+    assert steps == sorted(set(steps))
+    assert math.isfinite(read(folder, "result.json")["valid_ppl"])
 
 
 def test_a_terminal_shows_a_bar_and_the_log_does_not(corpus, tmp_path):
@@ -315,8 +304,8 @@ def test_the_search_steps_over_full_validation_segments(monkeypatch, corpus, tmp
 
     def keep(*arguments):
         nonlocal hidden
-        nll, hidden = weight_step(*arguments)
-        return nll, hidden
+        nll, hidden, norm = weight_step(*arguments)
+        return nll, hidden, norm
 
     monkeypatch.setattr(train_search, "weight_step", keep)
 

@@ -1,0 +1,46 @@
+"""No leak: what a run holds after 20 epochs is what it held after 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The script's own loop, asked at each epoch's end how much is resident.
+ASK = """
+import sys
+import progress, {script}
+
+def resident():
+    [line] = [line for line in open("/proc/self/status") if line.startswith("VmRSS")]
+    return int(line.split()[1])
+
+close = progress.Progress.close_epoch
+
+def close_and_tell(self, *arguments, **more):
+    close(self, *arguments, **more)
+    print("resident", resident())
+
+progress.Progress.close_epoch = close_and_tell
+sys.exit({script}.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc here to ask")
+@pytest.mark.parametrize("script", ["train_search", "train"])
+def test_twenty_epochs_need_no_more_memory_than_two(script, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for split in ("train", "valid", "test"):
+        (corpus / f"{split}.txt").write_text("a b c d e f g h\n" * 24)
+    flags = f"--data {corpus} --save {tmp_path / 'run'} --emsize 32 --batch_size 4 --bptt 10 --lr 1 --epochs 20"
+    flags += " --nonmono 5 --dropout 0.3" if script == "train" else " --unrolled"
+    done = subprocess.run(
+        [sys.executable, "-c", ASK.format(script=script), *flags.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    held = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("resident")]
+    assert len(held) == 20
+    assert held[-1] <= 1.02 * held[1], held

@@ -181,6 +181,13 @@ def main(argv: list[str] | None = None) -> int:
         watch.load_state_dict(saved["watch"])
         progress.load_state_dict(saved["progress"])
 
+    def judge() -> None:
+        """Raises Diverged unless all went well, and the present weights, which no step has tried, are fit to keep."""
+        watch.check()
+        x, y = get_batch(train, 0, args.bptt)  # (T, B)
+        batch = Batch(x, y, model.initial_hidden(args.batch_size), NO_MASKS)
+        watch.judge(loss_without_dropout(model, batch, args.small_batch_size))
+
     def go_back(fault: Diverged) -> None:
         """To the last checkpoint, on with a lower learning rate and other random numbers than led here."""
         nonlocal rollbacks
@@ -228,15 +235,13 @@ def main(argv: list[str] | None = None) -> int:
                         run.log(str(genotype))
                     stopping = stop.requested
                     if stopping or keeper.due():
-                        watch.check()
-                        watch.judge(loss_without_dropout(model, Batch(x, y, hidden, NO_MASKS), args.small_batch_size))
+                        judge()
                         keeper.keep(state())
                     if stopping:
                         return run.interrupted(parser.prog)
 
-                watch.check()
+                judge()
                 loss = evaluate(model, valid, args.bptt, "valid")
-                watch.judge(loss)
                 epoch, genotype = progress.epoch, model.genotype()
                 progress.close_epoch(loss, optimizer.param_groups[0]["lr"], genotype=to_json(genotype))
             except Diverged as fault:

@@ -1,6 +1,7 @@
 """What counts as a run gone astray, and that it is noticed where the host looks."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -87,3 +88,11 @@ def test_rollbacks_are_counted_and_end():
         count_rollback(2, 2, fault, 7)
     with pytest.raises(RunError, match="diverged at step 7: "):
         count_rollback(0, 0, fault, 7)
+
+
+@pytest.mark.parametrize(("loss", "fit"), [(4.0, True), (13.0, True), (14.0, False), (math.nan, False)])
+def test_weights_are_judged_by_one_loss(loss, fit):
+    """Three times the loss of chance, where the running mean begins, is 13.8."""
+    watch = Watch(CPU, V)
+    with nullcontext() if fit else pytest.raises(Diverged, match="weights of the last step"):
+        watch.judge(torch.tensor(loss))

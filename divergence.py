@@ -49,10 +49,9 @@ class Watch:
             nll, norm = (number.item() for number in self.last)
             raise Diverged(f"the training loss is {nll:.4g}, the norm of its gradient {norm:.4g}")
 
-    def judge(self, loss: Tensor | float) -> None:
+    def judge(self, loss: float) -> None:
         """Raises `Diverged` for one loss of weights that are to be kept: a step's loss is that of the weights before
         it, so that nothing has been said of the present ones."""
-        loss = float(loss)
         if not math.isfinite(loss) or loss > max(LEAP * self.mean.item(), self.even):
             raise Diverged(f"the loss is {loss:.4g} with the weights of the last step")
 

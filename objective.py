@@ -110,13 +110,6 @@ def scaled_lr(optimizer: torch.optim.Optimizer, scale: float) -> Iterator[float]
 
 
 @torch.no_grad()
-def loss_without_dropout(model, batch: Batch, rows: int) -> Tensor:
-    """NLL (nats per word) of the first rows of a batch, a scalar; nothing is drawn for it."""
-    part = batch.rows(0, rows)
-    return model.nll(model(part.x, part.hidden), part.y)
-
-
-@torch.no_grad()
 def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
     """Mean negative log-likelihood in nats per predicted word of `source` (n, B), without dropout.
 

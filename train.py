@@ -26,13 +26,12 @@ from engine import Engine
 from genotypes import resolve, to_json
 from graphs import Graphs
 from kernels import products_in
-from model import NO_MASKS, retrain_model
+from model import retrain_model
 from objective import (
     TEST_ROWS,
     VALID_ROWS,
     Batch,
     evaluate,
-    loss_without_dropout,
     scaled_lr,
     small_batch_losses,
     weight_step,
@@ -140,9 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     def judge() -> None:
         """Raises Diverged unless all went well, and the present weights, which no step has tried, are fit to keep."""
         watch.check()
-        x, y = get_batch(train, 0, args.bptt)  # (T, B)
-        batch = Batch(x, y, model.initial_hidden(args.batch_size), NO_MASKS)
-        watch.judge(loss_without_dropout(model, batch, args.small_batch_size))
+        watch.judge(evaluate(model, train[: args.bptt + 1, : args.small_batch_size], args.bptt, "train"))
 
     def go_back(fault: Diverged) -> None:
         """To the last checkpoint, on with a lower learning rate and other random numbers than led here."""

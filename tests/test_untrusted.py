@@ -52,6 +52,12 @@ def tree(folder):
     }
 
 
+def copied(home, folder):
+    """A fresh copy of the runs and the corpus, to be spoilt."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return shutil.copytree(home, folder, ignore=shutil.ignore_patterns("*.npz"))
+
+
 def call(script, *flags):
     """The exit code of a script and what it says; anything but an exit is a failure of the test."""
     out, err = io.StringIO(), io.StringIO()
@@ -133,9 +139,7 @@ def spoil(raw, data):
 def test_files(data, home, tmp_path):
     """A run that goes on, or is evaluated, with any of its files spoilt, or those of its corpus."""
     kind = data.draw(st.sampled_from(list(SCRIPTS)))
-    folder = tmp_path / "copy"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(home, folder, ignore=shutil.ignore_patterns("*.npz"))
+    folder = copied(home, tmp_path / "copy")
     names = [
         "config.json",
         "last.pt",
@@ -185,9 +189,7 @@ def places(value, where=()):
 @given(data=st.data())
 def test_states(data, home, tmp_path):
     kind = data.draw(st.sampled_from(list(SCRIPTS)))
-    folder = tmp_path / "copy"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(home, folder, ignore=shutil.ignore_patterns("*.npz"))
+    folder = copied(home, tmp_path / "copy")
     name = data.draw(st.sampled_from(["last.pt", "last.pt", "best.pt"]))
     state = checkpoint.load(folder / kind / name)
     for _ in range(data.draw(st.integers(1, 2))):

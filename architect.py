@@ -6,13 +6,16 @@
 with w' = w - eta (c g + wdecay w), g = d/dw L_train(w, alpha), c = min(1, clip / |g|) held constant, and
 v = d/dw' L_valid(w', alpha) (DARTS, equations 6 and 7, for the weight step that is really taken). The first
 term is the direct part, the second the implicit part. The product in the second is a central difference of
-d/d alpha L_train at w +- R v / |v| ("finite"), or is had by differentiating twice ("exact").
+d/d alpha L_train at w +- R v / |v| ("finite"), or is had by differentiating twice ("exact"). With momentum the step
+adds what is kept of earlier gradients, which no alpha of now can change; where each element of g is limited, v counts
+only at those below the limit.
 
 A loss is given as a function of a batch that yields it in parts which sum to the whole; only one part's graph
 lives at a time. Every pass over one batch uses the masks that the batch carries, and the same active set of
 relu, which the first pass takes at w: a difference would else measure masks and kinks instead of curvature.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +38,7 @@ class Architect:
             `.hidden` (rows of the state to go on from). `train_loss` is the loss of the weight step.
         product_loss: the same loss as `train_loss` for the mixed product, where it needs another engine: one in
             full precision for a difference, one that differentiates twice for the exact product.
-        clip, wdecay: of the weight step, which the virtual step imitates.
+        clip, clip_value, wdecay: of the weight step, which the virtual step imitates.
         hessian: None for the first-order step, else "finite" or "exact".
         lr, arch_wdecay: of Adam on the alphas.
         radius: R of the central difference.
@@ -51,6 +54,7 @@ class Architect:
         *,
         clip: float,
         wdecay: float,
+        clip_value: float = 0.0,
         hessian: str | None = None,
         lr: float = 3e-3,
         arch_wdecay: float = 1e-3,
@@ -59,37 +63,52 @@ class Architect:
         self.weights, self.alphas = weights, alphas
         self.train_loss, self.valid_loss = train_loss, valid_loss
         self.product_loss = product_loss or train_loss
-        self.clip, self.wdecay, self.hessian, self.radius = clip, wdecay, hessian, radius
+        self.clip, self.clip_value, self.wdecay = clip or math.inf, clip_value or math.inf, wdecay
+        self.hessian, self.radius = hessian, radius
         self.optimizer = torch.optim.Adam([alphas], lr=lr, weight_decay=arch_wdecay, capturable=alphas.is_cuda)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of `optimizer`; there is no other."""
+        return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The state of `optimizer` as it was saved, on whatever kind of device that was."""
         groups = [{**group, "capturable": self.alphas.is_cuda} for group in state["param_groups"]]
         self.optimizer.load_state_dict({**state, "param_groups": groups})
 
-    def step(self, train: Any, valid: Any, eta: float) -> Tensor:
+    def step(self, train: Any, valid: Any, eta: float | Tensor, velocity: list[Tensor] | None = None) -> Tensor:
         """One Adam step on the alphas; returns the hidden states (B, H) that the validation text ends in.
 
-        eta is the learning rate of the weight step that follows.
+        eta is the learning rate of the weight step that follows, `velocity` what its momentum adds to the gradient.
         """
-        direct, implicit, hidden = self.gradient(train, valid, eta)
+        direct, implicit, hidden = self.gradient(train, valid, eta, velocity)
         self.alphas.grad = direct if implicit is None else direct - implicit
         self.optimizer.step()
         self.alphas.grad = None
         return hidden
 
-    def gradient(self, train: Any, valid: Any, eta: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    def gradient(
+        self, train: Any, valid: Any, eta: float | Tensor, velocity: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(direct, implicit, hidden): the gradient is direct - implicit; implicit is None in first order."""
         if self.hessian is None:
             [direct], hidden = self.gradients(self.valid_loss(valid), [self.alphas])
             return direct, None, hidden
 
         g, _ = self.gradients(self.train_loss(train), self.weights)
+        limited = self.clip_value < math.inf
+        if limited:
+            free = [g_i.abs() <= self.clip_value for g_i in g]
+            g = [g_i.clamp(-self.clip_value, self.clip_value) for g_i in g]
         c = clip_coefficient(g, self.clip)
         steps = [-eta * (c * g_i + self.wdecay * w.detach()) for g_i, w in zip(g, self.weights, strict=True)]
+        if velocity is not None:
+            steps = [step - eta * kept for step, kept in zip(steps, velocity, strict=True)]
         del g
         with moved(self.weights, steps):
             (direct, *v), hidden = self.gradients(self.valid_loss(valid), [self.alphas, *self.weights])
+        if limited:
+            v = [v_i * free_i for v_i, free_i in zip(v, free, strict=True)]
         product = self.exact_product if self.hessian == "exact" else self.finite_product
         return direct, eta * c * product(train, v), hidden
 
@@ -114,7 +133,7 @@ class Architect:
 
     def finite_product(self, train: Any, v: list[Tensor]) -> Tensor:
         """The same by a central difference at radius R along v / |v| (DARTS, equation 8)."""
-        scale = self.radius / total_norm(v)
+        scale = self.radius / total_norm(v).clamp(min=1e-30)  # all of v may be 0, and the product then is
         ends = []
         for sign in (1, -1):
             with moved(self.weights, [sign * scale * v_i for v_i in v]), products_in("fp32"):

@@ -17,7 +17,7 @@ class NonMonotonicTrigger:
     """Fires when the validation loss has stopped falling (Merity et al. 2017, algorithm 1).
 
     That is: more than `nonmono` losses are on record, and the new one is above the smallest of all but the
-    last `nonmono`. The new loss is then put on record; `losses` is the whole state.
+    last `nonmono`. The new loss is then put on record.
     """
 
     def __init__(self, nonmono: int):
@@ -28,6 +28,12 @@ class NonMonotonicTrigger:
         older = self.losses[: -self.nonmono]
         self.losses.append(loss)
         return bool(older) and loss > min(older)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.losses = state["losses"]
 
 
 class ASGD(torch.optim.ASGD):

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-FORMAT = 2
+FORMAT = 3
 # What a checkpoint's pickle may name: what torch writes for tensors. (`weights_only` would also build a bytearray of
 # any size.)
 GLOBALS = re.compile(r"torch [A-Za-z]+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
@@ -121,7 +121,8 @@ def load(path: str | Path) -> dict[str, Any]:
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: not a checkpoint of this project (format {FORMAT})")
+            older = " (or one of an earlier version, which alone can go on with it)" if isinstance(state, dict) else ""
+            raise CheckpointError(f"{path}: not a checkpoint of this project, format {FORMAT}{older}")
         if not all(t.device.type == "cpu" and t.nbytes <= t.untyped_storage().nbytes() for t in tensors(state)):
             raise damaged  # a few bytes that would unfold to many
     except OSError as error:
@@ -158,10 +159,8 @@ class Keeper:
         """Whether the last save is so long ago that the next one should be now."""
         return time.monotonic() - self.saved >= self.seconds
 
-    def keep(self, state: dict[str, Any], best: bool = False) -> None:
-        """Save as last.pt, before that as best.pt too if it is the best so far."""
-        if best:
-            save(state, self.folder / "best.pt")
+    def keep(self, state: dict[str, Any]) -> None:
+        """Save as last.pt."""
         save_last(state, self.folder)
         self.saved = time.monotonic()
 

@@ -1,12 +1,15 @@
 """When a run has gone astray, and how often it may start again from its last checkpoint."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import checkpoint
 from progress import Progress
+from schedules import Schedule
 from utils import Diverged, Run, RunError
 
 LEAP = 3.0  # times its running mean: a loss above that has leapt
@@ -28,7 +31,7 @@ class Watch:
         self.mean = torch.tensor(self.even, dtype=torch.float64, device=device)
         self.recent = self.mean.clone()
         self.astray = torch.zeros((), dtype=torch.bool, device=device)
-        self.steps = 1
+        self.steps, self.rollbacks = 1, 0
         self.last = self.mean, self.mean
 
     def add(self, nll: Tensor, norm: Tensor) -> None:
@@ -50,34 +53,48 @@ class Watch:
             raise Diverged(f"the training loss is {nll:.4g}, the norm of its gradient {norm:.4g}")
 
     def judge(self, loss: float) -> None:
-        """Raises `Diverged` for one loss of weights that are to be kept: a step's loss is that of the weights before
-        it, so that nothing has been said of the present ones."""
+        """Raises `Diverged` unless all went well so far, and weights with this loss are fit to be kept: a step's loss
+        is that of the weights before it, so that nothing has been said of the present ones."""
+        self.check()
         if not math.isfinite(loss) or loss > max(LEAP * self.mean.item(), self.even):
             raise Diverged(f"the loss is {loss:.4g} with the weights of the last step")
 
+    def count(self, fault: Diverged, most: int, step: int) -> int:
+        """The number of the rollback that is to come; raises RunError if that were more than `most`."""
+        if self.rollbacks >= most:
+            again = f" after {most} returns to an earlier checkpoint" if most else ""
+            raise RunError(f"the run has diverged at step {step}{again}: {fault}; {ADVICE}")
+        return self.rollbacks + 1
+
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean, "recent": self.recent, "steps": self.steps}
+        return {"mean": self.mean, "recent": self.recent, "steps": self.steps, "rollbacks": self.rollbacks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mean.copy_(state["mean"])
         self.recent.copy_(state["recent"])
-        self.steps = state["steps"]
+        self.steps, self.rollbacks = state["steps"], state["rollbacks"]
         self.astray.zero_()
 
 
-def count_rollback(rollbacks: int, most: int, fault: Diverged, step: int) -> int:
-    """One more; raises RunError if that were more than `most`."""
-    if rollbacks >= most:
-        again = f" after {most} returns to an earlier checkpoint" if most else ""
-        raise RunError(f"the run has diverged at step {step}{again}: {fault}; {ADVICE}")
-    return rollbacks + 1
-
-
-def back_off(run: Run, optimizer: torch.optim.Optimizer, factor: float, fault: Diverged, progress: Progress) -> None:
-    """A lower learning rate for a run that has gone back to where `progress` says, and a note of it."""
-    for group in optimizer.param_groups:
-        group["lr"] *= factor
-    lr = optimizer.param_groups[0]["lr"]
+def go_back(
+    fault: Diverged,
+    run: Run,
+    watch: Watch,
+    schedule: Schedule,
+    progress: Progress,
+    state: Callable[[], dict[str, Any]],
+    restore: Callable[[dict[str, Any]], None],
+    factor: float,
+    most: int,
+) -> None:
+    """To the last checkpoint, and on from there with `factor` times the learning rate and other random numbers than led
+    here; raises RunError if that were more than `most` times."""
+    attempt = watch.count(fault, most, progress.step)
+    restore(checkpoint.load_last(run.folder)[0])
+    watch.rollbacks = attempt
+    schedule.scale *= factor
+    lr = schedule.rate(progress.step, progress.position())
     run.log(f"diverged ({fault}): back to epoch {progress.epoch}, step {progress.step}, with lr {lr:.4g}")
     run.record(kind="rollback", epoch=progress.epoch, step=progress.step, lr=lr, reason=str(fault),
                seconds=progress.elapsed())  # fmt: skip
+    checkpoint.save(state(), run.folder / "last.pt")  # and previous.pt stays what it is

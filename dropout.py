@@ -52,6 +52,7 @@ class Masks(NamedTuple):
     """What is held over every pass over one batch; None where nothing is dropped, or relu is free."""
 
     word: Tensor | None = None  # (V, 1)
+    connections: Tensor | None = None  # (G H, H), of torch's own cells, in the place of `hidden`
     embedding: Tensor | None = None  # (B, E)
     x: Tensor | None = None  # (B, E)
     hidden: Tensor | None = None  # (B, H)
@@ -59,9 +60,11 @@ class Masks(NamedTuple):
     relu: HeldRelu | None = None
 
     def rows(self, start: int, stop: int) -> "Masks":
-        """The masks of batch rows start..stop-1; the word types dropped are the whole batch's."""
-        per_row = (None if mask is None else mask[start:stop] for mask in self[1:-1])
-        return Masks(self.word, *per_row, relu=None if self.relu is None else self.relu.rows(start, stop))
+        """The masks of batch rows start..stop-1; the word types and connections dropped are the whole batch's."""
+        per_row = (None if mask is None else mask[start:stop] for mask in self[2:-1])
+        return Masks(
+            self.word, self.connections, *per_row, relu=None if self.relu is None else self.relu.rows(start, stop)
+        )
 
 
 def drop(value: Tensor, mask: Tensor | None) -> Tensor:
@@ -76,13 +79,15 @@ def draw_mask(rows: int, columns: int, p: float, like: Tensor) -> Tensor | None:
     return torch.empty(rows, columns, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)
 
 
-def draw_masks(rates: Rates, batch_size: int, embedding: Tensor, nhid: int) -> Masks:
-    """Masks of one batch of `batch_size` rows for an embedding matrix (V, E) and `nhid` hidden units."""
+def draw_masks(rates: Rates, batch_size: int, embedding: Tensor, nhid: int, connections: Tensor | None = None) -> Masks:
+    """Masks of one batch of `batch_size` rows for an embedding matrix (V, E) and `nhid` hidden units; `dropouth` is of
+    the hidden-to-hidden connections (G H, H) where they are given, else of the hidden state."""
     ntoken, ninp = embedding.shape
     return Masks(
         word=draw_mask(ntoken, 1, rates.dropoute, embedding),
         embedding=draw_mask(batch_size, ninp, rates.dropouti, embedding),
         x=draw_mask(batch_size, ninp, rates.dropoutx, embedding),
-        hidden=draw_mask(batch_size, nhid, rates.dropouth, embedding),
+        hidden=draw_mask(batch_size, nhid, rates.dropouth, embedding) if connections is None else None,
+        connections=None if connections is None else draw_mask(*connections.shape, rates.dropouth, embedding),
         output=draw_mask(batch_size, nhid, rates.dropout, embedding),
     )

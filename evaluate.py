@@ -17,7 +17,8 @@ from averaging import saved_average
 from checkpoint import UNREADABLE, CheckpointError, load
 from data import DataError, batchify, read_split
 from dropout import Rates
-from genotypes import from_json
+from faults import device_faults
+from genotypes import cell_from_json
 from model import RNNModel, retrain_model
 from model_search import RNNModelSearch
 from objective import evaluate
@@ -57,7 +58,8 @@ def build_model(saved: dict) -> RNNModel:
         if saved["kind"] == "search":
             model = RNNModelSearch(vocabulary, size, Rates())
         else:
-            model = retrain_model(vocabulary, size, Rates(), from_json(saved["genotype"]))
+            cell = cell_from_json(saved["genotype"])
+            model = retrain_model(vocabulary, size, Rates(), cell, saved["flags"]["n_experts"])
     if any(weight.dtype != torch.float32 for weight in saved["model"].values()):
         raise TypeError("weights that no run has")
     model.load_state_dict(saved["model"], assign=True)
@@ -80,7 +82,7 @@ def reading(saved: dict, split: str) -> tuple[str, list[str], int, int]:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if faults := options.device_faults(args.device):
+    if faults := device_faults(args.device):
         parser.refuse(faults)
     try:
         saved = load(args.checkpoint)

@@ -95,6 +95,8 @@ DARTS_V2 = Genotype(
 
 DARTS = DARTS_V2
 
+BASELINES = ("LSTM", "GRU")  # torch's own cells, which train.py takes beside genotypes
+
 PUBLISHED = {"ENAS": ENAS, "DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "DARTS": DARTS}
 
 
@@ -193,9 +195,24 @@ def resolve(arch: str) -> Genotype:
     raise GenotypeError(
         f"unknown genotype {_short(arch)}"
         + (f", did you mean {near[0]}?" if near else "")
-        + f" (a name: {', '.join(PUBLISHED)}; random:SEED; a run directory with genotype.json;"
-        + " a .json file; or the text Genotype(recurrent=[...], concat=[...]))"
+        + f" (a name: {', '.join(PUBLISHED)}; {' or '.join(BASELINES)} in train.py; random:SEED; a run directory with"
+        + " genotype.json; a .json file; or the text Genotype(recurrent=[...], concat=[...]))"
     )
+
+
+def resolve_cell(arch: str) -> Genotype | str:
+    """What `--arch` of train.py means: a baseline's name, or what `resolve` makes of it. Raises `GenotypeError`."""
+    return arch.upper() if arch.upper() in BASELINES else resolve(arch)
+
+
+def cell_to_json(cell: Genotype | str) -> dict[str, Any] | str:
+    """`to_json` of a genotype, the name of a baseline as it is."""
+    return cell if isinstance(cell, str) else to_json(cell)
+
+
+def cell_from_json(obj: Any) -> Genotype | str:
+    """The inverse of `cell_to_json`. Raises `GenotypeError`."""
+    return obj if isinstance(obj, str) and obj in BASELINES else from_json(obj)
 
 
 def _read(path: str) -> Genotype:

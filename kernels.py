@@ -177,10 +177,14 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """CUDA's products of fp32 tensors in TF32 inside, if that is the precision, else in full."""
-    settings = torch.backends.cuda.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+    """CUDA's products of fp32 tensors in TF32 inside, torch's own LSTM and GRU included, if that is the precision, else
+    in full."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        for setting, old in zip(settings, before, strict=True):
+            setting.fp32_precision = old

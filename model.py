@@ -4,12 +4,16 @@ Shapes: T time steps, B batch, E embedding, H hidden, V words, N nodes. E = H, s
 the embedding's.
 """
 
+from collections.abc import Sequence
 from copy import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import softmaxes
+from baselines import BaselineCell
 from dropout import Masks, Rates, draw_masks, drop
 from engine import Engine
 from genotypes import Genotype
@@ -26,9 +30,10 @@ class DARTSCell(nn.Module):
         self.genotype = genotype
         self.W0, self.Ws = cell_weights(ninp, nhid, len(genotype.recurrent))
 
-    def forward(self, x: Tensor, hidden: Tensor, masks: Masks, engine: Engine) -> Tensor:
-        """x (T, B, E), hidden (B, H) -> hidden states (T, B, H)."""
-        return engine.discrete(x, hidden, self.W0, self.Ws, *self.genotype, masks.x, masks.hidden)
+    def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
+        """x (T, B, E), state (B, H) -> hidden states (T, B, H), the last of them (B, H)."""
+        hiddens = engine.discrete(x, state, self.W0, self.Ws, *self.genotype, masks.x, masks.hidden)
+        return hiddens, hiddens[-1]
 
 
 def cell_weights(ninp: int, nhid: int, nodes: int) -> tuple[nn.Parameter, nn.ParameterList]:
@@ -47,12 +52,13 @@ class RNNModel(nn.Module):
     mode: called without masks it drops nothing.
     """
 
-    def __init__(self, ntoken: int, nhid: int, rates: Rates, cell: nn.Module):
+    def __init__(self, ntoken: int, nhid: int, rates: Rates, cell: nn.Module, n_experts: int = 1):
         super().__init__()
         self.ntoken, self.nhid, self.rates = ntoken, nhid, rates
         self.embedding = nn.Parameter(torch.empty(ntoken, nhid).uniform_(-INITRANGE, INITRANGE))  # (V, E)
         self.bias = nn.Parameter(torch.zeros(ntoken))  # (V,)
         self.cell = cell
+        self.mixture = softmaxes.Mixture(nhid, n_experts, INITRANGE) if n_experts > 1 else None
         self.engine = Engine()
 
     def using(self, engine: Engine) -> "RNNModel":
@@ -61,33 +67,40 @@ class RNNModel(nn.Module):
         other.engine = engine
         return other
 
-    def forward(self, x: Tensor, hidden: Tensor, masks: Masks = NO_MASKS) -> Tensor:
-        """x (T, B) word ids, hidden (B, H) -> hidden states (T, B, H).
-
-        The last hidden state, `hiddens[-1]`, is where the next segment starts.
-        """
+    def forward(self, x: Tensor, state: Tensor, masks: Masks = NO_MASKS) -> tuple[Tensor, Tensor]:
+        """x (T, B) word ids, state (B, S) -> hidden states (T, B, H), the state (B, S) that the next segment starts
+        from. S = H, and the state is the last hidden state, but for an LSTM."""
         embedded = F.embedding(x, self.embedding)  # (T, B, E)
         if masks.word is not None:
             embedded = embedded * F.embedding(x, masks.word)  # a dropped word type is dropped wherever it stands
-        return self.cell(drop(embedded, masks.embedding), hidden, masks, self.engine)
+        return self.cell(drop(embedded, masks.embedding), state, masks, self.engine)
 
     def nll(self, hiddens: Tensor, y: Tensor, masks: Masks = NO_MASKS) -> Tensor:
         """Mean negative log-likelihood in nats of the words y (T, B) given the hidden states (T, B, H)."""
-        return self.engine.nll(hiddens, masks.output, self.embedding, self.bias, y)
+        if self.mixture is None:
+            return self.engine.nll(hiddens, masks.output, self.embedding, self.bias, y)
+        return self.word_losses([drop(hiddens, masks.output)], y)[0]
+
+    def word_losses(self, passes: Sequence[Tensor], y: Tensor, rdrop: float = 0.0) -> tuple[Tensor, Tensor]:
+        """See `softmaxes.losses`; passes are dropped outputs (T, B, H)."""
+        log_probs = softmaxes.tied if self.mixture is None else softmaxes.mixed
+        weights = [self.embedding, self.bias, *([] if self.mixture is None else self.mixture.parameters())]
+        return softmaxes.losses(partial(log_probs, store=self.engine.store), weights, passes, y, rdrop)
 
     def draw_masks(self, batch_size: int) -> Masks:
         """New dropout masks for a batch, from torch's global generator."""
-        return draw_masks(self.rates, batch_size, self.embedding, self.nhid)
+        return draw_masks(self.rates, batch_size, self.embedding, self.nhid, getattr(self.cell, "connections", None))
 
     def initial_hidden(self, batch_size: int) -> Tensor:
-        """Zeros, (B, H)."""
-        return self.embedding.new_zeros(batch_size, self.nhid)
+        """The state before a text's first word: zeros, (B, S)."""
+        return self.embedding.new_zeros(batch_size, getattr(self.cell, "state_size", self.nhid))
 
     def weights(self) -> list[nn.Parameter]:
         """What the weight step trains; for a retrained cell that is every parameter."""
         return list(self.parameters())
 
 
-def retrain_model(ntoken: int, nhid: int, rates: Rates, genotype: Genotype) -> RNNModel:
-    """The language model around the cell of a genotype."""
-    return RNNModel(ntoken, nhid, rates, DARTSCell(nhid, nhid, genotype))
+def retrain_model(ntoken: int, nhid: int, rates: Rates, cell: Genotype | str, n_experts: int = 1) -> RNNModel:
+    """The language model around the cell of a genotype, or a baseline of that name, with so many softmaxes."""
+    build = BaselineCell if isinstance(cell, str) else DARTSCell
+    return RNNModel(ntoken, nhid, rates, build(nhid, nhid, cell), n_experts)

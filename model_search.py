@@ -20,12 +20,13 @@ class DARTSCellSearch(nn.Module):
         self.W0, self.Ws = cell_weights(ninp, nhid, steps)
         self.alphas = nn.Parameter(1e-3 * torch.randn(steps * (steps + 1) // 2, len(PRIMITIVES)))
 
-    def forward(self, x: Tensor, hidden: Tensor, masks: Masks, engine: Engine) -> Tensor:
-        """x (T, B, E), hidden (B, H) -> hidden states (T, B, H)."""
+    def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
+        """x (T, B, E), state (B, H) -> hidden states (T, B, H), the last of them (B, H)."""
         probs = self.alphas.softmax(dim=-1)  # (N(N+1)/2, K)
         # An active set is held for a difference, which is taken in full precision: so is the set.
         relu = masks.relu if engine.precision == "fp32" else None
-        return engine.relaxed(x, hidden, self.W0, self.Ws, probs, masks.x, masks.hidden, relu)
+        hiddens = engine.relaxed(x, state, self.W0, self.Ws, probs, masks.x, masks.hidden, relu)
+        return hiddens, hiddens[-1]
 
 
 class RNNModelSearch(RNNModel):

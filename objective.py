@@ -3,13 +3,13 @@
 Shapes: T time steps, B batch, H hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from data import get_batch
@@ -19,46 +19,72 @@ VALID_ROWS, TEST_ROWS = 10, 1  # the published batch sizes of evaluation
 
 
 class Batch(NamedTuple):
-    """A segment of text, the state to start it from, and the dropout masks to hold over it."""
+    """A segment of text, the state to start it from, and the dropout masks to hold over it; other masks too for
+    losses that compare two passes."""
 
     x: Tensor  # (T, B) word ids
     y: Tensor  # (T, B) the next words
-    hidden: Tensor  # (B, H)
+    hidden: Tensor  # (B, S)
     masks: Masks
+    twin: Masks | None = None
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Batch rows start..stop-1."""
         x, y = self.x[:, start:stop], self.y[:, start:stop]
-        return Batch(x, y, self.hidden[start:stop], self.masks.rows(start, stop))
+        twin = None if self.twin is None else self.twin.rows(start, stop)
+        return Batch(x, y, self.hidden[start:stop], self.masks.rows(start, stop), twin)
 
 
 class Losses(NamedTuple):
-    """`total` is differentiated, `nll` (nats per word, detached) is reported, `hidden` (B, H) goes on."""
+    """`total` is differentiated, `nll` (nats per word, detached) is reported, `hidden` (B, S) goes on."""
 
     total: Tensor
     nll: Tensor
     hidden: Tensor
 
 
-def losses(model, batch: Batch, alpha: float = 0.0, beta: float = 0.0) -> Losses:
+def losses(
+    model, batch: Batch, alpha: float = 0.0, beta: float = 0.0, rdrop: float = 0.0, fraternal: float = 0.0
+) -> Losses:
     """NLL + activation regularisation + temporal activation regularisation (Merity et al. 2017, section 4.3).
 
     AR is alpha times the mean square of the dropped outputs; TAR is beta times the mean squared difference of
     successive hidden states, without dropout, 0 for a single time step.
+
+    A batch with a twin passes twice, with either set of masks. Each term is then the mean over both passes, and what
+    their difference costs comes on top: `rdrop` times the mean divergence of their predictions (R-Drop, Liang et al.
+    2021; see `softmaxes.losses`), `fraternal` times the mean squared difference of their dropped outputs (Zolna et al.
+    2018, with the outputs in the place of the logits). The state of the first pass goes on.
     """
-    hiddens = model(batch.x, batch.hidden, batch.masks)  # (T, B, H)
-    nll = total = model.nll(hiddens, batch.y, batch.masks)
+    masks = [batch.masks] if batch.twin is None else [batch.masks, batch.twin]
+    hiddens, states = zip(*(model(batch.x, batch.hidden, held) for held in masks), strict=True)  # (T, B, H) each
+    if rdrop:
+        total, nll = model.word_losses(dropped(hiddens, masks), batch.y, rdrop)
+    else:
+        total = nll = mean(model.nll(h, batch.y, held) for h, held in zip(hiddens, masks, strict=True))
     if alpha:
-        total = total + alpha * drop(hiddens, batch.masks.output).square().mean()
-    if beta and len(hiddens) > 1:
-        total = total + beta * (hiddens[1:] - hiddens[:-1]).square().mean()
-    return Losses(total, nll.detach(), hiddens[-1].detach())
+        total = total + alpha * mean(outputs.square().mean() for outputs in dropped(hiddens, masks))
+    if beta and len(batch.x) > 1:
+        total = total + beta * mean((h[1:] - h[:-1]).square().mean() for h in hiddens)
+    if fraternal:
+        one, other = dropped(hiddens, masks)
+        total = total + fraternal * (one - other).square().mean()
+    return Losses(total, nll.detach(), states[0].detach())
 
 
-def small_batch_losses(
-    model, batch: Batch, small_batch_size: int, alpha: float = 0.0, beta: float = 0.0
-) -> Iterator[Losses]:
-    """The losses of each `small_batch_size` rows, as shares that sum to the loss of the whole batch.
+def dropped(hiddens: Iterable[Tensor], masks: Iterable[Masks]) -> list[Tensor]:
+    """The outputs (T, B, H) that each pass predicts from."""
+    return [drop(h, held.output) for h, held in zip(hiddens, masks, strict=True)]
+
+
+def mean(terms: Iterable[Tensor]) -> Tensor:
+    """Of one term, that term."""
+    first, *others = terms
+    return sum(others, first) / (1 + len(others)) if others else first
+
+
+def small_batch_losses(model, batch: Batch, small_batch_size: int, **coefficients: float) -> Iterator[Losses]:
+    """The `losses` of each `small_batch_size` rows, as shares that sum to the loss of the whole batch.
 
     Lazy: a small batch is computed when it is asked for, so that one graph is held at a time. Word for word
     the whole batch's loss, as the masks are the whole batch's, but for the batch normalisation of a relaxed
@@ -67,14 +93,14 @@ def small_batch_losses(
     batch_size = batch.x.size(1)
     share = small_batch_size / batch_size
     for start in range(0, batch_size, small_batch_size):
-        part = losses(model, batch.rows(start, start + small_batch_size), alpha, beta)
+        part = losses(model, batch.rows(start, start + small_batch_size), **coefficients)
         yield Losses(share * part.total, share * part.nll, part.hidden)
 
 
 def accumulate_gradients(parts: Iterator[Losses], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Add the gradient of every part to the `.grad` of the weights, and of nothing else.
 
-    Returns the NLL (nats per word) and the last hidden states (B, H) of the whole batch.
+    Returns the NLL (nats per word) of the whole batch and the state (B, S) that it ends in.
     """
     nll, hidden = 0.0, []
     for part in parts:
@@ -84,15 +110,21 @@ def accumulate_gradients(parts: Iterator[Losses], weights: list[Tensor]) -> tupl
     return nll, torch.cat(hidden)
 
 
-def weight_step(
-    parts: Iterator[Losses], weights: list[Tensor], optimizer: torch.optim.Optimizer, clip: float
+def clipped_gradient(
+    parts: Iterator[Losses], weights: list[Tensor], clip: float, clip_value: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of the optimizer down the gradient of the parts, whose norm is clipped; returns what
-    `accumulate_gradients` does, and the norm before it was clipped."""
+    """The gradient of the parts in the `.grad` of the weights, ready for a step; returns what `accumulate_gradients`
+    does, and its norm before it was clipped.
+
+    First no element is to be larger than `clip_value`, then the norm of all no larger than `clip`; 0 is for no limit.
+    `Architect` foresees the same.
+    """
     nll, hidden = accumulate_gradients(parts, weights)
-    norm = clip_grad_norm_(weights, clip)
-    optimizer.step()
-    optimizer.zero_grad()
+    norm = get_total_norm([w.grad for w in weights])
+    if clip_value:
+        clip_grad_value_(weights, clip_value)
+    if clip:
+        clip_grads_with_norm_(weights, clip, get_total_norm([w.grad for w in weights]) if clip_value else norm)
     return nll, hidden, norm
 
 
@@ -120,8 +152,7 @@ def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
     starts = range(0, len(source) - 1, bptt)
     for i in tqdm(starts, desc=f"evaluating on {name}", unit="segment", leave=False, disable=None, dynamic_ncols=True):
         x, y = get_batch(source, i, bptt)  # (T, B)
-        hiddens = model(x, hidden)  # (T, B, H)
+        hiddens, hidden = model(x, hidden)  # (T, B, H), (B, S)
         total += model.nll(hiddens, y).double() * y.numel()
         count += y.numel()
-        hidden = hiddens[-1]
     return total.item() / count

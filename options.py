@@ -1,20 +1,16 @@
-"""The flags of the two scripts: shared groups, and one check that reports every fault at once."""
+"""The flags of the two scripts. `faults.py` says which of them cannot be used."""
 
 import argparse
-import math
-import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
-
-import lock
 from engine import ENGINES, PRECISIONS
-from genotypes import GenotypeError, resolve
+from optimizers import RATES
+from schedules import DECAYS, SHAPES, Decay, Schedule, WarmUp
 from utils import new_folder
 
-LARGEST = 2**31  # of a flag that is a whole number
+CLIP = 0.25
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -56,6 +52,7 @@ def add_shared_flags(
     bptt_std: float,
     seed: int,
     log_interval: int,
+    optimizers: Sequence[str],
 ) -> None:
     """The flags that searching and retraining have in common, with the defaults in which they differ."""
     text = parser.add_argument_group("text")
@@ -65,6 +62,12 @@ def add_shared_flags(
         metavar="NAME|DIR",
         help="penn or wikitext-2 (downloaded to corpora/ when missing), builtin (no network), or a "
         "folder with train.txt, valid.txt and test.txt",
+    )
+    text.add_argument(
+        "--limit_tokens",
+        type=int,
+        default=0,
+        help="read only so many tokens from the start of the training text, with the whole one's vocabulary; 0 for all",
     )
     text.add_argument("--batch_size", type=int, default=batch_size, help="rows of text read side by side")
     text.add_argument(
@@ -130,14 +133,70 @@ def add_shared_flags(
 
     optimisation = parser.add_argument_group("optimisation of the weights")
     optimisation.add_argument(
+        "--optimizer",
+        choices=optimizers,
+        default=optimizers[0],
+        help="asgd is SGD that averages from its first step on, ntasgd (in retraining) once the validation loss has "
+        "stopped falling; momentum is SGD with it",
+    )
+    optimisation.add_argument(
         "--lr",
         type=float,
-        default=20.0,
-        help="learning rate of SGD for a segment of bptt steps; scaled with the segment's length. 20 "
-        "suits the published sizes; small models want less",
+        help="learning rate for a segment of bptt steps; scaled with the segment's length (default: "
+        f"{RATES['sgd']:g}, which suits the published sizes, where small models want less; {RATES['momentum']:g} with "
+        f"momentum; {RATES['adam']:g} with adam and adamw)",
     )
-    optimisation.add_argument("--clip", type=float, default=0.25, help="largest norm of the gradient")
+    optimisation.add_argument("--momentum", type=float, default=0.9, help="of --optimizer momentum")
+    optimisation.add_argument(
+        "--clip",
+        type=float,
+        help=f"largest norm of the gradient, 0 for none (default: {CLIP:g}, or none with --clip_value)",
+    )
+    optimisation.add_argument(
+        "--clip_value", type=float, default=0.0, help="largest element of the gradient, before its norm; 0 for none"
+    )
     optimisation.add_argument("--epochs", type=int, default=epochs, help="passes over the training text")
+    optimisation.add_argument(
+        "--patience",
+        type=int,
+        default=0,
+        help="stop after this many epochs without a lower validation loss, and end with the best weights; 0 for never",
+    )
+    optimisation.add_argument(
+        "--min_delta", type=float, default=0.0, help="with --patience, how much lower (nats) counts as lower"
+    )
+
+    schedule = parser.add_argument_group("schedule of the learning rate")
+    schedule.add_argument("--warmup", type=int, default=WarmUp().steps, help="steps in which the rate rises to --lr")
+    schedule.add_argument("--warmup_shape", choices=SHAPES, default=WarmUp().shape, help="how it rises")
+    schedule.add_argument("--warmup_start", type=float, default=WarmUp().start, help="what it rises from, times --lr")
+    schedule.add_argument(
+        "--schedule",
+        choices=DECAYS,
+        default=Decay().name,
+        help="how it falls after the warm-up, until the end of --epochs (which, given anew to a resumed run, moves it)",
+    )
+    schedule.add_argument("--step_size", type=float, default=Decay().step_size, help="step: epochs between two falls")
+    schedule.add_argument(
+        "--gamma",
+        type=float,
+        default=Decay().gamma,
+        help="step, plateau: the rate is multiplied by this; exponential: each epoch, evenly over its text",
+    )
+    schedule.add_argument("--final_lr", type=float, default=Decay().final, help="cosine, polynomial: rate at the end")
+    schedule.add_argument("--power", type=float, default=Decay().power, help="polynomial: its power")
+    schedule.add_argument(
+        "--cycle",
+        type=int,
+        default=Decay().cycle,
+        help="cosine, polynomial: start again from --lr every so many epochs; 0 for one descent",
+    )
+    schedule.add_argument(
+        "--plateau_patience",
+        type=int,
+        default=Decay().patience,
+        help="plateau: it falls after more than this many epochs without a lower validation loss",
+    )
 
     speed = parser.add_argument_group("speed")
     speed.add_argument(
@@ -187,6 +246,12 @@ def add_shared_flags(
         default=seed,
         help="of the weights, the dropout masks and the segments",
     )
+    run.add_argument(
+        "--overfit",
+        action="store_true",
+        help="only check that one batch can be learned by heart (perplexity below 1.5), without dropout, "
+        "regularisation and schedule; exit code 1 if not",
+    )
     run.add_argument("--log_interval", type=int, default=log_interval, help="steps between two log lines")
 
 
@@ -194,111 +259,20 @@ def complete(args: argparse.Namespace, kind: str) -> None:
     """Fill in the flags whose defaults depend on others, and name a new run directory for a run of this kind."""
     if args.save is None:
         args.save = str(new_folder(kind))
+    args.lr = RATES[args.optimizer] if args.lr is None else args.lr
+    if args.clip is None:
+        args.clip = 0.0 if args.clip_value else CLIP
+    if "finetune" in vars(args):
+        args.finetune = args.finetune or ""
     args.nhid = args.emsize if args.nhid is None else args.nhid
     args.nhidlast = args.emsize if args.nhidlast is None else args.nhidlast
     args.small_batch_size = args.batch_size if args.small_batch_size is None else args.small_batch_size
 
 
-def validate(args: argparse.Namespace) -> list[str]:
-    """Every fault of the flags, one line each; an empty list if they can be used."""
-    faults = [*number_faults(args), *size_faults(args), *device_faults(args.device), *run_faults(args)]
-    return faults + precision_faults(args)
-
-
-def number_faults(args: argparse.Namespace) -> list[str]:
-    """Numbers out of their range."""
-    ranges = {
-        "at least 1": (
-            lambda x: x >= 1,
-            "epochs batch_size small_batch_size bptt emsize nhid nhidlast log_interval nonmono",
-        ),
-        "above 0": (lambda x: x > 0, "lr clip arch_lr"),
-        "above 0 and at most 1": (lambda x: 0 < x <= 1, "backoff"),
-        "at least 0": (
-            lambda x: x >= 0,
-            "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes max_rollbacks",
-        ),
-        "at least 0 and below 1": (
-            lambda x: 0 <= x < 1,
-            "dropout dropouth dropoutx dropouti dropoute",
-        ),
-    }
-    faults = [
-        f"--{name} {value}: must be {words}"
-        for words, (holds, names) in ranges.items()
-        for name in names.split()
-        if (value := getattr(args, name, None)) is not None
-        and not (holds(value) and (isinstance(value, int) or math.isfinite(value)))
-    ]
-    return faults + [
-        f"--{name} {value}: must be below {LARGEST:,}"
-        for name, value in vars(args).items()
-        if type(value) is int and value >= LARGEST
-    ]
-
-
-def size_faults(args: argparse.Namespace) -> list[str]:
-    """Sizes that do not fit together."""
-    faults = []
-    if not args.emsize == args.nhid == args.nhidlast:
-        faults.append(
-            f"--emsize {args.emsize} --nhid {args.nhid} --nhidlast {args.nhidlast}: must be equal, since the "
-            "decoder shares the embedding's matrix; give --emsize alone"
-        )
-    if args.batch_size >= 1 and args.small_batch_size >= 1 and args.batch_size % args.small_batch_size:
-        faults.append(f"--small_batch_size {args.small_batch_size}: must divide --batch_size {args.batch_size} evenly")
-    if "unrolled" in vars(args) and args.small_batch_size == 1:
-        faults.append(
-            "--small_batch_size 1: a search needs at least 2 rows at a time, since its cell normalises over them"
-        )
-    return faults
-
-
-def device_faults(name: str) -> list[str]:
-    """A device that is not there."""
-    if name in ("auto", "cpu"):
-        return []
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (":" in name and not index.isdecimal()):
-        return [f"--device {name}: must be auto, cpu, cuda or cuda:N"]
-    count = torch.cuda.device_count()
-    if int(index or 0) >= count:
-        return [f"--device {name}: this machine has {count} CUDA devices; use --device auto or cpu"]
-    return []
-
-
-def precision_faults(args: argparse.Namespace) -> list[str]:
-    """A precision that the engine or the device does not have."""
-    if args.precision == "bf16" and args.engine == "eager":
-        return ["--precision bf16: is for --engine fused; --engine eager computes in fp32 or tf32"]
-    if args.precision == "tf32" and (args.device == "cpu" or not torch.cuda.is_available()):
-        return ["--precision tf32: is for CUDA; on a CPU take fp32 or bf16"]
-    return []
-
-
-def holds_work(path: Path) -> bool:
-    """Whether a file in a run directory is more than what an end before the first step leaves behind."""
-    return path.name != lock.NAME and not path.name.endswith(".tmp")
-
-
-def run_faults(args: argparse.Namespace) -> list[str]:
-    """A run directory or an architecture that cannot be used."""
-    folder, faults = Path(args.save), []
-    try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir():
-            faults.append(f"--save {folder}: {there} is a file; name a directory")
-        elif not os.access(there, os.W_OK | os.X_OK):
-            faults.append(f"--save {folder}: {there} cannot be written to; take another")
-        elif not args.resume and (process := lock.owner(folder)):
-            faults.append(f"--save {folder}: in use by {process}; take another")
-        elif not args.resume and there == folder and any(holds_work(path) for path in folder.iterdir()):
-            faults.append(f"--save {folder}: holds files already; add --resume to continue a run, or take another")
-    except OSError as error:  # a folder that may not be looked into, or a name that no folder can have
-        faults.append(f"--save {folder}: cannot be used ({error.strerror})")
-    if "arch" in vars(args):
-        try:
-            resolve(args.arch)
-        except GenotypeError as error:
-            faults.append(f"--arch: {error}")
-    return faults
+def schedule(args: argparse.Namespace) -> Schedule:
+    """The learning rate that the flags ask for."""
+    warm_up = WarmUp(args.warmup, args.warmup_shape, args.warmup_start)
+    decay = Decay(
+        args.schedule, args.step_size, args.gamma, args.final_lr, args.power, args.cycle, args.plateau_patience
+    )
+    return Schedule(args.lr, args.epochs, warm_up, decay)

@@ -24,6 +24,7 @@ class Progress:
         self.epoch, self.row, self.step = 1, 0, 0  # row: where the next segment of the text starts
         self.seconds = 0.0  # of all processes that worked on this run, as far as metrics.jsonl has them
         self.interval = Sum(device)
+        self.norm = Sum(device)  # of the gradient, step by step
         self.whole = Sum(device)  # since the epoch began
         self.clock = self.shown = time.perf_counter()
 
@@ -37,9 +38,10 @@ class Progress:
         with self.bar:
             yield from segments
 
-    def advance(self, nll: Tensor, shape: tuple[int, int], lr: float) -> None:
-        """One weight step was taken on a (T, B) segment with this loss (nats per word)."""
+    def advance(self, nll: Tensor, norm: Tensor, shape: tuple[int, int], lr: float) -> None:
+        """One weight step was taken on a (T, B) segment with this loss (nats per word) and norm of the gradient."""
         rows, columns = shape
+        self.norm.add(norm, 1)
         self.interval.add(nll, rows * columns)
         self.whole.add(nll, rows * columns)
         self.row += rows
@@ -51,19 +53,20 @@ class Progress:
             self.bar.set_postfix_str(f"loss {loss:.3f}, ppl {perplexity(loss):.1f}, lr {lr:.3g}")
 
     def close_interval(self, lr: float, **extra: Any) -> None:
-        """Log the mean loss since the last time, with extra columns for metrics.jsonl."""
-        loss, seconds = self.interval.mean(), self.elapsed()
+        """Log the mean loss and norm of the gradient since the last time, with extra columns for metrics.jsonl."""
+        loss, norm, seconds = self.interval.mean(), self.norm.mean(), self.elapsed()
         since, tokens = self.tick
         speed = (self.interval.tokens - tokens) / (time.perf_counter() - since)
         self.run.log(
             f"epoch {self.epoch} | {100 * self.row / self.epoch_rows:3.0f}% | step {self.step} | lr {lr:.4g}"
-            f" | loss {loss:.3f} | ppl {perplexity(loss):.2f} | {speed:,.0f} tok/s"
+            f" | loss {loss:.3f} | ppl {perplexity(loss):.2f} | norm {norm:.3g} | {speed:,.0f} tok/s"
         )
         self.run.record(
             kind="interval", epoch=self.epoch, step=self.step, loss=loss, ppl=perplexity(loss), lr=lr,
-            tokens_per_s=speed, seconds=seconds, **extra,
+            norm=norm, tokens_per_s=speed, seconds=seconds, **extra,
         )  # fmt: skip
         self.interval.reset()
+        self.norm.reset()
         self.tick = (time.perf_counter(), 0)
 
     def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
@@ -85,6 +88,10 @@ class Progress:
         self.whole.reset()
         self.epoch, self.row = self.epoch + 1, 0
 
+    def position(self) -> float:
+        """Epochs behind, the present one by the share of its text that has been read."""
+        return self.epoch - 1 + self.row / self.epoch_rows
+
     def elapsed(self) -> float:
         """Seconds of work on this run so far."""
         now = time.perf_counter()
@@ -97,6 +104,7 @@ class Progress:
             "row": self.row,
             "step": self.step,
             "interval": self.interval.state_dict(),
+            "norm": self.norm.state_dict(),
             "whole": self.whole.state_dict(),
             "metrics_rows": self.run.rows,
         }
@@ -105,18 +113,19 @@ class Progress:
         """Go on from there; rows of metrics that were written after it are cut off, to be written again."""
         self.epoch, self.row, self.step = (state[key] for key in ("epoch", "row", "step"))
         self.interval.load_state_dict(state["interval"])
+        self.norm.load_state_dict(state["norm"])
         self.whole.load_state_dict(state["whole"])
         self.seconds = self.run.cut_metrics(state["metrics_rows"])
 
 
 class Sum:
-    """A loss summed over tokens; the sum stays on the device until its mean is asked for."""
+    """A loss summed over tokens (or a norm over steps); the sum stays on the device until its mean is asked for."""
 
     def __init__(self, device: torch.device):
         self.total, self.tokens = torch.zeros((), dtype=torch.float64, device=device), 0
 
     def add(self, nll: Tensor, tokens: int) -> None:
-        """A mean loss over so many tokens."""
+        """A mean over so many tokens."""
         self.total += nll.double() * tokens
         self.tokens += tokens
 

@@ -10,7 +10,7 @@ import reprlib
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from torch import Tensor
 
 import checkpoint
 import data
+import faults
 import options
-from genotypes import GenotypeError, resolve
+from genotypes import GenotypeError, resolve_cell
 from lock import Locked
 from utils import Run, RunError
 
@@ -30,6 +31,13 @@ from utils import Run, RunError
 RESUMABLE = {
     "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "backoff", "max_rollbacks",
 }  # fmt: skip
+# What --finetune takes over from the run whose weights it starts from, where it is not given anew.
+TUNED_WITH = {
+    "data", "limit_tokens", "batch_size", "bptt", "bptt_std", "max_seq_len_delta",
+    "emsize", "arch", "n_experts", "dropout", "dropouth", "dropoutx", "dropouti", "dropoute",
+    "alpha", "beta", "rdrop", "fraternal", "wdecay", "nonmono", "seed", "engine", "precision",
+}  # fmt: skip
+LIKE_TUNING = ("ntasgd", "sgd", "asgd")  # whose learning rate says something of that of averaged SGD
 MAX_CONFIG = 1_000_000  # bytes
 
 # The texts that a script reads: by name the word ids, and the number of rows that they are cut into.
@@ -44,53 +52,87 @@ def begin(
     A resumed run has the flags in its config.json, but for those given anew. Nothing is downloaded for flags
     that cannot be used, and the directory of a new run is made last.
     """
-    args = parser.parse_args(argv)
-    config = read_config(parser, args.save) if args.resume else None
-    if config is not None:
+    args, config, first = parser.parse_args(argv), None, None
+    if args.resume:
+        config = read_config(parser, args.save, "--resume")
         parser.set_defaults(**config["flags"])
-        args = parser.parse_args(argv)
+    elif getattr(args, "finetune", None) is not None:
+        first = read_config(parser, args.finetune, "--finetune")
+        parser.set_defaults(**tuned_with(first["flags"], args), optimizer="asgd")
+    args = parser.parse_args(argv)
+    rate_given = args.lr is not None
     options.complete(args, kind)
-    faults = options.validate(args)
+    found = faults.validate(args, parser.get_default)
     if "arch" in vars(args):
         args.arch = cell_text(args.arch)
+    if first is not None:
+        found += tuning_faults(args, first["flags"], rate_given)
 
     run = saved = None
     if config is not None:
-        faults += changed_flags(args, config["flags"], f"the run in {args.save}")
+        found += changed_flags(args, config["flags"], f"the run in {args.save}")
         try:
-            run = None if faults else Run(args.save)  # before anything is read, so that nobody writes it meanwhile
+            run = None if found else Run(args.save)  # before anything is read, so that nobody writes it meanwhile
             saved, note = checkpoint.load_last(args.save)
             if note:
                 print(f"{parser.prog}: {note}", file=sys.stderr)
         except (Locked, checkpoint.CheckpointError) as error:
-            faults.append(f"--save: {error}" if run is None else str(error))
+            found.append(f"--save: {error}" if run is None else str(error))
         if saved is not None:
-            faults += state_faults(kind, args, config["flags"], saved)
+            found += state_faults(kind, args, config["flags"], saved)
 
     corpus = None
-    if not faults or data.is_available(args.data):
+    if not found or data.is_available(args.data):
         try:
             corpus = data.load_corpus(args.data)
         except data.DataError as error:
-            faults += error.faults
+            found += error.faults
     if corpus is not None:
-        faults += length_faults(args, texts(corpus, args))
+        found += length_faults(args, texts(corpus, args))
         if config is not None and config.get("sha256") != corpus.sha256:
-            faults.append(f"--data {args.data}: not the text that the run in {args.save} began with")
-    if not faults and run is None:
+            found.append(f"--data {args.data}: not the text that the run in {args.save} began with")
+        if first is not None and first.get("sha256") != corpus.sha256:
+            found.append(f"--data {args.data}: not the text that the run in {args.finetune} began with")
+    if not found and run is None:
         try:
             run = Run(args.save)
-            if any(map(options.holds_work, run.folder.iterdir())):  # another came and went while the corpus was read
-                faults.append(
+            if any(map(faults.holds_work, run.folder.iterdir())):  # another came and went while the corpus was read
+                found.append(
                     f"--save {args.save}: holds files already; add --resume to continue a run, or take another"
                 )
         except Locked as error:
-            faults.append(f"--save: {error}")
-    if faults:
+            found.append(f"--save: {error}")
+    if found:
         if run is not None:
             run.lock.release()
-        parser.refuse(faults)
+        parser.refuse(found)
     return args, corpus, run, saved
+
+
+def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
+    """The flags that a fine-tuning run takes over from the run whose weights it starts from."""
+    names = set(TUNED_WITH)
+    if first["optimizer"] in LIKE_TUNING:
+        names.add("lr")
+    if first["small_batch_size"] != first["batch_size"]:
+        names.add("small_batch_size")
+    if args.clip is None and not args.clip_value:
+        names |= {"clip", "clip_value"}
+    return {name: first[name] for name in names}
+
+
+def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> list[str]:
+    """Why the weights of a run with the flags `first` cannot be what this one starts from."""
+    found = [
+        f"--{name} {value}: the weights of --finetune {args.finetune} are for {first[name]}; leave it out"
+        for name in ("emsize", "arch", "n_experts")
+        if (value := getattr(args, name)) != first[name]
+    ]
+    if not rate_given:
+        found.append(f"--lr: give one for averaged SGD; that of --finetune {args.finetune} is of {first['optimizer']}")
+    if not checkpoint.is_whole(Path(args.finetune, "best.pt")):
+        found.append(f"--finetune {args.finetune}: best.pt is missing or damaged; name another run")
+    return found
 
 
 def identity(kind: str, args: Namespace, corpus: data.Corpus) -> dict[str, Any]:
@@ -100,8 +142,9 @@ def identity(kind: str, args: Namespace, corpus: data.Corpus) -> dict[str, Any]:
 
 
 @contextmanager
-def restoring(parser: options.Parser, run: Run) -> Iterator[None]:
-    """Ends the script with a line if what a checkpoint holds cannot be put in its place."""
+def restoring(parser: options.Parser, run: Run, path: Path | None = None) -> Iterator[None]:
+    """Ends the script with a line if what a checkpoint holds cannot be put in its place: the run's, or that at `path`,
+    for --finetune."""
     try:
         yield
     except (*checkpoint.UNREADABLE, checkpoint.CheckpointError) as error:
@@ -109,17 +152,27 @@ def restoring(parser: options.Parser, run: Run) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         run.lock.release()
+        if path is not None:
+            parser.refuse([f"--finetune: {path} has no weights for this model ({reason}); name another run"])
         parser.refuse([f"{run.folder}: its checkpoint is not the state of this run ({reason}); start a new run"])
 
 
-def check_state(saved: dict[str, Any], form: dict[str, Any], optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """Raises ValueError unless what was saved has the form of this run's state, a step of each optimizer taken.
+def check_state(
+    saved: dict[str, Any],
+    form: dict[str, Any],
+    reasons: Sequence[str],
+    optimizers: dict[str, torch.optim.Optimizer],
+) -> None:
+    """Raises ValueError unless what was saved has the form of this run's state, a step of each optimizer taken, and was
+    stopped for one of the reasons, if at all.
 
     What a run on another kind of device has of its own, the state of a generator, is left out of it.
     """
     form = {**form, **{name: checkpoint.stepped(optimizer) for name, optimizer in optimizers.items()}}
     form["rng"] = {name: part for name, part in form["rng"].items() if name != "cuda"}
     checkpoint.check_form(saved, form)
+    if saved["stopped_by"] not in ("", *reasons):
+        raise ValueError("it was stopped by nothing that is known")
 
 
 @contextmanager
@@ -143,15 +196,15 @@ def memory_explained(args: Namespace) -> Iterator[None]:
 def cell_text(arch: str) -> str:
     """The text of a genotype, which stays what it is when a search goes on or its directory moves."""
     try:
-        return str(resolve(arch))
+        return str(resolve_cell(arch))
     except GenotypeError:
         return arch  # `validate` has reported it
 
 
-def read_config(parser: options.Parser, save: str | None) -> dict[str, Any]:
-    """config.json of the run in `save`, to be continued by the script of `parser`; ends the script without one."""
+def read_config(parser: options.Parser, save: str | None, flag: str) -> dict[str, Any]:
+    """config.json of the run in `save`, which this flag is for and `parser`'s script wrote; ends the script without."""
     if save is None:
-        parser.refuse(["--resume: say which run to continue with --save DIR"])
+        parser.refuse([f"{flag}: say which run to continue with --save DIR"])
     path = Path(save) / "config.json"
     try:
         if path.stat().st_size > MAX_CONFIG:
@@ -161,15 +214,17 @@ def read_config(parser: options.Parser, save: str | None) -> dict[str, Any]:
         if not isinstance(config.get("resumed", []), list):
             raise ValueError("resumed")
     except OSError:
-        parser.refuse([f"--resume: there is no run in {save} ({path.name} cannot be read)"])
+        parser.refuse([f"{flag}: there is no run in {save} ({path.name} cannot be read)"])
     except (ValueError, LookupError, TypeError, RecursionError):
-        parser.refuse([f"--resume: {path} is damaged; start a new run"])
+        parser.refuse([f"{flag}: {path} is damaged; start a new run"])
     if script != parser.prog:
-        parser.refuse([f"--resume: {save} is a run of {script}"])
+        parser.refuse([f"{flag}: {save} is a run of {script}"])
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "resume")}
     wrong = [name for name, action in actions.items() if name not in flags or not fits(action, flags[name])]
+    if lost := actions.keys() - flags.keys():
+        parser.refuse([f"{flag}: {path} is damaged or of an earlier version (no {min(lost)}); start a new run"])
     if wrong or flags.keys() - actions.keys():
-        parser.refuse([f"--resume: {path} is damaged at {', '.join(wrong) or 'its flags'}; start a new run"])
+        parser.refuse([f"{flag}: {path} is damaged at {', '.join(wrong) or 'its flags'}; start a new run"])
     return config
 
 
@@ -204,8 +259,13 @@ def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[
         if saved["kind"] != kind:
             return [f"{path}: the state of another kind of run ({reprlib.repr(saved['kind'])}); start a new run"]
         best = path.with_name("best.pt")
-        if kind == "train" and saved["best"] < math.inf and not checkpoint.is_whole(best):
+        needed = saved["best"] < math.inf if kind == "train" else saved["stopped_by"] == "patience"
+        if needed and not checkpoint.is_whole(best):
             return [f"{best}: missing or damaged, and the result is made from it; put a copy there, or start a new run"]
+        if saved["stopped_by"] and args.epochs != flags["epochs"]:
+            return [
+                f"--epochs {args.epochs}: the run in {args.save} was stopped by {saved['stopped_by']}; start a new run"
+            ]
         if args.epochs < begun:
             return [f"--epochs {args.epochs}: the run in {args.save} is in epoch {begun} already"]
     except checkpoint.UNREADABLE:
@@ -219,18 +279,20 @@ def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[
 def length_faults(args: Namespace, texts: Texts) -> list[str]:
     """A fault for each text that has fewer than two rows, one to read and one to predict."""
     return [
-        f"--data {args.data}: {len(ids):,} tokens for {name} are too few for {rows} rows of text (at least"
+        (f"--limit_tokens {args.limit_tokens}" if 0 < args.limit_tokens < 2 * rows else f"--data {args.data}")
+        + f": {len(ids):,} tokens for {name} are too few for {rows} rows of text (at least"
         f" {2 * rows:,}); use a longer text" + (" or a smaller --batch_size" if rows == args.batch_size else "")
         for name, (ids, rows) in texts.items()
         if len(ids) < 2 * rows
     ]
 
 
-def describe(corpus: data.Corpus) -> str:
-    """One line on a corpus: its size, and what of it is outside the vocabulary."""
+def describe(corpus: data.Corpus, limit: int) -> str:
+    """One line on a corpus: its size, what of it is read, and what is outside the vocabulary."""
     unknown = sum(corpus.unknown.values())
     return (
-        f"{corpus.name} with {len(corpus.train):,} + {len(corpus.valid):,} + {len(corpus.test):,} tokens, "
+        (f"the first {limit:,} tokens of " if 0 < limit < len(corpus.train) else "")
+        + f"{corpus.name} with {len(corpus.train):,} + {len(corpus.valid):,} + {len(corpus.test):,} tokens, "
         f"{len(corpus.words):,} word types" + (f" ({unknown:,} words of valid and test are unknown)" if unknown else "")
     )
 
@@ -246,7 +308,7 @@ def run_script(main: Callable[[], int]) -> int:
     except (RuntimeError, MemoryError) as error:  # before the first step, when the weights are made
         if not checkpoint.out_of_memory(error):
             raise
-        print("error: out of memory; take a smaller --emsize, or a smaller --small_batch_size", file=sys.stderr)
+        print("error: out of memory; take a smaller --emsize, --n_experts or --small_batch_size", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -9,21 +9,23 @@ perplexity of the weights that did best on the validation text.
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import checkpoint
+import optimizers
 import options
 import start
-from averaging import NonMonotonicTrigger, averaged, averaging_sgd
+from averaging import NonMonotonicTrigger, averaged
 from data import Corpus, batchify, get_batch, segments
-from divergence import Watch, back_off, count_rollback
-from dropout import Rates
+from divergence import Watch, go_back
+from dropout import Masks, Rates
 from engine import Engine
-from genotypes import resolve, to_json
+from genotypes import cell_to_json, resolve_cell
 from graphs import Graphs
 from kernels import products_in
 from model import retrain_model
@@ -31,14 +33,17 @@ from objective import (
     TEST_ROWS,
     VALID_ROWS,
     Batch,
+    clipped_gradient,
     evaluate,
     scaled_lr,
     small_batch_losses,
-    weight_step,
 )
 from progress import Progress, perplexity
+from sanity import overfit
+from stopping import Patience
 from utils import Diverged, StopSignal, choose_device
 
+REASONS = ("patience", "nonmono")  # to stop before the last epoch
 EVAL_ROWS = {"valid": VALID_ROWS, "test": TEST_ROWS}
 
 
@@ -48,12 +53,15 @@ def build_parser() -> options.Parser:
     cell.add_argument(
         "--arch",
         default="DARTS",
-        help="the cell: a name (DARTS, DARTS_V1, DARTS_V2, ENAS), a search's run directory, a "
-        "genotype.json, the text of a genotype, or random:SEED",
+        help="the cell: a name (DARTS, DARTS_V1, DARTS_V2, ENAS), a search's run directory, a genotype.json, the text "
+        "of a genotype, random:SEED, or LSTM or GRU, torch's own cells",
+    )
+    cell.add_argument(
+        "--n_experts", type=int, default=1, help="softmaxes that are mixed for each word (mixture of softmaxes)"
     )
     options.add_shared_flags(
         parser, size=850, batch_size=64, epochs=8000, dropoute=0.1, wdecay=8e-7, bptt_std=5.0, seed=1267,
-        log_interval=200,
+        log_interval=200, optimizers=("ntasgd", *optimizers.OPTIMIZERS),
     )  # fmt: skip
     averaging = parser.add_argument_group("averaging (NT-ASGD)")
     averaging.add_argument(
@@ -62,13 +70,32 @@ def build_parser() -> options.Parser:
         default=5,
         help="averaging starts when the validation loss is above the best of all but this many last epochs",
     )
+    averaging.add_argument(
+        "--finetune",
+        metavar="RUN",
+        help="start from the best weights of that run, with its text, sizes, dropouts and regularisation where they "
+        "are not given anew, averaging from the first step on; what starts averaging elsewhere ends this",
+    )
+    twins = parser.add_argument_group("two passes over each batch, with different dropout masks")
+    twins.add_argument(
+        "--rdrop",
+        type=float,
+        default=0.0,
+        help="R-Drop: times the mean symmetric divergence (nats) of the two predictions",
+    )
+    twins.add_argument(
+        "--fraternal",
+        type=float,
+        default=0.0,
+        help="fraternal dropout: times the mean squared difference of the two dropped outputs",
+    )
     return parser
 
 
 def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tensor, int]]:
     """Word ids and the number of rows that they are cut into, by name."""
     return {
-        "train": (corpus.train, args.batch_size),
+        "train": (corpus.train[: args.limit_tokens or None], args.batch_size),
         "valid": (corpus.valid, EVAL_ROWS["valid"]),
         "test": (corpus.test, EVAL_ROWS["test"]),
     }
@@ -82,104 +109,115 @@ def main(argv: list[str] | None = None) -> int:
     bptt_rng = torch.Generator().manual_seed(args.seed)
     train, valid, test = (batchify(ids, rows).to(device) for ids, rows in texts_to_read(corpus, args).values())
 
-    genotype = resolve(args.arch)
+    cell = resolve_cell(args.arch)
     rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
-    model = retrain_model(len(corpus.words), args.emsize, rates, genotype).to(device)
+    model = retrain_model(len(corpus.words), args.emsize, rates, cell, args.n_experts).to(device)
     model = model.using(Engine(args.engine, args.precision))
     weights = model.weights()
     params = sum(w.numel() for w in weights)
     train_loss = partial(
-        small_batch_losses, model, small_batch_size=args.small_batch_size, alpha=args.alpha, beta=args.beta
-    )
-    trigger = NonMonotonicTrigger(args.nonmono)
+        small_batch_losses, model, small_batch_size=args.small_batch_size, alpha=args.alpha, beta=args.beta,
+        rdrop=args.rdrop, fraternal=args.fraternal,
+    )  # fmt: skip
+    two_passes = args.rdrop > 0 or args.fraternal > 0
 
-    def new_optimizer(phase: str, lr: float) -> torch.optim.Optimizer:
-        return {
-            "sgd": lambda: torch.optim.SGD(weights, lr=lr, weight_decay=args.wdecay),
-            "asgd": lambda: averaging_sgd(weights, lr, args.wdecay),
-        }[phase]()
+    def new_optimizer(phase: str) -> torch.optim.Optimizer:
+        return optimizers.new_optimizer(phase, weights, args.lr, args.wdecay, args.momentum)
 
-    phase = "sgd"
-    optimizer = new_optimizer(phase, args.lr)
+    phase = "sgd" if args.optimizer == "ntasgd" else args.optimizer
+    optimizer, schedule = new_optimizer(phase), options.schedule(args)
+    trigger, patience = NonMonotonicTrigger(args.nonmono), Patience(args.patience, args.min_delta)
 
-    def step(lr: float, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of the weights. The optimizer has the rate; here it tells one captured step from another."""
-        batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
-        return weight_step(train_loss(batch), weights, optimizer, args.clip)
+    def gradient(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """That of a segment, for a step of the weights."""
+        masks = model.draw_masks(args.batch_size)
+        twin = model.draw_masks(args.batch_size) if two_passes else None
+        return clipped_gradient(train_loss(Batch(x, y, hidden, masks, twin)), weights, args.clip, args.clip_value)
 
-    def quick() -> Callable:
-        return Graphs(step, device) if args.engine == "fused" else step
+    quick_gradient = Graphs(gradient, device) if args.engine == "fused" else gradient
 
-    hidden = model.initial_hidden(args.batch_size)  # (B, H)
-    best = float("inf")  # validation loss
-    rollbacks, watch = 0, Watch(device, len(corpus.words))
+    hidden = model.initial_hidden(args.batch_size)  # (B, S)
+    best, stopped_by = float("inf"), ""  # validation loss; why the run ended
+    watch = Watch(device, len(corpus.words))
     progress = Progress(run, device, args.epochs, len(train) - 1)
     keeper = checkpoint.Keeper(run.folder, args.checkpoint_minutes)
 
-    def state() -> dict:
+    def parts() -> dict[str, Any]:
         return {
-            **start.identity("train", args, corpus), "eval_rows": EVAL_ROWS, "genotype": to_json(genotype),
-            "model": model.state_dict(), "phase": phase, "optimizer": optimizer.state_dict(),
-            "valid_losses": trigger.losses, "rng": checkpoint.rng_state(device, bptt_rng),
-            "progress": progress.state_dict(), "hidden": hidden, "best": best,
-            "watch": watch.state_dict(), "rollbacks": rollbacks,
+            "model": model, "optimizer": optimizer, "schedule": schedule, "trigger": trigger, "patience": patience,
+            "watch": watch, "progress": progress,
         }  # fmt: skip
 
-    def restore(saved: dict) -> None:
-        nonlocal hidden, best, phase, optimizer, rollbacks
-        model.load_state_dict(saved["model"])
-        phase = saved["phase"]
-        optimizer = new_optimizer(phase, args.lr)
-        optimizer.load_state_dict(saved["optimizer"])
-        trigger.losses, best, rollbacks = saved["valid_losses"], saved["best"], saved["rollbacks"]
-        hidden = saved["hidden"].to(device)
-        watch.load_state_dict(saved["watch"])
-        progress.load_state_dict(saved["progress"])
+    def state() -> dict[str, Any]:
+        return {
+            **start.identity("train", args, corpus), "eval_rows": EVAL_ROWS, "genotype": cell_to_json(cell),
+            **{name: part.state_dict() for name, part in parts().items()}, "phase": phase, "hidden": hidden,
+            "rng": checkpoint.rng_state(device, bptt_rng), "best": best, "stopped_by": stopped_by,
+        }  # fmt: skip
+
+    def restore(saved: dict[str, Any]) -> None:
+        nonlocal hidden, best, phase, optimizer, stopped_by
+        phase, best, stopped_by = saved["phase"], saved["best"], saved["stopped_by"]
+        hidden, optimizer = saved["hidden"].to(device), new_optimizer(phase)
+        for name, part in parts().items():
+            part.load_state_dict(saved[name])
 
     def judge() -> None:
-        """Raises Diverged unless all went well, and the present weights, which no step has tried, are fit to keep."""
-        watch.check()
+        """Raises Diverged unless the present weights are fit to be kept."""
         watch.judge(evaluate(model, train[: args.bptt + 1, : args.small_batch_size], args.bptt, "train"))
-
-    def go_back(fault: Diverged) -> None:
-        """To the last checkpoint, on with a lower learning rate and other random numbers than led here."""
-        nonlocal rollbacks
-        attempt = count_rollback(rollbacks, args.max_rollbacks, fault, progress.step)
-        restore(checkpoint.load_last(run.folder)[0])
-        rollbacks = attempt
-        back_off(run, optimizer, args.backoff, fault, progress)
-        checkpoint.save(state(), run.folder / "last.pt")  # and previous.pt stays what it is
 
     if saved:
         with start.restoring(parser, run):
-            form = {**state(), "valid_losses": [1.0]}
-            start.check_state(saved, form, {"optimizer": new_optimizer(saved["phase"], args.lr)})
+            form = {**state(), "trigger": {"losses": [1.0]}}
+            start.check_state(saved, form, REASONS, {"optimizer": new_optimizer(saved["phase"])})
             checkpoint.set_rng_state(saved["rng"], device, bptt_rng)
             if saved["best"] < float("inf"):  # what the result is made from
                 checkpoint.check_form(
                     checkpoint.load(run.folder / "best.pt"), {"model": model.state_dict(), "best": 1.0}
                 )
             restore(saved)
-    run.configure(parser.prog, args, device, corpus.sha256, finished=progress.epoch > args.epochs)
+    elif args.finetune:
+        path = Path(args.finetune, "best.pt")
+        with start.restoring(parser, run, path):
+            first = checkpoint.load(path)
+            checkpoint.check_form(first, {"model": model.state_dict()})
+            model.load_state_dict(first["model"])
+            best = evaluate(model, valid, args.bptt, "valid")
+            checkpoint.check_form(best, 1.0, "its validation loss")  # a number
+    finished = progress.epoch > args.epochs or bool(stopped_by)
+    run.configure(parser.prog, args, device, corpus.sha256, finished)
     if saved:
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
-        run.log(f"retraining in {run.folder} on {device}: {params:,} weights, {start.describe(corpus)}")
-        run.log(str(genotype))
+        run.log(
+            f"retraining in {run.folder} on {device}: {params:,} weights, {start.describe(corpus, args.limit_tokens)}"
+        )
+        run.log(str(cell))
+        if args.finetune:
+            run.log(f"from the best weights of {args.finetune}: valid ppl {perplexity(best):.2f}")
+            checkpoint.save(state(), run.folder / "best.pt")
         keeper.keep(state())
 
+    if args.overfit:
+        with products_in(args.precision), start.memory_explained(args):
+            batch = Batch(*get_batch(train, 0, args.bptt), hidden, Masks())
+            overfit(run, model, optimizer, batch, args.small_batch_size, args.clip, args.clip_value)
+        return 0
+
     with StopSignal() as stop, products_in(args.precision), start.memory_explained(args):
-        take_step = quick()
-        while progress.epoch <= args.epochs:
+        while progress.epoch <= args.epochs and not stopped_by:
             try:
                 lengths = segments(
                     len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row
                 )
                 for i, seq_len in progress.track(lengths, columns=args.batch_size):
                     x, y = get_batch(train, i, seq_len)  # (T, B)
+                    schedule.set_rate(optimizer, progress.step, progress.position())
                     with scaled_lr(optimizer, seq_len / args.bptt) as lr:
-                        nll, hidden, norm = take_step(lr, x, y, hidden)
-                    progress.advance(nll, x.shape, lr)
+                        nll, hidden, norm = quick_gradient(x, y, hidden)
+                        optimizer.step()
+                    optimizer.zero_grad(set_to_none=device.type == "cpu")  # on CUDA they stay where graphs write them
+                    progress.advance(nll, norm, x.shape, lr)
                     watch.add(nll, norm)
 
                     if progress.step % args.log_interval == 0:
@@ -194,21 +232,26 @@ def main(argv: list[str] | None = None) -> int:
 
                 judge()
                 with averaged(optimizer):
-                    lr, note = optimizer.param_groups[0]["lr"], " (averaged)" if phase == "asgd" else ""
                     loss = evaluate(model, valid, args.bptt, "valid")
-                    progress.close_epoch(loss, lr, note=note, phase=phase)
+                    note = " (averaged)" if phase == "asgd" else ""
+                    progress.close_epoch(loss, optimizer.param_groups[0]["lr"], note=note, phase=phase)
                     hidden = model.initial_hidden(args.batch_size)
                     if loss < best:
                         best = loss
                         checkpoint.save(state(), run.folder / "best.pt")
             except Diverged as fault:
-                go_back(fault)
-                take_step = quick()  # what was captured holds the old optimizer
+                go_back(fault, run, watch, schedule, progress, state, restore, args.backoff, args.max_rollbacks)
                 continue
-            if phase == "sgd" and trigger.fires(loss):
-                phase, optimizer = "asgd", new_optimizer("asgd", lr)
-                take_step = quick()
+            schedule.close_epoch(loss)
+            if patience.is_over(loss):
+                stopped_by = "patience"
+            elif phase == "sgd" and args.optimizer == "ntasgd" and trigger.fires(loss):
+                phase, optimizer = "asgd", new_optimizer("asgd")
                 run.log("the validation loss has stopped falling: averaging the weights from here on")
+            elif args.finetune and trigger.fires(loss):
+                stopped_by = "nonmono"
+            if stopped_by:
+                run.log(f"stopped by {stopped_by}")
             keeper.keep(state())
             if stop.requested:
                 return run.interrupted(parser.prog)
@@ -219,8 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     test_ppl = perplexity(evaluate(model, test, args.bptt, "test"))
     run.write("result.json", {
         "kind": "train", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
-        "params": params, "valid_ppl": perplexity(best), "test_ppl": test_ppl, "genotype": to_json(genotype),
-        "stopped_by": "epochs",
+        "params": params, "valid_ppl": perplexity(best), "test_ppl": test_ppl, "genotype": cell_to_json(cell),
+        "stopped_by": stopped_by or "epochs",
     })  # fmt: skip
     run.log(f"best weights: valid ppl {perplexity(best):.2f} | test ppl {test_ppl:.2f}")
     return 0

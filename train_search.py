@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from shlex import quote
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,21 +21,26 @@ import checkpoint
 import options
 import start
 from architect import RADIUS, Architect
+from averaging import averaged
 from data import Corpus, Cursor, batchify, get_batch, segments
-from divergence import Watch, back_off, count_rollback
-from dropout import HeldRelu, Rates
+from divergence import Watch, go_back
+from dropout import HeldRelu, Masks, Rates
 from engine import Engine
-from genotypes import to_json
+from genotypes import STEPS, from_json, to_json
 from graphs import Graphs
 from kernels import products_in
 from model_search import RNNModelSearch
-from objective import VALID_ROWS, Batch, evaluate, scaled_lr, small_batch_losses, weight_step
+from objective import VALID_ROWS, Batch, clipped_gradient, evaluate, scaled_lr, small_batch_losses
+from optimizers import OPTIMIZERS, new_optimizer, velocity
 from progress import Progress, perplexity
+from sanity import overfit
+from stopping import Patience, check_history, identities, is_stable
 from utils import Diverged, StopSignal, choose_device
 
 # The relaxed cell normalises by the statistics of the batch, and a batch of one has none: the test text is
 # read in as many rows as the validation text, where a discrete cell reads it in one.
 EVAL_ROWS = {"valid": VALID_ROWS, "test": VALID_ROWS}
+REASONS = ("patience", "stable", "identity")  # to stop before the last epoch
 HELD_OUT = 0.1  # of train.txt, for the alphas, with --search_split train
 
 
@@ -67,6 +73,18 @@ def build_parser() -> options.Parser:
     )
     search.add_argument("--arch_lr", type=float, default=3e-3, help="learning rate of Adam on the alphas")
     search.add_argument("--arch_wdecay", type=float, default=1e-3, help="weight decay of the alphas")
+    search.add_argument(
+        "--stop_stable",
+        type=int,
+        default=0,
+        help="stop when the genotype has been the same for so many epochs; 0: never",
+    )
+    search.add_argument(
+        "--max_identity",
+        type=int,
+        default=STEPS,
+        help="stop when more than so many nodes of the genotype are identity, and keep the one of the epoch before",
+    )
     options.add_shared_flags(
         parser,
         size=300,
@@ -77,21 +95,23 @@ def build_parser() -> options.Parser:
         bptt_std=0.0,
         seed=3,
         log_interval=50,
+        optimizers=OPTIMIZERS,
     )
     return parser
 
 
-def search_texts(corpus: Corpus, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+def search_texts(corpus: Corpus, split: str, limit: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Word ids for the weights and for the alphas."""
+    train = corpus.train[:limit] if limit else corpus.train
     if split == "valid":
-        return corpus.train, corpus.valid
-    held_out = int(HELD_OUT * len(corpus.train))
-    return corpus.train[:-held_out], corpus.train[-held_out:]
+        return train, corpus.valid
+    held_out = int(HELD_OUT * len(train))
+    return train[:-held_out], train[-held_out:]
 
 
 def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tensor, int]]:
     """Word ids and the number of rows that they are cut into, by name."""
-    train, alphas = search_texts(corpus, args.search_split)
+    train, alphas = search_texts(corpus, args.search_split, args.limit_tokens)
     return {
         "train": (train, args.batch_size),
         "the alphas": (alphas, args.batch_size),
@@ -117,92 +137,108 @@ def main(argv: list[str] | None = None) -> int:
     model = model.using(Engine(args.engine, args.precision))
     weights = model.weights()
     params = sum(w.numel() for w in weights)
-    optimizer = torch.optim.SGD(weights, lr=args.lr, weight_decay=args.wdecay)
+    optimizer = new_optimizer(args.optimizer, weights, args.lr, args.wdecay, args.momentum)
+    schedule, patience = options.schedule(args), Patience(args.patience, args.min_delta)
     # A difference of nearby weights needs every digit, the exact product an engine that differentiates twice.
     precise = model.using(Engine("eager" if args.hessian == "exact" else args.engine))
-    parts = {"small_batch_size": args.small_batch_size}
-    regularised = {**parts, "alpha": args.alpha, "beta": args.beta}
-    valid_loss = partial(small_batch_losses, model, **parts)
+    rows = {"small_batch_size": args.small_batch_size}
+    regularised = {**rows, "alpha": args.alpha, "beta": args.beta}
+    valid_loss = partial(small_batch_losses, model, **rows)
     train_loss, product_loss = (partial(small_batch_losses, m, **regularised) for m in (model, precise))
     architect = Architect(
         weights, model.alphas, train_loss, valid_loss, product_loss, clip=args.clip, wdecay=args.wdecay,
-        hessian=args.hessian if args.unrolled else None, lr=args.arch_lr, arch_wdecay=args.arch_wdecay,
+        clip_value=args.clip_value, hessian=args.hessian if args.unrolled else None, lr=args.arch_lr,
+        arch_wdecay=args.arch_wdecay,
     )  # fmt: skip
 
-    def step(eta: float, x: Tensor, y: Tensor, hidden: Tensor, xv: Tensor, yv: Tensor, hidden_valid: Tensor):
-        """One step of the search (DARTS, algorithm 1): the alphas on validation text, the weights on training text."""
+    def gradient(
+        eta: Tensor, x: Tensor, y: Tensor, hidden: Tensor, xv: Tensor, yv: Tensor, hidden_valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A step of the alphas on validation text (DARTS, algorithm 1), and the gradient of training text, for one of
+        the weights."""
         held = model.draw_masks(args.batch_size)._replace(relu=HeldRelu())  # over every pass
         hidden_valid = architect.step(
             train=Batch(x, y, hidden, held),
             valid=Batch(xv, yv, hidden_valid, model.draw_masks(args.batch_size)),
             eta=eta,
+            velocity=velocity(optimizer) if args.unrolled else None,
         )
         batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
-        nll, hidden, norm = weight_step(train_loss(batch), weights, optimizer, args.clip)
+        nll, hidden, norm = clipped_gradient(train_loss(batch), weights, args.clip, args.clip_value)
         return nll, norm, hidden, hidden_valid
 
     def quick() -> Callable:
-        return Graphs(step, device) if precise.engine.name == "fused" else step
+        return Graphs(gradient, device) if precise.engine.name == "fused" else gradient
 
     hidden = hidden_valid = model.initial_hidden(args.batch_size)  # (B, H)
-    best = float("inf")  # validation loss
+    best, stopped_by = float("inf"), ""  # validation loss; why the search ended
     history = []  # [epoch, genotype] at the end of each epoch
-    rollbacks, watch = 0, Watch(device, len(corpus.words))
+    watch = Watch(device, len(corpus.words))
     progress = Progress(run, device, args.epochs, len(train) - 1)
     keeper = checkpoint.Keeper(run.folder, args.checkpoint_minutes)
+    parts = {
+        "model": model, "optimizer": optimizer, "arch_optimizer": architect, "schedule": schedule,
+        "patience": patience, "watch": watch, "progress": progress,
+    }  # fmt: skip
 
-    def state() -> dict:
+    def state() -> dict[str, Any]:
         return {
             **start.identity("search", args, corpus), "eval_rows": EVAL_ROWS, "genotype": to_json(model.genotype()),
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "arch_optimizer": architect.optimizer.state_dict(), "rng": checkpoint.rng_state(device, bptt_rng),
-            "progress": progress.state_dict(), "hidden": hidden, "hidden_valid": hidden_valid,
-            "valid_position": valid_batches.position, "best": best, "history": history,
-            "watch": watch.state_dict(), "rollbacks": rollbacks,
+            **{name: part.state_dict() for name, part in parts.items()}, "history": history,
+            "hidden": hidden, "hidden_valid": hidden_valid, "valid_position": valid_batches.position,
+            "rng": checkpoint.rng_state(device, bptt_rng), "best": best, "stopped_by": stopped_by,
         }  # fmt: skip
 
-    def restore(saved: dict) -> None:
-        nonlocal hidden, hidden_valid, best, history, rollbacks
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        architect.load_state_dict(saved["arch_optimizer"])
+    def restore(saved: dict[str, Any]) -> None:
+        nonlocal hidden, hidden_valid, best, history, stopped_by
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
         hidden, hidden_valid = (saved[name].to(device) for name in ("hidden", "hidden_valid"))
         valid_batches.position, best, history = saved["valid_position"], saved["best"], saved["history"]
-        rollbacks = saved["rollbacks"]
-        watch.load_state_dict(saved["watch"])
-        progress.load_state_dict(saved["progress"])
+        stopped_by = saved["stopped_by"]
 
     def judge() -> None:
-        """Raises Diverged unless all went well, and the present weights, which no step has tried, are fit to keep."""
-        watch.check()
+        """Raises Diverged unless the present weights are fit to be kept."""
         watch.judge(evaluate(model, train[: args.bptt + 1, : args.small_batch_size], args.bptt, "train"))
 
-    def go_back(fault: Diverged) -> None:
-        """To the last checkpoint, on with a lower learning rate and other random numbers than led here."""
-        nonlocal rollbacks
-        attempt = count_rollback(rollbacks, args.max_rollbacks, fault, progress.step)
-        restore(checkpoint.load_last(run.folder)[0])
-        rollbacks = attempt
-        back_off(run, optimizer, args.backoff, fault, progress)
-        checkpoint.save(state(), run.folder / "last.pt")  # and previous.pt stays what it is
+    def keep_genotype(epoch: int) -> None:
+        """The alphas of now, which are those of this epoch's end, to genotype.json."""
+        genotype = model.genotype()
+        run.write("genotype.json", {
+            "genotype": to_json(genotype), "text": str(genotype), "epoch": epoch,
+            "probabilities": model.alphas.softmax(-1).tolist(),
+        })  # fmt: skip
 
     if saved:
         with start.restoring(parser, run):
             form = {**state(), "history": [[1, to_json(model.genotype())]]}
-            start.check_state(saved, form, {"optimizer": optimizer, "arch_optimizer": architect.optimizer})
+            start.check_state(saved, form, REASONS, {"optimizer": optimizer, "arch_optimizer": architect.optimizer})
             checkpoint.set_rng_state(saved["rng"], device, bptt_rng)
+            check_history(saved["history"], saved["progress"]["epoch"] - 1, saved["stopped_by"] == "identity")
+            if saved["stopped_by"] == "patience":  # what the result is made from
+                chosen = checkpoint.load(run.folder / "best.pt")
+                checkpoint.check_form(chosen, {"model": model.state_dict(), "progress": {"epoch": 1}})
+                dict(saved["history"])[chosen["progress"]["epoch"] - 1]
             restore(saved)
-    run.configure(parser.prog, args, device, corpus.sha256, finished=progress.epoch > args.epochs)
+    finished = progress.epoch > args.epochs or bool(stopped_by)
+    run.configure(parser.prog, args, device, corpus.sha256, finished)
     if saved:
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
         run.log(f"search in {run.folder} on {device}: {params:,} weights, {model.alphas.numel()} alphas,"
-                f" {start.describe(corpus)}")  # fmt: skip
+                f" {start.describe(corpus, args.limit_tokens)}")  # fmt: skip
+
         keeper.keep(state())
 
+    if args.overfit:
+        with products_in(args.precision), start.memory_explained(args):
+            batch = Batch(*get_batch(train, 0, args.bptt), hidden, Masks())
+            overfit(run, model, optimizer, batch, args.small_batch_size, args.clip, args.clip_value)
+        return 0
+
     with StopSignal() as stop, products_in(args.precision), start.memory_explained(args):
-        take_step = quick()
-        while progress.epoch <= args.epochs:
+        quick_gradient = quick()
+        while progress.epoch <= args.epochs and not stopped_by:
             try:
                 lengths = segments(
                     len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row
@@ -212,15 +248,19 @@ def main(argv: list[str] | None = None) -> int:
                     xv, yv, wrapped = valid_batches.take(seq_len)  # (T, B)
                     if wrapped:
                         hidden_valid = model.initial_hidden(args.batch_size)
-                    with scaled_lr(optimizer, seq_len / args.bptt) as eta:
-                        nll, norm, hidden, hidden_valid = take_step(eta, x, y, hidden, xv, yv, hidden_valid)
-                    progress.advance(nll, x.shape, eta)
+                    schedule.set_rate(optimizer, progress.step, progress.position())
+                    with scaled_lr(optimizer, seq_len / args.bptt) as lr:
+                        eta = torch.full((), lr, device=device)  # a number would be a graph of its own on CUDA
+                        nll, norm, hidden, hidden_valid = quick_gradient(eta, x, y, hidden, xv, yv, hidden_valid)
+                        optimizer.step()
+                    optimizer.zero_grad(set_to_none=device.type == "cpu")  # on CUDA they stay where graphs write them
+                    progress.advance(nll, norm, x.shape, lr)
                     watch.add(nll, norm)
 
                     if progress.step % args.log_interval == 0:
                         watch.check()
                         genotype = model.genotype()
-                        progress.close_interval(eta, genotype=to_json(genotype))
+                        progress.close_interval(lr, genotype=to_json(genotype))
                         run.log(str(genotype))
                     stopping = stop.requested
                     if stopping or keeper.due():
@@ -230,37 +270,57 @@ def main(argv: list[str] | None = None) -> int:
                         return run.interrupted(parser.prog)
 
                 judge()
-                loss = evaluate(model, valid, args.bptt, "valid")
-                epoch, genotype = progress.epoch, model.genotype()
-                progress.close_epoch(loss, optimizer.param_groups[0]["lr"], genotype=to_json(genotype))
+                with averaged(optimizer):
+                    loss = evaluate(model, valid, args.bptt, "valid")
+                    epoch, genotype = progress.epoch, model.genotype()
+                    progress.close_epoch(loss, optimizer.param_groups[0]["lr"], genotype=to_json(genotype))
+                    hidden = model.initial_hidden(args.batch_size)
+                    if loss < best:
+                        best = loss
+                        checkpoint.save(state(), run.folder / "best.pt")
             except Diverged as fault:
-                go_back(fault)
-                take_step = quick()  # what was captured holds the optimizer's old state
+                go_back(fault, run, watch, schedule, progress, state, restore, args.backoff, args.max_rollbacks)
+                quick_gradient = quick()  # what was captured holds the old state of the alphas' optimizer
                 continue
             run.log(str(genotype))
-            run.write("genotype.json", {
-                "genotype": to_json(genotype), "text": str(genotype), "epoch": epoch,
-                "probabilities": model.alphas.softmax(-1).tolist(),
-            })  # fmt: skip
-            history.append([epoch, to_json(genotype)])
-            hidden = model.initial_hidden(args.batch_size)
-            if loss < best:
-                best = loss
-                checkpoint.save(state(), run.folder / "best.pt")
+            schedule.close_epoch(loss)
+            collapsed = identities(genotype) > args.max_identity
+            if collapsed and history:
+                stopped_by = "identity"
+            else:
+                history.append([epoch, to_json(genotype)])
+                keep_genotype(epoch)
+                if collapsed:
+                    stopped_by = "identity"
+                    run.log("the genotype of the first epoch is over --max_identity; there is none before it to keep")
+                elif is_stable(history, args.stop_stable):
+                    stopped_by = "stable"
+                elif patience.is_over(loss):
+                    stopped_by = "patience"
+            if stopped_by:
+                run.log(f"stopped by {stopped_by}")
             keeper.keep(state())
             if stop.requested:
                 return run.interrupted(parser.prog)
 
-    valid_ppl = perplexity(evaluate(model, valid, args.bptt, "valid"))
-    test_ppl = perplexity(evaluate(model, test, args.bptt, "test"))
-    genotype = model.genotype()
+    epoch = history[-1][0]
+    if stopped_by == "patience":
+        chosen = checkpoint.load(run.folder / "best.pt")
+        epoch = chosen["progress"]["epoch"] - 1
+        model.load_state_dict(chosen["model"])
+        optimizer.state.clear()  # an average of later weights
+        keep_genotype(epoch)
+    with averaged(optimizer):
+        valid_ppl = perplexity(evaluate(model, valid, args.bptt, "valid"))
+        test_ppl = perplexity(evaluate(model, test, args.bptt, "test"))
+    genotype = dict(history)[epoch]
     run.write("result.json", {
         "kind": "search", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
         "params": params, "valid_ppl": valid_ppl, "test_ppl": test_ppl, "best_valid_ppl": perplexity(best),
-        "genotype": to_json(genotype), "stopped_by": "epochs",
+        "genotype": genotype, "stopped_by": stopped_by or "epochs",
     })  # fmt: skip
     run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | test ppl {test_ppl:.2f}")
-    run.log(f"found {genotype}")
+    run.log(f"found {from_json(genotype)}")
     run.log(f"retrain it with: python train.py --data {quote(args.data)} --arch {quote(str(run.folder))}")
     return 0
 

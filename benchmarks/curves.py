@@ -23,7 +23,7 @@ from data import Cursor, batchify, load_corpus
 from dropout import HeldRelu, Rates
 from engine import Engine
 from model_search import RNNModelSearch
-from objective import Batch, weight_step
+from objective import Batch, clipped_gradient
 
 ENGINES = {"eager fp32": Engine(), "fused fp32": Engine("fused"), "fused bf16": Engine("fused", "bf16")}
 RATES = Rates(dropout=0.3, dropouth=0.1, dropoutx=0.3, dropouti=0.1)
@@ -46,7 +46,9 @@ def curve(engine: Engine, args: argparse.Namespace) -> list[float]:
         held, masks_valid, masks = (model.draw_masks(args.batch_size) for _ in range(3))
         held = held._replace(relu=HeldRelu())
         hidden_valid = architect.step(Batch(x, y, hidden, held), Batch(xv, yv, hidden_valid, masks_valid), args.lr)
-        nll, hidden, _ = weight_step(train_loss(Batch(x, y, hidden, masks)), model.weights(), optimizer, CLIP)
+        nll, hidden, _ = clipped_gradient(train_loss(Batch(x, y, hidden, masks)), model.weights(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
         found.append(nll.item())
     return found
 

@@ -46,14 +46,15 @@ class Agreement:
         model.load_state_dict(saved["model"])
         self.model = model.using(Engine(flags.engine, flags.precision))
         corpus = load_corpus(flags.data)
-        self.cursors = [Cursor(batchify(ids, flags.batch_size)) for ids in search_texts(corpus, flags.search_split)]
+        texts = search_texts(corpus, flags.search_split, flags.limit_tokens)
+        self.cursors = [Cursor(batchify(ids, flags.batch_size)) for ids in texts]
         self.hiddens = [self.model.initial_hidden(flags.batch_size)] * 2  # (B, H) each
         parts = {"small_batch_size": flags.small_batch_size}
         regularised = {**parts, "alpha": flags.alpha, "beta": flags.beta}
         self.architect = Architect(
             model.weights(), model.alphas,
             partial(small_batch_losses, self.model, **regularised), partial(small_batch_losses, self.model, **parts),
-            clip=flags.clip, wdecay=flags.wdecay,
+            clip=flags.clip, clip_value=flags.clip_value, wdecay=flags.wdecay,
         )  # fmt: skip
         self.product_loss = {  # as in train_search.py
             hessian: partial(small_batch_losses, model.using(engine), **regularised)
@@ -68,7 +69,7 @@ class Agreement:
             masks = self.model.draw_masks(self.flags.batch_size)
             taken.append(Batch(x, y, self.hiddens[n], masks._replace(relu=HeldRelu() if n == 0 else None)))
             with torch.no_grad():
-                self.hiddens[n] = self.model(x, self.hiddens[n], masks)[-1]
+                _, self.hiddens[n] = self.model(x, self.hiddens[n], masks)
         return taken
 
     def implicit(self, batches: list[Batch], hessian: str, radius: float = RADIUS) -> tuple[torch.Tensor, float]:

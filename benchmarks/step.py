@@ -38,7 +38,7 @@ from graphs import Graphs
 from kernels import onednn, products_in
 from model import retrain_model
 from model_search import RNNModelSearch
-from objective import VALID_ROWS, Batch, small_batch_losses, weight_step
+from objective import VALID_ROWS, Batch, clipped_gradient, small_batch_losses
 
 SEARCH = {"T": 35, "B": 256, "H": 300, "V": 10_000, "N": 8}
 TRAIN = {"T": 35, "B": 64, "H": 850, "V": 10_000}
@@ -59,7 +59,9 @@ def search_step(engine: Engine, sizes: dict, device: torch.device, hessian: str 
     def step() -> None:
         held = model.draw_masks(B)._replace(relu=HeldRelu())
         architect.step(Batch(x, y, hidden, held), Batch(y, x, hidden, model.draw_masks(B)), eta=20.0)
-        weight_step(train_loss(Batch(x, y, hidden, model.draw_masks(B))), model.weights(), optimizer, CLIP)
+        clipped_gradient(train_loss(Batch(x, y, hidden, model.draw_masks(B))), model.weights(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=device.type == "cpu")
 
     return step
 
@@ -82,7 +84,13 @@ def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[]
     optimizer = torch.optim.SGD(model.weights(), lr=20.0, weight_decay=8e-7)
     loss = partial(small_batch_losses, model, small_batch_size=B, beta=1e-3)
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
-    return lambda: weight_step(loss(Batch(x, y, hidden, model.draw_masks(B))), model.weights(), optimizer, CLIP)
+
+    def step() -> None:
+        clipped_gradient(loss(Batch(x, y, hidden, model.draw_masks(B))), model.weights(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=device.type == "cpu")
+
+    return step
 
 
 def evaluate_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
@@ -93,7 +101,7 @@ def evaluate_step(engine: Engine, sizes: dict, device: torch.device) -> Callable
 
     @torch.no_grad()
     def step() -> None:
-        model.nll(model(x, hidden), y)
+        model.nll(model(x, hidden)[0], y)
 
     return step
 

@@ -10,7 +10,8 @@ from torch.func import functional_call
 import train_search
 from architect import Architect, clip_coefficient, moved
 from dropout import HeldRelu
-from objective import losses, small_batch_losses
+from objective import clipped_gradient, losses, small_batch_losses
+from optimizers import LIKE_SGD, new_optimizer, velocity
 
 ETA, CLIP, WDECAY, AR, TAR = 0.7, 0.25, 1e-2, 0.4, 0.9
 
@@ -33,15 +34,20 @@ def parameters(model):
     return {name: p for name, p in named.items() if name != alphas}, alphas
 
 
-def brute_force(model, train, valid, eta, clip, wdecay, alpha=AR, beta=TAR):
-    """d/d alpha L_valid(w - eta (c g(alpha) + wdecay w), alpha), by differentiating through g."""
+def brute_force(model, train, valid, eta, clip, wdecay, alpha=AR, beta=TAR, limit=float("inf"), velocity=None):
+    """d/d alpha L_valid(w - eta (c g(alpha) + wdecay w + velocity), alpha), by differentiating through g, whose
+    elements are no larger than `limit`."""
     module, (weights, alphas_name) = LossModule(model), parameters(model)
     alphas = model.alphas.detach().clone().requires_grad_()
     train_loss = functional_call(module, {**weights, alphas_name: alphas}, (train, alpha, beta))
     g = torch.autograd.grad(train_loss, list(weights.values()), create_graph=True)
+    g = [torch.where(g_i.abs() <= limit, g_i, limit * g_i.sign().detach()) for g_i in g]
     norm = torch.cat([g_i.detach().flatten() for g_i in g]).norm()
     c = min(1.0, clip / (norm.item() + 1e-6))
-    stepped = {name: w - eta * (c * g_i + wdecay * w) for (name, w), g_i in zip(weights.items(), g, strict=True)}
+    kept = velocity or [torch.zeros_like(w) for w in weights.values()]
+    stepped = {
+        name: w - eta * (c * g_i + wdecay * w + k) for (name, w), g_i, k in zip(weights.items(), g, kept, strict=True)
+    }
     valid_loss = functional_call(module, {**stepped, alphas_name: alphas}, (valid,))
     return torch.autograd.grad(valid_loss, alphas)[0]
 
@@ -82,6 +88,48 @@ def test_the_unrolled_gradient_is_the_brute_force_one(model, batches, clip):
     found = unrolled_gradient(architect(model, clip=clip).gradient(*batches, ETA))
     expected = brute_force(model, *batches, ETA, clip, WDECAY)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("clip", "limit"), [(0, 0.01), (0.02, 0.01), (1e6, 0.1)])
+def test_elements_of_the_gradient_that_are_limited_do_not_move_with_the_alphas(model, batches, clip, limit):
+    found = architect(model, clip=clip, clip_value=limit).gradient(*batches, ETA)
+    expected = brute_force(model, *batches, ETA, clip or 1e9, WDECAY, limit=limit)
+    torch.testing.assert_close(unrolled_gradient(found), expected, rtol=1e-9, atol=1e-12)
+    free = unrolled_gradient(architect(model, clip=clip).gradient(*batches, ETA))
+    assert not torch.allclose(free, expected, rtol=1e-3)
+
+
+def test_where_every_element_is_limited_only_the_direct_part_is_left(model, batches):
+    for hessian in ("exact", "finite"):
+        _, implicit, _ = architect(model, hessian, clip=0, clip_value=1e-12).gradient(*batches, ETA)
+        assert torch.equal(implicit, torch.zeros_like(implicit))
+
+
+def test_momentum_moves_the_virtual_step(model, batches):
+    velocity = [torch.randn_like(w) for w in model.weights()]
+    found = architect(model).gradient(*batches, ETA, velocity)
+    expected = brute_force(model, *batches, ETA, CLIP, WDECAY, velocity=velocity)
+    torch.testing.assert_close(unrolled_gradient(found), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LIKE_SGD)
+@pytest.mark.parametrize(("clip", "limit"), [(CLIP, 0.0), (0.0, 0.01)])
+def test_the_virtual_step_is_the_step_that_the_optimizer_takes(model, batches, name, clip, limit):
+    """Three times, so that momentum and averages have something to remember."""
+    weights, seen = model.weights(), []
+    optimizer = new_optimizer(name, weights, ETA, WDECAY)
+
+    def valid_loss(batch):
+        seen.append([w.detach().clone() for w in weights])
+        return small_batch_losses(model, batch, tiny.B)
+
+    unrolled = architect(model, clip=clip, clip_value=limit, valid_loss=valid_loss)
+    for train in (batches[0], batches[1], batches[0]):
+        unrolled.gradient(train, batches[1], ETA, velocity(optimizer))
+        clipped_gradient(small_batch_losses(model, train, tiny.B, alpha=AR, beta=TAR), weights, clip, limit)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(seen.pop(), [w.detach() for w in weights], rtol=1e-6, atol=1e-7)  # ASGD: in fp32
 
 
 def test_the_unrolled_gradient_is_the_slope_of_the_loss_after_the_step(model, batches):
@@ -267,7 +315,7 @@ def test_small_batches_give_one_alpha_step_from_the_summed_gradient(model, batch
     train, valid = (
         b._replace(
             x=b.x[:, :3].repeat(1, 2), y=b.y[:, :3].repeat(1, 2), hidden=b.hidden[:3].repeat(2, 1),
-            masks=type(b.masks)(b.masks.word, *(m[:3].repeat(2, 1) for m in b.masks[1:-1])),
+            masks=type(b.masks)(b.masks.word, None, *(m[:3].repeat(2, 1) for m in b.masks[2:-1])),
         )
         for b in batches
     )  # fmt: skip

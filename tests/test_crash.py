@@ -4,7 +4,6 @@ pytest tests/test_crash.py                 # 12 kills
 pytest tests/test_crash.py --kills 200     # an hour on one core
 """
 
-import json
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from resource import RLIMIT_FSIZE, setrlimit
 
 import pytest
+from made import outcome, write_corpus
 
 import checkpoint
 from utils import StopSignal
@@ -26,18 +26,17 @@ RUNS = {
     "first order": ("train_search.py", "--lr 1 --epochs 3"),
     "unrolled": ("train_search.py", "--lr 1 --epochs 2 --unrolled"),
     "retraining": ("train.py", "--arch DARTS_V1 --lr 20 --epochs 8 --nonmono 1 --alpha 0.1"),
+    "strategies": (
+        "train.py",
+        "--arch LSTM --optimizer adam --warmup 9 --schedule cosine --rdrop 0.5 --n_experts 2 --small_batch_size 2"
+        " --epochs 4",
+    ),
 }
-TIMES = {"seconds", "tokens_per_s"}  # of what is compared, all that may differ
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    for split, lines in (("train", 30), ("valid", 16), ("test", 16)):
-        text = "\n".join(" ".join(rng.choices("abcdefgh", weights=range(8, 0, -1), k=9)) for _ in range(lines))
-        (folder / f"{split}.txt").write_text(text + "\n")
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"), train=30, valid=16, test=16)
 
 
 def begin(name, corpus, save, *more, **how):
@@ -53,20 +52,6 @@ def finish(process):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return out
-
-
-def untimed(row):
-    return {key: value for key, value in row.items() if key not in TIMES}
-
-
-def outcome(folder):
-    """All that a run leaves, but for what tells the time."""
-    found = {name: (folder / name).read_bytes() for name in ("last.pt", "best.pt", "genotype.json")
-             if (folder / name).exists()}  # fmt: skip
-    found["result.json"] = untimed(json.loads((folder / "result.json").read_text()))
-    assert list(folder.glob(".*")) == []  # nothing half written is left
-    found["metrics.jsonl"] = [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").open()]
-    return found
 
 
 @pytest.fixture(scope="module")

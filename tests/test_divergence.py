@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence import LEAP, MEMORY, RECENT, Watch, count_rollback
+from divergence import LEAP, MEMORY, RECENT, Watch
 from utils import Diverged, RunError
 
 CPU = torch.device("cpu")
@@ -81,13 +81,14 @@ def test_the_state_is_all_that_it_knows():
 
 
 def test_rollbacks_are_counted_and_end():
-    fault = Diverged("the training loss is nan")
-    assert count_rollback(0, 2, fault, 7) == 1
-    assert count_rollback(1, 2, fault, 7) == 2
+    watch, fault = Watch(CPU, V), Diverged("the training loss is nan")
+    for number in (1, 2):
+        watch.rollbacks = watch.count(fault, 2, 7)
+        assert watch.rollbacks == number
     with pytest.raises(RunError, match=r"step 7 after 2 returns .*nan.*--lr"):
-        count_rollback(2, 2, fault, 7)
+        watch.count(fault, 2, 7)
     with pytest.raises(RunError, match="diverged at step 7: "):
-        count_rollback(0, 0, fault, 7)
+        Watch(CPU, V).count(fault, 0, 7)
 
 
 @pytest.mark.parametrize(("loss", "fit"), [(4.0, True), (13.0, True), (14.0, False), (math.nan, False)])

@@ -27,7 +27,7 @@ def plain_nll(model, outputs, y):
 def test_the_loss_is_nll_and_both_activation_terms():
     model = tiny.discrete_model(DARTS_V1)
     batch = tiny.batch(model, 3)
-    hiddens = model(batch.x, batch.hidden, batch.masks)
+    hiddens, _ = model(batch.x, batch.hidden, batch.masks)
     outputs = hiddens * batch.masks.output
     found = losses(model, batch, alpha=0.7, beta=1.3)
     nll = plain_nll(model, outputs, batch.y)
@@ -66,7 +66,8 @@ def test_every_mask_acts_at_its_place():
     embedded = (model.embedding * masks.word)[batch.x] * masks.embedding
     cell = model.cell
     expected = recurrence.discrete(embedded, batch.hidden, cell.W0, cell.Ws, *DARTS_V1, masks.x, masks.hidden)
-    hiddens = model(batch.x, batch.hidden, masks)
+    hiddens, last = model(batch.x, batch.hidden, masks)
+    assert torch.equal(last, hiddens[-1])
     torch.testing.assert_close(hiddens, expected)
     nll = model.nll(expected * masks.output, batch.y)
     torch.testing.assert_close(model.nll(hiddens, batch.y, masks), nll)
@@ -78,9 +79,9 @@ def test_a_dropped_word_type_is_dropped_wherever_it_stands():
     word = torch.ones(tiny.V, 1, dtype=torch.float64)
     word[2] = 0
     with torch.no_grad():
-        found = model(x, model.initial_hidden(2), Masks(word=word))
+        found, _ = model(x, model.initial_hidden(2), Masks(word=word))
         model.embedding[2] = 0
-        expected = model(x, model.initial_hidden(2))
+        expected, _ = model(x, model.initial_hidden(2))
     assert torch.equal(found, expected)
 
 
@@ -103,7 +104,7 @@ def test_small_batches_of_a_discrete_cell_are_the_whole_batch(small):
     results = []
     for size in (tiny.B, small):
         model.zero_grad()
-        nll, hidden = accumulate_gradients(small_batch_losses(model, batch, size, 0.5, 0.5), model.weights())
+        nll, hidden = accumulate_gradients(small_batch_losses(model, batch, size, alpha=0.5, beta=0.5), model.weights())
         results.append([nll, hidden, *(w.grad for w in model.weights())])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
@@ -117,7 +118,7 @@ def test_four_small_batches_of_a_relaxed_cell_are_one_large_one():
     for size in (12, 3):
         model.zero_grad()
         inputs = [*model.weights(), model.alphas]
-        nll, _ = accumulate_gradients(small_batch_losses(model, large, size, 0.5, 0.5), inputs)
+        nll, _ = accumulate_gradients(small_batch_losses(model, large, size, alpha=0.5, beta=0.5), inputs)
         results.append([nll, *(p.grad for p in inputs)])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
@@ -144,6 +145,6 @@ def test_evaluation_is_the_mean_over_every_predicted_word(bptt):
     model = tiny.discrete_model(DARTS_V1, Rates(0.5, 0.5, 0.5, 0.5, 0.5))
     source = torch.randint(tiny.V, (23, 3), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        outputs = model(source[:-1], model.initial_hidden(3))
+        outputs, _ = model(source[:-1], model.initial_hidden(3))
         expected = plain_nll(model, outputs, source[1:])
     assert evaluate(model, source, bptt) == pytest.approx(expected, rel=1e-12)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import options
 import train
 import train_search
 
@@ -12,18 +13,27 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 SHARED = {
     "data": "penn", "bptt": 35, "max_seq_len_delta": 20, "lr": 20.0, "clip": 0.25, "dropout": 0.75, "dropouth": 0.25,
     "dropoutx": 0.75, "dropouti": 0.2, "alpha": 0.0, "beta": 1e-3, "device": "auto", "resume": False,
-    "engine": "fused", "precision": "fp32",
+    "engine": "fused", "precision": "fp32", "clip_value": 0.0, "warmup": 0, "schedule": "constant", "patience": 0,
+    "limit_tokens": 0, "overfit": False,
 }  # fmt: skip
 SEARCH = {
     **SHARED, "emsize": 300, "batch_size": 256, "epochs": 50, "dropoute": 0.0, "wdecay": 5e-7, "seed": 3,
     "log_interval": 50, "bptt_std": 0.0, "arch_lr": 3e-3, "arch_wdecay": 1e-3, "unrolled": False,
-    "search_split": "valid",
+    "search_split": "valid", "optimizer": "sgd", "stop_stable": 0, "max_identity": 8,
 }  # fmt: skip
 RETRAIN = {
     **SHARED, "emsize": 850, "batch_size": 64, "epochs": 8000, "dropoute": 0.1, "wdecay": 8e-7, "seed": 1267,
-    "log_interval": 200, "bptt_std": 5.0, "nonmono": 5, "arch": "DARTS",
+    "log_interval": 200, "bptt_std": 5.0, "nonmono": 5, "arch": "DARTS", "optimizer": "ntasgd", "rdrop": 0.0,
+    "fraternal": 0.0, "n_experts": 1, "finetune": "",
 }  # fmt: skip
 WT2 = {"data": "wikitext-2", "emsize": 700, "dropouth": 0.15, "wdecay": 5e-7}
+
+
+def flags_of(script, flags):
+    """As the script takes them, with what depends on other flags filled in."""
+    args = script.build_parser().parse_args(flags)
+    options.complete(args, "train")
+    return args
 
 
 def differences(found, expected):
@@ -32,7 +42,7 @@ def differences(found, expected):
 
 @pytest.mark.parametrize(("script", "expected"), [(train_search, SEARCH), (train, RETRAIN)])
 def test_the_defaults_are_the_published_ones(script, expected):
-    assert differences(script.build_parser().parse_args([]), expected) == {}
+    assert differences(flags_of(script, []), expected) == {}
 
 
 @pytest.mark.parametrize(
@@ -49,5 +59,4 @@ def test_the_recipes_give_the_published_settings(name, script, expected):
     flags = re.findall(r"^  (--.*) \\$", text, re.M)
     assert f"{script.__name__}.py" in text
     assert len(flags) > 10
-    found = script.build_parser().parse_args(" ".join(flags).split())
-    assert differences(found, expected) == {}
+    assert differences(flags_of(script, " ".join(flags).split()), expected) == {}

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import pty
-import random
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import rows, write_corpus
 
 import genotypes
 
@@ -25,12 +25,7 @@ UNTIMED = {"seconds"}  # the rest of a result is the same in every run
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A few hundred words of a made-up language, in a folder."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    for split, lines in (("train", 60), ("valid", 25), ("test", 20)):
-        text = "\n".join(" ".join(rng.choices("abcdefgh", weights=range(8, 0, -1), k=9)) for _ in range(lines))
-        (folder / f"{split}.txt").write_text(text + "\n")
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"), train=60, valid=25, test=20)
 
 
 def command(script, flags):
@@ -53,11 +48,6 @@ def train(corpus, save, *flags, code=0):
 
 def read(folder, name):
     return json.loads((folder / name).read_text())
-
-
-def rows(folder, kind):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
 def state(path):
@@ -288,27 +278,26 @@ def test_the_search_steps_over_full_validation_segments(monkeypatch, corpus, tmp
     from architect import Architect
 
     sizes, continued, wraps, hidden = [], [], 0, None
-    weight_step = train_search.weight_step
+    clipped_gradient = train_search.clipped_gradient
 
     class Spy(Architect):
-        def step(self, train, valid, eta):
+        def step(self, train, valid, eta, velocity):
             nonlocal wraps
             sizes.append((train.x.shape, valid.x.shape))
             wraps += not valid.hidden.any()
-            assert eta == pytest.approx(len(train.x) / 8)  # lr 1, bptt 8
+            assert eta.item() == pytest.approx(len(train.x) / 8)  # lr 1, bptt 8
             # the text goes on from where the weight step before it ended, or from zeros in a new epoch
             if train.hidden.any():
                 assert torch.equal(train.hidden, hidden)
                 continued.append(len(sizes))
-            return super().step(train, valid, eta)
+            return super().step(train, valid, eta, velocity)
 
     def keep(*arguments):
         nonlocal hidden
-        nll, hidden, norm = weight_step(*arguments)
+        nll, hidden, norm = clipped_gradient(*arguments)
         return nll, hidden, norm
 
-    monkeypatch.setattr(train_search, "weight_step", keep)
-
+    monkeypatch.setattr(train_search, "clipped_gradient", keep)
     monkeypatch.setattr(train_search, "Architect", Spy)
     flags = f"--data {corpus} --save {tmp_path / 'run'} --epochs 3 {SIZES}"
     assert train_search.main(flags.split()) == 0

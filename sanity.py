@@ -1,0 +1,42 @@
+"""Whether a model learns at all: one batch, which any of these can learn by heart, before hours go into a text."""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from objective import Batch, clipped_gradient, small_batch_losses
+from progress import perplexity
+from utils import Run, RunError
+
+KNOWN = 1.5  # perplexity of a batch that is known by heart
+STEPS = 2000  # at most
+
+
+def overfit(
+    run: Run,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    small_batch_size: int,
+    clip: float,
+    clip_value: float,
+) -> None:
+    """Take steps on one batch until its perplexity is below `KNOWN`. Raises `RunError` if it is not after `STEPS`, or
+    not a number."""
+    weights, ppl = model.weights(), math.inf
+    with tqdm(range(STEPS + 1), desc="one batch", unit="step", leave=False, disable=None, dynamic_ncols=True) as bar:
+        for step in bar:
+            nll, _, _ = clipped_gradient(small_batch_losses(model, batch, small_batch_size), weights, clip, clip_value)
+            ppl = perplexity(nll.item())
+            bar.set_postfix_str(f"ppl {ppl:.2f}")
+            if ppl < KNOWN:
+                return run.log(f"one batch of {batch.x.numel():,} words: perplexity {ppl:.3f} after {step} steps")
+            if not math.isfinite(ppl):
+                break
+            optimizer.step()
+            optimizer.zero_grad()
+    raise RunError(
+        f"--overfit: one batch is at perplexity {ppl:.4g} after {step} steps, not below {KNOWN}; try another --lr"
+        " before anything else"
+    )

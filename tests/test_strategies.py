@@ -1,0 +1,471 @@
+"""Whole runs with each training strategy: it survives a kill, it goes with the others, it says why it stopped."""
+
+import itertools
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from made import outcome, rows, write_corpus
+
+import checkpoint
+import options
+import train
+import train_search
+from optimizers import OPTIMIZERS as OF_SEARCH
+from schedules import DECAYS, SHAPES
+
+OPTIMIZERS = ("ntasgd", *OF_SEARCH)
+SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu".split()
+SCRIPTS = {"train": train, "search": train_search}
+RATE = {"momentum": 0.3, "adam": 0.01, "adamw": 0.01}  # for a model of this size; 3 for SGD
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), train=30, valid=16, test=16)
+
+
+@pytest.fixture(scope="module")
+def first_stage(corpus, tmp_path_factory):
+    """A finished run to fine-tune."""
+    return run("train", corpus, tmp_path_factory.mktemp("first") / "run", "--epochs 3 --lr 3 --arch random:4")
+
+
+def run(kind, corpus, save, flags, code=0):
+    assert SCRIPTS[kind].main([*SIZES, "--data", str(corpus), "--save", str(save), *flags.split()]) == code
+    return save
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+# --- killed and resumed ---
+
+TRAIN = [
+    *(f"--optimizer {name} --lr {RATE.get(name, 3)}" for name in OPTIMIZERS),
+    "--optimizer momentum --momentum 0.5 --lr 1", "--optimizer ntasgd --nonmono 1 --lr 20 --epochs 5",
+    *(f"--warmup 17 --warmup_shape {shape} --warmup_start 0.01 --lr 3" for shape in SHAPES),
+    *(f"--schedule {name} --lr 3" for name in DECAYS),
+    "--schedule step --step_size 0.5 --gamma 0.3", "--schedule cosine --final_lr 0.5 --cycle 1 --warmup 5",
+    "--schedule polynomial --final_lr 0.5 --power 2", "--schedule plateau --plateau_patience 0 --gamma 0.1 --lr 20",
+    "--schedule cosine --warmup 20 --nonmono 1 --lr 20 --epochs 5",
+    "--clip 0 --lr 0.3", "--clip_value 0.01", "--clip_value 0.01 --clip 0.1",
+    "--patience 1 --min_delta 0.01 --lr 20 --epochs 6", "--limit_tokens 100",
+    "--rdrop 0.7", "--rdrop 0.7 --small_batch_size 2", "--fraternal 0.7", "--rdrop 0.7 --fraternal 2 --n_experts 3",
+    "--n_experts 3", "--arch LSTM", "--arch GRU", "--arch random:5", "--finetune FIRST --nonmono 1 --epochs 4",
+]  # fmt: skip
+SEARCH = [
+    *(f"--optimizer {name} --lr {RATE.get(name, 3)}" for name in OF_SEARCH),
+    "--unrolled --optimizer momentum --momentum 0.5 --lr 1 --clip_value 0.01 --warmup 7 --schedule cosine --epochs 2",
+    "--schedule plateau --patience 1 --lr 20 --epochs 5", "--stop_stable 1 --epochs 4 --arch_lr 1e-4",
+    "--max_identity 1 --seed 6 --arch_lr 0.1 --epochs 5", "--limit_tokens 100 --search_split train",
+]  # fmt: skip
+
+
+class Kill(BaseException):
+    """Ends a process as a signal that nobody can catch would: what is on the disk is all that is left."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"), [*(("train", flags) for flags in TRAIN), *(("search", flags) for flags in SEARCH)]
+)
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(kind, flags, corpus, first_stage, tmp_path, monkeypatch):
+    """In the second epoch, in the step after a checkpoint, and again in the epoch's validation."""
+    script, base = SCRIPTS[kind], "--checkpoint_minutes 0 --epochs 3 --arch DARTS_V1 --lr 3"
+    if kind == "search":
+        base = base.replace("--arch DARTS_V1", "")
+    flags = flags.replace("FIRST", str(first_stage))
+    if "FIRST" in flags or "--finetune" in flags:
+        base = base.replace("--arch DARTS_V1 --lr 3", "")
+    flags = f"{base} {flags}"
+    expected = outcome(run(kind, corpus, tmp_path / "whole", flags))
+
+    clipped_gradient, evaluate = script.clipped_gradient, script.evaluate
+    steps = result(tmp_path / "whole")["steps"]
+    epochs = len(rows(tmp_path / "whole", "epoch"))
+    calls = {"step": 0, "valid": 0}
+
+    def dying_step(*arguments):
+        calls["step"] += 1
+        if calls["step"] == steps // epochs + 2:
+            raise Kill
+        return clipped_gradient(*arguments)
+
+    def dying_evaluation(model, source, bptt, name):
+        calls["valid"] += name == "valid"
+        if name == "valid" and calls["valid"] == 2:
+            raise Kill
+        return evaluate(model, source, bptt, name)
+
+    again = tmp_path / "again"
+    monkeypatch.setattr(script, "clipped_gradient", dying_step)
+    with pytest.raises(Kill):
+        run(kind, corpus, again, flags)
+    monkeypatch.setattr(script, "clipped_gradient", clipped_gradient)
+    monkeypatch.setattr(script, "evaluate", dying_evaluation)
+    with pytest.raises(Kill):
+        script.main(["--resume", "--save", str(again), "--data", str(corpus)])
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    assert script.main(["--resume", "--save", str(again)]) == 0
+    found = outcome(again)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+# --- each flag reaches what it is for ---
+
+SEEN = [*(f"--optimizer {name} --lr {RATE.get(name, 5)}" for name in OF_SEARCH[1:]), "--schedule exponential",
+        "--wdecay 0.1", "--clip_value 0.01", "--warmup 9"]  # fmt: skip
+SEEN_IN_TRAINING = ["--rdrop 0.7", "--fraternal 0.7", "--n_experts 2", "--arch LSTM", "--arch GRU"]
+
+
+@pytest.fixture(scope="module")
+def losses(corpus, tmp_path_factory):
+    """The losses and norms of a run with these flags; each made once."""
+    made = {}
+
+    def get(kind, flags):
+        if (kind, flags) not in made:
+            base = "--lr 5 --epochs 2 --dropout 0.2 --dropoutx 0.2 --optimizer sgd"
+            folder = run(kind, corpus, tmp_path_factory.mktemp("seen") / "run", f"{base} {flags}")
+            made[kind, flags] = [(row["loss"], row.get("norm"), row.get("valid_loss")) for row in rows(folder)]
+        return made[kind, flags]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"), [*(("train", f) for f in SEEN + SEEN_IN_TRAINING), *(("search", f) for f in SEEN[-4:])]
+)
+def test_a_flag_makes_another_run(kind, flags, losses):
+    assert losses(kind, flags) != losses(kind, "")
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_schedule_hears_of_every_epoch(kind, corpus, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(options.Schedule, "close_epoch", lambda self, loss: heard.append(loss))
+    folder = run(kind, corpus, tmp_path / "run", "--lr 1 --epochs 2")
+    assert heard == [row["valid_loss"] for row in rows(folder, "epoch")]
+
+
+def test_momentum_of_another_size_is_another_run(losses):
+    one, other = (f"--optimizer momentum --momentum {m} --lr 0.3" for m in (0.5, 0.6))
+    assert losses("train", one) != losses("train", other)
+
+
+def test_the_two_passes_have_masks_of_their_own(corpus, tmp_path, monkeypatch):
+    seen, small_batch_losses = [], train.small_batch_losses
+
+    def spy(model, batch, **coefficients):
+        seen.append((batch, coefficients))
+        return small_batch_losses(model, batch, **coefficients)
+
+    monkeypatch.setattr(train, "small_batch_losses", spy)
+    run("train", corpus, tmp_path / "run", "--rdrop 0.7 --fraternal 0.3 --epochs 1 --lr 1 --dropoute 0.5")
+    assert {(c["rdrop"], c["fraternal"]) for _, c in seen} == {(0.7, 0.3)}
+    for name in ("word", "embedding", "x", "hidden", "output"):
+        assert not all(torch.equal(getattr(b.masks, name), getattr(b.twin, name)) for b, _ in seen), name
+
+
+def test_the_virtual_step_of_a_search_has_its_momentum_and_its_limit(corpus, tmp_path, monkeypatch):
+    seen = []
+
+    class Spy(train_search.Architect):
+        def step(self, train, valid, eta, velocity):
+            seen.append((self.clip, self.clip_value, velocity))
+            return super().step(train, valid, eta, velocity)
+
+    monkeypatch.setattr(train_search, "Architect", Spy)
+    flags = "--unrolled --optimizer momentum --lr 0.1 --clip_value 0.02 --clip 0.5 --epochs 1"
+    run("search", corpus, tmp_path / "run", flags)
+    assert {(clip, limit) for clip, limit, _ in seen} == {(0.5, 0.02)}
+    assert [velocity is None for _, _, velocity in seen] == [True] + [False] * (len(seen) - 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "position", "rate"),
+    [
+        ("--warmup 10 --warmup_start 0.5", 0.05, 15.0),
+        ("--warmup 10 --warmup_start 0.25 --warmup_shape exponential", 0.05, 10.0),
+        ("--schedule step --step_size 2 --gamma 0.3", 2.5, 6.0),
+        ("--schedule exponential --gamma 0.5", 2.0, 5.0),
+        ("--schedule cosine --final_lr 4", 2.0, 12.0),
+        ("--schedule cosine --cycle 1", 2.5, 10.0),
+        ("--schedule polynomial --power 2 --final_lr 4", 2.0, 8.0),
+    ],
+)
+def test_the_flags_of_a_schedule_are_its_own(flags, position, rate):
+    """In a run of four epochs of a hundred steps."""
+    args = train.build_parser().parse_args([*flags.split(), "--epochs", "4"])
+    options.complete(args, "train")
+    assert options.schedule(args).rate(round(100 * position), position) == pytest.approx(rate)
+
+
+def test_the_patience_of_a_plateau_is_its_own():
+    args = train.build_parser().parse_args("--schedule plateau --plateau_patience 1 --gamma 0.1".split())
+    options.complete(args, "train")
+    schedule, found = options.schedule(args), []
+    for loss in (3, 3, 3, 3):
+        schedule.close_epoch(loss)
+        found.append(schedule.rate(5, 1.0))
+    assert found == pytest.approx([20, 20, 2, 2])
+
+
+def test_min_delta_is_of_the_patience(corpus, tmp_path):
+    folder = run("train", corpus, tmp_path / "run", "--patience 2 --min_delta 9 --lr 1 --epochs 9")
+    assert result(folder)["epochs"] == 3  # the first is lower than nothing, no later one by so much
+
+
+# --- together ---
+
+ENGINES, PASSES = ("fused", "eager"), ("", "--rdrop 0.5")
+WARMUPS, ROWS = ("", "--warmup 15", "--warmup 15 --warmup_shape exponential"), ("", "--small_batch_size 2")
+TABLE = [
+    (optimizer, schedule, WARMUPS[(i + j) % 3], PASSES[(i + j // 3) % 2], ROWS[(i // 3 + j) % 2], ENGINES[(i + j) % 2])
+    for i, optimizer in enumerate(OPTIMIZERS)
+    for j, schedule in enumerate(DECAYS)
+]
+
+
+def test_the_table_has_every_pair():
+    options = (OPTIMIZERS, DECAYS, WARMUPS, PASSES, ROWS, ENGINES)
+    for a, b in itertools.combinations(range(6), 2):
+        assert {(row[a], row[b]) for row in TABLE} == set(itertools.product(options[a], options[b]))
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: " ".join(part for part in row if part))
+def test_strategies_go_together(row, corpus, tmp_path):
+    """Two epochs: every number is finite, and the losses of training and validation fall."""
+    optimizer, schedule, warmup, passes, parts, engine = row
+    flags = (
+        f"--optimizer {optimizer} --lr {RATE.get(optimizer, 3) / 10} --schedule {schedule} {warmup} {passes} {parts} "
+        f"--engine {engine} --epochs 2 --dropout 0.2 --dropoutx 0.2 --dropouth 0.1 --dropoute 0"
+    )
+    folder = run("train", corpus, tmp_path / "run", flags)
+    one, two = rows(folder, "epoch")
+    assert two["loss"] < one["loss"] < math.log(10)
+    assert two["valid_loss"] < one["valid_loss"]
+    assert all(math.isfinite(x) for row in rows(folder) for x in row.values() if isinstance(x, float))
+    assert all(row["norm"] > 0 for row in rows(folder, "interval"))
+
+
+# --- why it stopped ---
+
+
+def test_patience_ends_with_the_best_weights(corpus, tmp_path):
+    folder = run("train", corpus, tmp_path / "run", "--patience 2 --lr 20 --epochs 40 --arch DARTS")
+    found, losses = result(folder), [row["valid_loss"] for row in rows(folder, "epoch")]
+    assert found["stopped_by"] == "patience"
+    assert found["epochs"] == len(losses) < 40
+    assert losses.index(min(losses)) == len(losses) - 3
+    assert found["valid_ppl"] == pytest.approx(math.exp(min(losses)))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "asgd"])
+def test_a_search_that_loses_patience_ends_with_the_best_weights_and_their_genotype(optimizer, corpus, tmp_path):
+    flags = f"--optimizer {optimizer} --patience 1 --lr 20 --epochs 40"
+    folder = run("search", corpus, tmp_path / "run", flags)
+    found, epochs = result(folder), rows(folder, "epoch")
+    best = min(epochs, key=lambda row: row["valid_loss"])
+    assert found["stopped_by"] == "patience"
+    assert best["epoch"] == len(epochs) - 1
+    assert found["valid_ppl"] == pytest.approx(best["valid_ppl"])
+    kept = json.loads((folder / "genotype.json").read_text())
+    assert kept["epoch"] == best["epoch"]
+    assert kept["genotype"] == found["genotype"] == best["genotype"]
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_run_that_was_stopped_stays_so(kind, corpus, tmp_path, capsys):
+    folder = run(kind, corpus, tmp_path / "run", "--patience 1 --min_delta 9 --lr 1 --epochs 9")
+    before = outcome(folder)
+    assert "stopped by patience" in capsys.readouterr().out
+    assert SCRIPTS[kind].main(["--resume", "--save", str(folder)]) == 0
+    assert outcome(folder) == before
+    with pytest.raises(SystemExit) as caught:
+        SCRIPTS[kind].main(["--resume", "--save", str(folder), "--epochs", "20"])
+    assert caught.value.code == 2
+    assert "was stopped by patience; start a new run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"history": []}, {"history": [[1, {"recurrent": [["foo", 0]], "concat": [1]}]]}, {"stopped_by": "lol"},
+        {"history": [[7, {"recurrent": [["relu", 0]] * 8, "concat": [1]}]]},
+    ],
+)  # fmt: skip
+def test_a_search_does_not_go_on_from_a_history_that_it_cannot_have(change, corpus, tmp_path, capsys):
+    folder = run("search", corpus, tmp_path / "run", "--lr 1 --epochs 1")
+    checkpoint.save({**checkpoint.load(folder / "last.pt"), **change}, folder / "last.pt")
+    with pytest.raises(SystemExit) as caught:
+        train_search.main(["--resume", "--save", str(folder)])
+    assert caught.value.code == 2
+    assert "not the state of this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil", ["shape", "missing", "nan"])
+def test_weights_that_cannot_be_fine_tuned_are_refused_by_their_name(spoil, corpus, first_stage, tmp_path, capsys):
+    folder = tmp_path / "first"
+    shutil.copytree(first_stage, folder)
+    saved = checkpoint.load(folder / "best.pt")
+    weight = saved["model"]["bias"]
+    if spoil == "missing":
+        del saved["model"]
+    else:
+        saved["model"]["bias"] = weight[:-1] if spoil == "shape" else weight * float("nan")
+    checkpoint.save(saved, folder / "best.pt")
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--finetune", str(folder), "--save", str(tmp_path / "run")])
+    assert caught.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"--finetune: {folder}/best.pt has no weights for this model" in line
+
+
+def test_a_search_stops_when_its_genotype_stands_still(corpus, tmp_path):
+    folder = run("search", corpus, tmp_path / "run", "--stop_stable 2 --arch_lr 1e-9 --epochs 9 --lr 1")
+    assert result(folder)["stopped_by"] == "stable"
+    assert result(folder)["epochs"] == 3
+
+
+def test_a_search_keeps_the_genotype_before_it_collapses(corpus, tmp_path, monkeypatch):
+    """The third epoch's has too many copies."""
+    counted = []
+
+    def identities(genotype):
+        counted.append(genotype)
+        return 5 if len(counted) == 3 else 4
+
+    monkeypatch.setattr(train_search, "identities", identities)
+    folder = run("search", corpus, tmp_path / "run", "--max_identity 4 --arch_lr 0.3 --epochs 9 --lr 1")
+    second, third = (row["genotype"] for row in rows(folder, "epoch")[1:])
+    assert result(folder)["stopped_by"] == "identity"
+    assert second != third
+    kept = json.loads((folder / "genotype.json").read_text())
+    assert (kept["epoch"], kept["genotype"], result(folder)["genotype"]) == (2, second, second)
+
+
+def test_fine_tuning_starts_from_the_best_weights_and_ends_when_averaging_would_start(corpus, first_stage, tmp_path):
+    folder = run("train", corpus, tmp_path / "run", f"--finetune {first_stage} --nonmono 1 --epochs 60 --lr 3")
+    epochs, before = rows(folder, "epoch"), result(first_stage)
+    assert {row["phase"] for row in epochs} == {"asgd"}
+    losses = [row["valid_loss"] for row in epochs]
+    assert result(folder)["stopped_by"] == "nonmono"
+    assert losses[-1] > min(losses[:-2])
+    assert not any(losses[n] > min(losses[: n - 1]) for n in range(2, len(losses) - 1))
+    assert result(folder)["valid_ppl"] <= before["valid_ppl"] * (1 + 1e-9)
+    assert result(folder)["genotype"] == before["genotype"]
+    flags, old = (json.loads((f / "config.json").read_text())["flags"] for f in (folder, first_stage))
+    assert flags["arch"] == old["arch"]
+    # without a single useful step its result is that of the run before
+    still = run("train", corpus, tmp_path / "still", f"--finetune {first_stage} --epochs 1 --lr 1e-30")
+    assert result(still)["test_ppl"] == pytest.approx(before["test_ppl"])
+
+
+def test_fewer_tokens_leave_the_vocabulary_as_it_is(corpus, tmp_path):
+    states = []
+    for limit in (0, 100):
+        folder = run("train", corpus, tmp_path / str(limit), f"--limit_tokens {limit} --epochs 1 --lr 1")
+        states.append(checkpoint.load(folder / "best.pt"))
+    assert states[0]["words"] == states[1]["words"]
+    # 100 tokens in 4 rows are 24 to predict in each
+    assert states[1]["progress"]["step"] < states[0]["progress"]["step"] / 2
+    assert "the first 100" in (tmp_path / "100" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_one_batch_is_learned_by_heart_or_the_script_says_so(kind, corpus, tmp_path, monkeypatch, capsys):
+    run(kind, corpus, tmp_path / "run", "--overfit --lr 5")
+    assert "one batch of 24 words: perplexity 1.4" in capsys.readouterr().out
+    argv = [*SIZES, "--data", str(corpus), "--save", str(tmp_path / "other"), "--overfit", "--lr", "1e-9"]
+    monkeypatch.setattr("sys.argv", [kind, *argv])
+    monkeypatch.setattr("sanity.STEPS", 20)
+    assert train.start.run_script(SCRIPTS[kind].main) == 1
+    assert "one batch is at perplexity 8" in capsys.readouterr().err
+
+
+def test_a_rate_is_that_of_the_schedule_times_the_length_of_the_segment(corpus, tmp_path):
+    """From the log of a run whose segments are all of one length, or half of it."""
+    flags = "--warmup 10 --warmup_start 0.2 --lr 2 --bptt_std 0 --log_interval 1 --epochs 2"
+    found = rows(run("train", corpus, tmp_path / "run", flags), "interval")
+    for row in found[:-1]:
+        step = row["step"] - 1
+        rate = 2 * (0.2 + 0.8 * min(step / 10, 1))
+        assert any(row["lr"] == pytest.approx(rate * length / 6) for length in range(1, 7))
+
+
+# --- what makes no sense ---
+
+REFUSED = [
+    ("train", "--momentum 0.5", "--momentum 0.5: is for --optimizer momentum; add that or leave it out"),
+    ("train", "--optimizer adam --nonmono 3", "--nonmono 3: is for --optimizer ntasgd or --finetune"),
+    ("train", "--min_delta 0.1", "--min_delta 0.1: is for --patience"),
+    ("train", "--warmup_start 0.5", "--warmup_start 0.5: is for --warmup"),
+    ("train", "--warmup_shape exponential", "--warmup_shape exponential: is for --warmup"),
+    ("train", "--warmup 5 --warmup_shape exponential --warmup_start 0", "starts above 0"),
+    ("train", "--schedule step --power 2", "--power 2.0: is for --schedule polynomial"),
+    ("train", "--schedule cosine --gamma 0.1", "--gamma 0.1: is for --schedule step, exponential or plateau"),
+    ("train", "--step_size 3", "--step_size 3.0: is for --schedule step"),
+    ("train", "--schedule plateau --cycle 2", "--cycle 2: is for --schedule cosine or polynomial"),
+    ("train", "--plateau_patience 2", "--plateau_patience 2: is for --schedule plateau"),
+    ("train", "--final_lr 0.1", "--final_lr 0.1: is for --schedule cosine or polynomial"),
+    ("train", "--schedule cosine --final_lr 30", "--final_lr 30: is above --lr 20"),
+    ("train", "--schedule cosine --cycle 9 --epochs 8", "--cycle 9: longer than --epochs 8"),
+    ("train", "--rdrop 1 NODROP", "--rdrop: compares two passes"),
+    ("train", "--fraternal 1 NODROP", "--fraternal: compares two passes"),
+    ("train", "--finetune FIRST --optimizer adam", "--finetune: averages from its first step on"),
+    ("train", "--finetune FIRST --emsize 16", "--emsize 16: the weights of --finetune"),
+    ("train", "--finetune FIRST --n_experts 2", "--n_experts 2: the weights of --finetune"),
+    ("train", "--finetune FIRST --arch DARTS", "the weights of --finetune"),
+    ("train", "--finetune=", "--finetune: there is no run in "),
+    ("train", "--finetune ADAM", "--lr: give one for averaged SGD; that of --finetune "),
+    ("train", "--overfit --rdrop 3", "--rdrop 3.0: has no part in --overfit"),
+    ("train", "--overfit --schedule cosine", "--schedule cosine: has no part in --overfit"),
+    ("search", "--overfit --warmup 3", "--warmup 3: has no part in --overfit"),
+    ("train", "--clip_value 1e300", "--clip_value 1e+300: must be at most 1e+38"),
+    ("train", "--finetune NOWHERE", "--finetune: there is no run in NOWHERE"),
+    ("train", "--finetune FIRST --data builtin", "not the text that the run in"),
+    ("train", "--schedule step --gamma 1", "--gamma 1.0: must be above 0 and below 1"),
+    ("train", "--schedule step --step_size 1e-300", "--step_size 1e-300: must be at least 0.01"),
+    ("train", "--n_experts 0", "--n_experts 0: must be at least 1"),
+    ("train", "--warmup_start 1.5 --warmup 3", "--warmup_start 1.5: must be at least 0 and at most 1"),
+    ("train", "--limit_tokens 5", "--limit_tokens 5: 5 tokens for train are too few"),
+    ("train", "--optimizer lbfgs", "invalid choice"),
+    ("search", "--optimizer ntasgd", "invalid choice"),
+    ("search", "--optimizer adam --unrolled", "--unrolled: its virtual step is one of SGD, which --optimizer adam"),
+    ("search", "--rdrop 1", "unrecognized arguments"),
+    ("search", "--arch LSTM", "unrecognized arguments"),
+    ("search", "--stop_stable -1", "--stop_stable -1: must be at least 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "flags", "says"), REFUSED)
+def test_what_makes_no_sense_is_refused_with_a_line(kind, flags, says, corpus, first_stage, tmp_path, capsys):
+    no_drop = " ".join(f"--{name} 0" for name in ("dropout", "dropouth", "dropoutx", "dropouti", "dropoute"))
+    if "ADAM" in flags:
+        flags = f"--finetune {run('train', corpus, tmp_path / 'adam', '--optimizer adam --lr 0.01 --epochs 1')}"
+        capsys.readouterr()
+    flags = flags.replace("FIRST", str(first_stage)).replace("NODROP", no_drop).split()
+    sizes = ["--batch_size", "4"] if flags[0].startswith("--finetune") else SIZES
+    data = [] if "--data" in flags else ["--data", str(corpus)]
+    with pytest.raises(SystemExit) as caught:
+        SCRIPTS[kind].main([*sizes, *data, "--save", str(tmp_path / "run"), *flags])
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert [line for line in lines if says in line]
+    assert len(lines) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_default_rate_and_clip_are_those_of_the_optimizer():
+    for flags, lr, clip in (
+        ("", 20, 0.25), ("--optimizer adamw", 1e-3, 0.25), ("--optimizer momentum", 2, 0.25),
+        ("--clip_value 0.5", 20, 0), ("--clip_value 0.5 --clip 1", 20, 1), ("--lr 3 --optimizer adam --clip 0", 3, 0),
+    ):  # fmt: skip
+        parser = train.build_parser()
+        args = parser.parse_args(flags.split())
+        train.options.complete(args, "train")
+        assert (args.lr, args.clip) == (lr, clip)

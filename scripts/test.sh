@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and tests, in an environment of their own (.venv), as continuous integration runs them.
-# Cost: about 10 minutes on 2 cores after the install. Arguments go to pytest: scripts/test.sh -k data
+# Cost: about 14 minutes on 2 cores after the install. Arguments go to pytest: scripts/test.sh -k data
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh

@@ -8,4 +8,4 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=12, help="how many runs test_crash.py kills")
+    parser.addoption("--kills", type=int, default=8, help="how many runs test_crash.py kills")

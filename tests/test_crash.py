@@ -1,6 +1,6 @@
 """Kill -9 at any moment, go on, and the run ends as if nothing had happened: bytes are compared.
 
-pytest tests/test_crash.py                 # 12 kills
+pytest tests/test_crash.py                 # 8 kills
 pytest tests/test_crash.py --kills 200     # an hour on one core
 """
 

@@ -58,23 +58,19 @@ def losses(
     """
     masks = [batch.masks] if batch.twin is None else [batch.masks, batch.twin]
     hiddens, states = zip(*(model(batch.x, batch.hidden, held) for held in masks), strict=True)  # (T, B, H) each
+    if rdrop or alpha or fraternal:
+        outputs = [drop(h, held.output) for h, held in zip(hiddens, masks, strict=True)]  # (T, B, H) each
     if rdrop:
-        total, nll = model.word_losses(dropped(hiddens, masks), batch.y, rdrop)
+        total, nll = model.word_losses(outputs, batch.y, rdrop)
     else:
         total = nll = mean(model.nll(h, batch.y, held) for h, held in zip(hiddens, masks, strict=True))
     if alpha:
-        total = total + alpha * mean(outputs.square().mean() for outputs in dropped(hiddens, masks))
+        total = total + alpha * mean(output.square().mean() for output in outputs)
     if beta and len(batch.x) > 1:
         total = total + beta * mean((h[1:] - h[:-1]).square().mean() for h in hiddens)
     if fraternal:
-        one, other = dropped(hiddens, masks)
-        total = total + fraternal * (one - other).square().mean()
+        total = total + fraternal * (outputs[0] - outputs[1]).square().mean()
     return Losses(total, nll.detach(), states[0].detach())
-
-
-def dropped(hiddens: Iterable[Tensor], masks: Iterable[Masks]) -> list[Tensor]:
-    """The outputs (T, B, H) that each pass predicts from."""
-    return [drop(h, held.output) for h, held in zip(hiddens, masks, strict=True)]
 
 
 def mean(terms: Iterable[Tensor]) -> Tensor:

@@ -3,8 +3,11 @@
 import math
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from data import get_batch
+from dropout import Masks
 from objective import Batch, clipped_gradient, small_batch_losses
 from progress import perplexity
 from utils import Run, RunError
@@ -17,13 +20,15 @@ def overfit(
     run: Run,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    text: Tensor,
+    bptt: int,
     small_batch_size: int,
     clip: float,
     clip_value: float,
 ) -> None:
-    """Take steps on one batch until its perplexity is below `KNOWN`. Raises `RunError` if it is not after `STEPS`, or
-    not a number."""
+    """Take steps on the first segment of a text (n, B), without dropout, until its perplexity is below `KNOWN`. Raises
+    `RunError` if it is not after `STEPS`, or not a number."""
+    batch = Batch(*get_batch(text, 0, bptt), model.initial_hidden(text.size(1)), Masks())
     weights, ppl = model.weights(), math.inf
     with tqdm(range(STEPS + 1), desc="one batch", unit="step", leave=False, disable=None, dynamic_ncols=True) as bar:
         for step in bar:

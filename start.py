@@ -24,6 +24,7 @@ import faults
 import options
 from genotypes import GenotypeError, resolve_cell
 from lock import Locked
+from optimizers import RATES
 from utils import Run, RunError
 
 # What may differ between a run and its continuation; every other flag belongs to the run. The data may lie
@@ -37,7 +38,6 @@ TUNED_WITH = {
     "emsize", "arch", "n_experts", "dropout", "dropouth", "dropoutx", "dropouti", "dropoute",
     "alpha", "beta", "rdrop", "fraternal", "wdecay", "nonmono", "seed", "engine", "precision",
 }  # fmt: skip
-LIKE_TUNING = ("ntasgd", "sgd", "asgd")  # whose learning rate says something of that of averaged SGD
 MAX_CONFIG = 1_000_000  # bytes
 
 # The texts that a script reads: by name the word ids, and the number of rows that they are cut into.
@@ -112,7 +112,7 @@ def begin(
 def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
     """The flags that a fine-tuning run takes over from the run whose weights it starts from."""
     names = set(TUNED_WITH)
-    if first["optimizer"] in LIKE_TUNING:
+    if RATES[first["optimizer"]] == RATES["asgd"]:  # that of another says nothing of what averaged SGD needs
         names.add("lr")
     if first["small_batch_size"] != first["batch_size"]:
         names.add("small_batch_size")
@@ -220,9 +220,9 @@ def read_config(parser: options.Parser, save: str | None, flag: str) -> dict[str
     if script != parser.prog:
         parser.refuse([f"{flag}: {save} is a run of {script}"])
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "resume")}
-    wrong = [name for name, action in actions.items() if name not in flags or not fits(action, flags[name])]
     if lost := actions.keys() - flags.keys():
         parser.refuse([f"{flag}: {path} is damaged or of an earlier version (no {min(lost)}); start a new run"])
+    wrong = [name for name, action in actions.items() if not fits(action, flags[name])]
     if wrong or flags.keys() - actions.keys():
         parser.refuse([f"{flag}: {path} is damaged at {', '.join(wrong) or 'its flags'}; start a new run"])
     return config

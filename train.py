@@ -23,7 +23,7 @@ import start
 from averaging import NonMonotonicTrigger, averaged
 from data import Corpus, batchify, get_batch, segments
 from divergence import Watch, go_back
-from dropout import Masks, Rates
+from dropout import Rates
 from engine import Engine
 from genotypes import cell_to_json, resolve_cell
 from graphs import Graphs
@@ -162,6 +162,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, part in parts().items():
             part.load_state_dict(saved[name])
 
+    def finished() -> bool:
+        return progress.epoch > args.epochs or bool(stopped_by)
+
     def judge() -> None:
         """Raises Diverged unless the present weights are fit to be kept."""
         watch.judge(evaluate(model, train[: args.bptt + 1, : args.small_batch_size], args.bptt, "train"))
@@ -184,8 +187,7 @@ def main(argv: list[str] | None = None) -> int:
             model.load_state_dict(first["model"])
             best = evaluate(model, valid, args.bptt, "valid")
             checkpoint.check_form(best, 1.0, "its validation loss")  # a number
-    finished = progress.epoch > args.epochs or bool(stopped_by)
-    run.configure(parser.prog, args, device, corpus.sha256, finished)
+    run.configure(parser.prog, args, device, corpus.sha256, finished())
     if saved:
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
@@ -200,12 +202,11 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.overfit:
         with products_in(args.precision), start.memory_explained(args):
-            batch = Batch(*get_batch(train, 0, args.bptt), hidden, Masks())
-            overfit(run, model, optimizer, batch, args.small_batch_size, args.clip, args.clip_value)
+            overfit(run, model, optimizer, train, args.bptt, args.small_batch_size, args.clip, args.clip_value)
         return 0
 
     with StopSignal() as stop, products_in(args.precision), start.memory_explained(args):
-        while progress.epoch <= args.epochs and not stopped_by:
+        while not finished():
             try:
                 lengths = segments(
                     len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row

@@ -24,7 +24,7 @@ from architect import RADIUS, Architect
 from averaging import averaged
 from data import Corpus, Cursor, batchify, get_batch, segments
 from divergence import Watch, go_back
-from dropout import HeldRelu, Masks, Rates
+from dropout import HeldRelu, Rates
 from engine import Engine
 from genotypes import STEPS, from_json, to_json
 from graphs import Graphs
@@ -197,6 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         valid_batches.position, best, history = saved["valid_position"], saved["best"], saved["history"]
         stopped_by = saved["stopped_by"]
 
+    def finished() -> bool:
+        return progress.epoch > args.epochs or bool(stopped_by)
+
     def judge() -> None:
         """Raises Diverged unless the present weights are fit to be kept."""
         watch.judge(evaluate(model, train[: args.bptt + 1, : args.small_batch_size], args.bptt, "train"))
@@ -218,27 +221,25 @@ def main(argv: list[str] | None = None) -> int:
             if saved["stopped_by"] == "patience":  # what the result is made from
                 chosen = checkpoint.load(run.folder / "best.pt")
                 checkpoint.check_form(chosen, {"model": model.state_dict(), "progress": {"epoch": 1}})
-                dict(saved["history"])[chosen["progress"]["epoch"] - 1]
+                if chosen["progress"]["epoch"] - 1 not in dict(saved["history"]):
+                    raise ValueError("its best epoch is not in its history")
             restore(saved)
-    finished = progress.epoch > args.epochs or bool(stopped_by)
-    run.configure(parser.prog, args, device, corpus.sha256, finished)
+    run.configure(parser.prog, args, device, corpus.sha256, finished())
     if saved:
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
         run.log(f"search in {run.folder} on {device}: {params:,} weights, {model.alphas.numel()} alphas,"
                 f" {start.describe(corpus, args.limit_tokens)}")  # fmt: skip
-
         keeper.keep(state())
 
     if args.overfit:
         with products_in(args.precision), start.memory_explained(args):
-            batch = Batch(*get_batch(train, 0, args.bptt), hidden, Masks())
-            overfit(run, model, optimizer, batch, args.small_batch_size, args.clip, args.clip_value)
+            overfit(run, model, optimizer, train, args.bptt, args.small_batch_size, args.clip, args.clip_value)
         return 0
 
     with StopSignal() as stop, products_in(args.precision), start.memory_explained(args):
         quick_gradient = quick()
-        while progress.epoch <= args.epochs and not stopped_by:
+        while not finished():
             try:
                 lengths = segments(
                     len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row

@@ -41,6 +41,7 @@ class Architect:
         clip, clip_value, wdecay: of the weight step, which the virtual step imitates.
         hessian: None for the first-order step, else "finite" or "exact".
         lr, arch_wdecay: of Adam on the alphas.
+        average: puts the mean over all ranks into tensors, where the batch's rows are split (see ranks.py).
         radius: R of the central difference.
     """
 
@@ -59,12 +60,14 @@ class Architect:
         lr: float = 3e-3,
         arch_wdecay: float = 1e-3,
         radius: float = RADIUS,
+        average: Callable[[list[Tensor]], None] | None = None,
     ):
         self.weights, self.alphas = weights, alphas
         self.train_loss, self.valid_loss = train_loss, valid_loss
         self.product_loss = product_loss or train_loss
         self.clip, self.clip_value, self.wdecay = clip or math.inf, clip_value or math.inf, wdecay
         self.hessian, self.radius = hessian, radius
+        self.average = average or (lambda tensors: None)
         self.optimizer = torch.optim.Adam([alphas], lr=lr, weight_decay=arch_wdecay, capturable=alphas.is_cuda)
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,6 +123,7 @@ class Architect:
                 found = torch.autograd.grad(part.total, inputs)
                 totals = list(found) if totals is None else [a.add_(b) for a, b in zip(totals, found, strict=True)]
                 hidden.append(part.hidden)
+        self.average(totals)
         return totals, torch.cat(hidden)
 
     def exact_product(self, train: Any, v: list[Tensor]) -> Tensor:
@@ -129,6 +133,7 @@ class Architect:
             g = torch.autograd.grad(part.total, self.weights, create_graph=True)
             along = sum((g_i * v_i).sum() for g_i, v_i in zip(g, v, strict=True))
             total += torch.autograd.grad(along, self.alphas)[0]
+        self.average([total])
         return total
 
     def finite_product(self, train: Any, v: list[Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-FORMAT = 3
+FORMAT = 4
 # What a checkpoint's pickle may name: what torch writes for tensors. (`weights_only` would also build a bytearray of
 # any size.)
 GLOBALS = re.compile(r"torch [A-Za-z]+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
@@ -149,10 +149,10 @@ def load_last(folder: str | Path) -> tuple[dict[str, Any] | None, str | None]:
 
 
 class Keeper:
-    """Saves a run's state when it is time, and when it is told to."""
+    """Saves a run's state when it is time, and when it is told to; of several ranks the one that `writes`."""
 
-    def __init__(self, folder: Path, minutes: float):
-        self.folder, self.seconds = folder, 60 * minutes
+    def __init__(self, folder: Path, minutes: float, writes: bool = True):
+        self.folder, self.seconds, self.writes = folder, 60 * minutes, writes
         self.saved = time.monotonic()
 
     def due(self) -> bool:
@@ -161,8 +161,19 @@ class Keeper:
 
     def keep(self, state: dict[str, Any]) -> None:
         """Save as last.pt."""
-        save_last(state, self.folder)
+        if self.writes:
+            save_last(state, self.folder)
         self.saved = time.monotonic()
+
+    def keep_best(self, state: dict[str, Any]) -> None:
+        """Save as best.pt."""
+        if self.writes:
+            save(state, self.folder / "best.pt")
+
+    def replace(self, state: dict[str, Any]) -> None:
+        """Save as last.pt, and previous.pt stays what it is."""
+        if self.writes:
+            save(state, self.folder / "last.pt")
 
 
 # --- bytes ---

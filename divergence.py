@@ -9,6 +9,7 @@ from torch import Tensor
 
 import checkpoint
 from progress import Progress
+from ranks import Ranks
 from schedules import Schedule
 from utils import Diverged, Run, RunError
 
@@ -79,6 +80,8 @@ class Watch:
 def go_back(
     fault: Diverged,
     run: Run,
+    ranks: Ranks,
+    keeper: checkpoint.Keeper,
     watch: Watch,
     schedule: Schedule,
     progress: Progress,
@@ -90,11 +93,11 @@ def go_back(
     """To the last checkpoint, and on from there with `factor` times the learning rate and other random numbers than led
     here; raises RunError if that were more than `most` times."""
     attempt = watch.count(fault, most, progress.step)
-    restore(checkpoint.load_last(run.folder)[0])
+    restore(ranks.same(lambda: checkpoint.load_last(run.folder)[0]))
     watch.rollbacks = attempt
     schedule.scale *= factor
     lr = schedule.rate(progress.step, progress.position())
     run.log(f"diverged ({fault}): back to epoch {progress.epoch}, step {progress.step}, with lr {lr:.4g}")
     run.record(kind="rollback", epoch=progress.epoch, step=progress.step, lr=lr, reason=str(fault),
                seconds=progress.elapsed())  # fmt: skip
-    checkpoint.save(state(), run.folder / "last.pt")  # and previous.pt stays what it is
+    keeper.replace(state())

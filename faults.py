@@ -146,6 +146,35 @@ def strategy_faults(args: Namespace) -> list[str]:
     return faults
 
 
+def rank_faults(args: Namespace, ranks: int, on_this_machine: int) -> list[str]:
+    """What so many processes cannot share."""
+    if ranks == 1 or args.batch_size < 1 or args.small_batch_size < 1:
+        return []
+    faults = []
+    rows, rest = divmod(args.batch_size, ranks)
+    if rest or not rows:
+        faults.append(f"--batch_size {args.batch_size}: must divide evenly among {ranks} ranks")
+    elif rows % min(rows, args.small_batch_size):
+        faults.append(
+            f"--small_batch_size {args.small_batch_size}: must divide the {rows} rows that each of {ranks} ranks has"
+        )
+    elif rows == 1 and "unrolled" in vars(args):
+        faults.append(
+            f"--batch_size {args.batch_size}: a search needs at least 2 rows on each of {ranks} ranks, since its cell"
+            " normalises over them"
+        )
+    if args.overfit:
+        faults.append("--overfit: is for one process; start it without torchrun")
+    if args.device.startswith("cuda:"):
+        faults.append(f"--device {args.device}: each rank takes a GPU of its own; use --device cuda")
+    elif args.device != "cpu" and 0 < torch.cuda.device_count() < on_this_machine:
+        faults.append(
+            f"--device {args.device}: {on_this_machine} ranks on this machine with {torch.cuda.device_count()} GPUs;"
+            " start as many as there are"
+        )
+    return faults
+
+
 def device_faults(name: str) -> list[str]:
     """A device that is not there."""
     if name in ("auto", "cpu"):

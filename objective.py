@@ -3,7 +3,7 @@
 Shapes: T time steps, B batch, H hidden.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -107,15 +107,21 @@ def accumulate_gradients(parts: Iterator[Losses], weights: list[Tensor]) -> tupl
 
 
 def clipped_gradient(
-    parts: Iterator[Losses], weights: list[Tensor], clip: float, clip_value: float = 0.0
+    parts: Iterator[Losses],
+    weights: list[Tensor],
+    clip: float,
+    clip_value: float = 0.0,
+    average: Callable[[list[Tensor]], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the parts in the `.grad` of the weights, ready for a step; returns what `accumulate_gradients`
     does, and its norm before it was clipped.
 
     First no element is to be larger than `clip_value`, then the norm of all no larger than `clip`; 0 is for no limit.
-    `Architect` foresees the same.
+    `average` puts the mean over all ranks into tensors (see ranks.py). `Architect` foresees the same.
     """
     nll, hidden = accumulate_gradients(parts, weights)
+    if average is not None:
+        average([nll, *(w.grad for w in weights)])
     norm = get_total_norm([w.grad for w in weights])
     if clip_value:
         clip_grad_value_(weights, clip_value)

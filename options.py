@@ -31,12 +31,14 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
         )
 
+        self.quiet = False  # on all ranks but one
+
     def error(self, message: str) -> NoReturn:
         self.refuse([f"{message} (see --help)"])
 
     def refuse(self, faults: list[str]) -> NoReturn:
         """End with exit code 2 and a line for each fault."""
-        for fault in faults:
+        for fault in [] if self.quiet else faults:
             print(f"{self.prog}: error: {' '.join(fault.split())}", file=sys.stderr)
         sys.exit(2)
 
@@ -219,7 +221,7 @@ def add_shared_flags(
         "--resume",
         action="store_true",
         help="continue the run in --save with its own flags; only --epochs, --log_interval, --checkpoint_minutes, "
-        "--backoff, --max_rollbacks, --device and the place of the same --data may be given anew",
+        "--backoff, --max_rollbacks, --test, --device and the place of the same --data may be given anew",
     )
     run.add_argument(
         "--checkpoint_minutes",
@@ -251,6 +253,13 @@ def add_shared_flags(
         action="store_true",
         help="only check that one batch can be learned by heart (perplexity below 1.5), without dropout, "
         "regularisation and schedule; exit code 1 if not",
+    )
+    run.add_argument(
+        "--test",
+        choices=("read", "skip"),
+        default="read",
+        help="skip leaves the test text unread at the end; it is read when the finished run is resumed with read, so "
+        "that of many runs only the chosen one sees it",
     )
     run.add_argument("--log_interval", type=int, default=log_interval, help="steps between two log lines")
 

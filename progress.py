@@ -32,7 +32,7 @@ class Progress:
         """The segments, behind a bar that counts tokens."""
         self.bar = tqdm(
             desc=f"epoch {self.epoch}/{self.epochs}", total=self.epoch_rows * columns, initial=self.row * columns,
-            unit="tok", unit_scale=True, leave=False, disable=None, dynamic_ncols=True,
+            unit="tok", unit_scale=True, leave=False, disable=self.run.bars, dynamic_ncols=True,
         )  # fmt: skip
         self.tick = (time.perf_counter(), self.interval.tokens)
         with self.bar:
@@ -148,3 +148,8 @@ class Sum:
 def perplexity(loss: float) -> float:
     """exp of a loss in nats, infinite where that overflows."""
     return math.exp(loss) if not loss > 700 else math.inf
+
+
+def told(test_ppl: float | None) -> str:
+    """The end of a run's last line."""
+    return "test text not read" if test_ppl is None else f"test ppl {test_ppl:.2f}"

@@ -25,12 +25,14 @@ import options
 from genotypes import GenotypeError, resolve_cell
 from lock import Locked
 from optimizers import RATES
-from utils import Run, RunError
+from ranks import Ranks
+from utils import Onlooker, Run, RunError
 
 # What may differ between a run and its continuation; every other flag belongs to the run. The data may lie
 # elsewhere, but must be the same text.
 RESUMABLE = {
     "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "backoff", "max_rollbacks",
+    "test",
 }  # fmt: skip
 # What --finetune takes over from the run whose weights it starts from, where it is not given anew.
 TUNED_WITH = {
@@ -45,9 +47,47 @@ Texts = dict[str, tuple[Tensor, int]]
 
 
 def begin(
-    kind: str, parser: options.Parser, argv: list[str] | None, texts: Callable[[data.Corpus, Namespace], Texts]
+    kind: str,
+    parser: options.Parser,
+    argv: list[str] | None,
+    texts: Callable[[data.Corpus, Namespace], Texts],
+    ranks: Ranks,
 ) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
-    """The flags, the corpus, the run's directory, and the state to go on from (None for a new run).
+    """The flags, the corpus, the run's directory, and the state to go on from (None for a new run). What the first rank
+    finds holds for all."""
+    if not ranks.first:
+        parser.quiet = True
+        told = ranks.same(lambda: None)
+        if isinstance(told, int):
+            sys.exit(told)
+        args, saved, sha256 = told
+        try:
+            corpus = data.load_corpus(args.data)
+        except data.DataError as error:
+            raise RunError(f"on the machine of rank {ranks.rank}: {' '.join(error.faults)}") from error
+        if corpus.sha256 != sha256:
+            raise RunError(
+                f"--data {args.data}: another text on the machine of rank {ranks.rank} than of the first rank"
+            )
+        return args, corpus, Onlooker(args.save), saved
+    try:
+        args, corpus, run, saved = begin_first(kind, parser, argv, texts, ranks)
+    except SystemExit as end:
+        code = end.code
+        ranks.same(lambda: code)
+        raise
+    ranks.same(lambda: (args, saved, corpus.sha256))
+    return args, corpus, run, saved
+
+
+def begin_first(
+    kind: str,
+    parser: options.Parser,
+    argv: list[str] | None,
+    texts: Callable[[data.Corpus, Namespace], Texts],
+    ranks: Ranks,
+) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
+    """The same on the first rank.
 
     A resumed run has the flags in its config.json, but for those given anew. Nothing is downloaded for flags
     that cannot be used, and the directory of a new run is made last.
@@ -62,7 +102,7 @@ def begin(
     args = parser.parse_args(argv)
     rate_given = args.lr is not None
     options.complete(args, kind)
-    found = faults.validate(args, parser.get_default)
+    found = faults.validate(args, parser.get_default) + faults.rank_faults(args, ranks.size, ranks.on_this_machine)
     if "arch" in vars(args):
         args.arch = cell_text(args.arch)
     if first is not None:
@@ -79,7 +119,7 @@ def begin(
         except (Locked, checkpoint.CheckpointError) as error:
             found.append(f"--save: {error}" if run is None else str(error))
         if saved is not None:
-            found += state_faults(kind, args, config["flags"], saved)
+            found += state_faults(kind, args, config["flags"], saved, ranks.size)
 
     corpus = None
     if not found or data.is_available(args.data):
@@ -104,7 +144,7 @@ def begin(
             found.append(f"--save: {error}")
     if found:
         if run is not None:
-            run.lock.release()
+            run.release()
         parser.refuse(found)
     return args, corpus, run, saved
 
@@ -135,10 +175,10 @@ def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> l
     return found
 
 
-def identity(kind: str, args: Namespace, corpus: data.Corpus) -> dict[str, Any]:
+def identity(kind: str, args: Namespace, corpus: data.Corpus, ranks: int) -> dict[str, Any]:
     """What a checkpoint says of its run: all that tells it from another, and not where it lies."""
     flags = {name: value for name, value in vars(args).items() if name not in RESUMABLE or name == "data"}
-    return {"kind": kind, "flags": flags, "words": corpus.words, "sha256": corpus.sha256}
+    return {"kind": kind, "flags": flags, "words": corpus.words, "sha256": corpus.sha256, "ranks": ranks}
 
 
 @contextmanager
@@ -151,7 +191,7 @@ def restoring(parser: options.Parser, run: Run, path: Path | None = None) -> Ite
         if checkpoint.out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        run.lock.release()
+        run.release()
         if path is not None:
             parser.refuse([f"--finetune: {path} has no weights for this model ({reason}); name another run"])
         parser.refuse([f"{run.folder}: its checkpoint is not the state of this run ({reason}); start a new run"])
@@ -169,7 +209,7 @@ def check_state(
     What a run on another kind of device has of its own, the state of a generator, is left out of it.
     """
     form = {**form, **{name: checkpoint.stepped(optimizer) for name, optimizer in optimizers.items()}}
-    form["rng"] = {name: part for name, part in form["rng"].items() if name != "cuda"}
+    form["rng"] = [{name: part for name, part in rng.items() if name != "cuda"} for rng in form["rng"]]
     checkpoint.check_form(saved, form)
     if saved["stopped_by"] not in ("", *reasons):
         raise ValueError("it was stopped by nothing that is known")
@@ -250,7 +290,7 @@ def changed_flags(args: Namespace, before: dict[str, Any], where: str) -> list[s
     ]
 
 
-def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[str, Any], ranks: int) -> list[str]:
     """Why a run with these flags in its config.json cannot go on from the state in its directory."""
     path = Path(args.save, "last.pt")
     try:
@@ -258,6 +298,10 @@ def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[
         begun = saved["progress"]["epoch"] - (saved["progress"]["row"] == 0)
         if saved["kind"] != kind:
             return [f"{path}: the state of another kind of run ({reprlib.repr(saved['kind'])}); start a new run"]
+        if saved["ranks"] != ranks:
+            before = int(saved["ranks"])
+            how = f"with torchrun and {before} processes in all" if before > 1 else "without torchrun"
+            return [f"--resume: the run in {args.save} is one of {before} ranks, not {ranks}; start it {how}"]
         best = path.with_name("best.pt")
         needed = saved["best"] < math.inf if kind == "train" else saved["stopped_by"] == "patience"
         if needed and not checkpoint.is_whole(best):

@@ -38,7 +38,8 @@ from objective import (
     scaled_lr,
     small_batch_losses,
 )
-from progress import Progress, perplexity
+from progress import Progress, perplexity, told
+from ranks import Ranks
 from sanity import overfit
 from stopping import Patience
 from utils import Diverged, StopSignal, choose_device
@@ -102,21 +103,26 @@ def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tens
 
 
 def main(argv: list[str] | None = None) -> int:
+    ranks = Ranks()
     parser = build_parser()
-    args, corpus, run, saved = start.begin("train", parser, argv, texts_to_read)
-    device = choose_device(args.device, args.deterministic)
+    args, corpus, run, saved = start.begin("train", parser, argv, texts_to_read, ranks)
+    device = ranks.device(choose_device(args.device, args.deterministic))
+    rows = args.batch_size // ranks.size  # of the batch on this rank
+    rows_at_once = min(args.small_batch_size, rows)
     torch.manual_seed(args.seed)
     bptt_rng = torch.Generator().manual_seed(args.seed)
-    train, valid, test = (batchify(ids, rows).to(device) for ids, rows in texts_to_read(corpus, args).values())
+    train, valid, test = (batchify(ids, n).to(device) for ids, n in texts_to_read(corpus, args).values())
+    train = ranks.rows(train, dim=1)
 
     cell = resolve_cell(args.arch)
     rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
     model = retrain_model(len(corpus.words), args.emsize, rates, cell, args.n_experts).to(device)
     model = model.using(Engine(args.engine, args.precision))
+    ranks.seed(args.seed)
     weights = model.weights()
     params = sum(w.numel() for w in weights)
     train_loss = partial(
-        small_batch_losses, model, small_batch_size=args.small_batch_size, alpha=args.alpha, beta=args.beta,
+        small_batch_losses, model, small_batch_size=rows_at_once, alpha=args.alpha, beta=args.beta,
         rdrop=args.rdrop, fraternal=args.fraternal,
     )  # fmt: skip
     two_passes = args.rdrop > 0 or args.fraternal > 0
@@ -130,17 +136,20 @@ def main(argv: list[str] | None = None) -> int:
 
     def gradient(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """That of a segment, for a step of the weights."""
-        masks = model.draw_masks(args.batch_size)
-        twin = model.draw_masks(args.batch_size) if two_passes else None
-        return clipped_gradient(train_loss(Batch(x, y, hidden, masks, twin)), weights, args.clip, args.clip_value)
+        masks = model.draw_masks(rows)
+        twin = model.draw_masks(rows) if two_passes else None
+        return clipped_gradient(
+            train_loss(Batch(x, y, hidden, masks, twin)), weights, args.clip, args.clip_value, ranks.average
+        )
 
-    quick_gradient = Graphs(gradient, device) if args.engine == "fused" else gradient
+    # no graph holds what goes between ranks
+    quick_gradient = Graphs(gradient, device) if args.engine == "fused" and ranks.size == 1 else gradient
 
-    hidden = model.initial_hidden(args.batch_size)  # (B, S)
+    hidden = model.initial_hidden(rows)  # (B, S), of this rank's rows
     best, stopped_by = float("inf"), ""  # validation loss; why the run ended
     watch = Watch(device, len(corpus.words))
     progress = Progress(run, device, args.epochs, len(train) - 1)
-    keeper = checkpoint.Keeper(run.folder, args.checkpoint_minutes)
+    keeper = checkpoint.Keeper(run.folder, args.checkpoint_minutes, writes=ranks.first)
 
     def parts() -> dict[str, Any]:
         return {
@@ -150,15 +159,16 @@ def main(argv: list[str] | None = None) -> int:
 
     def state() -> dict[str, Any]:
         return {
-            **start.identity("train", args, corpus), "eval_rows": EVAL_ROWS, "genotype": cell_to_json(cell),
-            **{name: part.state_dict() for name, part in parts().items()}, "phase": phase, "hidden": hidden,
-            "rng": checkpoint.rng_state(device, bptt_rng), "best": best, "stopped_by": stopped_by,
+            **start.identity("train", args, corpus, ranks.size), "eval_rows": EVAL_ROWS,
+            "genotype": cell_to_json(cell), "phase": phase, "hidden": ranks.all_rows(hidden),
+            **{name: part.state_dict() for name, part in parts().items()},
+            "rng": ranks.gather(checkpoint.rng_state(device, bptt_rng)), "best": best, "stopped_by": stopped_by,
         }  # fmt: skip
 
     def restore(saved: dict[str, Any]) -> None:
         nonlocal hidden, best, phase, optimizer, stopped_by
         phase, best, stopped_by = saved["phase"], saved["best"], saved["stopped_by"]
-        hidden, optimizer = saved["hidden"].to(device), new_optimizer(phase)
+        hidden, optimizer = ranks.rows(saved["hidden"]).to(device), new_optimizer(phase)
         for name, part in parts().items():
             part.load_state_dict(saved[name])
 
@@ -167,14 +177,15 @@ def main(argv: list[str] | None = None) -> int:
 
     def judge() -> None:
         """Raises Diverged unless the present weights are fit to be kept."""
-        watch.judge(evaluate(model, train[: args.bptt + 1, : args.small_batch_size], args.bptt, "train"))
+        start_of_text = train[: args.bptt + 1, :rows_at_once]
+        watch.judge(ranks.same(lambda: evaluate(model, start_of_text, args.bptt, "train")))
 
     if saved:
         with start.restoring(parser, run):
             form = {**state(), "trigger": {"losses": [1.0]}}
             start.check_state(saved, form, REASONS, {"optimizer": new_optimizer(saved["phase"])})
-            checkpoint.set_rng_state(saved["rng"], device, bptt_rng)
-            if saved["best"] < float("inf"):  # what the result is made from
+            checkpoint.set_rng_state(saved["rng"][ranks.rank], device, bptt_rng)
+            if ranks.first and saved["best"] < float("inf"):  # what the result is made from
                 checkpoint.check_form(
                     checkpoint.load(run.folder / "best.pt"), {"model": model.state_dict(), "best": 1.0}
                 )
@@ -182,12 +193,12 @@ def main(argv: list[str] | None = None) -> int:
     elif args.finetune:
         path = Path(args.finetune, "best.pt")
         with start.restoring(parser, run, path):
-            first = checkpoint.load(path)
+            first = ranks.same(lambda: checkpoint.load(path))
             checkpoint.check_form(first, {"model": model.state_dict()})
             model.load_state_dict(first["model"])
-            best = evaluate(model, valid, args.bptt, "valid")
+            best = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
             checkpoint.check_form(best, 1.0, "its validation loss")  # a number
-    run.configure(parser.prog, args, device, corpus.sha256, finished())
+    run.configure(parser.prog, args, device, corpus.sha256, finished(), ranks.size)
     if saved:
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
@@ -197,12 +208,12 @@ def main(argv: list[str] | None = None) -> int:
         run.log(str(cell))
         if args.finetune:
             run.log(f"from the best weights of {args.finetune}: valid ppl {perplexity(best):.2f}")
-            checkpoint.save(state(), run.folder / "best.pt")
+            keeper.keep_best(state())
         keeper.keep(state())
 
     if args.overfit:
         with products_in(args.precision), start.memory_explained(args):
-            overfit(run, model, optimizer, train, args.bptt, args.small_batch_size, args.clip, args.clip_value)
+            overfit(run, model, optimizer, train, args.bptt, rows_at_once, args.clip, args.clip_value)
         return 0
 
     with StopSignal() as stop, products_in(args.precision), start.memory_explained(args):
@@ -218,30 +229,33 @@ def main(argv: list[str] | None = None) -> int:
                         nll, hidden, norm = quick_gradient(x, y, hidden)
                         optimizer.step()
                     optimizer.zero_grad(set_to_none=device.type == "cpu")  # on CUDA they stay where graphs write them
-                    progress.advance(nll, norm, x.shape, lr)
+                    progress.advance(nll, norm, (len(x), args.batch_size), lr)
                     watch.add(nll, norm)
 
                     if progress.step % args.log_interval == 0:
                         watch.check()
                         progress.close_interval(lr)
-                    stopping = stop.requested
-                    if stopping or keeper.due():
+                    stopping, due = ranks.any(stop.requested, keeper.due())
+                    if stopping or due:
                         judge()
                         keeper.keep(state())
                     if stopping:
-                        return run.interrupted(parser.prog)
+                        return run.interrupted(ranks.command(parser.prog))
 
                 judge()
                 with averaged(optimizer):
-                    loss = evaluate(model, valid, args.bptt, "valid")
+                    loss = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
                     note = " (averaged)" if phase == "asgd" else ""
                     progress.close_epoch(loss, optimizer.param_groups[0]["lr"], note=note, phase=phase)
-                    hidden = model.initial_hidden(args.batch_size)
+                    hidden = model.initial_hidden(rows)
                     if loss < best:
                         best = loss
-                        checkpoint.save(state(), run.folder / "best.pt")
+                        keeper.keep_best(state())
             except Diverged as fault:
-                go_back(fault, run, watch, schedule, progress, state, restore, args.backoff, args.max_rollbacks)
+                go_back(
+                    fault, run, ranks, keeper, watch, schedule, progress, state, restore, args.backoff,
+                    args.max_rollbacks,
+                )  # fmt: skip
                 continue
             schedule.close_epoch(loss)
             if patience.is_over(loss):
@@ -254,19 +268,21 @@ def main(argv: list[str] | None = None) -> int:
             if stopped_by:
                 run.log(f"stopped by {stopped_by}")
             keeper.keep(state())
-            if stop.requested:
-                return run.interrupted(parser.prog)
+            if ranks.any(stop.requested)[0]:
+                return run.interrupted(ranks.command(parser.prog))
 
+    if not ranks.first:
+        return 0
     chosen = checkpoint.load(run.folder / "best.pt")
     model.load_state_dict(chosen["model"])
     best = chosen["best"]
-    test_ppl = perplexity(evaluate(model, test, args.bptt, "test"))
+    test_ppl = perplexity(evaluate(model, test, args.bptt, "test")) if args.test == "read" else None
     run.write("result.json", {
         "kind": "train", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
         "params": params, "valid_ppl": perplexity(best), "test_ppl": test_ppl, "genotype": cell_to_json(cell),
         "stopped_by": stopped_by or "epochs",
     })  # fmt: skip
-    run.log(f"best weights: valid ppl {perplexity(best):.2f} | test ppl {test_ppl:.2f}")
+    run.log(f"best weights: valid ppl {perplexity(best):.2f} | {told(test_ppl)}")
     return 0
 
 

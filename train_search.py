@@ -32,7 +32,8 @@ from kernels import products_in
 from model_search import RNNModelSearch
 from objective import VALID_ROWS, Batch, clipped_gradient, evaluate, scaled_lr, small_batch_losses
 from optimizers import OPTIMIZERS, new_optimizer, velocity
-from progress import Progress, perplexity
+from progress import Progress, perplexity, told
+from ranks import Ranks
 from sanity import overfit
 from stopping import Patience, check_history, identities, is_stable
 from utils import Diverged, StopSignal, choose_device
@@ -121,34 +122,37 @@ def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tens
 
 
 def main(argv: list[str] | None = None) -> int:
+    ranks = Ranks()
     parser = build_parser()
-    args, corpus, run, saved = start.begin("search", parser, argv, texts_to_read)
-    device = choose_device(args.device, args.deterministic)
+    args, corpus, run, saved = start.begin("search", parser, argv, texts_to_read, ranks)
+    device = ranks.device(choose_device(args.device, args.deterministic))
+    rows = args.batch_size // ranks.size  # of the batch on this rank
+    rows_at_once = min(args.small_batch_size, rows)
     torch.manual_seed(args.seed)
     bptt_rng = torch.Generator().manual_seed(args.seed)
     # (n, B) each; the alphas' text has a cursor of its own
-    train, alphas_text, valid, test = (
-        batchify(ids, rows).to(device) for ids, rows in texts_to_read(corpus, args).values()
-    )
-    valid_batches = Cursor(alphas_text)
+    train, alphas_text, valid, test = (batchify(ids, n).to(device) for ids, n in texts_to_read(corpus, args).values())
+    train = ranks.rows(train, dim=1)
+    valid_batches = Cursor(ranks.rows(alphas_text, dim=1))
 
     rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
     model = RNNModelSearch(len(corpus.words), args.emsize, rates).to(device)
     model = model.using(Engine(args.engine, args.precision))
+    ranks.seed(args.seed)
     weights = model.weights()
     params = sum(w.numel() for w in weights)
     optimizer = new_optimizer(args.optimizer, weights, args.lr, args.wdecay, args.momentum)
     schedule, patience = options.schedule(args), Patience(args.patience, args.min_delta)
     # A difference of nearby weights needs every digit, the exact product an engine that differentiates twice.
     precise = model.using(Engine("eager" if args.hessian == "exact" else args.engine))
-    rows = {"small_batch_size": args.small_batch_size}
-    regularised = {**rows, "alpha": args.alpha, "beta": args.beta}
-    valid_loss = partial(small_batch_losses, model, **rows)
+    at_once = {"small_batch_size": rows_at_once}
+    regularised = {**at_once, "alpha": args.alpha, "beta": args.beta}
+    valid_loss = partial(small_batch_losses, model, **at_once)
     train_loss, product_loss = (partial(small_batch_losses, m, **regularised) for m in (model, precise))
     architect = Architect(
         weights, model.alphas, train_loss, valid_loss, product_loss, clip=args.clip, wdecay=args.wdecay,
         clip_value=args.clip_value, hessian=args.hessian if args.unrolled else None, lr=args.arch_lr,
-        arch_wdecay=args.arch_wdecay,
+        arch_wdecay=args.arch_wdecay, average=ranks.average,
     )  # fmt: skip
 
     def gradient(
@@ -156,26 +160,27 @@ def main(argv: list[str] | None = None) -> int:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A step of the alphas on validation text (DARTS, algorithm 1), and the gradient of training text, for one of
         the weights."""
-        held = model.draw_masks(args.batch_size)._replace(relu=HeldRelu())  # over every pass
+        held = model.draw_masks(rows)._replace(relu=HeldRelu())  # over every pass
         hidden_valid = architect.step(
             train=Batch(x, y, hidden, held),
-            valid=Batch(xv, yv, hidden_valid, model.draw_masks(args.batch_size)),
+            valid=Batch(xv, yv, hidden_valid, model.draw_masks(rows)),
             eta=eta,
             velocity=velocity(optimizer) if args.unrolled else None,
         )
-        batch = Batch(x, y, hidden, model.draw_masks(args.batch_size))
-        nll, hidden, norm = clipped_gradient(train_loss(batch), weights, args.clip, args.clip_value)
+        batch = Batch(x, y, hidden, model.draw_masks(rows))
+        nll, hidden, norm = clipped_gradient(train_loss(batch), weights, args.clip, args.clip_value, ranks.average)
         return nll, norm, hidden, hidden_valid
 
     def quick() -> Callable:
-        return Graphs(gradient, device) if precise.engine.name == "fused" else gradient
+        # no graph holds what goes between ranks
+        return Graphs(gradient, device) if precise.engine.name == "fused" and ranks.size == 1 else gradient
 
-    hidden = hidden_valid = model.initial_hidden(args.batch_size)  # (B, H)
+    hidden = hidden_valid = model.initial_hidden(rows)  # (B, H), of this rank's rows
     best, stopped_by = float("inf"), ""  # validation loss; why the search ended
     history = []  # [epoch, genotype] at the end of each epoch
     watch = Watch(device, len(corpus.words))
     progress = Progress(run, device, args.epochs, len(train) - 1)
-    keeper = checkpoint.Keeper(run.folder, args.checkpoint_minutes)
+    keeper = checkpoint.Keeper(run.folder, args.checkpoint_minutes, writes=ranks.first)
     parts = {
         "model": model, "optimizer": optimizer, "arch_optimizer": architect, "schedule": schedule,
         "patience": patience, "watch": watch, "progress": progress,
@@ -183,17 +188,18 @@ def main(argv: list[str] | None = None) -> int:
 
     def state() -> dict[str, Any]:
         return {
-            **start.identity("search", args, corpus), "eval_rows": EVAL_ROWS, "genotype": to_json(model.genotype()),
-            **{name: part.state_dict() for name, part in parts.items()}, "history": history,
-            "hidden": hidden, "hidden_valid": hidden_valid, "valid_position": valid_batches.position,
-            "rng": checkpoint.rng_state(device, bptt_rng), "best": best, "stopped_by": stopped_by,
+            **start.identity("search", args, corpus, ranks.size), "eval_rows": EVAL_ROWS,
+            "genotype": to_json(model.genotype()), "history": history, "valid_position": valid_batches.position,
+            "hidden": ranks.all_rows(hidden), "hidden_valid": ranks.all_rows(hidden_valid),
+            **{name: part.state_dict() for name, part in parts.items()},
+            "rng": ranks.gather(checkpoint.rng_state(device, bptt_rng)), "best": best, "stopped_by": stopped_by,
         }  # fmt: skip
 
     def restore(saved: dict[str, Any]) -> None:
         nonlocal hidden, hidden_valid, best, history, stopped_by
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        hidden, hidden_valid = (saved[name].to(device) for name in ("hidden", "hidden_valid"))
+        hidden, hidden_valid = (ranks.rows(saved[name]).to(device) for name in ("hidden", "hidden_valid"))
         valid_batches.position, best, history = saved["valid_position"], saved["best"], saved["history"]
         stopped_by = saved["stopped_by"]
 
@@ -202,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def judge() -> None:
         """Raises Diverged unless the present weights are fit to be kept."""
-        watch.judge(evaluate(model, train[: args.bptt + 1, : args.small_batch_size], args.bptt, "train"))
+        start_of_text = train[: args.bptt + 1, :rows_at_once]
+        watch.judge(ranks.same(lambda: evaluate(model, start_of_text, args.bptt, "train")))
 
     def keep_genotype(epoch: int) -> None:
         """The alphas of now, which are those of this epoch's end, to genotype.json."""
@@ -216,15 +223,15 @@ def main(argv: list[str] | None = None) -> int:
         with start.restoring(parser, run):
             form = {**state(), "history": [[1, to_json(model.genotype())]]}
             start.check_state(saved, form, REASONS, {"optimizer": optimizer, "arch_optimizer": architect.optimizer})
-            checkpoint.set_rng_state(saved["rng"], device, bptt_rng)
+            checkpoint.set_rng_state(saved["rng"][ranks.rank], device, bptt_rng)
             check_history(saved["history"], saved["progress"]["epoch"] - 1, saved["stopped_by"] == "identity")
-            if saved["stopped_by"] == "patience":  # what the result is made from
+            if ranks.first and saved["stopped_by"] == "patience":  # what the result is made from
                 chosen = checkpoint.load(run.folder / "best.pt")
                 checkpoint.check_form(chosen, {"model": model.state_dict(), "progress": {"epoch": 1}})
                 if chosen["progress"]["epoch"] - 1 not in dict(saved["history"]):
                     raise ValueError("its best epoch is not in its history")
             restore(saved)
-    run.configure(parser.prog, args, device, corpus.sha256, finished())
+    run.configure(parser.prog, args, device, corpus.sha256, finished(), ranks.size)
     if saved:
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
@@ -234,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.overfit:
         with products_in(args.precision), start.memory_explained(args):
-            overfit(run, model, optimizer, train, args.bptt, args.small_batch_size, args.clip, args.clip_value)
+            overfit(run, model, optimizer, train, args.bptt, rows_at_once, args.clip, args.clip_value)
         return 0
 
     with StopSignal() as stop, products_in(args.precision), start.memory_explained(args):
@@ -248,14 +255,14 @@ def main(argv: list[str] | None = None) -> int:
                     x, y = get_batch(train, i, seq_len)  # (T, B)
                     xv, yv, wrapped = valid_batches.take(seq_len)  # (T, B)
                     if wrapped:
-                        hidden_valid = model.initial_hidden(args.batch_size)
+                        hidden_valid = model.initial_hidden(rows)
                     schedule.set_rate(optimizer, progress.step, progress.position())
                     with scaled_lr(optimizer, seq_len / args.bptt) as lr:
                         eta = torch.full((), lr, device=device)  # a number would be a graph of its own on CUDA
                         nll, norm, hidden, hidden_valid = quick_gradient(eta, x, y, hidden, xv, yv, hidden_valid)
                         optimizer.step()
                     optimizer.zero_grad(set_to_none=device.type == "cpu")  # on CUDA they stay where graphs write them
-                    progress.advance(nll, norm, x.shape, lr)
+                    progress.advance(nll, norm, (len(x), args.batch_size), lr)
                     watch.add(nll, norm)
 
                     if progress.step % args.log_interval == 0:
@@ -263,24 +270,27 @@ def main(argv: list[str] | None = None) -> int:
                         genotype = model.genotype()
                         progress.close_interval(lr, genotype=to_json(genotype))
                         run.log(str(genotype))
-                    stopping = stop.requested
-                    if stopping or keeper.due():
+                    stopping, due = ranks.any(stop.requested, keeper.due())
+                    if stopping or due:
                         judge()
                         keeper.keep(state())
                     if stopping:
-                        return run.interrupted(parser.prog)
+                        return run.interrupted(ranks.command(parser.prog))
 
                 judge()
                 with averaged(optimizer):
-                    loss = evaluate(model, valid, args.bptt, "valid")
+                    loss = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
                     epoch, genotype = progress.epoch, model.genotype()
                     progress.close_epoch(loss, optimizer.param_groups[0]["lr"], genotype=to_json(genotype))
-                    hidden = model.initial_hidden(args.batch_size)
+                    hidden = model.initial_hidden(rows)
                     if loss < best:
                         best = loss
-                        checkpoint.save(state(), run.folder / "best.pt")
+                        keeper.keep_best(state())
             except Diverged as fault:
-                go_back(fault, run, watch, schedule, progress, state, restore, args.backoff, args.max_rollbacks)
+                go_back(
+                    fault, run, ranks, keeper, watch, schedule, progress, state, restore, args.backoff,
+                    args.max_rollbacks,
+                )  # fmt: skip
                 quick_gradient = quick()  # what was captured holds the old state of the alphas' optimizer
                 continue
             run.log(str(genotype))
@@ -301,9 +311,11 @@ def main(argv: list[str] | None = None) -> int:
             if stopped_by:
                 run.log(f"stopped by {stopped_by}")
             keeper.keep(state())
-            if stop.requested:
-                return run.interrupted(parser.prog)
+            if ranks.any(stop.requested)[0]:
+                return run.interrupted(ranks.command(parser.prog))
 
+    if not ranks.first:
+        return 0
     epoch = history[-1][0]
     if stopped_by == "patience":
         chosen = checkpoint.load(run.folder / "best.pt")
@@ -313,14 +325,14 @@ def main(argv: list[str] | None = None) -> int:
         keep_genotype(epoch)
     with averaged(optimizer):
         valid_ppl = perplexity(evaluate(model, valid, args.bptt, "valid"))
-        test_ppl = perplexity(evaluate(model, test, args.bptt, "test"))
+        test_ppl = perplexity(evaluate(model, test, args.bptt, "test")) if args.test == "read" else None
     genotype = dict(history)[epoch]
     run.write("result.json", {
         "kind": "search", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
         "params": params, "valid_ppl": valid_ppl, "test_ppl": test_ppl, "best_valid_ppl": perplexity(best),
         "genotype": genotype, "stopped_by": stopped_by or "epochs",
     })  # fmt: skip
-    run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | test ppl {test_ppl:.2f}")
+    run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | {told(test_ppl)}")
     run.log(f"found {from_json(genotype)}")
     run.log(f"retrain it with: python train.py --data {quote(args.data)} --arch {quote(str(run.folder))}")
     return 0

@@ -62,6 +62,8 @@ class Run:
     It is this process's alone. Raises `lock.Locked`.
     """
 
+    bars = None  # what tqdm takes for `disable`: none where there is no terminal
+
     def __init__(self, folder: str | Path):
         self.folder = folder = Path(folder)
         self.metrics = folder / "metrics.jsonl"
@@ -69,8 +71,18 @@ class Run:
         self.lock = Lock(folder)
         self.rows = 0  # of metrics
 
+    def release(self) -> None:
+        """Let others write."""
+        self.lock.release()
+
     def configure(
-        self, script: str, args: Namespace, device: torch.device, sha256: dict[str, str], finished: bool = False
+        self,
+        script: str,
+        args: Namespace,
+        device: torch.device,
+        sha256: dict[str, str],
+        finished: bool = False,
+        ranks: int = 1,
     ) -> None:
         """Write config.json: all that is needed to start the run again, with a line for each time it went on.
 
@@ -82,6 +94,7 @@ class Run:
             "device": str(device),
             "hardware": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
+            "ranks": ranks,
             "git_commit": git_commit(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
@@ -103,9 +116,9 @@ class Run:
         tqdm.write(text)
         append(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    def interrupted(self, script: str) -> int:
+    def interrupted(self, command: str) -> int:
         """Say how to go on; gives the exit code of an interrupted run."""
-        self.log(f"interrupted; continue with: python {script} --resume --save {quote(str(self.folder))}")
+        self.log(f"interrupted; continue with: {command} --resume --save {quote(str(self.folder))}")
         return 130
 
     def record(self, **row: Any) -> None:
@@ -131,8 +144,12 @@ class Run:
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
-        path, temporary = self.folder / name, self.folder / f".{name}.tmp"
-        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+        self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file, whole or not at all."""
+        path = self.folder / name
+        temporary = path.with_name(f".{path.name}.tmp")
         try:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -141,6 +158,33 @@ class Run:
             os.replace(temporary, path)
         except OSError as error:
             raise named(error, path) from error
+
+
+class Onlooker(Run):
+    """For a rank that leaves it to the first one to write."""
+
+    bars = True
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.rows = Path(folder), 0
+
+    def configure(self, *_: Any) -> None:
+        pass
+
+    def log(self, text: str) -> None:
+        pass
+
+    def record(self, **row: Any) -> None:
+        pass
+
+    def cut_metrics(self, rows: int) -> float:
+        return 0.0
+
+    def write_text(self, name: str, text: str) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
 
 
 def append(path: Path, text: str) -> None:
@@ -160,8 +204,8 @@ def named(error: OSError, path: Path) -> OSError:
 
 
 class StopSignal:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 into `requested`, to be obeyed between two steps; after the first, Ctrl-C and
-    SIGTERM act at once. (Slurm sends SIGUSR1 as a warning, where it is asked to.)"""
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 into `requested`, to be obeyed between two steps; after the first, Ctrl-C acts
+    at once. (Slurm sends SIGUSR1 as a warning, where it is asked to, and what torchrun hands on may come twice.)"""
 
     def __enter__(self) -> "StopSignal":
         self.requested = False
@@ -173,8 +217,7 @@ class StopSignal:
 
     def handle(self, number: int, frame: Any) -> None:
         self.requested = True
-        for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, self.previous[other])
+        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.previous.items():

@@ -24,6 +24,10 @@ def unigram_perplexity(train: torch.Tensor, test: torch.Tensor, words: int) -> f
     return perplexity(-(counts / counts.sum()).log()[test].mean().item())
 
 
+def shown(test_ppl: float | None) -> str:
+    return "not read" if test_ppl is None else f"{test_ppl:.2f}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of finished runs of train.py on one corpus")
@@ -35,10 +39,12 @@ def main() -> int:
 
     print(f"\n{'cell':<12}{'valid ppl':>10}{'test ppl':>10}   run")
     for folder, result in results.items():
-        print(f"{folder.name:<12}{result['valid_ppl']:>10.2f}{result['test_ppl']:>10.2f}   {folder}")
+        print(f"{folder.name:<12}{result['valid_ppl']:>10.2f}{shown(result['test_ppl']):>10}   {folder}")
     print(f"{'no context':<12}{'':>10}{unigram:>10.2f}   (unigram model)")
 
     folder, result = next(iter(results.items()))
+    if result["test_ppl"] is None:
+        return 0
     factor = unigram / result["test_ppl"]
     print(f"\nThe {folder.name} cell's test perplexity is {factor:.1f} times lower than without context. It is")
     print(from_json(result["genotype"]))

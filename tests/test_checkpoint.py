@@ -298,9 +298,9 @@ def optimizer_of(weight):
 def test_a_state_of_another_device_has_the_form_of_this_one_s():
     """A GPU's generator is there or not; the rest is the same, and none of it is on any device."""
     optimizer = optimizer_of(torch.zeros(3))
-    here = {"rng": {"torch": torch.get_rng_state()}, "w": torch.zeros(3), "optimizer": optimizer.state_dict(),
+    here = {"rng": [{"torch": torch.get_rng_state()}], "w": torch.zeros(3), "optimizer": optimizer.state_dict(),
             "stopped_by": ""}  # fmt: skip
-    there = {**here, "rng": {**here["rng"], "cuda": torch.zeros(16, dtype=torch.uint8)}}
+    there = {**here, "rng": [{**here["rng"][0], "cuda": torch.zeros(16, dtype=torch.uint8)}]}
     for saved, form in ((here, there), (there, here)):
         start.check_state(saved, form, ("patience",), {"optimizer": optimizer})
 

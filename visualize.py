@@ -1,13 +1,18 @@
-"""Pictures of what a search found.
+"""Pictures of what a search found, and of what a study did.
 
     python visualize.py cell DARTS_V2 --out cell.svg
+    python visualize.py study runs/study --out study.svg
 
-draws one recurrent cell: inputs on the left, nodes in columns by depth, each edge with its activation, and
-grey lines from the nodes that the output averages. Takes about two seconds on a CPU, and needs matplotlib.
+The first draws one recurrent cell: inputs on the left, nodes in columns by depth, each edge with its activation, and
+grey lines from the nodes that the output averages. The second draws the selection of a study (trials.py), running or
+over: every cell's validation perplexity in the order in which trials ended, with the best and the median so far.
+Either takes about two seconds on a CPU, and needs matplotlib.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -19,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.path import Path as Curve
 
 from genotypes import Genotype, GenotypeError, resolve, validate
+from jobs import events
 
 # Endings, each with the metadata that would make every file different.
 FORMATS = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
@@ -32,6 +38,7 @@ COLOURS = {
     "identity": "#CC79A7",
 }
 INK, GREY = "#222222", "#B0B0B0"
+METHODS = {"first": ("#0072B2", "o"), "unrolled": ("#D55E00", "s"), "random": ("#009E73", "^")}  # colour, mark
 
 # Lengths are CSS pixels, 96 to the inch: one unit is one pixel of a page that shows the picture unscaled.
 RADIUS = 16  # of a node
@@ -197,13 +204,58 @@ def draw_cell(genotype: Genotype, path: str | Path) -> None:
 
     Raises `GenotypeError`, `PictureError` for another ending than those of `FORMATS`, and `OSError`.
     """
+    with plain_style():
+        save(cell_figure(genotype), path, str(genotype))
+
+
+@contextmanager
+def plain_style() -> Iterator[None]:
+    """Not the reader's own matplotlibrc, which may ask for other fonts, or for TeX."""
+    with style.context(["default", {"svg.hashsalt": "cell"}]):
+        yield
+
+
+def save(figure: Figure, path: str | Path, title: str) -> None:
+    """Raises `PictureError` for another ending than those of `FORMATS`, and `OSError`."""
     ending = Path(path).suffix.lower()
     if ending not in FORMATS:
         raise PictureError(f"a picture's name ends in {', '.join(FORMATS)}, unlike {str(path)!r}")
-    # Not the reader's own matplotlibrc, which may ask for other fonts, or for TeX.
-    with style.context(["default", {"svg.hashsalt": "cell"}]):
-        metadata = {"Title": str(genotype), **FORMATS[ending]}
-        cell_figure(genotype).savefig(path, format=ending[1:], dpi=192, metadata=metadata)
+    figure.savefig(path, format=ending[1:], dpi=192, metadata={"Title": title, **FORMATS[ending]})
+
+
+def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
+    """The short trainings of a study: (cell, validation perplexity), in the order in which they ended."""
+    figure = Figure(figsize=(7.2, 3.6), dpi=96, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    values, order = [value for _, value in done], range(1, len(done) + 1)
+    for name, of, look in (("best so far", min, "-"), ("median so far", median, "--")):
+        curve = [of(values[:i]) for i in order]
+        axes.step(order, curve, look, where="post", color=INK if of is min else GREY, linewidth=1.5, label=name)
+    for method, (colour, mark) in METHODS.items():
+        here = [(i, value) for i, (cell, value) in zip(order, done, strict=True) if cell.startswith(f"{method}-")]
+        if here:
+            axes.plot(*zip(*here, strict=True), mark, color=colour, markersize=7, label=method)
+    axes.set_xlabel("short trainings that ended")
+    axes.set_ylabel("validation perplexity")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def draw_study(folder: str | Path, path: str | Path) -> None:
+    """The picture of a study's selection so far. Raises `PictureError` if no trial of it is done; and as `save`."""
+    done = {}
+    for event in events(Path(folder)):
+        stage, _, cell = event["trial"].partition("/")
+        if stage == "select" and event["event"] == "done":
+            done[cell] = event["valid_ppl"]
+    if not done:
+        raise PictureError(
+            f"no short training of a study is done in {str(folder)!r}; python trials.py select makes some"
+        )
+    with plain_style():
+        save(study_figure(list(done.items())), path, "selection")
 
 
 def _line(axes: Axes, edge: Edge, colour: str, width: float, head: float) -> None:
@@ -245,13 +297,22 @@ def main(argv: list[str] | None = None) -> int:
     cell.add_argument(
         "--out", metavar="FILE", default="cell.svg", help="ends in .svg, .png or .pdf; rewritten if it exists"
     )
+    study = commands.add_parser("study", help="draw what the selection of a study found, trial by trial")
+    study.add_argument("folder", metavar="STUDY", help="its directory")
+    study.add_argument(
+        "--out", metavar="FILE", default="study.svg", help="ends in .svg, .png or .pdf; rewritten if it exists"
+    )
     args = parser.parse_args(argv)
+    command = commands.choices[args.command]
     try:
-        draw_cell(resolve(args.arch), args.out)
+        if args.command == "cell":
+            draw_cell(resolve(args.arch), args.out)
+        else:
+            draw_study(args.folder, args.out)
     except (GenotypeError, PictureError) as error:
-        cell.error(str(error))
+        command.error(str(error))
     except OSError as error:
-        cell.error(f"cannot write {args.out}: {error.strerror}")
+        command.error(f"cannot write {args.out}: {error.strerror}")
     print(f"wrote {args.out}")
     return 0
 

@@ -4,7 +4,7 @@
 # Cost: written to end within 9 minutes on an H100 with torch 2.11; no GPU has run it yet.
 #   OUT=results bash benchmarks/gpu.sh      needs corpora/penn, and no network; PYTHON names the interpreter
 set -uo pipefail
-CDPATH="" cd -- "$(dirname -- "$0")/.."
+CDPATH="" cd -- "$(dirname -- "$0")/.." || exit
 OUT=${OUT:-benchmarks/results}
 python=${PYTHON:-python3}
 mkdir -p "$OUT"
@@ -22,7 +22,7 @@ stage() { # name, seconds, command
 }
 
 if "$python" -c "import pytest, hypothesis" 2> "$OUT/pytest_missing.txt"; then
-  stage tests 100 "$python" -m pytest -q -k "cuda or fused or kernels or graphs"
+  stage tests 100 "$python" -m pytest -q tests/test_{fused,kernels,graphs}.py
 else
   echo "tests: skipped, this Python has no pytest and hypothesis" | tee "$OUT/tests.txt"
 fi

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: which Python they run, and what is installed for it.
 
 python_with() { # python_with REQUIREMENTS: makes or updates .venv, prints nothing when there is nothing to do

@@ -147,7 +147,15 @@ def test_a_signal_ends_a_run_after_its_step(name, number, whole, corpus, tmp_pat
     assert outcome(folder) == whole(name)[0]
 
 
-def test_the_second_ctrl_c_is_not_held_back():
+@pytest.fixture
+def obeys_ctrl_c():
+    """Which a shell's background job, and what it starts, does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_ctrl_c_is_not_held_back(obeys_ctrl_c):
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from matplotlib.patches import PathPatch
 
 from genotypes import PRIMITIVES, PUBLISHED, Genotype, GenotypeError, random_genotype, to_json
-from visualize import COLOURS, PictureError, cell_figure, draw_cell, layout_cell, main
+from visualize import COLOURS, PictureError, cell_figure, draw_cell, layout_cell, main, study_figure
 
 # 20 random cells of 1 to 20 nodes, every third of them with only its even nodes in the output.
 CELLS = {**PUBLISHED, "alone": Genotype((("relu", 0),), (1,))}
@@ -231,3 +231,42 @@ def test_neither_a_window_system_nor_torch_is_loaded():
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def write_events(folder, *done):
+    folder.mkdir()
+    rows = [{"trial": name, "event": "done", "valid_ppl": ppl} for name, ppl in done]
+    (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_study_s_picture_has_every_cell_the_best_and_the_median(tmp_path):
+    done = [("first-1/1", 9.0), ("random-1/1", 7.0), ("unrolled-1/1", 8.0), ("first-2/1", 3.0)]
+    axes = study_figure(done).axes[0]
+    drawn = {line.get_label(): line for line in axes.lines}
+    assert list(drawn["best so far"].get_ydata()) == [9, 7, 7, 3]
+    assert list(drawn["median so far"].get_ydata()) == [9, 8, 8, 7.5]
+    points = {name: [tuple(point) for point in drawn[name].get_xydata()] for name in ("first", "unrolled", "random")}
+    assert points == {"first": [(1, 9), (4, 3)], "unrolled": [(3, 8)], "random": [(2, 7)]}
+
+
+def test_a_study_s_picture_tells_of_its_selection_alone(tmp_path):
+    write_events(tmp_path / "study", ("search/first/1", 99.0), ("select/first-1/1", 9.0), ("retrain/first-1/1", 2.0))
+    out = tmp_path / "study.svg"
+    assert main(["study", str(tmp_path / "study"), "--out", str(out)]) == 0
+    once = out.read_bytes()
+    assert main(["study", str(tmp_path / "study"), "--out", str(out)]) == 0
+    assert out.read_bytes() == once
+    assert b"<svg" in once
+
+
+@pytest.mark.parametrize(("done", "out", "said"), [
+    ([], "a.svg", "no short training of a study is done"),
+    ([("select/first-1/1", 9.0)], "a.gif", "a picture's name ends in"),
+    ([("select/first-1/1", 9.0)], "no/a.svg", "cannot write"),
+])  # fmt: skip
+def test_a_study_that_cannot_be_drawn_is_refused_in_a_line(done, out, said, tmp_path, capsys):
+    write_events(tmp_path / "study", *done)
+    with pytest.raises(SystemExit) as end:
+        main(["study", str(tmp_path / "study"), "--out", str(tmp_path / out)])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""The stages of a study at work: measured, planned, run on a cluster, and ended early where the rules say so."""
+
+import json
+import shutil
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cluster
+import data
+import jobs
+import plan
+from board import HALTING, MEANING, Board, Rules
+from jobs import Job
+from leaderboard import SHARE
+from utils import Run, RunError, append
+
+PACES = "paces.json"
+
+
+class Crew:
+    """Runs jobs of a study, as many at a time as there is room for. A context: inside, Ray is there."""
+
+    def __init__(self, run: Run, args: Namespace, corpus: data.Corpus):
+        self.run, self.args, self.corpus = run, args, corpus
+        self.interrupted = False
+        self.paces: dict[str, plan.Pace] = {}  # by kind of job
+
+    def __enter__(self) -> "Crew":
+        for left in self.run.folder.glob("tune-*"):  # of a driver that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        self.connection = cluster.connected(self.args.address)
+        self.connection.__enter__()
+        gpus = self.args.gpus_per_trial
+        self.share = cluster.Share(self.args.cpus_per_trial, float(cluster.has_gpus()) if gpus is None else gpus)
+        room = cluster.room(self.share)
+        if room < 1:
+            raise RunError(
+                f"--cpus_per_trial {self.share.cpus:g} --gpus_per_trial {self.share.gpus:g}: no machine has so much;"
+                " ask for less"
+            )
+        self.parallel = min(self.args.parallel or sys.maxsize, room)
+        self.run.write(SHARE, self.share._asdict())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.connection.__exit__(*error)
+
+    def measure(self, todo: Sequence[Job]) -> None:
+        """How long a step of each kind of job takes, with as many at a time as there are to be."""
+        key = f"{self.share.cpus:g} cores, {self.share.gpus:g} GPUs, {self.parallel} at a time: "
+        found = jobs.read_json(self.run.folder / PACES) or {}
+        known = {kind: pace for kind, pace in found.items() if is_pace(pace)}
+        kinds = {plan.kind(job): job for job in todo}
+        unknown = [kind for kind in kinds if key + kind not in known]
+        new = {kind: plan.probe(kinds[kind], f"probe/{i}") for i, kind in enumerate(unknown)}
+        company = [job._replace(name=f"{job.name}-{i}") for i in range(self.parallel) for job in new.values()]
+        if new:
+            self.run.log(f"measuring how long a step takes, {len(new)} kinds of runs")
+            shutil.rmtree(self.run.folder / "probe", ignore_errors=True)
+            probes = [*new.values(), *company[: max(0, self.parallel - len(new))]]  # so many at a time, as later
+            board = Board(self.run, probes, {job.name: 0.0 for job in probes}, self.parallel, quiet=True)
+            with board:
+                self.run_all(probes, board)
+            for job in probes:
+                if job.name in board.failures:
+                    raise RunError(f"{job.name} failed: {jobs.last_line(board.output(job))}")
+                if not job.decided(self.run.folder):
+                    raise KeyboardInterrupt  # which Ray keeps for itself
+            known |= {key + kind: plan.read(self.run.folder / job.name) for kind, job in new.items()}
+            self.run.write(PACES, known)
+            shutil.rmtree(self.run.folder / "probe")
+        self.paces = {kind: plan.Pace(*known[key + kind]) for kind in kinds}
+
+    def plan(self, stages: Mapping[str, Sequence[Job]], whole: Job) -> str:
+        """What is to be run, and what it will cost; `whole` is one training in full."""
+        self.measure([whole, *(job for todo in stages.values() for job in todo)])
+        entries = [
+            plan.entry(stage, todo, self.run.folder, self.corpus, self.paces, self.parallel)
+            for stage, todo in stages.items()
+        ]
+        full = plan.seconds(whole, self.corpus, self.paces)
+        unit = "GPU" if self.share.gpus else "core"
+        return plan.text(entries, self.parallel, unit, self.share.devices, full)
+
+    def run_all(self, todo: Sequence[Job], board: Board, halving: int = 0) -> None:
+        """See `cluster.run_all`."""
+        cluster.run_all(todo, self.run.folder, self.share, self.parallel, self.args.retries, board, halving)
+
+    def work(self, stage: str, todo: Sequence[Job], halving: int = 0) -> bool:
+        """Run the jobs that are not over; returns whether the study is to go on. `halving`: see `cluster.run_all`."""
+        expected = {job.name: plan.seconds(job, self.corpus, self.paces) for job in todo}
+        rules = Rules(self.args.converged if stage == "select" else 0, self.args.budget_hours)
+        elsewhere = {path.parent for path in self.run.folder.glob("*/**/metrics.jsonl")}
+        elsewhere -= {self.run.folder / job.name for job in todo}
+        hours = sum(map(jobs.seconds, elsewhere)) * self.share.devices / 3600
+        with Board(self.run, todo, expected, self.parallel, rules, hours, self.share.devices) as board:
+            left = [job for job in todo if not job.decided(self.run.folder)]
+            if left and not board.reason():
+                self.run.log(f"{stage}: {len(todo)} trials, {len(left)} to run")
+                self.run_all(todo if halving else left, board, halving)  # halving looks at what the others did
+            reason = board.reason() if any(not job.decided(self.run.folder) for job in todo) else ""
+            ended = [job for job in todo if job.name in board.failures or job.decided(self.run.folder)]
+        self.interrupted = not reason and len(ended) < len(todo)
+        if self.interrupted:
+            return False
+        row = {"at": time.time(), "trial": stage, "event": "stopped" if reason else "over", "reason": reason}
+        append(self.run.folder / jobs.EVENTS, json.dumps(row) + "\n")
+        if reason:
+            self.run.log(f"{stage} stopped: {MEANING[reason]}")
+        return reason not in HALTING
+
+
+def is_pace(value: Any) -> bool:
+    """Whether a value from a file could be a `plan.Pace`."""
+    return isinstance(value, list) and len(value) == 2 and all(jobs.is_number(v) and v >= 0 for v in value)

@@ -1,0 +1,118 @@
+"""A trial's process: begun, gone on with, failed, and ended with whoever started it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from made import outcome, write_corpus
+
+import jobs
+from jobs import Job, TrialFailed
+
+ROOT = Path(__file__).parent.parent
+SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --arch DARTS_V1 --lr 1 --engine eager"
+
+
+@pytest.fixture
+def job(tmp_path):
+    write_corpus(tmp_path, train=30, valid=16, test=16)
+    return Job("select/cell/1", "train.py", (*SIZES.split(), "--epochs", "3", "--data", str(tmp_path)))
+
+
+def test_a_trial_is_run_told_of_and_not_run_again(job, tmp_path):
+    told = []
+    jobs.run(job, tmp_path / "study", tmp_path, 1, told.append)
+    folder = tmp_path / "study" / job.name
+    assert [row["epoch"] for row in told] == [1, 2, 3]
+    assert job.decided(tmp_path / "study")
+    assert jobs.result(folder)["test_ppl"] is None  # the test text stays unread
+    before, again = outcome(folder), []
+    jobs.run(job, tmp_path / "study", tmp_path, 1, again.append)
+    assert again == told
+    assert outcome(folder) == before
+
+    test = job._replace(test=True)
+    assert not test.decided(tmp_path / "study")
+    jobs.run(test, tmp_path / "study", tmp_path, 1, again.append)
+    assert test.decided(tmp_path / "study")
+    after = jobs.result(folder)
+    assert after["test_ppl"] > 1
+    assert after["valid_ppl"] == before["result.json"]["valid_ppl"]
+
+
+def test_a_trial_goes_on_from_its_own_checkpoint(job, tmp_path):
+    """The flags of the run count, not those that it would be begun with."""
+    whole, cut = tmp_path / "whole", tmp_path / "study"
+    jobs.run(job, whole, tmp_path, 1, list)
+    flags = [*job.flags, "--save", str(cut / job.name), "--test", "skip"]
+    command = [sys.executable, ROOT / "train.py", *flags, "--checkpoint_minutes", "0"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=one_thread, stdout=subprocess.DEVNULL) as process:
+        while not (cut / job.name / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        process.kill()
+    told = []
+    jobs.run(job._replace(flags=("--not_a_flag",)), cut, tmp_path, 1, told.append)
+    assert [row["epoch"] for row in told] == [1, 2, 3]
+    assert jobs.result(cut / job.name)["valid_ppl"] == jobs.result(whole / job.name)["valid_ppl"]
+
+
+def test_a_trial_that_cannot_run_fails_with_its_last_line(job, tmp_path):
+    with pytest.raises(TrialFailed, match=r"select/cell/1: train.py: error: --lr 0.0: must be above 0"):
+        jobs.run(job._replace(flags=(*job.flags, "--lr", "0")), tmp_path / "study", tmp_path, 1, list)
+
+
+def test_a_trial_ends_with_the_process_that_started_it(job, tmp_path):
+    """Else it would hold its directory against the next attempt."""
+    job = job._replace(flags=(*job.flags, "--epochs", "5000"))
+    code = f"import jobs; jobs.run(jobs.{job!r}, jobs.Path({str(tmp_path)!r}), {str(tmp_path)!r}, 1, list)"
+    lock = tmp_path / job.name / "lock"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
+        while not (tmp_path / job.name / "metrics.jsonl").exists():
+            assert parent.poll() is None
+            time.sleep(0.01)
+        trial = json.loads(lock.read_text())["pid"]
+        os.kill(trial, 0)
+        parent.send_signal(signal.SIGKILL)
+    until = time.monotonic() + 10
+    while Path(f"/proc/{trial}").exists() and "Z" not in Path(f"/proc/{trial}/stat").read_text().split()[2]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_what_is_half_written_is_not_there_yet(tmp_path):
+    row = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 2.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"kind": "epo')
+    assert jobs.epochs(tmp_path) == [row]
+    assert jobs.seconds(tmp_path) == 2.5
+    assert jobs.seconds(tmp_path / "nowhere") == 0
+    assert jobs.result(tmp_path) is None
+
+
+DAMAGED = (
+    "", "{", "[]", "{}", '{"valid_ppl": 5}', '{"valid_ppl": "5", "genotype": "LSTM"}',
+    '{"valid_ppl": NaN, "genotype": "LSTM"}', '{"valid_ppl": 5, "genotype": {"recurrent": 1}}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_result_is_none(text, tmp_path):
+    (tmp_path / "result.json").write_text(text)
+    assert jobs.result(tmp_path) is None
+    assert not Job(".", "train.py", ()).decided(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["[]", "7", "{}", '{"kind": 3}', '{"trial": []}', '{"trial": "a", "event": "done"}',
+                                  '{"kind": "epoch", "seconds": "x"}', "[" * 100_000])  # fmt: skip
+def test_odd_lines_are_passed_over(line, tmp_path):
+    good = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps(good)}\n")
+    assert jobs.epochs(tmp_path) == [good]
+    event = {"trial": "select/a/1", "event": "done", "valid_ppl": 3.0}
+    (tmp_path / jobs.EVENTS).write_text(f"{line}\n{json.dumps(event)}\n")
+    assert jobs.events(tmp_path) == [event]

@@ -1,0 +1,109 @@
+"""Rank correlations, bootstrap and permutation test, against their definitions written out."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ranking
+
+PAIRS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=8)
+
+
+def tau_b(x, y):
+    """(concordant - discordant) / sqrt(pairs untied in x * pairs untied in y) (Kendall 1945)."""
+    score = untied_x = untied_y = 0
+    for i, j in combinations(range(len(x)), 2):
+        a, b = (x[i] > x[j]) - (x[i] < x[j]), (y[i] > y[j]) - (y[i] < y[j])
+        score, untied_x, untied_y = score + a * b, untied_x + abs(a), untied_y + abs(b)
+    return score / math.sqrt(untied_x * untied_y) if untied_x and untied_y else math.nan
+
+
+def rho(x, y):
+    """Pearson's correlation of the mean ranks."""
+
+    def ranks(values):
+        return [sum(v < u for v in values) + (sum(v == u for v in values) + 1) / 2 for u in values]
+
+    a, b = (np.array(ranks(values)) - (len(values) + 1) / 2 for values in (x, y))
+    return (a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum()) if a.any() and b.any() else math.nan
+
+
+@given(PAIRS)
+@settings(max_examples=60, deadline=None)
+def test_the_correlations_are_their_definitions(pairs):
+    x, y = zip(*pairs, strict=True)
+    assert ranking.kendall(x, y) == pytest.approx(tau_b(x, y), nan_ok=True)
+    assert ranking.spearman(x, y) == pytest.approx(rho(x, y), nan_ok=True)
+
+
+def test_an_interval_is_narrow_where_cells_are_many_and_seeds_agree():
+    rng = np.random.default_rng(0)
+    quality = np.arange(12.0)
+    alike = [[q + noise for noise in 0.01 * rng.normal(size=2)] for q in quality]
+    value, low, high = ranking.agreement(ranking.kendall, alike, [[q] for q in quality], resamples=200)
+    assert value == pytest.approx(1.0)
+    assert 0.9 < low <= high < 1.001
+
+    both = [[[q + noise for noise in 0.01 * rng.normal(size=2)] for q in quality] for _ in range(2)]
+    assert ranking.agreement(ranking.kendall, *both, resamples=200).low > 0.99  # a cell drawn twice ties with itself
+
+    noisy = [[q + noise for noise in 20 * rng.normal(size=2)] for q in quality]
+    value, low, high = ranking.agreement(ranking.kendall, noisy, [[q] for q in quality], resamples=200)
+    assert low < value < high
+    assert high - low > 0.4
+
+
+def test_seeds_are_drawn_anew_too():
+    """Two cells whose seeds overlap: half of the draws rank them the other way."""
+    x, y = [[0.0, 3.0], [1.0, 2.0]], [[0.0], [1.0]]
+    _, low, high = ranking.agreement(ranking.kendall, x, y, resamples=200)
+    assert (low, high) == (-1.0, 1.0)
+
+
+def test_an_agreement_without_different_cells_is_none():
+    assert all(math.isnan(v) for v in ranking.agreement(ranking.kendall, [[1.0], [1.0]], [[2.0], [3.0]], resamples=50))
+
+
+@given(st.lists(st.lists(st.floats(-9, 9), min_size=1, max_size=4), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_the_spread_between_seeds_is_pooled(values):
+    squares = sum((v - sum(cell) / len(cell)) ** 2 for cell in values for v in cell)
+    freedom = sum(len(cell) - 1 for cell in values)
+    expected = math.sqrt(squares / freedom) if freedom else math.nan
+    assert ranking.seed_spread(values) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
+@given(st.lists(st.integers(0, 30), min_size=4, max_size=8, unique=True), st.integers(2, 6))
+@settings(max_examples=30, deadline=None)
+def test_the_permutation_test_counts_every_split(values, n):
+    """Two-sided as SciPy has it: twice the smaller tail, at most 1."""
+    n = min(n, len(values) - 2)
+    x, y = values[:n], values[n:]
+
+    def difference(chosen):
+        a = [values[i] for i in chosen]
+        return sum(a) / n - (sum(values) - sum(a)) / (len(values) - n)
+
+    found = [difference(chosen) for chosen in combinations(range(len(values)), n)]
+    here = difference(range(n))
+    below, above = (sum(s * d <= s * here + 1e-9 for d in found) / len(found) for s in (1, -1))
+    assert ranking.permutation_test(x, y) == pytest.approx(min(1.0, 2 * min(below, above)))
+
+
+def test_one_value_is_no_sample():
+    assert math.isnan(ranking.permutation_test([1.0], [2.0, 3.0]))
+
+
+def test_the_level_is_the_share_of_draws_inside():
+    """A mean's interval covers it about as often as it says."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for seed in range(100):
+        sample = rng.normal(size=(12, 2))
+        _, low, high = ranking.agreement(lambda x, y: float(np.mean(x)), sample, sample, seed, resamples=100)
+        hits += low <= 0 <= high
+    assert 75 <= hits <= 99

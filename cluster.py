@@ -6,6 +6,7 @@ What Ray writes down of a study is not read again: a trial's run directory says 
 
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,8 +55,11 @@ def connected(address: str | None) -> Iterator[None]:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the board says what became of a trial
     own = {} if address else {"include_dashboard": False, "object_store_memory": 128 << 20}
     try:
+        if address and address != "auto":  # for a silent address Ray would wait for many minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         where = f"--address {address}: cannot reach Ray there; a cluster that has a token wants RAY_AUTH_MODE=token"
         raise RunError(f"{where} ({reason})" if address else f"Ray does not start ({reason})") from error

@@ -28,6 +28,7 @@ from genotypes import random_genotype
 from jobs import EVENTS, Job, events
 from ranking import kendall
 from study import Study, distinct
+from utils import RunError
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train.py": train, "train_search.py": train_search}
@@ -439,6 +440,12 @@ def test_without_ray_one_line_says_how_to_get_it(corpus, tmp_path):
     )  # fmt: skip
     assert run.returncode == 1
     assert run.stderr.splitlines() == [f"error: {trials.INSTALL} (ray is missing)"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "no such host:6379", "127.0.0.1:x"])
+def test_a_cluster_that_is_not_there_is_told_in_a_line(address):
+    with pytest.raises(RunError, match=f"--address {address}: cannot reach Ray there"), cluster.connected(address):
+        pass
 
 
 # --- Ray itself ---

@@ -498,8 +498,8 @@ def test_a_worker_the_driver_and_ray_are_killed_and_the_study_ends_the_same(whol
     wait_for(lambda: any(name.startswith("select/") for name in done(folder)), first)
     first.kill()
     first.communicate()
-    finished = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*/result.json")}
-    assert len(finished) >= 7
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("**/result.json")}
+    assert len(finished) >= 10
 
     second = study_process("run", "--resume", "--study", str(folder))
     [raylet] = wait_for(lambda: children(second.pid, "raylet"), second)

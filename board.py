@@ -25,8 +25,6 @@ from utils import Run, append
 HALTING = ("failures", "budget")  # reasons that end a study, not a stage
 FEW = 10  # trials that must have ended before the share that failed counts
 SPARKS = "▁▂▃▄▅▆▇█"
-
-
 MEANING = {
     "failures": "too many trials failed; see their .out files, and go on with --resume",
     "budget": "--budget_hours are spent; give more to go on with --resume",
@@ -152,9 +150,9 @@ class Board:
 
     def record(self, job: Job, event: str, **more: Any) -> dict[str, Any]:
         """Add a row to events.jsonl."""
-        row = {"at": time.time(), "trial": job.name, "event": event, **more}
+        row = {"trial": job.name, "event": event, **more}
         if not self.quiet:
-            append(self.run.folder / jobs.EVENTS, json.dumps(row) + "\n")
+            tell(self.run.folder, **row)
         return row
 
     def log(self, line: str) -> None:
@@ -220,6 +218,11 @@ def sparks(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(SPARKS[round((value - low) * scale)] for value in values)
+
+
+def tell(study: Path, **row: Any) -> None:
+    """Add a row to events.jsonl, with the time."""
+    append(study / jobs.EVENTS, json.dumps({"at": time.time(), **row}) + "\n")
 
 
 def mend(path: Path) -> None:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: the study has one (board.py)
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -28,25 +27,10 @@ from ray.tune.schedulers import ASHAScheduler
 import jobs
 from board import Board
 from jobs import Job
+from plan import Share
 from utils import RunError
 
 WATCH = 3.0  # seconds between two looks at whether Ray is there
-
-
-class Share(NamedTuple):
-    """What one trial gets of a machine."""
-
-    cpus: float
-    gpus: float
-
-    @property
-    def devices(self) -> float:
-        """What its time costs: GPUs where it has some, else cores."""
-        return self.gpus or self.cpus
-
-    @property
-    def threads(self) -> int:
-        return max(1, int(self.cpus))
 
 
 @contextmanager

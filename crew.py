@@ -1,9 +1,7 @@
 """The stages of a study at work: measured, planned, run on a cluster, and ended early where the rules say so."""
 
-import json
 import shutil
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,41 +10,34 @@ import cluster
 import data
 import jobs
 import plan
-from board import HALTING, MEANING, Board, Rules
+from board import HALTING, MEANING, Board, Rules, tell
 from jobs import Job
 from leaderboard import SHARE
-from utils import Run, RunError, append
+from plan import Share
+from utils import Run, RunError
 
 PACES = "paces.json"
 
 
 class Crew:
-    """Runs jobs of a study, as many at a time as there is room for. A context: inside, Ray is there."""
+    """Runs jobs of a study, as many at a time as there is room for on the Ray that this process is connected to."""
 
     def __init__(self, run: Run, args: Namespace, corpus: data.Corpus):
         self.run, self.args, self.corpus = run, args, corpus
         self.interrupted = False
         self.paces: dict[str, plan.Pace] = {}  # by kind of job
-
-    def __enter__(self) -> "Crew":
-        for left in self.run.folder.glob("tune-*"):  # of a driver that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        self.connection = cluster.connected(self.args.address)
-        self.connection.__enter__()
-        gpus = self.args.gpus_per_trial
-        self.share = cluster.Share(self.args.cpus_per_trial, float(cluster.has_gpus()) if gpus is None else gpus)
+        gpus = args.gpus_per_trial
+        self.share = Share(args.cpus_per_trial, float(cluster.has_gpus()) if gpus is None else gpus)
         room = cluster.room(self.share)
         if room < 1:
             raise RunError(
                 f"--cpus_per_trial {self.share.cpus:g} --gpus_per_trial {self.share.gpus:g}: no machine has so much;"
                 " ask for less"
             )
-        self.parallel = min(self.args.parallel or sys.maxsize, room)
-        self.run.write(SHARE, self.share._asdict())
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.connection.__exit__(*error)
+        self.parallel = min(args.parallel or sys.maxsize, room)
+        for left in run.folder.glob("tune-*"):  # of a driver that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        run.write(SHARE, self.share._asdict())
 
     def measure(self, todo: Sequence[Job]) -> None:
         """How long a step of each kind of job takes, with as many at a time as there are to be."""
@@ -82,12 +73,15 @@ class Crew:
             for stage, todo in stages.items()
         ]
         full = plan.seconds(whole, self.corpus, self.paces)
-        unit = "GPU" if self.share.gpus else "core"
-        return plan.text(entries, self.parallel, unit, self.share.devices, full)
+        return plan.text(entries, self.parallel, self.share, full)
 
     def run_all(self, todo: Sequence[Job], board: Board, halving: int = 0) -> None:
         """See `cluster.run_all`."""
         cluster.run_all(todo, self.run.folder, self.share, self.parallel, self.args.retries, board, halving)
+
+    def undecided(self, todo: Sequence[Job]) -> list[Job]:
+        """Those that are not over."""
+        return [job for job in todo if not job.decided(self.run.folder)]
 
     def work(self, stage: str, todo: Sequence[Job], halving: int = 0) -> bool:
         """Run the jobs that are not over; returns whether the study is to go on. `halving`: see `cluster.run_all`."""
@@ -97,17 +91,16 @@ class Crew:
         elsewhere -= {self.run.folder / job.name for job in todo}
         hours = sum(map(jobs.seconds, elsewhere)) * self.share.devices / 3600
         with Board(self.run, todo, expected, self.parallel, rules, hours, self.share.devices) as board:
-            left = [job for job in todo if not job.decided(self.run.folder)]
+            left = self.undecided(todo)
             if left and not board.reason():
                 self.run.log(f"{stage}: {len(todo)} trials, {len(left)} to run")
                 self.run_all(todo if halving else left, board, halving)  # halving looks at what the others did
-            reason = board.reason() if any(not job.decided(self.run.folder) for job in todo) else ""
-            ended = [job for job in todo if job.name in board.failures or job.decided(self.run.folder)]
-        self.interrupted = not reason and len(ended) < len(todo)
+            left = self.undecided(todo)
+            reason = board.reason() if left else ""
+        self.interrupted = not reason and any(job.name not in board.failures for job in left)
         if self.interrupted:
             return False
-        row = {"at": time.time(), "trial": stage, "event": "stopped" if reason else "over", "reason": reason}
-        append(self.run.folder / jobs.EVENTS, json.dumps(row) + "\n")
+        tell(self.run.folder, trial=stage, event="stopped" if reason else "over", reason=reason)
         if reason:
             self.run.log(f"{stage} stopped: {MEANING[reason]}")
         return reason not in HALTING

@@ -14,6 +14,7 @@ from typing import Any
 import jobs
 import ranking
 from jobs import Job
+from plan import Share
 from study import RANDOM, Cell, Proxy, Study
 from utils import Run
 
@@ -21,13 +22,14 @@ SHARE = "share.json"  # what a trial takes of a machine
 AGREES = 0.7  # Kendall's tau of a proxy that is recommended, whose interval must lie above 0
 
 
-def write(study: Study, run: Run) -> dict[str, Any]:
-    """All three files; returns what the second one holds."""
+def write(study: Study, run: Run) -> str:
+    """All three files; returns the text of the first."""
     found = summary(study)
+    text = as_markdown(found)
     run.write("leaderboard.json", found)
     run.write_text("leaderboard.csv", as_csv(found["cells"]))
-    run.write_text("leaderboard.md", as_markdown(found))
-    return found
+    run.write_text("leaderboard.md", text)
+    return text
 
 
 def summary(study: Study) -> dict[str, Any]:
@@ -110,10 +112,7 @@ def against_random(cells: Sequence[dict]) -> dict[str, Any] | None:
 
 def stages(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
     """Whether what one stage ranks high, the next does."""
-    relaxed = {
-        job.name.removeprefix("search/").replace("/", "-"): result["valid_ppl"]
-        for job in study.search() if (result := jobs.result(study.folder / job.name))
-    }  # fmt: skip
+    relaxed = {name: result["valid_ppl"] for name, result in study.searched().items()}
     short = {name: row["select"] for row in cells for name in row["found_by"] if row["select"] is not None}
     full = {row["cell"]: row["retrain"] for row in cells if row["retrain"] is not None}
     found = []
@@ -188,12 +187,12 @@ def proxies(study: Study) -> list[dict[str, Any]]:
 
 def cost(study: Study) -> list[dict[str, Any]]:
     """Device time by stage, of every run there is, where a trial takes what it did when they last ran."""
-    share, found = jobs.read_json(study.folder / SHARE) or {}, []
-    device, devices = ("GPU", share["gpus"]) if share.get("gpus") else ("core", share.get("cpus", 1))
+    kept = (jobs.read_json(study.folder / SHARE) or {}).items()
+    share, found = Share(**{name: value for name, value in kept if name in Share._fields and jobs.is_number(value)}), []
     for stage in ("baseline", "proxy", "search", "select", "retrain"):
         folders = [path.parent for path in sorted((study.folder / stage).glob("**/metrics.jsonl"))]
         total = sum(map(jobs.seconds, folders))
-        found.append({"stage": stage, "runs": len(folders), f"{device}_hours": total * devices / 3600})
+        found.append({"stage": stage, "runs": len(folders), f"{share.unit}_hours": total * share.devices / 3600})
     return found
 
 
@@ -242,9 +241,9 @@ def as_csv(cells: Iterable[dict]) -> str:
     return file.getvalue()
 
 
-def shown(value: Any, digits: int = 2) -> str:
+def shown(value: Any) -> str:
     """A number of a table; a dash for none."""
-    return "-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def with_spread(value: float | None, sd: float | None) -> str:

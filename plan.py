@@ -4,6 +4,7 @@ import heapq
 import shlex
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,27 @@ WARM = 4  # of them, in which functions are compiled and memory is taken
 NOT_OF_THE_KIND = {"epochs", "seed", "save", "resume", "limit_tokens", "test", "log_interval"}
 
 
+class Share(NamedTuple):
+    """What one trial takes of a machine."""
+
+    cpus: float = 1
+    gpus: float = 0
+
+    @property
+    def devices(self) -> float:
+        """What its time costs: GPUs where it has some, else cores."""
+        return self.gpus or self.cpus
+
+    @property
+    def unit(self) -> str:
+        """In which that is told."""
+        return "GPU" if self.gpus else "core"
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+
 class Pace(NamedTuple):
     """Seconds on the machine at hand."""
 
@@ -45,8 +67,9 @@ class Entry(NamedTuple):
     wall: float  # seconds, so many at a time
 
 
+@cache
 def parse(job: Job) -> Namespace:
-    """A job's flags, as its script would take them."""
+    """A job's flags, as its script would take them; not to be written to."""
     args = SCRIPTS[job.script].build_parser().parse_args([*job.flags, "--save", job.name])
     options.complete(args, "")
     return args
@@ -64,9 +87,9 @@ def kind(job: Job) -> str:
 def probe(job: Job, name: str) -> Job:
     """A run of a few steps of the same kind."""
     args = parse(job)
-    held_out = 1 - train_search.HELD_OUT if getattr(args, "search_split", "valid") == "train" else 1.0
-    rows = max(PROBE_STEPS * args.bptt, 2 / (1 - held_out) if held_out < 1 else 2)
-    tokens = int(args.batch_size * rows / held_out) + 1
+    held_out = train_search.HELD_OUT if getattr(args, "search_split", "valid") == "train" else 0.0
+    rows = max(PROBE_STEPS * args.bptt, 2 / (held_out or 1))  # at least the two that either text needs
+    tokens = int(args.batch_size * rows / (1 - held_out)) + 1
     short = ("--epochs", "1", "--limit_tokens", str(tokens), "--log_interval", "1", "--checkpoint_minutes", "60",
              "--cycle", "0")  # fmt: skip
     return Job(name, job.script, (*job.flags, *short))
@@ -115,19 +138,19 @@ def entry(stage: str, todo: Sequence[Job], study: Path, corpus: data.Corpus, pac
     return Entry(stage, len(todo), len(todo) - len(left), total, sum(left), makespan(left, parallel))
 
 
-def text(entries: Sequence[Entry], parallel: int, device: str, devices: float, full: float) -> str:
-    """The plan for a person. `full`: seconds of one training in full; a trial takes so many `devices` of a kind."""
-    hours = f"{device}-hours"
+def text(entries: Sequence[Entry], parallel: int, share: Share, full: float) -> str:
+    """The plan for a person. `full`: seconds of one training in full."""
+    hours = f"{share.unit}-hours"
     lines = [f"{'stage':<10}{'trials':>8}{'done':>6}{'steps':>12}{'s/step':>9}{hours:>12}{'wall clock':>13}"]
     for e in entries:
         pace = f"{e.seconds / e.steps:.3g}" if e.steps else ""
         lines.append(
-            f"{e.stage:<10}{e.trials:>8}{e.done:>6}{e.steps:>12,}{pace:>9}{e.seconds * devices / 3600:>12.2f}"
+            f"{e.stage:<10}{e.trials:>8}{e.done:>6}{e.steps:>12,}{pace:>9}{e.seconds * share.devices / 3600:>12.2f}"
             f"{tqdm.format_interval(e.wall):>13}"
         )
     work, wall = sum(e.seconds for e in entries), sum(e.wall for e in entries)
     multiple = f", {work / full:.1f} times one training in full" if full else ""
     return "\n".join(lines) + (
-        f"\nin all {work * devices / 3600:.2f} {hours}{multiple}; {tqdm.format_interval(wall)} with {parallel}"
+        f"\nin all {work * share.devices / 3600:.2f} {hours}{multiple}; {tqdm.format_interval(wall)} with {parallel}"
         f" trial{'s' if parallel > 1 else ''} at a time (without starting processes and compiling)"
     )

@@ -8,10 +8,10 @@ import re
 import shlex
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jobs
 from genotypes import Genotype, from_json, random_genotype
@@ -73,11 +73,10 @@ class Study:
 
     def baseline(self) -> list[Job]:
         a = self.args
-        return list(
-            chain.from_iterable(
-                self.training("baseline", label(arch), arch, a.full_epochs, a.full_seeds) for arch in a.baselines
-            )
-        )
+        return [
+            job for arch in a.baselines
+            for job in self.training("baseline", label(arch), arch, a.full_epochs, a.full_seeds)
+        ]  # fmt: skip
 
     def proxies(self) -> list[Proxy]:
         """To try, the long training itself left out."""
@@ -114,11 +113,11 @@ class Study:
             for seed in range(a.seed, a.seed + a.seeds) for method in a.methods if method in METHODS
         ]  # fmt: skip
 
-    def found(self) -> dict[str, Genotype]:
-        """By search ("first-1"), those that have ended."""
+    def searched(self) -> dict[str, dict[str, Any]]:
+        """The results of the searches that have ended, by name ("first-1")."""
         results = {job.name: jobs.result(self.folder / job.name) for job in self.search()}
         return {
-            name.removeprefix("search/").replace("/", "-"): from_json(result["genotype"])
+            name.removeprefix("search/").replace("/", "-"): result
             for name, result in results.items() if result is not None
         }  # fmt: skip
 
@@ -133,7 +132,7 @@ class Study:
     def cells(self) -> list[Cell]:
         """Every distinct genotype of the searches, and the random ones: taken in turn, so that a selection which is
         stopped has seen of both."""
-        searched = distinct(self.found().items())
+        searched = distinct((name, from_json(result["genotype"])) for name, result in self.searched().items())
         drawn = distinct(self.random_cells(len(searched)).items())
         return [cell for pair in zip_longest(searched, drawn) for cell in pair if cell]
 

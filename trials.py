@@ -161,7 +161,7 @@ def begin(parser: options.Parser, argv: list[str] | None) -> tuple[Namespace, da
     else:
         found += begun_faults(args, config, folder)
     study = Study(folder, args)
-    stages = [stage for stage in SHAPED_BY if args.stage in ("run", stage)]
+    stages = asked(args)
     found = found or missing_faults(study) or job_faults(parser, study, stages)
     corpus = None
     if not found:
@@ -187,6 +187,11 @@ def begin(parser: options.Parser, argv: list[str] | None) -> tuple[Namespace, da
         flags = {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
         run.write(CONFIG, {"flags": flags, "sha256": corpus.sha256})
     return args, corpus, run
+
+
+def asked(args: Namespace) -> list[str]:
+    """The stages to be run, in their order; none for a report alone."""
+    return [stage for stage in SHAPED_BY if args.stage in ("run", stage)]
 
 
 def read_config(parser: options.Parser, folder: Path) -> dict[str, Any]:
@@ -235,10 +240,10 @@ def number_faults(args: Namespace) -> list[str]:
 def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[str]:
     """Flags that a stage which has begun was shaped by and that are others now; and a stage to go on with, unasked."""
     begun = [stage for stage in SHAPED_BY if (folder / stage).exists()]
-    asked = [stage for stage in begun if args.stage in ("run", stage)]
+    again = [stage for stage in asked(args) if stage in begun]
     found = []
-    if asked and not args.resume and not args.dry_run:
-        found.append(f"--study {folder}: its {asked[0]} has begun; add --resume to go on, or take another")
+    if again and not args.resume and not args.dry_run:
+        found.append(f"--study {folder}: its {again[0]} has begun; add --resume to go on, or take another")
     for name in dict.fromkeys(name for stage in begun for name in SHAPED_BY[stage].split()):
         if getattr(args, name) != (before := config["flags"][name]):
             found.append(f"--{name}: the study in {folder} has begun with {before}; leave it out, or start another")
@@ -329,16 +334,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     parser.parse_args(argv)  # --help needs no Ray
     try:
+        import cluster
         import leaderboard
         from crew import Crew
     except ImportError as error:
         raise RunError(f"{INSTALL} ({error.name} is missing)") from error
     args, corpus, run = begin(parser, argv)
     study = Study(run.folder, args)
-    stages = [stage for stage in SHAPED_BY if args.stage in ("run", stage)]
+    stages = asked(args)
     if stages:
         try:
-            with Crew(run, args, corpus) as crew:
+            with cluster.connected(args.address):
+                crew = Crew(run, args, corpus)
                 whole = study.training("plan", "whole", "DARTS", args.full_epochs, 1)[0]
                 run.log(crew.plan({stage: planned(study, stage) for stage in stages}, whole))
                 if args.dry_run:
@@ -357,8 +364,7 @@ def main(argv: list[str] | None = None) -> int:
             run.log(f"interrupted; go on with: python trials.py {args.stage} --resume --study {run.folder}")
             return 130
     if args.stage in ("run", "report"):
-        leaderboard.write(study, run)
-        run.log((run.folder / "leaderboard.md").read_text(encoding="utf-8"))
+        run.log(leaderboard.write(study, run))
     return 1 if "failures" in leaderboard.stopped(study).values() else 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 TIMES = {"seconds", "tokens_per_s"}  # of what is compared, all that may differ
 
@@ -32,4 +33,21 @@ def outcome(folder):
     found["result.json"] = untimed(json.loads((folder / "result.json").read_text()))
     assert list(folder.glob(".*")) == []  # nothing half written is left
     found["metrics.jsonl"] = list(map(untimed, rows(folder)))
+    return found
+
+
+def finish(process):
+    """What a process said that ended well."""
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def wait_for(holds, process, seconds=120):
+    """What `holds` gives once that is true, while the process runs."""
+    until = time.monotonic() + seconds
+    while not (found := holds()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.01)
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from resource import RLIMIT_FSIZE, setrlimit
 
 import pytest
-from made import outcome, write_corpus
+from made import finish, outcome, wait_for, write_corpus
 
 import checkpoint
 from utils import StopSignal
@@ -48,12 +48,6 @@ def begin(name, corpus, save, *more, **how):
     )  # fmt: skip
 
 
-def finish(process):
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return out
-
-
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """By name of a run: what it leaves when nobody disturbs it, and the seconds from its first checkpoint to its end.
@@ -64,7 +58,7 @@ def whole(corpus, tmp_path_factory):
         if name not in made:
             folder = tmp_path_factory.mktemp("whole") / "run"
             process = begin(name, corpus, folder)
-            wait_for(folder / "last.pt", process)
+            wait_for((folder / "last.pt").exists, process)
             clock = time.monotonic()
             finish(process)
             made[name] = outcome(folder), time.monotonic() - clock
@@ -84,7 +78,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(kill, whole, corpus, t
     rng, folder = random.Random(kill), tmp_path / "run"
     process = begin(name, corpus, folder)
     try:
-        wait_for(folder / "last.pt", process)
+        wait_for((folder / "last.pt").exists, process)
         process.wait(timeout=rng.uniform(0, seconds))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
@@ -100,7 +94,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(kill, whole, corpus, t
 def test_a_damaged_last_checkpoint_costs_no_more_than_the_way_from_the_one_before(name, whole, corpus, tmp_path):
     folder = tmp_path / "run"
     process = begin(name, corpus, folder)
-    wait_for(folder / "previous.pt", process)
+    wait_for((folder / "previous.pt").exists, process)
     process.kill()
     process.communicate()
     raw = bytearray((folder / "last.pt").read_bytes())
@@ -111,14 +105,6 @@ def test_a_damaged_last_checkpoint_costs_no_more_than_the_way_from_the_one_befor
     says = "last.pt: not a checkpoint, or a damaged one; going on from previous.pt, the one before it"
     assert out.splitlines()[0].endswith(says)
     assert outcome(folder) == whole(name)[0]
-
-
-def wait_for(path, process):
-    until = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_the_retraining_that_is_killed_averages_from_its_middle_on(whole):
@@ -136,7 +122,7 @@ def test_the_retraining_that_is_killed_averages_from_its_middle_on(whole):
 def test_a_signal_ends_a_run_after_its_step(name, number, whole, corpus, tmp_path):
     folder = tmp_path / "run"
     process = begin(name, corpus, folder, "--checkpoint_minutes", 1000)  # so that the signal alone saves
-    wait_for(folder / "metrics.jsonl", process)
+    wait_for((folder / "metrics.jsonl").exists, process)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
@@ -168,7 +154,7 @@ def test_the_second_ctrl_c_is_not_held_back(obeys_ctrl_c):
 def test_a_second_ctrl_c_leaves_at_once_and_does_no_harm(whole, corpus, tmp_path):
     folder = tmp_path / "run"
     process = begin("retraining", corpus, folder)
-    wait_for(folder / "metrics.jsonl", process)
+    wait_for((folder / "metrics.jsonl").exists, process)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
@@ -196,7 +182,7 @@ def test_a_disk_that_takes_no_more_ends_a_run_that_goes_on_later(name, limit, wh
 def test_a_second_process_is_refused_with_the_first_one_s_number(corpus, tmp_path):
     folder = tmp_path / "run"
     first = begin("unrolled", corpus, folder, "--epochs", 500)
-    wait_for(folder / "metrics.jsonl", first)
+    wait_for((folder / "metrics.jsonl").exists, first)
     for flags in ((), ("--resume",)):
         second = begin("unrolled", corpus, folder, *flags)
         out, _ = second.communicate(timeout=60)

@@ -5,14 +5,13 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from gradients import B, gradients
-from made import outcome, rows, write_corpus
+from made import finish, outcome, rows, wait_for, write_corpus
 
 import checkpoint
 import train
@@ -33,12 +32,6 @@ def start(*command):
         [*TORCHRUN, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
-
-
-def finish(process):
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +66,6 @@ def corpus(tmp_path_factory):
 def begin(name, corpus, save, *more):
     script, flags = RUNS[name]
     return start(script, *SIZES.split(), *flags.split(), "--data", corpus, "--save", save, *more)
-
-
-def wait_for(holds, process):
-    until = time.monotonic() + 120
-    while not holds():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def workers(process):

@@ -7,14 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
-from made import write_corpus
+from made import wait_for, write_corpus
 
 import cluster
 import jobs
@@ -459,15 +458,6 @@ def study_process(*given):
     )  # fmt: skip
 
 
-def wait_for(holds, process, seconds=240):
-    until = time.monotonic() + seconds
-    while not (found := holds()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    return found
-
-
 def parent(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -493,17 +483,17 @@ def test_a_worker_the_driver_and_ray_are_killed_and_the_study_ends_the_same(whol
                 return json.loads(lock.read_text())["pid"]
         return None
 
-    os.kill(parent(wait_for(trial, first)), signal.SIGKILL)
-    wait_for(lambda: any(event["event"] == "retried" for event in events(folder)), first)
-    wait_for(lambda: any(name.startswith("select/") for name in done(folder)), first)
+    os.kill(parent(wait_for(trial, first, 240)), signal.SIGKILL)
+    wait_for(lambda: any(event["event"] == "retried" for event in events(folder)), first, 240)
+    wait_for(lambda: any(name.startswith("select/") for name in done(folder)), first, 240)
     first.kill()
     first.communicate()
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("**/result.json")}
     assert len(finished) >= 10
 
     second = study_process("run", "--resume", "--study", str(folder))
-    [raylet] = wait_for(lambda: children(second.pid, "raylet"), second)
-    wait_for(lambda: len(list(folder.glob("select/*/*/result.json"))) >= 3, second)
+    [raylet] = wait_for(lambda: children(second.pid, "raylet"), second, 240)
+    wait_for(lambda: len(list(folder.glob("select/*/*/result.json"))) >= 3, second, 240)
     os.kill(raylet, signal.SIGKILL)
     out, _ = second.communicate(timeout=120)
     assert second.returncode == 1, out

@@ -40,7 +40,7 @@ def number_faults(args: Namespace) -> list[str]:
             lambda x: x >= 0,
             "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes max_rollbacks clip"
             " clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop fraternal"
-            " stop_stable max_identity",
+            " stop_stable max_identity diagnose_every",
         ),
         "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start"),
         "at least 0 and below 1": (

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,13 @@ class Progress:
         self.interval.reset()
         self.norm.reset()
         self.tick = (time.perf_counter(), 0)
+
+    def close_diagnosis(self, signal: NamedTuple) -> None:
+        """Log what a search was found to follow, and record it by its names."""
+        self.run.log(str(signal))
+        self.run.record(
+            kind="diagnosis", epoch=self.epoch, step=self.step, seconds=self.elapsed(), **signal._asdict()
+        )  # fmt: skip
 
     def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
         """Log the epoch's training loss and the validation loss, and go on to the next epoch."""

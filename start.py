@@ -32,7 +32,7 @@ from utils import Onlooker, Run, RunError
 # elsewhere, but must be the same text.
 RESUMABLE = {
     "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "backoff", "max_rollbacks",
-    "test",
+    "test", "diagnose_every",
 }  # fmt: skip
 # What --finetune takes over from the run whose weights it starts from, where it is not given anew.
 TUNED_WITH = {

@@ -23,6 +23,7 @@ import start
 from architect import RADIUS, Architect
 from averaging import averaged
 from data import Corpus, Cursor, batchify, get_batch, segments
+from diagnosis import Diagnosis
 from divergence import Watch, go_back
 from dropout import HeldRelu, Rates
 from engine import Engine
@@ -86,6 +87,15 @@ def build_parser() -> options.Parser:
         default=STEPS,
         help="stop when more than so many nodes of the genotype are identity, and keep the one of the epoch before",
     )
+    search.add_argument(
+        "--diagnose_every",
+        type=int,
+        default=0,
+        help="every so many steps measure whether the alphas' gradient has a signal, for visualize.py search: how "
+        "alike those of independent batches are, the largest eigenvalue of the loss's Hessian in alpha, what the "
+        "finite product misses, what discretising costs. It takes as long as several steps and changes nothing of the "
+        "search; 0: never",
+    )
     options.add_shared_flags(
         parser,
         size=300,
@@ -143,17 +153,24 @@ def main(argv: list[str] | None = None) -> int:
     params = sum(w.numel() for w in weights)
     optimizer = new_optimizer(args.optimizer, weights, args.lr, args.wdecay, args.momentum)
     schedule, patience = options.schedule(args), Patience(args.patience, args.min_delta)
-    # A difference of nearby weights needs every digit, the exact product an engine that differentiates twice.
-    precise = model.using(Engine("eager" if args.hessian == "exact" else args.engine))
-    at_once = {"small_batch_size": rows_at_once}
-    regularised = {**at_once, "alpha": args.alpha, "beta": args.beta}
-    valid_loss = partial(small_batch_losses, model, **at_once)
-    train_loss, product_loss = (partial(small_batch_losses, m, **regularised) for m in (model, precise))
-    architect = Architect(
-        weights, model.alphas, train_loss, valid_loss, product_loss, clip=args.clip, wdecay=args.wdecay,
-        clip_value=args.clip_value, hessian=args.hessian if args.unrolled else None, lr=args.arch_lr,
-        arch_wdecay=args.arch_wdecay, average=ranks.average,
-    )  # fmt: skip
+    hessian = args.hessian if args.unrolled else None
+    train_loss = partial(small_batch_losses, model, alpha=args.alpha, beta=args.beta)
+
+    def architect_of(rows_at_once: int, hessian: str | None) -> Architect:
+        # A difference of nearby weights needs every digit, the exact product an engine that differentiates twice.
+        precise = model.using(Engine("eager" if hessian == "exact" else args.engine))
+        at_once = {"small_batch_size": rows_at_once}
+        return Architect(
+            weights, model.alphas, partial(train_loss, **at_once), partial(small_batch_losses, model, **at_once),
+            partial(small_batch_losses, precise, **at_once, alpha=args.alpha, beta=args.beta), clip=args.clip,
+            wdecay=args.wdecay, clip_value=args.clip_value, hessian=hessian, lr=args.arch_lr,
+            arch_wdecay=args.arch_wdecay, average=ranks.average,
+        )  # fmt: skip
+
+    architect = architect_of(rows_at_once, hessian)
+    diagnosis = Diagnosis(
+        model, architect_of, hessian, (train, valid_batches.source, valid), rows_at_once, args.bptt, args.seed, ranks
+    )
 
     def gradient(
         eta: Tensor, x: Tensor, y: Tensor, hidden: Tensor, xv: Tensor, yv: Tensor, hidden_valid: Tensor
@@ -168,12 +185,14 @@ def main(argv: list[str] | None = None) -> int:
             velocity=velocity(optimizer) if args.unrolled else None,
         )
         batch = Batch(x, y, hidden, model.draw_masks(rows))
-        nll, hidden, norm = clipped_gradient(train_loss(batch), weights, args.clip, args.clip_value, ranks.average)
+        parts = train_loss(batch, rows_at_once)
+        nll, hidden, norm = clipped_gradient(parts, weights, args.clip, args.clip_value, ranks.average)
         return nll, norm, hidden, hidden_valid
 
     def quick() -> Callable:
         # no graph holds what goes between ranks
-        return Graphs(gradient, device) if precise.engine.name == "fused" and ranks.size == 1 else gradient
+        fused = args.engine == "fused" and hessian != "exact"
+        return Graphs(gradient, device) if fused and ranks.size == 1 else gradient
 
     hidden = hidden_valid = model.initial_hidden(rows)  # (B, H), of this rank's rows
     best, stopped_by = float("inf"), ""  # validation loss; why the search ended
@@ -210,6 +229,11 @@ def main(argv: list[str] | None = None) -> int:
         """Raises Diverged unless the present weights are fit to be kept."""
         start_of_text = train[: args.bptt + 1, :rows_at_once]
         watch.judge(ranks.same(lambda: evaluate(model, start_of_text, args.bptt, "train")))
+
+    def found() -> dict[str, Any]:
+        """What the alphas are and point to, for a row of metrics.jsonl."""
+        probabilities = [[round(p, 5) for p in edge] for edge in model.alphas.softmax(-1).tolist()]
+        return {"genotype": to_json(model.genotype()), "probabilities": probabilities}
 
     def keep_genotype(epoch: int) -> None:
         """The alphas of now, which are those of this epoch's end, to genotype.json."""
@@ -267,9 +291,11 @@ def main(argv: list[str] | None = None) -> int:
 
                     if progress.step % args.log_interval == 0:
                         watch.check()
-                        genotype = model.genotype()
-                        progress.close_interval(lr, genotype=to_json(genotype))
-                        run.log(str(genotype))
+                        progress.close_interval(lr, **found())
+                        run.log(str(model.genotype()))
+                    if args.diagnose_every and progress.step % args.diagnose_every == 0:
+                        eta = optimizer.param_groups[0]["lr"]
+                        progress.close_diagnosis(diagnosis.measure(progress.step, eta, velocity(optimizer)))
                     stopping, due = ranks.any(stop.requested, keeper.due())
                     if stopping or due:
                         judge()
@@ -281,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
                 with averaged(optimizer):
                     loss = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
                     epoch, genotype = progress.epoch, model.genotype()
-                    progress.close_epoch(loss, optimizer.param_groups[0]["lr"], genotype=to_json(genotype))
+                    progress.close_epoch(loss, optimizer.param_groups[0]["lr"], **found())
                     hidden = model.initial_hidden(rows)
                     if loss < best:
                         best = loss

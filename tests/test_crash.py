@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --checkpoint_minutes 0"
 RUNS = {
     "first order": ("train_search.py", "--lr 1 --epochs 3"),
-    "unrolled": ("train_search.py", "--lr 1 --epochs 2 --unrolled"),
+    "unrolled": ("train_search.py", "--lr 1 --epochs 2 --unrolled --diagnose_every 4"),
     "retraining": ("train.py", "--arch DARTS_V1 --lr 20 --epochs 8 --nonmono 1 --alpha 0.1"),
     "strategies": (
         "train.py",

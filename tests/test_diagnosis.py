@@ -1,0 +1,209 @@
+"""Whether a search's gradient has a signal: each figure against brute force, and none of it leaves a trace."""
+
+import math
+from functools import partial
+
+import oracle
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made import rows, write_corpus
+
+import checkpoint
+import train_search
+from architect import Architect
+from diagnosis import SEGMENTS, Diagnosis, Signal, cosine, dominant_eigenvalue, logits
+from dropout import Rates
+from genotypes import Genotype, random_genotype
+from model_search import derive
+from objective import small_batch_losses
+from ranks import Ranks
+
+
+def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0):
+    model = tiny.search_model(rates)
+
+    def architect_of(rows_at_once, hessian):
+        loss = partial(small_batch_losses, model, small_batch_size=rows_at_once)
+        return Architect(model.weights(), model.alphas, loss, loss, clip=0.25, wdecay=1e-3, hessian=hessian)
+
+    if text is None:
+        text = torch.randint(tiny.V, (80, tiny.B), generator=torch.Generator().manual_seed(seed))
+    return Diagnosis(model, architect_of, hessian, (text, text.flip(0), text), tiny.B, tiny.T, 3, Ranks())
+
+
+def test_the_eigenvalue_is_the_one_of_largest_magnitude_of_the_whole_hessian():
+    """The Hessian by central differences of the gradient, in float64."""
+    here = diagnosis()
+    alphas, places = here.model.alphas, torch.Generator()
+    state = places.get_state()
+    product = here.hessian_product(places)
+    places.set_state(state)
+    batch = here.batch(here.alphas_text, places, here.rows)._replace(masks=here.model.draw_masks(tiny.B)._replace(
+        word=None, embedding=None, x=None, hidden=None, output=None))  # fmt: skip
+
+    def gradient(moved):
+        with torch.no_grad():
+            alphas.add_(moved)
+        [loss] = small_batch_losses(here.model, batch, tiny.B)
+        found = torch.autograd.grad(loss.total, alphas)[0]
+        with torch.no_grad():
+            alphas.sub_(moved)
+        return found.flatten()
+
+    columns = []
+    for k in range(alphas.numel()):
+        moved = torch.zeros_like(alphas)
+        moved.view(-1)[k] = 1e-5
+        columns.append((gradient(moved) - gradient(-moved)) / 2e-5)
+    hessian = torch.stack(columns)
+    for column in (0, 7, 29):
+        unit = torch.zeros_like(alphas)
+        unit.view(-1)[column] = 1
+        torch.testing.assert_close(product(unit).flatten(), hessian[column], atol=1e-6, rtol=1e-4)
+    values = torch.linalg.eigvalsh((hessian + hessian.T) / 2)
+    expected = values[values.abs().argmax()].item()
+    torch.manual_seed(1)
+    assert dominant_eigenvalue(product, alphas.detach()) == pytest.approx(expected, rel=1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.floats(-10, 10), min_size=1, max_size=12), seed=st.integers(0, 1000))
+def test_the_eigenvalue_of_any_symmetric_matrix(values, seed):
+    torch.manual_seed(seed)
+    n = len(values)
+    vectors, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))
+    matrix = vectors @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ vectors.T
+    found = dominant_eigenvalue(lambda v: matrix @ v, torch.zeros(n, dtype=torch.float64))
+    # which of two that are nearly as large, +1 and -1, is the larger one, rounding decides
+    assert abs(found) == pytest.approx(max(map(abs, values)), rel=1e-6, abs=1e-6)
+    assert min(abs(found - value) for value in values) < 1e-6
+
+
+def test_a_hessian_that_is_no_number_has_no_eigenvalue():
+    assert math.isnan(dominant_eigenvalue(lambda v: v * math.nan, torch.zeros(5)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_logits_of_a_genotype_are_that_genotype(seed):
+    cell = random_genotype(seed)
+    p = logits(cell).softmax(-1)
+    assert derive(p) == cell
+    edge = 0
+    for i, (op, predecessor) in enumerate(cell.recurrent, start=1):
+        for j in range(i):
+            assert p[edge].max() == 1 and p[edge].sort().values[-2] < 1e-20
+            assert oracle.PRIMITIVES[int(p[edge].argmax())] == (op if j == predecessor else "none")
+            edge += 1
+
+
+def discretised_loss(model, genotype, text):
+    """Nats per word of the cell as loops: one term a node, normalised as the relaxed one, without dropout."""
+    W0, Ws = model.cell.W0.detach().numpy(), [W.detach().numpy() for W in model.cell.Ws]
+    table, bias = model.embedding.detach(), model.bias.detach()
+    ones, state = 1.0, torch.zeros(text.size(1), tiny.H, dtype=torch.float64).numpy()
+    losses = []
+    for t in range(len(text) - 1):
+        s = [oracle.batch_norm(oracle.cell_input(table[text[t]].numpy(), state, W0, ones, ones))]
+        for i, (op, j) in enumerate(genotype.recurrent, start=1):
+            c, h = oracle.split(s[j] @ Ws[i - 1])
+            s.append(oracle.batch_norm(s[j] + oracle.sigmoid(c) * (oracle.ACTIVATION[op](h) - s[j])))
+        state = sum(s[1:]) / len(genotype.recurrent)
+        scores = torch.log_softmax(torch.from_numpy(state) @ table.T + bias, -1)
+        losses += [-scores[b, text[t + 1, b]].item() for b in range(text.size(1))]
+    return sum(losses) / len(losses)
+
+
+def test_the_gap_is_between_the_mixture_and_its_genotype():
+    here = diagnosis()
+    before = here.model.alphas.detach().clone()
+    relaxed, discrete = here.gap()
+    assert torch.equal(here.model.alphas, before)
+    text = here.valid[: SEGMENTS * tiny.T + 1]
+    assert discrete == pytest.approx(discretised_loss(here.model, here.model.genotype(), text), rel=1e-9)
+    with torch.no_grad():  # a mixture that is its genotype
+        here.model.alphas.copy_(logits(Genotype((("relu", 0), ("tanh", 1), ("identity", 0)), (1, 2, 3))))
+    one, other = here.gap()
+    assert one == other != relaxed
+
+
+def test_batches_that_are_all_alike_agree_and_others_do_not():
+    repeated = torch.arange(tiny.B).expand(80, tiny.B)  # each row of the batch says one word for ever
+    alike, other = diagnosis(rates=Rates(), text=repeated), diagnosis(rates=Rates())
+    # far from the beginning, where the state does not change any more, every segment is the same
+    alike.train = alike.alphas_text = repeated
+    found = [here.agreement(torch.Generator().manual_seed(4), 0.1, None) for here in (alike, other)]
+    assert found[0][:3] == pytest.approx([1, 1, 1], abs=1e-2)
+    assert all(cosine < 0.99 for cosine in found[1][:3])
+
+
+def test_cosines_and_ratio_are_of_the_gradients_that_the_architect_gives():
+    here = diagnosis()
+    given = [(torch.tensor([1.0, 0]), torch.tensor([0.0, 2])), (torch.tensor([0.0, 1]), torch.tensor([0.0, 1])),
+             (torch.tensor([1.0, 1]), torch.tensor([3.0, 0]))]  # fmt: skip
+    queue = iter(given)
+    here.architect.gradient = lambda *_: (*next(queue), None)
+    half = math.sqrt(0.5)
+    direct, implicit, whole, ratio = here.agreement(torch.Generator(), 0.1, None)
+    assert direct == pytest.approx((0 + half + half) / 3)
+    assert implicit == pytest.approx((1 + 0 + 0) / 3)
+    # (1, -2), (0, 0), (-2, 1)
+    assert whole == pytest.approx((0 + -4 / 5 + 0) / 3)
+    assert ratio == pytest.approx((2 + 1 + 3 / math.sqrt(2)) / 3)
+    assert cosine([torch.eye(2), torch.eye(2)]) == pytest.approx(1)
+
+
+def test_the_finite_product_is_held_against_the_exact_one():
+    here = diagnosis()
+    assert here.product_cosine(torch.Generator().manual_seed(1), 0.1, None) == pytest.approx(1, abs=1e-6)
+    here.by_product["finite"].radius = 10.0  # far outside of where the loss is nearly linear
+    assert here.product_cosine(torch.Generator().manual_seed(1), 0.1, None) < 0.99
+
+
+def test_the_first_order_has_no_implicit_part():
+    signal = diagnosis(hessian=None).measure(4, 0.1)
+    assert signal.cosine_implicit is signal.norm_ratio is signal.product_cosine is None
+    assert signal.cosine_direct == signal.cosine_whole is not None
+    assert "implicit" not in str(signal) and "cosine direct" in str(signal)
+
+
+def test_a_measurement_repeats_and_what_is_no_number_is_none():
+    here = diagnosis()
+    torch.manual_seed(8)
+    state = torch.get_rng_state()
+    first = here.measure(4, 0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert here.measure(4, 0.1) == first != here.measure(5, 0.1)
+    with torch.no_grad():
+        here.model.alphas.fill_(math.nan)
+    assert here.measure(4, 0.1) == Signal(*[None] * 8)
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 9, 12])
+def test_a_text_of_any_length_has_batches(length):
+    here = diagnosis()
+    for seed in range(5):
+        batch = here.batch(here.train[:length], torch.Generator().manual_seed(seed), 3)
+        assert 1 <= len(batch.x) <= tiny.T and batch.x.size(1) == len(batch.hidden) == 3
+        assert torch.equal(batch.x[1:], batch.y[:-1])
+
+
+@pytest.mark.parametrize("flags", ["", "--unrolled --optimizer momentum --engine eager"])
+def test_a_search_that_is_measured_takes_the_steps_of_one_that_is_not(flags, tmp_path):
+    corpus = write_corpus(tmp_path, train=30, valid=16, test=16)
+    common = f"--data {corpus} --emsize 8 --batch_size 4 --bptt 6 --lr 1 --epochs 1 --log_interval 3 {flags}".split()
+    for name, more in (("plain", []), ("measured", ["--diagnose_every", "4"])):
+        assert train_search.main([*common, "--save", str(tmp_path / name), *more]) == 0
+    plain, measured = (tmp_path / name for name in ("plain", "measured"))
+    assert (plain / "genotype.json").read_bytes() == (measured / "genotype.json").read_bytes()
+    timed = {"seconds", "tokens_per_s"}
+    steps, also = ([{k: v for k, v in row.items() if k not in timed} for row in rows(f)] for f in (plain, measured))
+    assert [row for row in also if row["kind"] != "diagnosis"] == steps
+    weights, others = (checkpoint.load(folder / "last.pt")["model"] for folder in (plain, measured))
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    found = [row for row in also if row["kind"] == "diagnosis"]
+    assert [row["step"] for row in found] == list(range(4, steps[-1]["step"] + 1, 4))
+    assert found[0].keys() == {"kind", "epoch", "step", *Signal._fields}

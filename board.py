@@ -19,6 +19,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 import jobs
+import records
 from jobs import Job
 from utils import Run, append
 
@@ -75,11 +76,11 @@ class Board:
         self.rules, self.hours_elsewhere, self.devices = rules or Rules(), hours, devices
         self.quiet = quiet
         self.running: dict[str, tuple[int, float]] = {}  # epoch and validation perplexity, by name
-        self.work = {job.name: jobs.seconds(run.folder / job.name) for job in todo}
+        self.work = {job.name: records.seconds(run.folder / job.name) for job in todo}
         self.failures: set[str] = set()
-        mend(run.folder / jobs.EVENTS)
+        mend(run.folder / records.EVENTS)
         over = {job.name for job in todo if job.decided(run.folder)}
-        told = [event for event in jobs.events(run.folder) if event["event"] in ("done", "halved")]
+        told = [event for event in records.events(run.folder) if event["event"] in ("done", "halved")]
         self.over = {event["trial"]: event for event in told if event["trial"] in over}
         for job in todo:  # what a driver that was killed did not come to say
             if job.name in over - self.over.keys():
@@ -127,7 +128,7 @@ class Board:
         if job.name in self.over:
             return  # told of before; it only showed the halving how far it had got
         if job.decided(self.run.folder):
-            self.work[job.name] = jobs.seconds(self.run.folder / job.name)
+            self.work[job.name] = records.seconds(self.run.folder / job.name)
             event = self.close(job)
         elif self.reason() or not epoch:
             return
@@ -139,8 +140,8 @@ class Board:
 
     def close(self, job: Job) -> dict[str, Any]:
         """Record how a trial ended."""
-        found = jobs.result(self.run.folder / job.name)
-        halved = None if found else jobs.read_json(self.run.folder / job.name / "halved.json")
+        found = records.result(self.run.folder / job.name)
+        halved = None if found else records.read_json(self.run.folder / job.name / "halved.json")
         event = self.record(job, "halved" if halved else "done", valid_ppl=(halved or found)["valid_ppl"])
         self.over[job.name] = event
         return event
@@ -222,7 +223,7 @@ def sparks(values: Sequence[float]) -> str:
 
 def tell(study: Path, **row: Any) -> None:
     """Add a row to events.jsonl, with the time."""
-    append(study / jobs.EVENTS, json.dumps({"at": time.time(), **row}) + "\n")
+    append(study / records.EVENTS, json.dumps({"at": time.time(), **row}) + "\n")
 
 
 def mend(path: Path) -> None:

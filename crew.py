@@ -10,6 +10,7 @@ import cluster
 import data
 import jobs
 import plan
+import records
 from board import HALTING, MEANING, Board, Rules, tell
 from jobs import Job
 from leaderboard import SHARE
@@ -42,7 +43,7 @@ class Crew:
     def measure(self, todo: Sequence[Job]) -> None:
         """How long a step of each kind of job takes, with as many at a time as there are to be."""
         key = f"{self.share.cpus:g} cores, {self.share.gpus:g} GPUs, {self.parallel} at a time: "
-        found = jobs.read_json(self.run.folder / PACES) or {}
+        found = records.read_json(self.run.folder / PACES) or {}
         known = {kind: pace for kind, pace in found.items() if is_pace(pace)}
         kinds = {plan.kind(job): job for job in todo}
         unknown = [kind for kind in kinds if key + kind not in known]
@@ -89,7 +90,7 @@ class Crew:
         rules = Rules(self.args.converged if stage == "select" else 0, self.args.budget_hours)
         elsewhere = {path.parent for path in self.run.folder.glob("*/**/metrics.jsonl")}
         elsewhere -= {self.run.folder / job.name for job in todo}
-        hours = sum(map(jobs.seconds, elsewhere)) * self.share.devices / 3600
+        hours = sum(map(records.seconds, elsewhere)) * self.share.devices / 3600
         with Board(self.run, todo, expected, self.parallel, rules, hours, self.share.devices) as board:
             left = self.undecided(todo)
             if left and not board.reason():
@@ -108,4 +109,4 @@ class Crew:
 
 def is_pace(value: Any) -> bool:
     """Whether a value from a file could be a `plan.Pace`."""
-    return isinstance(value, list) and len(value) == 2 and all(jobs.is_number(v) and v >= 0 for v in value)
+    return isinstance(value, list) and len(value) == 2 and all(records.is_number(v) and v >= 0 for v in value)

@@ -4,18 +4,15 @@ The run directory is all that is known of a trial: it is done when result.json i
 and goes on from its checkpoint when neither is. Nothing here needs Ray.
 """
 
-import json
-import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from genotypes import GenotypeError, cell_from_json
+import records
 
 ROOT = Path(__file__).parent
 # The run ends with whoever started it, in whatever way that one ends: an orphan would hold the run directory's lock.
@@ -30,7 +27,6 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
-EVENTS = "events.jsonl"
 POLL = 0.25  # seconds between two looks at metrics.jsonl
 
 
@@ -50,7 +46,7 @@ class Job(NamedTuple):
     def decided(self, study: Path) -> bool:
         """Whether there is nothing left to do."""
         folder = study / self.name
-        found = result(folder)
+        found = records.result(folder)
         if found is not None:
             return not self.test or found["test_ppl"] is not None
         return (folder / "halved.json").exists()
@@ -86,7 +82,7 @@ def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[
                     time.sleep(POLL)
                     if (now := size_of(folder / "metrics.jsonl")) == size:
                         continue
-                    size, rows = now, epochs(folder)
+                    size, rows = now, records.epochs(folder)
                     for row in rows[seen:]:
                         report(row)
                     seen = max(seen, len(rows))
@@ -95,7 +91,7 @@ def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[
                 process.wait()
         if process.returncode != 0:
             raise TrialFailed(f"{job.name}: {last_line(output)}")
-    for row in epochs(folder)[seen:]:
+    for row in records.epochs(folder)[seen:]:
         report(row)
 
 
@@ -107,61 +103,6 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def result(folder: Path) -> dict[str, Any] | None:
-    """result.json of a run; None before its end, and for a damaged one, which the run writes again when it goes on."""
-    found = read_json(folder / "result.json") or {}
-    try:
-        cell_from_json(found["genotype"])
-    except (LookupError, GenotypeError):
-        return None
-    whole = is_number(found.get("valid_ppl")) and (found.get("test_ppl") is None or is_number(found["test_ppl"]))
-    return found if whole else None
-
-
-def is_number(value: Any) -> bool:
-    """Finite, and not a truth value."""
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """An object from a file that is written whole or not at all; None if it is not there."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Of metrics.jsonl, but for a line that is being written."""
-    for row in lines(folder / "metrics.jsonl"):
-        if isinstance(row.get("kind"), str) and is_number(row.get("seconds")):
-            yield row
-
-
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that has one on a line; what is none is passed over."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return
-    for line in text.split("\n"):
-        with suppress(ValueError, RecursionError):
-            if isinstance(found := json.loads(line), dict):
-                yield found
-
-
-def epochs(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the epochs that are behind."""
-    of_epochs = (row for row in rows(folder) if row["kind"] == "epoch")
-    return [row for row in of_epochs if is_number(row.get("valid_ppl")) and type(row.get("epoch")) is int]
-
-
-def seconds(folder: Path) -> float:
-    """Of work on a run so far, as far as it has said."""
-    return max((row["seconds"] for row in rows(folder)), default=0.0)
-
-
 def last_line(output: Path) -> str:
     """Of what a trial said, what tells most: its last line that is not empty."""
     try:
@@ -171,16 +112,3 @@ def last_line(output: Path) -> str:
     except OSError:
         return "said nothing"
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "said nothing")[:300]
-
-
-# --- of a study ---
-
-
-def events(study: Path) -> list[dict[str, Any]]:
-    """The rows of events.jsonl, but for one that a full disk cut off."""
-    rows = (row for row in lines(study / EVENTS) if isinstance(row.get("trial"), str))
-    return [
-        row for row in rows
-        if (row.get("event") not in ("done", "halved") or is_number(row.get("valid_ppl")))
-        and (row.get("event") not in ("failed", "stopped") or isinstance(row.get("reason"), str))
-    ]  # fmt: skip

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-import jobs
 import ranking
+import records
 from jobs import Job
 from plan import Share
 from study import RANDOM, Cell, Proxy, Study
@@ -39,7 +39,7 @@ def summary(study: Study) -> dict[str, Any]:
         key=lambda row: (not row["retrained"], row["retrain"] or math.inf, row["select"] or math.inf, row["cell"])
     )
     chosen = study.chosen()
-    test = jobs.result(study.folder / chosen[1].name) if chosen else None
+    test = records.result(study.folder / chosen[1].name) if chosen else None
     fair = not any(row["halved"] for row in cells)
     return {
         "cells": cells,
@@ -62,7 +62,7 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
     """A candidate: its perplexities on the validation text, mean and standard deviation over seeds."""
     short, full = study.select([cell]), study.retrain([cell])
     selected, retrained = study.values(short), study.values(full)
-    halved = [jobs.read_json(study.folder / job.name / "halved.json") for job in short]
+    halved = [records.read_json(study.folder / job.name / "halved.json") for job in short]
     return {
         "cell": cell.label,
         "found_by": list(cell.found_by),
@@ -129,12 +129,12 @@ def stages(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
 def baseline(study: Study, job: Job) -> dict[str, Any]:
     """A training in full, and its validation perplexity epoch by epoch."""
     _, cell, seed = job.name.split("/")
-    result = jobs.result(study.folder / job.name)
+    result = records.result(study.folder / job.name)
     return {
         "cell": cell,
         "seed": int(seed),
         "valid_ppl": None if result is None else result["valid_ppl"],
-        "curve": [row["valid_ppl"] for row in jobs.epochs(study.folder / job.name)],
+        "curve": [row["valid_ppl"] for row in records.epochs(study.folder / job.name)],
     }
 
 
@@ -154,7 +154,7 @@ def proxies(study: Study) -> list[dict[str, Any]]:
         found: dict[str, list[tuple[float, float]]] = {}
         for cell, of_cell in runs.get(proxy.folder, {}).items():
             for job in of_cell[seeds]:
-                rows = jobs.epochs(study.folder / job.name)[: proxy.epochs]
+                rows = records.epochs(study.folder / job.name)[: proxy.epochs]
                 if rows and (len(rows) == proxy.epochs or job.decided(study.folder)):
                     found.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
         return found
@@ -187,11 +187,14 @@ def proxies(study: Study) -> list[dict[str, Any]]:
 
 def cost(study: Study) -> list[dict[str, Any]]:
     """Device time by stage, of every run there is, where a trial takes what it did when they last ran."""
-    kept = (jobs.read_json(study.folder / SHARE) or {}).items()
-    share, found = Share(**{name: value for name, value in kept if name in Share._fields and jobs.is_number(value)}), []
+    kept = (records.read_json(study.folder / SHARE) or {}).items()
+    share, found = (
+        Share(**{name: value for name, value in kept if name in Share._fields and records.is_number(value)}),
+        [],
+    )
     for stage in ("baseline", "proxy", "search", "select", "retrain"):
         folders = [path.parent for path in sorted((study.folder / stage).glob("**/metrics.jsonl"))]
-        total = sum(map(jobs.seconds, folders))
+        total = sum(map(records.seconds, folders))
         found.append({"stage": stage, "runs": len(folders), f"{share.unit}_hours": total * share.devices / 3600})
     return found
 
@@ -199,14 +202,16 @@ def cost(study: Study) -> list[dict[str, Any]]:
 def failures(study: Study) -> list[dict[str, Any]]:
     """Trials that were given up, and not done later."""
     last = {
-        event["trial"]: event for event in jobs.events(study.folder) if event["event"] in ("failed", "done", "halved")
+        event["trial"]: event
+        for event in records.events(study.folder)
+        if event["event"] in ("failed", "done", "halved")
     }
     return [{"trial": name, "reason": event["reason"]} for name, event in last.items() if event["event"] == "failed"]
 
 
 def stopped(study: Study) -> dict[str, str]:
     """Why stages ended before their last trial, those that did."""
-    last = {event["trial"]: event for event in jobs.events(study.folder) if event["event"] in ("stopped", "over")}
+    last = {event["trial"]: event for event in records.events(study.folder) if event["event"] in ("stopped", "over")}
     return {stage: event["reason"] for stage, event in last.items() if event["event"] == "stopped"}
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import data
-import jobs
 import options
+import records
 import train
 import train_search
 from genotypes import BASELINES
@@ -97,7 +97,7 @@ def probe(job: Job, name: str) -> Job:
 
 def read(folder: Path) -> Pace:
     """What a probe says."""
-    rows = list(jobs.rows(folder))
+    rows = list(records.rows(folder))
     times = [row["seconds"] for row in rows if row["kind"] == "interval"]
     [whole] = [row["seconds"] for row in rows if row["kind"] == "epoch"]
     steps = [after - before for before, after in pairwise(times)]
@@ -132,7 +132,7 @@ def entry(stage: str, todo: Sequence[Job], study: Path, corpus: data.Corpus, pac
     for job in todo:
         if not job.decided(study):
             whole = seconds(job, corpus, paces)
-            rest = max(0.0, whole - jobs.seconds(study / job.name))
+            rest = max(0.0, whole - records.seconds(study / job.name))
             left.append(rest)
             total += round(steps(job, corpus) * rest / whole) if whole else 0
     return Entry(stage, len(todo), len(todo) - len(left), total, sum(left), makespan(left, parallel))

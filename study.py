@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-import jobs
+import records
 from genotypes import Genotype, from_json, random_genotype
 from jobs import Job
 
@@ -115,7 +115,7 @@ class Study:
 
     def searched(self) -> dict[str, dict[str, Any]]:
         """The results of the searches that have ended, by name ("first-1")."""
-        results = {job.name: jobs.result(self.folder / job.name) for job in self.search()}
+        results = {job.name: records.result(self.folder / job.name) for job in self.search()}
         return {
             name.removeprefix("search/").replace("/", "-"): result
             for name, result in results.items() if result is not None
@@ -173,7 +173,7 @@ class Study:
         it has, it stays the choice, whatever is retrained later."""
         ranked = []
         for _, cell in self.selected()[: self.args.top]:
-            results = {job: jobs.result(self.folder / job.name) for job in self.retrain([cell])}
+            results = {job: records.result(self.folder / job.name) for job in self.retrain([cell])}
             for job, result in results.items():
                 if result and result["test_ppl"] is not None:
                     return cell, job._replace(test=True)
@@ -187,7 +187,7 @@ class Study:
 
     def values(self, of: Iterable[Job]) -> list[float]:
         """Validation perplexities of the jobs that are done."""
-        results = (jobs.result(self.folder / job.name) for job in of)
+        results = (records.result(self.folder / job.name) for job in of)
         return [result["valid_ppl"] for result in results if result is not None]
 
 

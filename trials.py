@@ -20,9 +20,9 @@ from typing import Any
 
 import data
 import faults
-import jobs
 import options
 import plan
+import records
 import start
 from genotypes import GenotypeError, random_genotype, resolve_cell
 from jobs import Job
@@ -196,7 +196,7 @@ def asked(args: Namespace) -> list[str]:
 
 def read_config(parser: options.Parser, folder: Path) -> dict[str, Any]:
     """study.json: the flags of a study that has begun, and the checksums of its text."""
-    found = jobs.read_json(folder / CONFIG) or {}
+    found = records.read_json(folder / CONFIG) or {}
     flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in NOT_KEPT}
     if (
         not isinstance(flags, dict)

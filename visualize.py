@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.path import Path as Curve
 
 from genotypes import Genotype, GenotypeError, resolve, validate
-from jobs import events
+from records import events
 
 # Endings, each with the metadata that would make every file different.
 FORMATS = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}

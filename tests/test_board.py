@@ -6,7 +6,8 @@ from statistics import median
 import pytest
 
 from board import Board, Rules, sparks
-from jobs import EVENTS, Job, events
+from jobs import Job
+from records import EVENTS, events
 from utils import Run
 
 FALLING = [9.0, 7.0, 5.0, 4.0, 3.0, 2.0]

@@ -12,6 +12,7 @@ import pytest
 from made import outcome, write_corpus
 
 import jobs
+import records
 from jobs import Job, TrialFailed
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ def test_a_trial_is_run_told_of_and_not_run_again(job, tmp_path):
     folder = tmp_path / "study" / job.name
     assert [row["epoch"] for row in told] == [1, 2, 3]
     assert job.decided(tmp_path / "study")
-    assert jobs.result(folder)["test_ppl"] is None  # the test text stays unread
+    assert records.result(folder)["test_ppl"] is None  # the test text stays unread
     before, again = outcome(folder), []
     jobs.run(job, tmp_path / "study", tmp_path, 1, again.append)
     assert again == told
@@ -40,7 +41,7 @@ def test_a_trial_is_run_told_of_and_not_run_again(job, tmp_path):
     assert not test.decided(tmp_path / "study")
     jobs.run(test, tmp_path / "study", tmp_path, 1, again.append)
     assert test.decided(tmp_path / "study")
-    after = jobs.result(folder)
+    after = records.result(folder)
     assert after["test_ppl"] > 1
     assert after["valid_ppl"] == before["result.json"]["valid_ppl"]
 
@@ -59,7 +60,7 @@ def test_a_trial_goes_on_from_its_own_checkpoint(job, tmp_path):
     told = []
     jobs.run(job._replace(flags=("--not_a_flag",)), cut, tmp_path, 1, told.append)
     assert [row["epoch"] for row in told] == [1, 2, 3]
-    assert jobs.result(cut / job.name)["valid_ppl"] == jobs.result(whole / job.name)["valid_ppl"]
+    assert records.result(cut / job.name)["valid_ppl"] == records.result(whole / job.name)["valid_ppl"]
 
 
 def test_a_trial_that_cannot_run_fails_with_its_last_line(job, tmp_path):
@@ -88,10 +89,10 @@ def test_a_trial_ends_with_the_process_that_started_it(job, tmp_path):
 def test_what_is_half_written_is_not_there_yet(tmp_path):
     row = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 2.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"kind": "epo')
-    assert jobs.epochs(tmp_path) == [row]
-    assert jobs.seconds(tmp_path) == 2.5
-    assert jobs.seconds(tmp_path / "nowhere") == 0
-    assert jobs.result(tmp_path) is None
+    assert records.epochs(tmp_path) == [row]
+    assert records.seconds(tmp_path) == 2.5
+    assert records.seconds(tmp_path / "nowhere") == 0
+    assert records.result(tmp_path) is None
 
 
 DAMAGED = (
@@ -103,7 +104,7 @@ DAMAGED = (
 @pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_result_is_none(text, tmp_path):
     (tmp_path / "result.json").write_text(text)
-    assert jobs.result(tmp_path) is None
+    assert records.result(tmp_path) is None
     assert not Job(".", "train.py", ()).decided(tmp_path)
 
 
@@ -112,7 +113,7 @@ def test_a_damaged_result_is_none(text, tmp_path):
 def test_odd_lines_are_passed_over(line, tmp_path):
     good = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 1.0}
     (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps(good)}\n")
-    assert jobs.epochs(tmp_path) == [good]
+    assert records.epochs(tmp_path) == [good]
     event = {"trial": "select/a/1", "event": "done", "valid_ppl": 3.0}
-    (tmp_path / jobs.EVENTS).write_text(f"{line}\n{json.dumps(event)}\n")
-    assert jobs.events(tmp_path) == [event]
+    (tmp_path / records.EVENTS).write_text(f"{line}\n{json.dumps(event)}\n")
+    assert records.events(tmp_path) == [event]

@@ -16,16 +16,17 @@ import torch
 from made import wait_for, write_corpus
 
 import cluster
-import jobs
 import leaderboard
 import plan
+import records
 import train
 import train_search
 import trials
 from data import load_corpus, segments
 from genotypes import random_genotype
-from jobs import EVENTS, Job, events
+from jobs import Job
 from ranking import kendall
+from records import EVENTS, events
 from study import Study, distinct
 from utils import RunError
 
@@ -68,7 +69,7 @@ class Alone:
                 script, *given = job.command(study)
                 assert SCRIPTS[Path(script).name].main(given) == 0
                 self.ran.append(job.name)
-            for row in jobs.epochs(study / job.name):
+            for row in records.epochs(study / job.name):
                 board.epoch(job, row["epoch"], row["valid_ppl"], row["seconds"])
             board.ended(job)
 
@@ -331,8 +332,8 @@ def test_a_proxy_is_not_held_against_itself(whole):
     """The short training of full size is read from one seed, the long one from the other."""
     args = trials.build_parser().parse_args(["run", *flags("penn", whole)])
     [row] = leaderboard.proxies(Study(whole, args))
-    short = [jobs.epochs(whole / f"proxy/full/{cell}/1")[0]["valid_ppl"] for cell in args.proxy_cells]
-    long = [min(r["valid_ppl"] for r in jobs.epochs(whole / f"proxy/full/{c}/2")) for c in args.proxy_cells]
+    short = [records.epochs(whole / f"proxy/full/{cell}/1")[0]["valid_ppl"] for cell in args.proxy_cells]
+    long = [min(r["valid_ppl"] for r in records.epochs(whole / f"proxy/full/{c}/2")) for c in args.proxy_cells]
     assert row["tau"][0] == kendall(short, long)
     assert row["cells"] == 2
 

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from architect import Architect, moved
+from architect import Architect, moved, only
 from data import get_batch
 from dropout import HeldRelu, Masks
 from engine import Engine
 from genotypes import PRIMITIVES, Genotype
+from kernels import products_in
 from model_search import RNNModelSearch
 from objective import Batch, evaluate, small_batch_losses
 from ranks import Ranks
@@ -56,7 +57,8 @@ class Diagnosis:
         architect_of: rows of a batch at a time and kind of product (None in first order) -> an Architect on the
             model's weights and alphas with the search's own losses.
         hessian: the kind that the search takes.
-        train, alphas_text, valid: word ids (n, B), the rows of this rank; `valid` is for the gap, and any B.
+        texts: word ids of the weights' and the alphas' text, (n, B) with the rows of this rank, and of validation.
+        rows_at_once: of a batch, as the search takes them.
         bptt: length of every segment.
     """
 
@@ -73,7 +75,7 @@ class Diagnosis:
     ):
         self.model, self.hessian, self.bptt, self.seed, self.ranks = model, hessian, bptt, seed, ranks
         self.train, self.alphas_text, self.valid = texts
-        self.rows = min(ROWS, self.train.size(1))
+        self.rows = min(ROWS, rows_at_once)
         self.architect = architect_of(rows_at_once, hessian)
         self.by_product = {kind: architect_of(self.rows, kind) for kind in ("finite", "exact")} if hessian else {}
 
@@ -84,12 +86,11 @@ class Diagnosis:
             torch.manual_seed(self.seed + step)
             self.ranks.seed(self.seed + step)
             places = torch.Generator().manual_seed(self.seed + step)  # the same on every rank
-            found = Signal(
-                *self.agreement(places, eta, velocity),
-                self.product_cosine(places, eta, velocity),
-                dominant_eigenvalue(self.hessian_product(places), self.model.alphas),
-                *self.gap(),
-            )
+            agreement = self.agreement(places, eta, velocity)
+            with products_in("fp32"):  # whatever the search takes: what is compared here is small
+                product_cosine = self.product_cosine(places, eta, velocity)
+                eigenvalue = dominant_eigenvalue(self.hessian_product(places), self.model.alphas)
+            found = Signal(*agreement, product_cosine, eigenvalue, *self.gap())
         return Signal(*(value if value is not None and math.isfinite(value) else None for value in found))
 
     def agreement(
@@ -122,8 +123,9 @@ class Diagnosis:
         (whose largest eigenvalue grows where a search collapses: Zela et al., ICLR 2020)."""
         batch = self.batch(self.alphas_text, places, self.rows)._replace(masks=Masks())
         eager = self.model.using(Engine("eager"))  # the engine that differentiates twice
-        [loss] = small_batch_losses(eager, batch, self.rows)
         alphas = self.model.alphas
+        with only([alphas], of=[*self.model.weights(), alphas]):
+            [loss] = small_batch_losses(eager, batch, self.rows)
         [gradient] = torch.autograd.grad(loss.total, alphas, create_graph=True)
         return lambda v: torch.autograd.grad(gradient, alphas, v, retain_graph=True)[0]
 

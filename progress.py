@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,14 @@ class Progress:
         self.interval.reset()
         self.norm.reset()
         self.tick = (time.perf_counter(), 0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside does not count as time that steps took, for the tokens per second."""
+        clock = time.perf_counter()
+        yield
+        since, tokens = self.tick
+        self.tick = (since + time.perf_counter() - clock, tokens)
 
     def close_diagnosis(self, signal: NamedTuple) -> None:
         """Log what a search was found to follow, and record it by its names."""

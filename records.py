@@ -13,6 +13,7 @@ from typing import Any
 from genotypes import GenotypeError, cell_from_json
 
 EVENTS = "events.jsonl"
+LARGEST = 2**1023  # what a float holds, and an int that is no more
 
 
 def result(folder: Path) -> dict[str, Any] | None:
@@ -28,7 +29,7 @@ def result(folder: Path) -> dict[str, Any] | None:
 
 def is_number(value: Any) -> bool:
     """Finite, and not a truth value."""
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -math.inf < value < math.inf and abs(value) < LARGEST
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -75,7 +76,9 @@ def seconds(folder: Path) -> float:
 
 def events(study: Path) -> list[dict[str, Any]]:
     """The rows of events.jsonl, but for one that a full disk cut off."""
-    rows = (row for row in lines(study / EVENTS) if isinstance(row.get("trial"), str))
+    rows = (
+        row for row in lines(study / EVENTS) if isinstance(row.get("trial"), str) and isinstance(row.get("event"), str)
+    )
     return [
         row for row in rows
         if (row.get("event") not in ("done", "halved") or is_number(row.get("valid_ppl")))

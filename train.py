@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
 
                     if progress.step % args.log_interval == 0:
                         watch.check()
-                        progress.close_interval(lr)
+                        progress.close_interval(lr, rate=optimizer.param_groups[0]["lr"])
                     stopping, due = ranks.any(stop.requested, keeper.due())
                     if stopping or due:
                         judge()

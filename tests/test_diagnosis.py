@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from made import rows, write_corpus
 
 import checkpoint
+import progress
 import train_search
 from architect import Architect
-from diagnosis import SEGMENTS, Diagnosis, Signal, cosine, dominant_eigenvalue, logits
+from diagnosis import ROWS, SEGMENTS, Diagnosis, Signal, cosine, dominant_eigenvalue, logits
 from dropout import Rates
 from genotypes import Genotype, random_genotype
 from model_search import derive
 from objective import small_batch_losses
 from ranks import Ranks
+from utils import Run
 
 
 def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0):
@@ -191,9 +193,12 @@ def test_a_text_of_any_length_has_batches(length):
         assert torch.equal(batch.x[1:], batch.y[:-1])
 
 
-@pytest.mark.parametrize("flags", ["", "--unrolled --optimizer momentum --engine eager"])
+WIDE = f"--batch_size {ROWS + 8} --small_batch_size {ROWS // 2 + 4} --bptt_std 2 --limit_tokens 1000"
+
+
+@pytest.mark.parametrize("flags", ["", "--unrolled --optimizer momentum --engine eager", f"--unrolled {WIDE}"])
 def test_a_search_that_is_measured_takes_the_steps_of_one_that_is_not(flags, tmp_path):
-    corpus = write_corpus(tmp_path, train=30, valid=16, test=16)
+    corpus = write_corpus(tmp_path, train=120 if WIDE in flags else 30, valid=120 if WIDE in flags else 16, test=16)
     common = f"--data {corpus} --emsize 8 --batch_size 4 --bptt 6 --lr 1 --epochs 1 --log_interval 3 {flags}".split()
     for name, more in (("plain", []), ("measured", ["--diagnose_every", "4"])):
         assert train_search.main([*common, "--save", str(tmp_path / name), *more]) == 0
@@ -205,5 +210,20 @@ def test_a_search_that_is_measured_takes_the_steps_of_one_that_is_not(flags, tmp
     weights, others = (checkpoint.load(folder / "last.pt")["model"] for folder in (plain, measured))
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     found = [row for row in also if row["kind"] == "diagnosis"]
+    assert found
     assert [row["step"] for row in found] == list(range(4, steps[-1]["step"] + 1, 4))
     assert found[0].keys() == {"kind", "epoch", "step", *Signal._fields}
+
+
+def test_the_time_of_a_measurement_is_not_that_of_steps(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    here = progress.Progress(Run(tmp_path / "run"), torch.device("cpu"), 1, 100)
+    for _ in here.track([(0, 10)], columns=3):
+        clock[0] += 2
+        here.advance(torch.tensor(1.0), torch.tensor(1.0), (10, 3), 1.0)
+        with here.paused():
+            clock[0] += 50
+        here.close_interval(1.0)
+    [row] = rows(tmp_path / "run")
+    assert row["tokens_per_s"] == 30 / 2 and row["seconds"] == 52

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --checkpoint_minutes 0"
 RUNS = {
-    "search": ("train_search.py", "--lr 1 --epochs 1 --unrolled"),
+    "search": ("train_search.py", "--lr 1 --epochs 1 --unrolled --diagnose_every 8"),
     "retraining": ("train.py", "--arch DARTS_V1 --lr 20 --epochs 5 --nonmono 1 --dropoute 0.2"),
 }
 

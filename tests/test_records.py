@@ -1,0 +1,47 @@
+"""What is read again of runs and studies: all that is whole, and nothing else."""
+
+import json
+
+import pytest
+
+import records
+
+
+def test_what_is_half_written_is_not_there_yet(tmp_path):
+    row = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 2.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"kind": "epo')
+    assert records.epochs(tmp_path) == [row]
+    assert records.seconds(tmp_path) == 2.5
+    assert records.seconds(tmp_path / "nowhere") == 0
+    assert records.result(tmp_path) is None
+
+
+DAMAGED = (
+    "", "{", "[]", "{}", '{"valid_ppl": 5}', '{"valid_ppl": "5", "genotype": "LSTM"}',
+    '{"valid_ppl": NaN, "genotype": "LSTM"}', '{"valid_ppl": 5, "genotype": {"recurrent": 1}}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_result_is_none(text, tmp_path):
+    (tmp_path / "result.json").write_text(text)
+    assert records.result(tmp_path) is None
+
+
+ODD = (
+    "[]", "7", "{}", '{"kind": 3}', '{"kind": "epoch", "seconds": "x"}', "[" * 100_000,
+    '{"trial": []}', '{"trial": "a"}', '{"trial": "a", "event": 3}', '{"trial": "a", "event": "done"}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ODD)
+def test_odd_lines_are_passed_over(line, tmp_path):
+    good = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps(good)}\n")
+    assert records.epochs(tmp_path) == [good]
+    enormous = json.dumps({**good, "valid_ppl": 10**400})
+    (tmp_path / "metrics.jsonl").write_text(f"{enormous}\n{json.dumps(good)}\n")
+    assert records.epochs(tmp_path) == [good]
+    event = {"trial": "select/a/1", "event": "done", "valid_ppl": 3.0}
+    (tmp_path / records.EVENTS).write_text(f"{line}\n{json.dumps(event)}\n")
+    assert records.events(tmp_path) == [event]

@@ -22,3 +22,6 @@ for cell in "found $out/search" "random random:0" "published DARTS"; do
 done
 
 .venv/bin/python scripts/summary.py "$out"/{found,random,published}
+
+echo
+.venv/bin/python visualize.py report "$out/search" # what the search saw, for a browser

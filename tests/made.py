@@ -1,9 +1,13 @@
 """What tests of whole runs share: a made-up language to train on, and what a run leaves behind."""
 
 import json
+import math
 import random
 import time
 
+from genotypes import PRIMITIVES
+
+MEASURED = "cosine_direct cosine_implicit cosine_whole norm_ratio product_cosine eigenvalue relaxed_loss discrete_loss"
 TIMES = {"seconds", "tokens_per_s"}  # of what is compared, all that may differ
 
 
@@ -34,6 +38,66 @@ def outcome(folder):
     assert list(folder.glob(".*")) == []  # nothing half written is left
     found["metrics.jsonl"] = list(map(untimed, rows(folder)))
     return found
+
+
+def write_rows(folder, rows):
+    """metrics.jsonl of these."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def most_likely(probabilities):
+    """The cell that alphas point to, by loops, as JSON."""
+    recurrent, edge = [], 0
+    while edge < len(probabilities):
+        best = None
+        for j in range(len(recurrent) + 1):
+            for op, p in list(zip(PRIMITIVES, probabilities[edge], strict=True))[1:]:
+                if best is None or p > best[0]:
+                    best = p, op, j
+            edge += 1
+        recurrent.append([best[1], best[2]])
+    return {"recurrent": recurrent, "concat": list(range(1, len(recurrent) + 1))}
+
+
+def search_rows(epochs, each=2, nodes=8, seed=0, diagnosed=True):
+    """Rows of metrics.jsonl such as a search writes, of alphas that wander."""
+    rng, found, step = random.Random(seed), [], 0
+    alphas = [[rng.gauss(0, 0.01) for _ in PRIMITIVES] for _ in range(nodes * (nodes + 1) // 2)]
+    for epoch in range(1, epochs + 1):
+        for k in range(each + 1):
+            step += 7 + (k == 1)
+            alphas = [[a + rng.gauss(0, 0.1) for a in edge] for edge in alphas]
+            powers = [[math.exp(a) for a in edge] for edge in alphas]
+            probabilities = [[round(p / sum(edge), 5) for p in edge] for edge in powers]
+            row = {
+                "epoch": epoch, "step": step, "seconds": 0.5 * step, "lr": 20 / epoch / (1 + k),
+                "loss": 7 - 0.01 * step, "ppl": math.exp(7 - 0.01 * step), "genotype": most_likely(probabilities),
+                "probabilities": probabilities,
+            }  # fmt: skip
+            if k < each:
+                found.append(
+                    {"kind": "interval", **row, "rate": 20 / epoch, "norm": rng.uniform(0.1, 3), "tokens_per_s": 1e4}
+                )
+            else:
+                valid = 6.9 - 0.01 * step
+                found.append({"kind": "epoch", **row, "valid_loss": valid, "valid_ppl": math.exp(valid)})
+        if diagnosed:
+            values = {name: rng.uniform(0.1, 1) for name in MEASURED.split()}
+            found.append({"kind": "diagnosis", "epoch": epoch, "step": step, "seconds": 0.5 * step, **values})
+    return found
+
+
+def train_rows(epochs, first=300.0, last=70.0, averaged=None):
+    """Such as a retraining writes, averaging its weights after so many epochs."""
+    values = [first * (last / first) ** (epoch / epochs) for epoch in range(1, epochs + 1)]
+    return [
+        {"kind": "epoch", "epoch": epoch, "step": 50 * epoch, "seconds": 9.0 * epoch, "loss": math.log(value), "lr": 20,
+         "ppl": value, "valid_loss": math.log(value), "valid_ppl": value,
+         "phase": "asgd" if averaged is not None and epoch > averaged else "sgd"}
+        for epoch, value in enumerate(values, start=1)
+    ]  # fmt: skip
 
 
 def finish(process):

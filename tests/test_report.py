@@ -1,0 +1,390 @@
+"""The page of a run or a study: one file that opens offline, with all there is to see and links to where it is from.
+
+The tests that open it need Chromium and its driver (Debian: chromium, chromium-driver).
+"""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from made import search_rows, train_rows, write_rows
+
+from genotypes import DARTS_V1, ENAS, random_genotype, to_json
+from pictures import formation, report
+from pictures.history import History
+from pictures.page import IN_THE_DARK
+from pictures.style import COLOURS
+from visualize import main
+
+BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+EPOCHS = 50
+ODD = '<img src=x onerror="alert(1)">'
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A search of 50 epochs, with odd names."""
+    folder = tmp_path_factory.mktemp("runs & more") / "search #1"
+    write_rows(folder, search_rows(EPOCHS))
+    last = [row for row in search_rows(EPOCHS) if row["kind"] == "epoch"][-1]
+    write_json(folder / "config.json", {"flags": {"data": ODD, "epochs": EPOCHS, "seed": 3, "device": "cpu"}})
+    write_json(folder / "result.json", {
+        "kind": "search", "valid_ppl": last["valid_ppl"], "test_ppl": 81.5, "genotype": last["genotype"],
+        "params": 4_810_000, "stopped_by": "epochs",
+    })  # fmt: skip
+    (folder / "log.txt").write_text("said\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studies") / "study"
+    cells = {"first-1": DARTS_V1, "random-1": random_genotype(1), "random-2": random_genotype(2), ODD: ENAS}
+    short = {"first-1": [91.5, 90.5], "random-1": [100.25, 99.75], "random-2": [9.5, 10.5], ODD: [95.0, 95.0]}
+    events = []
+    for cell, values in short.items():
+        for seed, value in enumerate(values, start=1):
+            events.append({"trial": f"select/{cell}/{seed}", "event": "done", "valid_ppl": value})
+            result = {"valid_ppl": value, "test_ppl": None, "genotype": to_json(cells[cell])}
+            if cell != ODD:
+                write_json(folder / "select" / cell / str(seed) / "result.json", result)
+    full = {"retrain/random-2/3": (70.5, to_json(cells["random-2"])), "retrain/first-1/3": (80.25, to_json(DARTS_V1)),
+            "baseline/LSTM/1": (75.5, "LSTM")}  # fmt: skip
+    for name, (value, genotype) in full.items():
+        events.append({"trial": name, "event": "done", "valid_ppl": value})
+        test = 69.25 if name == "retrain/random-2/3" else None
+        write_json(folder / name / "result.json", {"valid_ppl": value, "test_ppl": test, "genotype": genotype})
+        write_rows(folder / name, train_rows(6, last=value))
+    write_json(folder / "study.json", {"flags": {}})
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_json(folder / "leaderboard.json", {
+        "cells": [], "chosen": {"cell": "random-2", "run": "retrain/random-2/3", "valid_ppl": 70.5, "test_ppl": 69.25},
+        "methods": [{"method": "random", "n": 2, "mean": 55.0, "sd": 63.6, "best": 10.0}],
+        "searched_against_random": {"difference": 36.0, "p": 0.5},
+        "cost": [{"stage": "select", "runs": 8, "core_hours": 1.25}],
+    })  # fmt: skip
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page loads and links to, its ids, and its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.loads, self.ids, self.words = [], [], [], []
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag == "a":
+            self.links.append(given["href"])
+        elif "src" in given or (tag in ("link", "image") and "href" in given):
+            self.loads.append(given.get("src") or given["href"])
+        if "id" in given:
+            self.ids.append(given["id"])
+
+    def handle_data(self, data):
+        self.words.append(data.strip())
+
+
+def test_the_page_of_a_run_is_one_file_with_every_picture(run):
+    assert main(["report", str(run)]) == 0
+    path = run / "report.html"
+    page = Page(path)
+    assert path.stat().st_size < 3e6
+    assert page.loads == ["data:,"]  # nothing from anywhere
+    outside = set(re.findall(r'(?:href|src)\s*=\s*"(\w+:[^"]*)"|url\((?!#)([^)]*)\)', page.text))
+    assert outside == {("data:,", "")}
+    assert {"cell", "formation", "curves", "genotype", "edges", "signal"} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    for link in page.links:
+        assert (path.parent / unquote(link)).exists() or link.endswith("metrics.jsonl"), link
+    assert {"metrics.jsonl", "result.json", "config.json", "log.txt"} == set(page.links)
+    assert "81.50" in page.words and "4,810,000" in page.words and "50 of 50" in page.words
+    assert "<img" not in page.text and "&lt;img" in page.text
+
+
+def test_text_that_is_no_text_is_shown_as_far_as_it_is(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    write_rows(tmp_path / "run", search_rows(2, nodes=3))
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"flags": {"data": "\ud800</script>", "epochs": 10**400}}))
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "?&lt;/script&gt;" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_every_picture_follows_the_page_s_ink_but_for_the_primitives(run, tmp_path):
+    report.write(run, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    inside = text[text.index("<svg") :]
+    for colour in IN_THE_DARK:
+        assert colour.lower() not in inside.lower()
+    for colour in COLOURS.values():
+        assert colour.lower() in inside.lower()
+
+
+def test_a_page_elsewhere_links_back(run, tmp_path):
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    for link in set(Page(tmp_path / "page.html").links):
+        assert (tmp_path / unquote(link)).exists(), link
+
+
+def test_the_page_of_a_study_has_each_cell_once_with_its_means(study):
+    assert main(["report", str(study)]) == 0
+    page = Page(study / "report.html")
+    rows = re.findall(r'<tr data-cell="([^"]*)">(.*?)</tr>', page.text, re.DOTALL)
+    found = {cell: re.findall(r'data-value="([^"]*)"', row) for cell, row in rows}
+    assert list(found) == ["random-2", "LSTM", "first-1", ODD.replace("<", "&lt;").replace(">", "&gt;").replace(
+        '"', "&#34;"), "random-1"]  # fmt: skip
+    assert found["random-2"] == ["10.0", "70.5", "69.25"] and found["LSTM"] == ["", "75.5", ""]
+    assert found["first-1"] == ["91.0", "80.25", ""] and found["random-1"] == ["100.0", "", ""]
+    assert page.text.count("<template") == 3  # of the cells whose genotype is known; LSTM is torch's own
+    for link in ("select/random-1", "retrain/random-2", "baseline/LSTM", "retrain/random-2/3"):
+        assert link in page.links
+    assert "<img" not in page.text
+    assert "p = 0.500" in page.text and "1.25" in page.words
+
+
+def test_a_study_that_has_just_begun_says_so(tmp_path):
+    event = {"trial": "baseline/LSTM/1", "event": "started"}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert main(["report", str(tmp_path)]) == 0
+    assert "No leaderboard yet" in (tmp_path / "report.html").read_text()
+
+
+def test_what_was_halved_or_failed_is_told_of(tmp_path):
+    events = [
+        {"trial": "select/random-1/1", "event": "done", "valid_ppl": 90.0},
+        {"trial": "select/random-2/1", "event": "halved", "valid_ppl": 120.0},
+        {"trial": "select/random-3/1", "event": "failed", "reason": "out of memory"},
+        {"trial": "select/random-1/2", "event": "failed", "reason": "a node was lost"},
+        {"trial": "select/random-1/2", "event": "done", "valid_ppl": 92.0},
+        {"trial": "select", "event": "stopped", "reason": "budget"},
+        {"trial": "select/../../etc/1", "event": "done", "valid_ppl": 1.0},
+        {"trial": "/etc/passwd/1", "event": "done", "valid_ppl": 1.0},
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_json(
+        tmp_path / "leaderboard.json", {"chosen": {"run": "/etc/passwd"}, "cost": [{"stage": "/etc", "runs": 1}]}
+    )
+    assert main(["report", str(tmp_path)]) == 0
+    page = Page(tmp_path / "report.html")
+    assert re.findall(r'<tr data-cell="([^"]*)">', page.text) == ["random-1", "random-2"]
+    assert "91.00 ± 1.41" in page.words and "120.00 (halved)" in page.words
+    notes = [word for word in page.words if "failed:" in word or "stopped early" in word]
+    assert notes == ["select/random-3/1 failed: out of memory", "The stage select was stopped early: budget."]
+    assert not any("etc" in link for link in page.links)
+
+
+@pytest.mark.parametrize("summary", [
+    "{", '{"cells": 3, "chosen": [], "methods": {}, "cost": [7, {"stage": ["x"], "runs": "many"}]}',
+    '{"chosen": {"run": 3}, "methods": [{}], "proxies": [{"proxy": "a", "tau": [1, null, "x"]}]}',
+])  # fmt: skip
+def test_a_damaged_leaderboard_leaves_the_rest(summary, study, tmp_path):
+    shutil.copytree(study, tmp_path / "study")
+    (tmp_path / "study" / "leaderboard.json").write_text(summary)
+    assert main(["report", str(tmp_path / "study")]) == 0
+    assert 'data-cell="random-2"' in (tmp_path / "study" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.json", "{"), ("config.json", '{"flags": 3}'), ("result.json", "{"),
+                                            ("genotype.json", "[]")])  # fmt: skip
+def test_damaged_files_of_a_run_leave_the_rest(name, text, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    write_rows(tmp_path / "run", search_rows(2, nodes=3))
+    (tmp_path / "run" / name).write_text(text)
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert {"cell", "curves", "edges"} <= set(Page(tmp_path / "run" / "report.html").ids)
+
+
+def test_a_retraining_has_its_cell_and_its_curve(tmp_path):
+    write_rows(tmp_path, train_rows(9, averaged=4))
+    write_json(tmp_path / "config.json", {"flags": {"arch": str(DARTS_V1), "epochs": 9}})
+    assert main(["report", str(tmp_path)]) == 0
+    page = Page(tmp_path / "report.html")
+    assert {"cell", "training", "curves"} <= set(page.ids) and "formation" not in page.ids
+    assert str(DARTS_V1) in page.words
+
+
+def test_the_page_loads_itself_again_only_while_it_is_watched_and_the_run_is_not_over(
+    run, tmp_path, monkeypatch, capsys
+):
+    live = tmp_path / "live"
+    shutil.copytree(run, live)
+    write_rows(live, search_rows(2, nodes=3))
+    (live / "result.json").rename(tmp_path / "result.json")
+    again = '<meta http-equiv="refresh"'
+    assert again not in report.write(live).read_text()
+    seen = []
+
+    def wait(seconds):
+        seen.append((live / "report.html").read_text())
+        assert seconds >= 5 and len(seen) < 3
+        if len(seen) == 2:
+            (tmp_path / "result.json").rename(live / "result.json")
+
+    monkeypatch.setattr("visualize.time.sleep", wait)
+    assert main(["report", str(live), "--watch"]) == 0
+    assert [again in text for text in seen] == [True, True]
+    assert again not in (live / "report.html").read_text()
+    assert capsys.readouterr().out.count("wrote") == 3
+
+
+def test_ctrl_c_ends_the_watch(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "live")
+    write_rows(tmp_path / "live", search_rows(2, nodes=3))
+    (tmp_path / "live" / "result.json").unlink()
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("visualize.time.sleep", interrupt)
+    assert main(["report", str(tmp_path / "live"), "--watch"]) == 0
+    assert "refresh" not in (tmp_path / "live" / "report.html").read_text()
+
+
+def test_the_watch_waits_for_a_first_row_but_not_for_a_directory(run, tmp_path, monkeypatch, capsys):
+    live = tmp_path / "live"
+    live.mkdir()
+
+    def wait(seconds):
+        assert not (live / "report.html").exists()
+        write_rows(live, search_rows(1, nodes=2))
+        shutil.copy(run / "result.json", live / "result.json")
+
+    monkeypatch.setattr("visualize.time.sleep", wait)
+    assert main(["report", str(live), "--watch"]) == 0
+    assert "no metrics.jsonl with a row" in capsys.readouterr().out
+    assert (live / "report.html").exists()
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(tmp_path / "nowhere"), "--watch"])
+    assert end.value.code == 2 and "no such directory" in capsys.readouterr().err
+
+
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not BROWSER or not DRIVER:
+        pytest.skip("no Chromium with its driver on this machine")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars",
+                 "disable-background-networking", "disable-component-update", "disable-sync",
+                 f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def opened(browser, folder):
+    """The page, in a window of a laptop, in the light."""
+    if not Path(folder, "report.html").exists():
+        main(["report", str(folder)])
+    look(browser, 1000, "light")
+    browser.get(Path(folder, "report.html").as_uri())
+    return browser
+
+
+def look(browser, width, scheme):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def column(browser, n):
+    script = "return [...document.querySelectorAll('#leaderboard tbody tr')].map(r => r.cells[arguments[0]].innerText)"
+    return [text.strip() for text in browser.execute_script(script, n)]
+
+
+def test_a_run_s_page_has_no_error_and_its_formation_plays(run, browser):
+    page = opened(browser, run)
+    assert page.get_log("browser") == []
+    # What an eye sees of each part: the opacity of all that it is in, times that of its stroke, if it has one.
+    seen = """const found = {};
+      for (const part of document.querySelectorAll('#formation svg g[id^="formation-"]')) {
+        const path = part.querySelector('path'), name = part.id.slice('formation-'.length);
+        if (!/^(arc|label)-.*[a-z]$/.test(name) || name.endsWith('-text') || !path) continue;
+        let opacity = getComputedStyle(path).stroke === 'none' ? 0 : +getComputedStyle(path).strokeOpacity;
+        for (let at = path; at; at = at.parentElement) opacity *= +getComputedStyle(at).opacity;
+        if (opacity > 0) found[name] = Math.round(100 * opacity) / 100;
+      }
+      return found"""
+    _, states = formation.frames(History(run))
+    rounded = [{name: round(value, 2) for name, value in state.items()} for state in states]
+    assert page.execute_script(seen) == rounded[-1]
+    for moment in (len(states) // 3, 0):
+        page.execute_script("""const slider = document.querySelector('#formation input');
+          slider.value = arguments[0]; slider.dispatchEvent(new Event('input'))""", moment)  # fmt: skip
+        assert page.execute_script(seen) == rounded[moment]
+    page.refresh()  # as --watch does: what was chosen stays
+    assert page.execute_script(seen) == rounded[0]
+    assert page.execute_script("return document.querySelector('#formation output').textContent") == "0.3 epochs"
+    page.find_element("css selector", "#formation button").click()
+    page.implicitly_wait(0)
+    until = "return new Promise(done => setTimeout(() => done(document.querySelector('#formation input').value), 600))"
+    assert int(page.execute_script(until)) >= 2
+    assert page.get_log("browser") == []
+
+
+def test_a_click_on_a_heading_sorts_and_one_on_a_row_shows_its_cell(study, browser):
+    from selenium.webdriver import ActionChains
+
+    page = opened(browser, study)
+    assert page.get_log("browser") == []
+    headings = page.find_elements("css selector", "#leaderboard th button")
+    headings[1].click()
+    assert column(page, 0) == ["random-2", "first-1", ODD, "random-1", "LSTM"]  # by number, what is missing last
+    headings[1].click()
+    assert column(page, 0) == ["random-1", ODD, "first-1", "random-2", "LSTM"]
+    headings[0].click()
+    assert column(page, 0) == sorted(column(page, 0), key=str.lower)
+    drawn = "return [...document.querySelectorAll('#cell-view svg [id]')].map(part => part.id)"
+    for row in page.find_elements("css selector", "#leaderboard tbody tr"):
+        row.find_element("css selector", "button").click()
+        ids = page.execute_script(drawn)
+        if row.get_attribute("data-cell") == "first-1":
+            edges = {f"edge-{j}-{i}-{op}" for i, (op, j) in enumerate(DARTS_V1.recurrent, start=1)}
+            assert edges <= {name.removeprefix("first_1-") for name in ids}
+        elif row.get_attribute("data-cell") in ("LSTM", ODD):
+            assert ids == []
+    page.refresh()
+    assert column(page, 0) == sorted(column(page, 0), key=str.lower)
+    for row in page.find_elements("css selector", "#leaderboard tbody tr"):
+        ActionChains(page).move_to_element(row).perform()
+        shown = page.execute_script("return [...document.querySelectorAll('tr.shown')].map(row => row.dataset.cell)")
+        assert shown == [row.get_attribute("data-cell")]  # and the table has not moved away under the pointer
+    assert page.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [360, 1000])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_can_be_read_in_the_dark(width, scheme, run, study, browser):
+    for folder in (run, study):
+        page = opened(browser, folder)
+        look(page, width, scheme)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        ink, paper = (
+            sum(map(int, re.findall(r"\d+", page.execute_script(script))[:3])) / 3
+            for script in (
+                "return getComputedStyle(document.querySelector('svg [id$=\"node-0\"] path')).stroke",  # of a cell
+                "return getComputedStyle(document.querySelector('section')).backgroundColor",
+            )
+        )
+        assert (ink < 90 and paper > 200) if scheme == "light" else (ink > 180 and paper < 60)

@@ -4,6 +4,7 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -222,4 +223,9 @@ def run_faults(args: Namespace) -> list[str]:
             resolve_cell(args.arch)
         except GenotypeError as error:
             faults.append(f"--arch: {error}")
+    if args.tensorboard:
+        missing = [name for name in ("tensorboard", "matplotlib") if find_spec(name) is None]
+        faults += [
+            f"--tensorboard: needs {name}; pip install {name}, or go without (--no-tensorboard)" for name in missing
+        ]
     return faults

@@ -221,7 +221,8 @@ def add_shared_flags(
         "--resume",
         action="store_true",
         help="continue the run in --save with its own flags; only --epochs, --log_interval, --checkpoint_minutes, "
-        "--backoff, --max_rollbacks, --test, --device and the place of the same --data may be given anew",
+        "--backoff, --max_rollbacks, --test, --device, --diagnose_every, --tensorboard and the place of the same "
+        "--data may be given anew",
     )
     run.add_argument(
         "--checkpoint_minutes",
@@ -260,6 +261,13 @@ def add_shared_flags(
         default="read",
         help="skip leaves the test text unread at the end; it is read when the finished run is resumed with read, so "
         "that of many runs only the chosen one sees it",
+    )
+    run.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="write what metrics.jsonl gets for TensorBoard too, into tensorboard/ of the run directory: scalars, "
+        "flags and the cell of a search (needs: pip install tensorboard matplotlib)",
     )
     run.add_argument("--log_interval", type=int, default=log_interval, help="steps between two log lines")
 

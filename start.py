@@ -32,7 +32,7 @@ from utils import Onlooker, Run, RunError
 # elsewhere, but must be the same text.
 RESUMABLE = {
     "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "backoff", "max_rollbacks",
-    "test", "diagnose_every",
+    "test", "diagnose_every", "tensorboard",
 }  # fmt: skip
 # What --finetune takes over from the run whose weights it starts from, where it is not given anew.
 TUNED_WITH = {
@@ -146,6 +146,10 @@ def begin_first(
         if run is not None:
             run.release()
         parser.refuse(found)
+    if args.tensorboard:
+        from mirror import Mirror  # needs more than the scripts do
+
+        run.mirror = Mirror(run.folder, vars(args))
     return args, corpus, run, saved
 
 

@@ -69,6 +69,7 @@ class Run:
         self.metrics = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(folder)
+        self.mirror = None  # a `mirror.Mirror` for --tensorboard
         self.rows = 0  # of metrics
 
     def release(self) -> None:
@@ -125,6 +126,8 @@ class Run:
         """Add an object to metrics.jsonl."""
         append(self.metrics, json.dumps(row) + "\n")
         self.rows += 1
+        if self.mirror is not None:
+            self.mirror.add(row)
 
     def cut_metrics(self, rows: int) -> float:
         """Drop all but the first rows of metrics.jsonl, as their steps will be taken again; gives the seconds that
@@ -137,6 +140,8 @@ class Run:
                 file.truncate(size)
         except FileNotFoundError:
             pass
+        if self.mirror is not None:
+            self.mirror.restart()
         try:
             return float(json.loads(last)["seconds"])
         except (ValueError, LookupError, TypeError):

@@ -10,6 +10,7 @@ a GPU. Started without torchrun, a process is the first rank of one, and nothing
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -114,6 +115,20 @@ class Ranks:
         with together():
             distributed.broadcast_object_list(found, src=0)
         return found[0]
+
+
+def leave(code: int) -> int:
+    """The exit code of a process that is done: one of several ranks ends right here.
+
+    What lies on the disk is whole by then, and so is what was said; but while torch takes down what carried the
+    gradients, a rank that was done has been seen to abort (3 of 90 runs on a busy machine, torch 2.13, gloo),
+    and torchrun takes that for a failed run.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import options
 from genotypes import GenotypeError, resolve_cell
 from lock import Locked
 from optimizers import RATES
-from ranks import Ranks
+from ranks import Ranks, leave
 from utils import Onlooker, Run, RunError
 
 # What may differ between a run and its continuation; every other flag belongs to the run. The data may lie
@@ -349,8 +349,9 @@ def run_script(main: Callable[[], int]) -> int:
     """The exit code of a script: what its surroundings did to it gives one line, not a traceback."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
+    code = 1
     try:
-        return main()
+        code = main()
     except (RunError, checkpoint.CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:  # before the first step, when the weights are made
@@ -361,5 +362,5 @@ def run_script(main: Callable[[], int]) -> int:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    return 1
+        code = 130
+    return leave(code)

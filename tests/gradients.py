@@ -16,7 +16,7 @@ from dropout import HeldRelu, Masks, Rates
 from engine import Engine
 from model_search import RNNModelSearch
 from objective import Batch, clipped_gradient, small_batch_losses
-from ranks import Ranks
+from ranks import Ranks, leave
 
 V, H, B, T = 50, 12, 8, 4
 
@@ -64,3 +64,4 @@ if __name__ == "__main__":
     result = gradients(here, int(sys.argv[2]))
     if here.first:
         torch.save(result, sys.argv[1])
+    leave(0)

@@ -15,7 +15,7 @@ import ranking
 import records
 from jobs import Job
 from plan import Share
-from study import RANDOM, Cell, Proxy, Study
+from study import RANDOM, STAGES, Cell, Proxy, Study
 from utils import Run
 
 SHARE = "share.json"  # what a trial takes of a machine
@@ -192,7 +192,7 @@ def cost(study: Study) -> list[dict[str, Any]]:
         Share(**{name: value for name, value in kept if name in Share._fields and records.is_number(value)}),
         [],
     )
-    for stage in ("baseline", "proxy", "search", "select", "retrain"):
+    for stage in STAGES:
         folders = [path.parent for path in sorted((study.folder / stage).glob("**/metrics.jsonl"))]
         total = sum(map(records.seconds, folders))
         found.append({"stage": stage, "runs": len(folders), f"{share.unit}_hours": total * share.devices / 3600})

@@ -4,7 +4,6 @@ A directory may be half written, damaged or a stranger's: what cannot be used is
 """
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from genotypes import GenotypeError, cell_from_json
 
 EVENTS = "events.jsonl"
-LARGEST = 2**1023  # what a float holds, and an int that is no more
+LARGEST = 2**1023  # a float holds it; infinity and what is no number are not below
 
 
 def result(folder: Path) -> dict[str, Any] | None:
@@ -29,7 +28,7 @@ def result(folder: Path) -> dict[str, Any] | None:
 
 def is_number(value: Any) -> bool:
     """Finite, and not a truth value."""
-    return type(value) in (int, float) and -math.inf < value < math.inf and abs(value) < LARGEST
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

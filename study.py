@@ -17,6 +17,7 @@ import records
 from genotypes import Genotype, from_json, random_genotype
 from jobs import Job
 
+STAGES = ("baseline", "proxy", "search", "select", "retrain")  # in their order
 METHODS = {"first": (), "unrolled": ("--unrolled",)}  # that search, and their flags
 RANDOM = "random"  # the method that does not
 

@@ -27,7 +27,7 @@ from diagnosis import Diagnosis
 from divergence import Watch, go_back
 from dropout import HeldRelu, Rates
 from engine import Engine
-from genotypes import STEPS, from_json, to_json
+from genotypes import STEPS, Genotype, from_json, to_json
 from graphs import Graphs
 from kernels import products_in
 from model_search import RNNModelSearch
@@ -168,9 +168,9 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
 
     architect = architect_of(rows_at_once, hessian)
-    diagnosis = args.diagnose_every and Diagnosis(
+    diagnosis = Diagnosis(
         model, architect_of, hessian, (train, valid_batches.source, valid), rows_at_once, args.bptt, args.seed, ranks
-    )
+    ) if args.diagnose_every else None  # fmt: skip
 
     def gradient(
         eta: Tensor, x: Tensor, y: Tensor, hidden: Tensor, xv: Tensor, yv: Tensor, hidden_valid: Tensor
@@ -230,10 +230,10 @@ def main(argv: list[str] | None = None) -> int:
         start_of_text = train[: args.bptt + 1, :rows_at_once]
         watch.judge(ranks.same(lambda: evaluate(model, start_of_text, args.bptt, "train")))
 
-    def found() -> dict[str, Any]:
+    def found(genotype: Genotype) -> dict[str, Any]:
         """What the alphas are and point to, for a row of metrics.jsonl."""
         probabilities = [[round(p, 5) for p in edge] for edge in model.alphas.softmax(-1).tolist()]
-        return {"genotype": to_json(model.genotype()), "probabilities": probabilities}
+        return {"genotype": to_json(genotype), "probabilities": probabilities}
 
     def keep_genotype(epoch: int) -> None:
         """The alphas of now, which are those of this epoch's end, to genotype.json."""
@@ -291,8 +291,9 @@ def main(argv: list[str] | None = None) -> int:
 
                     if progress.step % args.log_interval == 0:
                         watch.check()
-                        progress.close_interval(lr, rate=optimizer.param_groups[0]["lr"], **found())
-                        run.log(str(model.genotype()))
+                        genotype = model.genotype()
+                        progress.close_interval(lr, rate=optimizer.param_groups[0]["lr"], **found(genotype))
+                        run.log(str(genotype))
                     if diagnosis and progress.step % args.diagnose_every == 0:
                         with progress.paused():
                             eta = optimizer.param_groups[0]["lr"]
@@ -309,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
                 with averaged(optimizer):
                     loss = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
                     epoch, genotype = progress.epoch, model.genotype()
-                    progress.close_epoch(loss, optimizer.param_groups[0]["lr"], **found())
+                    progress.close_epoch(loss, optimizer.param_groups[0]["lr"], **found(genotype))
                     hidden = model.initial_hidden(rows)
                     if loss < best:
                         best = loss

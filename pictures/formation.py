@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from matplotlib.path import Path as Curve
 from PIL import Image
 
 from genotypes import PRIMITIVES, Genotype
-from pictures.history import MOST_NODES, History, edges, node_count
+from pictures.history import History, edges, node_count
 from pictures.style import COLOURS, GREY, INK, PAPER, POINT, SMALL, SOFT, WIDTH, PictureError, whole
 
 OPS = PRIMITIVES[1:]
@@ -105,23 +106,13 @@ def show(parts: Mapping[str, Sequence[Artist]], state: Mapping[str, float]) -> N
 def frames(history: History) -> tuple[list[float], list[dict[str, float]]]:
     """When, and what is to be seen then; of many rows every so many, the last among them. Raises `PictureError`."""
     x, alphas = history.probabilities
-    cells = dict(history.genotypes())
-    both = [k for k, when in enumerate(x) if when in cells and len(cells[when].recurrent) == nodes_of(history)]
-    if not both or not can_be_drawn(history):
+    cells = dict(history.genotypes)
+    both = [k for k, when in enumerate(x) if when in cells and len(cells[when].recurrent) == history.nodes]
+    if not both:
         raise PictureError(f"{history.folder}: no alphas of a search to animate; train_search.py writes them down")
     few = np.array(both)[np.unique(np.linspace(0, len(both) - 1, MOST).round().astype(int))]
     when = [x[k] for k in few]
     return when, states(alphas[few], [cells[x] for x in when])
-
-
-def can_be_drawn(history: History) -> bool:
-    """Whether there are arcs, and few enough for an eye."""
-    return 0 < nodes_of(history) <= MOST_NODES
-
-
-def nodes_of(history: History) -> int:
-    """N."""
-    return node_count(history.probabilities[1].shape[1])
 
 
 def draw_formation(folder: str | Path, path: str | Path) -> None:
@@ -134,7 +125,7 @@ def draw_formation(folder: str | Path, path: str | Path) -> None:
         raise PictureError(f"{path}: needs the program ffmpeg; install it, or take a name that ends in .gif")
     history = History(folder)
     x, found = frames(history)
-    figure, parts = build(nodes_of(history), {gid for state in found for gid in state})
+    figure, parts = build(history.nodes, {gid for state in found for gid in state})
     axes, canvas = figure.axes[0], FigureCanvasAgg(figure)
     left, top = axes.get_xlim()[0], axes.get_ylim()[1]
     clock = axes.text(left + 20, top - 30, "", fontsize=(SMALL + 4) * POINT, weight="bold")
@@ -159,6 +150,7 @@ def write_gif(images: Iterable[Image.Image], path: Path) -> None:
     first.save(path, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
+@cache
 def palette() -> np.ndarray:
     """(168, 3) of 0 to 255: all colours on their way to the paper's. Chosen from a frame, those of a few pixels would
     be lost."""

@@ -76,9 +76,19 @@ class History:
         found = [(x, alphas) for x, alphas in found if alphas.shape == found[-1][1].shape]
         return [x for x, _ in found], np.stack([alphas for _, alphas in found])
 
-    def genotypes(self, kind: str | None = None) -> list[tuple[float, Genotype]]:
-        """When, and which; of the rows of a kind alone, or of intervals and epochs."""
-        rows = self.of_search() if kind is None else self.rows[kind]
+    @cached_property
+    def nodes(self) -> int:
+        """N of the alphas; 0 where there are none, or more edges than an eye takes in."""
+        nodes = node_count(self.probabilities[1].shape[1])
+        return nodes if nodes <= MOST_NODES else 0
+
+    @cached_property
+    def genotypes(self) -> list[tuple[float, Genotype]]:
+        """When, and which; of intervals and epochs."""
+        return self.cells_of(self.of_search())
+
+    def cells_of(self, rows: Iterable[dict[str, Any]]) -> list[tuple[float, Genotype]]:
+        """When, and which; of all that have as many nodes as the last."""
         found = [(self.when(row["step"]), cell) for row in rows if (cell := as_genotype(row.get("genotype")))]
         return [(x, cell) for x, cell in found if len(cell.recurrent) == len(found[-1][1].recurrent)]
 

@@ -66,7 +66,7 @@ def run_pictures(history: History, result: dict | None, flags: dict) -> list[dic
     found = []
     cell = cell_of(history, result, flags)
     if cell is not None:
-        cells = history.genotypes()
+        cells = history.genotypes
         title = "The cell" if not cells else "The cell that was found" if result else "The most likely cell so far"
         found.append(picture("cell", title, "", cell_figure(cell), code=str(cell)))
     with suppress(PictureError):  # of a retraining
@@ -74,15 +74,15 @@ def run_pictures(history: History, result: dict | None, flags: dict) -> list[dic
     for name, figure in search.figures(history).items():
         title, note, *_ = search.PICTURES[name]
         found.append(picture(name, title, note, figure))
-    if not history.genotypes() and history.curve("epoch", "valid_ppl", 0)[0]:
+    if not history.genotypes and history.curve("epoch", "valid_ppl", 0)[0]:
         found.append(picture("training", "Validation", "", train.train_figure([history])))
     return found
 
 
 def cell_of(history: History, result: dict | None, flags: dict) -> Genotype | None:
     """The result's, else the last that a search pointed to, else the one that is trained; None for torch's own."""
-    if history.genotypes() and not result:
-        return history.genotypes()[-1][1]
+    if history.genotypes and not result:
+        return history.genotypes[-1][1]
     try:
         cell = cell_from_json(result["genotype"]) if result else parse(str(flags.get("arch")))
     except GenotypeError:
@@ -93,7 +93,7 @@ def cell_of(history: History, result: dict | None, flags: dict) -> Genotype | No
 def formation_picture(history: History) -> dict[str, Any]:
     """With what to show at each moment, for the page's script; without one the last moment is seen."""
     when, states = formation.frames(history)
-    figure, _ = formation.build(formation.nodes_of(history), {gid for state in states for gid in state})
+    figure, _ = formation.build(history.nodes, {gid for state in states for gid in state})
     found = picture("formation", "The formation", "Every edge fades with its probability; the most likely cell has "
                     "labels.", figure)  # fmt: skip
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from genotypes import PRIMITIVES, Genotype
-from pictures.history import LARGEST, MOST_NODES, History, edges, node_count
+from pictures.history import LARGEST, History, edges
 from pictures.style import (
     COLOURS,
     GREY,
@@ -76,7 +76,7 @@ def mean_probabilities(axes: Axes, history: History) -> None:
 
 
 def shares(axes: Axes, history: History) -> None:
-    found = history.genotypes()
+    found = history.genotypes
     x = [0.0, *(x for x, _ in found)]
     counts = [[sum(op == name for op, _ in cell.recurrent) for _, cell in found] for name in PRIMITIVES[1:]]
     colours = [COLOURS[name] for name in PRIMITIVES[1:]]
@@ -109,7 +109,7 @@ def run_panels(history: History) -> list[Panel]:
     if history.probabilities[0]:
         panels.append(("Entropy of the alphas", "nats", entropy))
         panels.append(("Mean probability", "over all edges", mean_probabilities))
-    if history.genotypes():
+    if history.genotypes:
         panels.append(("Primitives in the genotype", "nodes", shares))
     if history.curve("interval", "norm", 0)[0]:
         panels.append(("Gradient of the weights", "norm, before clipping", norms))
@@ -151,8 +151,8 @@ def draw_run(figure: Figure | SubFigure, history: History) -> None:
 
 def strip_rows(history: History) -> list[tuple[float, Genotype]]:
     """Epoch by epoch, or, where there are few, every row."""
-    by_epoch = history.genotypes("epoch")
-    return by_epoch if len(by_epoch) >= 8 else history.genotypes()
+    by_epoch = history.cells_of(history.rows["epoch"])
+    return by_epoch if len(by_epoch) >= 8 else history.genotypes
 
 
 class Stretch(NamedTuple):
@@ -211,9 +211,7 @@ def draw_strip(figure: Figure | SubFigure, history: History) -> None:
 
 
 def edges_height(history: History) -> float:
-    _, alphas = history.probabilities
-    nodes = node_count(alphas.shape[1])
-    return 80 + 68 * nodes if 0 < nodes <= MOST_NODES else 0
+    return 80 + 68 * history.nodes if history.nodes else 0
 
 
 def draw_edges(figure: Figure | SubFigure, history: History) -> None:
@@ -222,8 +220,8 @@ def draw_edges(figure: Figure | SubFigure, history: History) -> None:
     x, alphas = history.probabilities
     few = np.unique(np.linspace(0, len(x) - 1, MOST).round().astype(int))  # the last one among them
     x, alphas = np.array(x)[few], alphas[few]
-    nodes = node_count(alphas.shape[1])
-    found = history.genotypes()
+    nodes = history.nodes
+    found = history.genotypes
     kept = {} if not found else {(j, i): op for i, (op, j) in enumerate(found[-1][1].recurrent, start=1)}
     if len(kept) != nodes:
         kept = {}

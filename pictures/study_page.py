@@ -8,14 +8,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import records
-from genotypes import Genotype, GenotypeError, cell_from_json
+from genotypes import Genotype, cell_from_json
 from pictures import study, train
 from pictures.cell import cell_figure
 from pictures.history import History
 from pictures.page import Field, Link, inline, is_over, number, picture, since
 from pictures.style import PictureError
-
-STAGES = ("baseline", "proxy", "search", "select", "retrain")  # in which a study has its runs
+from study import STAGES
 
 
 def study_page(folder: Path, link: Link) -> dict[str, Any]:
@@ -94,11 +93,12 @@ def leaderboard(folder: Path, events: Sequence[dict[str, Any]], link: Link) -> d
                                      any((stage, cell, seed) in halved for seed in of)))  # fmt: skip
         runs = [folder / stage / cell / seed for stage in (full, "select") if stage
                 for seed in values.get((stage, cell), ())]  # fmt: skip
-        tested = {run: value for run in runs
-                  if records.is_number(value := (records.result(run) or {}).get("test_ppl"))}  # fmt: skip
+        results = {run: result for run in runs if (result := records.result(run))}
+        tested = {run: value for run, result in results.items()
+                  if records.is_number(value := result.get("test_ppl"))}  # fmt: skip
         run, test = next(iter(tested.items()), (None, None))
         fields.append(Field(number(test), link(run), test) if run else Field("-"))
-        genotype = genotype_of(runs)
+        genotype = genotype_of(results.values())
         drawn = inline(cell_figure(genotype), f"{re.sub(r'[^A-Za-z0-9]', '_', cell)}-") if genotype else ""
         rows.append({"cell": cell, "fields": fields, "svg": drawn})
     rows.sort(key=lambda row: [(field.value == "", field.value) for field in reversed(row["fields"][:2])])
@@ -113,16 +113,10 @@ def mean_field(values: Sequence[float], href: str, halved: bool) -> Field:
     return Field(number(mean(values)) + spread + (" (halved)" if halved else ""), href, mean(values))
 
 
-def genotype_of(runs: Iterable[Path]) -> Genotype | None:
+def genotype_of(results: Iterable[dict[str, Any]]) -> Genotype | None:
     """The cell that runs of train.py trained; None for torch's own."""
-    for run in runs:
-        try:
-            cell = cell_from_json((records.result(run) or {}).get("genotype"))
-        except GenotypeError:
-            continue
-        if isinstance(cell, Genotype):
-            return cell
-    return None
+    cells = (cell_from_json(result["genotype"]) for result in results)
+    return next((cell for cell in cells if isinstance(cell, Genotype)), None)
 
 
 def chosen_facts(folder: Path, summary: dict[str, Any], link: Link) -> list[dict[str, str]]:

@@ -2,13 +2,13 @@
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -51,9 +51,9 @@ def plain_style() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """So many pixels high and wide."""
-    return Figure(figsize=(width / 96, height / 96), dpi=96, facecolor=PAPER, layout="constrained")
+def new_figure(height: float) -> Figure:
+    """So many pixels high."""
+    return Figure(figsize=(WIDTH / 96, height / 96), dpi=96, facecolor=PAPER, layout="constrained")
 
 
 def save(figure: Figure, path: str | Path, title: str) -> None:
@@ -101,12 +101,12 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def legend(axes: Axes, **more) -> None:
+def legend(axes: Axes) -> None:
     """Of the curves that have names, small enough to lie in a panel."""
-    axes.legend(fontsize=(SMALL - 1) * POINT, handlelength=1.4, borderaxespad=0.3, labelspacing=0.3, **more)
+    axes.legend(fontsize=(SMALL - 1) * POINT, handlelength=1.4, borderaxespad=0.3, labelspacing=0.3)
 
 
-def key(where: Figure | Axes, names: Sequence[str], colours: Mapping[str, str] = COLOURS, **more) -> None:
-    """A legend of colours alone, on one line."""
-    patches = [Patch(facecolor=colours[name], label=name) for name in names]
-    where.legend(handles=patches, ncols=len(names), handlelength=1, handleheight=0.9, columnspacing=1.4, **more)
+def key(figure: Figure | SubFigure, names: Sequence[str], **more) -> None:
+    """A legend of primitives' colours, on one line."""
+    patches = [Patch(facecolor=COLOURS[name], label=name) for name in names]
+    figure.legend(handles=patches, ncols=len(names), handlelength=1, handleheight=0.9, columnspacing=1.4, **more)

@@ -400,7 +400,7 @@ def test_odd_lines_among_the_rows_change_nothing(tmp_path_factory, odd):
     history = History(folder)
     assert history.curve("epoch", "valid_ppl")[1] == [row["valid_ppl"] for row in rows if row["kind"] == "epoch"]
     assert history.probabilities[1][-1].tolist() == rows[-2]["probabilities"]
-    assert len(history.genotypes()) == 9
+    assert len(history.genotypes) == 9
 
 
 def test_a_run_that_went_back_to_its_beginning_has_nothing_to_draw(tmp_path, capsys):

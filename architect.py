@@ -5,19 +5,21 @@
 
 with w' = w - eta (c g + wdecay w), g = d/dw L_train(w, alpha), c = min(1, clip / |g|) held constant, and
 v = d/dw' L_valid(w', alpha) (DARTS, equations 6 and 7, for the weight step that is really taken). The first
-term is the direct part, the second the implicit part. The product in the second is a central difference of
-d/d alpha L_train at w +- R v / |v| ("finite"), or is had by differentiating twice ("exact"). With momentum the step
+term is the direct part, the second the implicit part. The product in the second is had by differentiating twice
+("exact"), or is a central difference of d/d alpha L_train at w +- R v / |v| ("finite"). With momentum the step
 adds what is kept of earlier gradients, which no alpha of now can change; where each element of g is limited, v counts
 only at those below the limit.
 
-A loss is given as a function of a batch that yields it in parts which sum to the whole; only one part's graph
-lives at a time. Every pass over one batch uses the masks that the batch carries, and the same active set of
-relu, which the first pass takes at w: a difference would else measure masks and kinks instead of curvature.
+A loss is given as a function of a batch that gives it in parts which sum to the whole, computed one by one; of
+several, only one part's graph lives at a time. Every pass over one batch uses the masks that the batch carries; for a
+difference also the same active set of relu, which the first pass takes at w: it would else measure masks and kinks
+instead of curvature.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 from kernels import products_in
 
 RADIUS = 1e-4
+Product = Callable[[list[Tensor]], Tensor]  # v -> d/d alpha (d/dw L_train . v), shape of the alphas
 
 
 class Architect:
@@ -36,8 +39,7 @@ class Architect:
         alphas: the architecture parameters (N(N+1)/2, K).
         train_loss, valid_loss: batch -> parts of the loss, each with `.total` (scalar to differentiate) and
             `.hidden` (rows of the state to go on from). `train_loss` is the loss of the weight step.
-        product_loss: the same loss as `train_loss` for the mixed product, where it needs another engine: one in
-            full precision for a difference, one that differentiates twice for the exact product.
+        precise_loss: the same loss as `train_loss` for a difference, in full precision.
         clip, clip_value, wdecay: of the weight step, which the virtual step imitates.
         hessian: None for the first-order step, else "finite" or "exact".
         lr, arch_wdecay: of Adam on the alphas.
@@ -49,9 +51,9 @@ class Architect:
         self,
         weights: list[Tensor],
         alphas: Tensor,
-        train_loss: Callable[[Any], Iterable],
+        train_loss: Callable[[Any], Collection],
         valid_loss: Callable[[Any], Iterable],
-        product_loss: Callable[[Any], Iterable] | None = None,
+        precise_loss: Callable[[Any], Iterable] | None = None,
         *,
         clip: float,
         wdecay: float,
@@ -64,7 +66,7 @@ class Architect:
     ):
         self.weights, self.alphas = weights, alphas
         self.train_loss, self.valid_loss = train_loss, valid_loss
-        self.product_loss = product_loss or train_loss
+        self.precise_loss = precise_loss or train_loss
         self.clip, self.clip_value, self.wdecay = clip or math.inf, clip_value or math.inf, wdecay
         self.hessian, self.radius = hessian, radius
         self.average = average or (lambda tensors: None)
@@ -98,7 +100,7 @@ class Architect:
             [direct], hidden = self.gradients(self.valid_loss(valid), [self.alphas])
             return direct, None, hidden
 
-        g, _ = self.gradients(self.train_loss(train), self.weights)
+        g, product = self.exactly(train) if self.hessian == "exact" else self.by_difference(train)
         limited = self.clip_value < math.inf
         if limited:
             free = [g_i.abs() <= self.clip_value for g_i in g]
@@ -112,8 +114,7 @@ class Architect:
             (direct, *v), hidden = self.gradients(self.valid_loss(valid), [self.alphas, *self.weights])
         if limited:
             v = [v_i * free_i for v_i, free_i in zip(v, free, strict=True)]
-        product = self.exact_product if self.hessian == "exact" else self.finite_product
-        return direct, eta * c * product(train, v), hidden
+        return direct, eta * c * product(v), hidden
 
     def gradients(self, parts: Iterable, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Gradient of the sum of the parts with respect to the inputs alone, and the hidden states (B, H)."""
@@ -123,26 +124,46 @@ class Architect:
                 found = torch.autograd.grad(part.total, inputs)
                 totals = list(found) if totals is None else [a.add_(b) for a, b in zip(totals, found, strict=True)]
                 hidden.append(part.hidden)
+                del part  # and what it remembers, before the next one
         self.average(totals)
         return totals, torch.cat(hidden)
 
-    def exact_product(self, train: Any, v: list[Tensor]) -> Tensor:
-        """d/d alpha (d/dw L_train . v), shape of the alphas, by differentiating twice."""
-        total = torch.zeros_like(self.alphas)
-        for part in self.product_loss(train):
-            g = torch.autograd.grad(part.total, self.weights, create_graph=True)
-            along = sum((g_i * v_i).sum() for g_i, v_i in zip(g, v, strict=True))
-            total += torch.autograd.grad(along, self.alphas)[0]
-        self.average([total])
-        return total
+    def exactly(self, train: Any) -> tuple[list[Tensor], Product]:
+        """d/dw L_train, and its product by differentiating that gradient in turn.
+
+        A single part's graph is kept from one to the other; several parts are passed over once more.
+        """
+        parts = self.train_loss(train)
+
+        def differentiable(part: Any) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(part.total, self.weights, create_graph=True)
+
+        def product(v: list[Tensor]) -> Tensor:
+            total = torch.zeros_like(self.alphas)
+            for graph in kept or map(differentiable, parts):
+                total += torch.autograd.grad(graph, self.alphas, v)[0]
+                del graph  # and what it remembers, before the next one
+            self.average([total])
+            return total
+
+        kept = [differentiable(part) for part in parts] if len(parts) == 1 else []
+        if not kept:
+            return self.gradients(parts, self.weights)[0], product
+        g = [g_i.detach().clone() for g_i in kept[0]]
+        self.average(g)
+        return g, product
+
+    def by_difference(self, train: Any) -> tuple[list[Tensor], Product]:
+        """d/dw L_train, and its product by a central difference."""
+        return self.gradients(self.train_loss(train), self.weights)[0], partial(self.finite_product, train)
 
     def finite_product(self, train: Any, v: list[Tensor]) -> Tensor:
-        """The same by a central difference at radius R along v / |v| (DARTS, equation 8)."""
+        """d/d alpha (d/dw L_train . v) by a central difference at radius R along v / |v| (DARTS, equation 8)."""
         scale = self.radius / total_norm(v).clamp(min=1e-30)  # all of v may be 0, and the product then is
         ends = []
         for sign in (1, -1):
             with moved(self.weights, [sign * scale * v_i for v_i in v]), products_in("fp32"):
-                [end], _ = self.gradients(self.product_loss(train), [self.alphas])
+                [end], _ = self.gradients(self.precise_loss(train), [self.alphas])
             ends.append(end)
         return (ends[0] - ends[1]) / (2 * scale)
 
@@ -172,14 +193,16 @@ def only(inputs: list[Tensor], of: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def moved(weights: list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
-    """The weights plus the deltas inside; outside, the very bits that they had before."""
-    before = [w.detach().clone() for w in weights]
-    with torch.no_grad():
-        for w, delta in zip(weights, deltas, strict=True):
-            w.add_(delta)
+    """The weights plus the deltas inside; outside, the very tensors that they were before.
+
+    They are put elsewhere and not written over: a graph that is kept of them is still right afterwards.
+    """
+    before = [w.data for w in weights]
+    after = [w.data + delta for w, delta in zip(weights, deltas, strict=True)]
     try:
+        for w, new in zip(weights, after, strict=True):
+            w.data = new
         yield
     finally:
-        with torch.no_grad():
-            for w, old in zip(weights, before, strict=True):
-                w.copy_(old)
+        for w, old in zip(weights, before, strict=True):
+            w.data = old

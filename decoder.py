@@ -4,14 +4,15 @@ what dropout has set to zero.
 Shapes: T time steps, B batch, H hidden, V words.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from dropout import drop
-from kernels import LOG2_E, Pool, add_product, first_derivative_only, kernel
+from kernels import LOG2_E, Workspace, add_product, kernel, not_formed, refuse_graph
 
-POOL = Pool()
-CHUNK = 1 << 23  # logits held at once
+CHUNK = 1 << 23  # logits held at once, and their tangents
 SKIP_FROM = 128  # hidden units
 
 
@@ -22,7 +23,8 @@ def nll(
     outputs (T, B, H) are the hidden states times the mask (B, H).
 
     embedding (V, H), bias (V,); `store` is the dtype of products. The gradient is formed with the loss, while
-    the logits are at hand, for those arguments that want one.
+    the logits are at hand, for those arguments that want one. Of the second derivatives there are those in the hidden
+    states.
     """
     wants = [torch.is_grad_enabled() and argument.requires_grad for argument in (hiddens, embedding, bias)]
     return TiedDecoder.apply(wants, store or hiddens.dtype, hiddens, mask, embedding, bias, y)
@@ -31,83 +33,210 @@ def nll(
 class TiedDecoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, wants, store, hiddens, mask, embedding, bias, y):
-        (T, B, H), V, device = hiddens.shape, len(embedding), hiddens.device
-        outputs, decoder = drop(hiddens, mask).to(store), embedding.t().to(store)  # (T, B, H), (H, V)
-        losses = hiddens.new_empty(y.shape)
-        d_outputs, d_embedding, d_bias = (
+        skipped = mask if worth_skipping(mask) else None
+        outputs, decoder = drop(hiddens, mask).to(store), transposed(embedding, skipped, store)  # (T, B, H), (H, V)
+        losses, share = hiddens.new_empty(y.shape), 1 / y.numel()
+        d_outputs, d_decoder, d_bias = (
             torch.zeros_like(like, dtype=dtype) if want else None
-            for like, dtype, want in zip(
-                (outputs, embedding, bias), (store, bias.dtype, bias.dtype), wants, strict=True
-            )
+            for like, dtype, want in zip((outputs, decoder, bias), (store, bias.dtype, bias.dtype), wants, strict=True)
         )
-
-        def gradient_of_logits(part: Tensor, columns: Tensor, words: Tensor, losses: Tensor) -> Tensor:
-            """part (..., n, k) @ columns (..., k, V) against words (..., n); fills losses (..., n)."""
-            logits = POOL.take("logits", (*words.shape, V), store, device)
+        for piece in pieces(skipped, *y.shape, decoder):
+            part, columns, words = piece.rows(outputs), piece.columns(decoder), piece.words(y)
+            logits = piece.take("logits")
             torch.matmul(part, columns, out=logits)
-            flat, words = logits.view(-1, V), words.reshape(-1, 1)
-            of_words = flat.gather(1, words).to(bias.dtype) + bias[words]  # (n, 1)
-            found = losses.new_empty(len(words))
-            softmax(flat, bias.detach(), of_words, 1 / y.numel(), found)
-            losses.copy_(found.view_as(losses))
+            flat = logits.view(-1, len(bias))
+            found = to_softmax(flat, bias, words, share)
+            piece.put_losses(losses, found)
             if any(wants):
-                flat.scatter_add_(1, words, flat.new_full(words.shape, -1 / y.numel()))
+                flat.scatter_add_(1, words, flat.new_full(words.shape, -share))
             if d_bias is not None:
                 d_bias.add_(flat.sum(0, dtype=bias.dtype))
-            return logits
-
-        if mask is None or not worth_skipping(mask):
-            steps = max(1, CHUNK // (V * B))
-            for t in range(0, T, steps):
-                part = outputs[t : t + steps].flatten(0, 1)  # (n, H)
-                d = gradient_of_logits(part, decoder, y[t : t + steps].flatten(), losses[t : t + steps].flatten())
-                if d_outputs is not None:
-                    torch.mm(d, decoder.t(), out=d_outputs[t : t + steps].flatten(0, 1))
-                if d_embedding is not None:
-                    add_product(d_embedding, d.t(), part)
-                POOL.give("logits", d)
-        else:
-            # What is kept of an output differs from row to row of the batch, but not from time step to time step.
-            # A few rows at once, one for each core, that keep about as many; zeros fill up the rest.
-            decoder, together = decoder.contiguous(), torch.get_num_threads()
-            counts, rows = (mask != 0).sum(1).sort()
-            kept = mask[rows].topk(int(counts.max()), dim=1).indices  # (B, k)
-            d_decoder = None if d_embedding is None else torch.zeros_like(decoder, dtype=bias.dtype)
-            for b in range(0, B, together):
-                here = kept[b : b + together, : counts[b : b + together].max()]  # (r, k)
-                index = here[:, None, :].expand(-1, T, -1)  # (r, T, k)
-                r = rows[b : b + together]
-                part = outputs[:, r].transpose(0, 1).gather(2, index)  # (r, T, k)
-                columns = POOL.take("columns", (*here.shape, V), store, device)
-                torch.index_select(decoder, 0, here.flatten(), out=columns.flatten(0, 1))
-                losses_here = losses.new_empty(len(r), T)
-                d = gradient_of_logits(part, columns, y[:, r].t(), losses_here)
-                losses[:, r] = losses_here.t()
-                if d_outputs is not None:
-                    kept_of_d = d_outputs.new_zeros(len(r), T, H).scatter_(2, index, d @ columns.mT)
-                    d_outputs[:, r] = kept_of_d.transpose(0, 1)
-                if d_decoder is not None:
-                    torch.bmm(part.mT, d, out=columns)
-                    d_decoder.index_add_(0, here.flatten(), columns.flatten(0, 1).to(bias.dtype))
-                POOL.give("columns", columns)
-                POOL.give("logits", d)
-            d_embedding = None if d_decoder is None else d_decoder.t().contiguous()
-
+            if d_outputs is not None:
+                piece.put(d_outputs, torch.matmul(logits, columns.mT))
+            if d_decoder is not None:
+                piece.add_product(d_decoder, part, logits, columns)
+            del piece  # whose buffers are for the next one
         d_hiddens = None if d_outputs is None else drop(d_outputs.to(hiddens.dtype), mask)
-        ctx.found = d_hiddens, d_embedding, d_bias
+        ctx.store, ctx.found = store, (d_hiddens, None if d_decoder is None else d_decoder.t().contiguous(), d_bias)
+        ctx.save_for_backward(hiddens, mask, embedding, bias, y)
         return losses.mean()
 
     @staticmethod
     def backward(ctx, g):
-        first_derivative_only()
-        d_hiddens, d_embedding, d_bias = (None if d is None else g * d for d in ctx.found)
-        return None, None, d_hiddens, None, d_embedding, d_bias, None
+        hiddens, mask, embedding, bias, y = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = TiedDecoderBack.apply(ctx.store, ctx.found, mask, y, g, hiddens, embedding, bias)
+        else:
+            found = [None if d is None else g * d for d in ctx.found]
+        return None, None, found[0], None, *found[1:], None
 
 
-def worth_skipping(mask: Tensor) -> bool:
+class TiedDecoderBack(torch.autograd.Function):
+    """The way back from the loss, where it is to be differentiated itself: in the hidden states, along everything."""
+
+    @staticmethod
+    def forward(ctx, store, found, mask, y, g, hiddens, embedding, bias):
+        ctx.set_materialize_grads(False)
+        ctx.store, ctx.found = store, found
+        ctx.save_for_backward(mask, y, g, hiddens, embedding, bias)
+        return tuple(None if d is None else g * d for d in found)
+
+    @staticmethod
+    def backward(ctx, *along):
+        refuse_graph("third")
+        mask, y, g, *inputs = ctx.saved_tensors
+        along = [torch.zeros_like(like) if v is None else v for v, like in zip(along, inputs, strict=True)]
+        d_g = None
+        if ctx.needs_input_grad[4]:
+            d_g = sum((d * v).sum() for d, v in zip(ctx.found, along, strict=True) if d is not None)
+        of_hiddens = g * r_gradient(*inputs, *along, mask, y, ctx.store)
+        return None, None, None, None, d_g, of_hiddens, not_formed(inputs[1]), None  # the embedding has another share
+
+
+def r_gradient(
+    hiddens: Tensor,
+    embedding: Tensor,
+    bias: Tensor,
+    v_hiddens: Tensor,
+    v_embedding: Tensor,
+    v_bias: Tensor,
+    mask: Tensor | None,
+    y: Tensor,
+    store: torch.dtype,
+) -> Tensor:
+    """The tangent of the gradient of `nll` in the hidden states, (T, B, H), as these, the embedding and the bias go
+    along the v's (see curvature.py)."""
+    skipped = mask if worth_skipping(mask) else None
+    outputs, r_outputs = (drop(h, mask).to(store) for h in (hiddens, v_hiddens))
+    decoder, r_decoder = (transposed(e, skipped, store) for e in (embedding, v_embedding))
+    found, share = torch.zeros_like(outputs), 1 / y.numel()
+    for piece in pieces(skipped, *y.shape, decoder):
+        columns, r_columns = piece.columns(decoder), piece.columns(r_decoder)
+        logits, r_logits = piece.take("logits"), piece.take("logits")
+        torch.matmul(piece.rows(outputs), columns, out=logits)
+        torch.matmul(piece.rows(r_outputs), columns, out=r_logits)
+        add_matmul(r_logits, piece.rows(outputs), r_columns)
+        flat, words = logits.view(-1, len(bias)), piece.words(y)
+        to_softmax(flat, bias, words, share)
+        r_softmax(flat, r_logits.view_as(flat), v_bias, share)
+        flat.scatter_add_(1, words, flat.new_full(words.shape, -share))
+        d = torch.matmul(r_logits, columns.mT)
+        add_matmul(d, logits, r_columns.mT)
+        piece.put(found, d)
+        del piece  # whose buffers are for the next one
+    return drop(found.to(hiddens.dtype), mask)
+
+
+def to_softmax(logits: Tensor, bias: Tensor, words: Tensor, scale: float) -> Tensor:
+    """logits (n, V) without their bias become scale * softmax; returns the losses (n,) of the words (n, 1)."""
+    losses = bias.new_empty(len(words))
+    of_words = logits.gather(1, words).to(bias.dtype) + bias.detach()[words]  # (n, 1)
+    softmax(logits, bias.detach(), of_words, scale, losses)
+    return losses
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, of matrices or batches of them."""
+    total.addmm_(a, b) if a.dim() == 2 else total.baddbmm_(a, b)
+
+
+# The words are taken a piece at a time, of which there are two kinds: a few time steps, or a few rows of the batch with
+# the outputs that dropout has left of them. (In a piece, n = words, r = rows, k = outputs kept.)
+
+
+def transposed(embedding: Tensor, skipped: Tensor | None, store: torch.dtype) -> Tensor:
+    """(H, V), whose rows lie in one piece where they are gathered."""
+    decoder = embedding.t().to(store)
+    return decoder if skipped is None else decoder.contiguous()
+
+
+def pieces(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Piece"]:
+    """All words (T, B) once, for a decoder (H, V); without products with what the mask `skipped` drops."""
+    if skipped is None:
+        steps = max(1, CHUNK // (decoder.size(1) * B))
+        for t in range(0, T, steps):
+            yield Steps(slice(t, t + steps), decoder, min(steps, T - t) * B)
+        return
+    # What is kept of an output differs from row to row of the batch, but not from time step to time step. A few rows
+    # at once, one for each core, that keep about as many; zeros fill up the rest.
+    together = torch.get_num_threads()
+    counts, rows = (skipped != 0).sum(1).sort()
+    kept = skipped[rows].topk(int(counts.max()), dim=1).indices  # (B, k)
+    for b in range(0, B, together):
+        yield Rows(rows[b : b + together], kept[b : b + together, : counts[b : b + together].max()], decoder, T)
+
+
+class Piece:
+    def __init__(self, decoder: Tensor, *words: int):
+        self.shape, self.space = (*words, decoder.size(1)), Workspace(decoder.dtype, decoder.dtype, decoder.device)
+
+    def take(self, name: str) -> Tensor:
+        """A buffer for this piece's logits, (..., V)."""
+        return self.space.take(name, *self.shape)
+
+
+class Steps(Piece):
+    """A few time steps."""
+
+    def __init__(self, steps: slice, decoder: Tensor, n: int):
+        super().__init__(decoder, n)
+        self.steps = steps
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        return outputs[self.steps].flatten(0, 1)  # (n, H)
+
+    def columns(self, decoder: Tensor) -> Tensor:
+        return decoder  # (H, V)
+
+    def words(self, y: Tensor) -> Tensor:
+        return y[self.steps].reshape(-1, 1)  # (n, 1)
+
+    def put_losses(self, losses: Tensor, found: Tensor) -> None:
+        losses[self.steps] = found.view_as(losses[self.steps])
+
+    def put(self, d_outputs: Tensor, d: Tensor) -> None:
+        d_outputs[self.steps] = d.view_as(d_outputs[self.steps])
+
+    def add_product(self, d_decoder: Tensor, part: Tensor, d: Tensor, columns: Tensor) -> None:
+        add_product(d_decoder.t(), d.t(), part)  # (V, H), as it lies in memory
+
+
+class Rows(Piece):
+    """A few rows of the batch, with the outputs that are kept of each."""
+
+    def __init__(self, rows: Tensor, kept: Tensor, decoder: Tensor, T: int):
+        super().__init__(decoder, len(rows), T)
+        self.index, self.kept = rows, kept  # (r,), (r, k)
+        self.everywhere = kept[:, None, :].expand(-1, T, -1)  # (r, T, k)
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        return outputs[:, self.index].transpose(0, 1).gather(2, self.everywhere)  # (r, T, k)
+
+    def columns(self, decoder: Tensor) -> Tensor:
+        columns = self.space.take("columns", *self.kept.shape, decoder.size(1))
+        torch.index_select(decoder, 0, self.kept.flatten(), out=columns.flatten(0, 1))
+        return columns  # (r, k, V)
+
+    def words(self, y: Tensor) -> Tensor:
+        return y[:, self.index].t().reshape(-1, 1)  # (rT, 1)
+
+    def put_losses(self, losses: Tensor, found: Tensor) -> None:
+        losses[:, self.index] = found.view(len(self.index), -1).t()
+
+    def put(self, d_outputs: Tensor, d: Tensor) -> None:
+        filled = d.new_zeros(*d.shape[:2], d_outputs.size(2)).scatter_(2, self.everywhere, d)
+        d_outputs[:, self.index] = filled.transpose(0, 1)
+
+    def add_product(self, d_decoder: Tensor, part: Tensor, d: Tensor, columns: Tensor) -> None:
+        torch.bmm(part.mT, d, out=columns)  # which have done their duty
+        d_decoder.index_add_(0, self.kept.flatten(), columns.flatten(0, 1).to(d_decoder.dtype))
+
+
+def worth_skipping(mask: Tensor | None) -> bool:
     """Whether so much is dropped that gathering what is kept pays. Not in a narrow model, where the product is
     the least of it, nor on CUDA, where the host would have to wait to hear how much is dropped."""
-    return mask.device.type == "cpu" and mask.size(1) >= SKIP_FROM and (mask != 0).float().mean().item() < 0.6
+    small = mask is None or mask.device.type != "cpu" or mask.size(1) < SKIP_FROM
+    return not small and (mask != 0).float().mean().item() < 0.6
 
 
 @kernel
@@ -119,3 +248,10 @@ def softmax(logits, bias, of_words, scale, losses):
     total = e.sum(-1, keepdim=True)
     losses.copy_((total.log() + top - of_words).squeeze(1))
     logits.copy_(e * (scale / total))
+
+
+@kernel
+def r_softmax(p, r_logits, r_bias, scale):
+    """The tangent of p = scale * softmax (n, V) in the place of that of the logits without their bias."""
+    p, r_z = p.to(r_bias.dtype), r_logits.to(r_bias.dtype) + r_bias
+    r_logits.copy_(p * (r_z - (p * r_z).sum(-1, keepdim=True) / scale))

@@ -21,7 +21,7 @@ from engine import Engine
 from genotypes import PRIMITIVES, Genotype
 from kernels import products_in
 from model_search import RNNModelSearch
-from objective import Batch, evaluate, small_batch_losses
+from objective import Batch, SmallBatches, evaluate
 from ranks import Ranks
 
 BATCHES = 3  # pairs of a training and a validation batch whose alpha gradients are compared
@@ -54,8 +54,8 @@ class Diagnosis:
 
     Args:
         model: behind the engine that searches.
-        architect_of: rows of a batch at a time and kind of product (None in first order) -> an Architect on the
-            model's weights and alphas with the search's own losses.
+        architect_of: the model behind some engine, rows of a batch at a time and kind of product (None in first order)
+            -> an Architect on its weights and alphas with the search's own losses.
         hessian: the kind that the search takes.
         texts: word ids of the weights' and the alphas' text, (n, B) with the rows of this rank, and of validation.
         rows_at_once: of a batch, as the search takes them.
@@ -65,7 +65,7 @@ class Diagnosis:
     def __init__(
         self,
         model: RNNModelSearch,
-        architect_of: Callable[[int, str | None], Architect],
+        architect_of: Callable[[RNNModelSearch, int, str | None], Architect],
         hessian: str | None,
         texts: tuple[Tensor, Tensor, Tensor],
         rows_at_once: int,
@@ -76,8 +76,10 @@ class Diagnosis:
         self.model, self.hessian, self.bptt, self.seed, self.ranks = model, hessian, bptt, seed, ranks
         self.train, self.alphas_text, self.valid = texts
         self.rows = min(ROWS, rows_at_once)
-        self.architect = architect_of(rows_at_once, hessian)
-        self.by_product = {kind: architect_of(self.rows, kind) for kind in ("finite", "exact")} if hessian else {}
+        self.architect = architect_of(model, rows_at_once, hessian)
+        precise = model.using(Engine(model.engine.name))  # what is compared is small
+        kinds = ("finite", "exact") if hessian else ()
+        self.by_product = {kind: architect_of(precise, self.rows, kind) for kind in kinds}
 
     def measure(self, step: int, eta: float | Tensor, velocity: list[Tensor] | None = None) -> Signal:
         """At the alpha step that would follow now; `step` seeds what is drawn, eta and velocity as in `Architect`."""
@@ -87,7 +89,7 @@ class Diagnosis:
             self.ranks.seed(self.seed + step)
             places = torch.Generator().manual_seed(self.seed + step)  # the same on every rank
             agreement = self.agreement(places, eta, velocity)
-            with products_in("fp32"):  # whatever the search takes: what is compared here is small
+            with products_in("fp32"):  # whatever the search takes
                 product_cosine = self.product_cosine(places, eta, velocity)
                 eigenvalue = dominant_eigenvalue(self.hessian_product(places), self.model.alphas)
             found = Signal(*agreement, product_cosine, eigenvalue, *self.gap())
@@ -99,7 +101,8 @@ class Diagnosis:
         """How alike the alpha gradients of independent batches are: the first four of a `Signal`."""
         found = []
         for _ in range(BATCHES):
-            train, valid = self.batch(self.train, places, held=True), self.batch(self.alphas_text, places)
+            train = self.batch(self.train, places, held=self.hessian == "finite")
+            valid = self.batch(self.alphas_text, places)
             found.append(self.architect.gradient(train, valid, eta, velocity)[:2])
         directs, implicits = zip(*found, strict=True)
         if self.hessian is None:
@@ -125,7 +128,7 @@ class Diagnosis:
         eager = self.model.using(Engine("eager"))  # the engine that differentiates twice
         alphas = self.model.alphas
         with only([alphas], of=[*self.model.weights(), alphas]):
-            [loss] = small_batch_losses(eager, batch, self.rows)
+            [loss] = SmallBatches(eager, batch, self.rows)
         [gradient] = torch.autograd.grad(loss.total, alphas, create_graph=True)
         return lambda v: torch.autograd.grad(gradient, alphas, v, retain_graph=True)[0]
 

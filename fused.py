@@ -1,8 +1,9 @@
-"""The recurrence of recurrence.py, fast: same signatures, same values, one derivative.
+"""The recurrence of recurrence.py, fast: same signatures, same values, same gradients.
 
 Back-propagation through time is written out by hand and run as one autograd function over the whole sequence:
-products straight into their place, everything between two products in one compiled pass, and no gradient of a
-weight that nobody asked for. For a second derivative take the definition, recurrence.py.
+products straight into their place, everything between two products in one compiled pass (cells.py), and no gradient
+of a weight that nobody asked for. The relaxed cell has the one second derivative that an architecture step asks for
+too, of the probabilities and along the weights (curvature.py); for any other take the definition, recurrence.py.
 
 Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives. `wide` is the dtype of sums and
 normalisation (float32, or float64), `store` that of products and of what is kept for the way back.
@@ -13,11 +14,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cells import (
+    Trace,
+    WayBack,
+    before_node,
+    by_node,
+    discrete_node,
+    discrete_node_back,
+    discrete_start_back,
+    flat_rows,
+    gradient_of_probs,
+    halves,
+    held_set,
+    output,
+    output_back,
+    relaxed_node,
+    relaxed_node_back,
+    relaxed_start,
+    relaxed_start_back,
+)
+from curvature import r_backward, r_forward
 from dropout import HeldRelu, drop
-from kernels import Pool, add_product, first_derivative_only, kernel, product, realised, sigmoid, sigmoid_tanh
-from recurrence import BN_EPS
-
-POOL = Pool()
+from kernels import Workspace, add_product, call_of_backward, not_formed, product, refuse_graph
 
 
 def relaxed(
@@ -69,29 +87,6 @@ def prepare(
     return xW, W0[x.size(-1) :], h_mask, torch.is_grad_enabled() and any(i.requires_grad for i in inputs)
 
 
-class Workspace:
-    """Buffers of one pass over a sequence, which go back to the pool when nobody holds the workspace any more."""
-
-    def __init__(self, store: torch.dtype, wide: torch.dtype, device: torch.device):
-        self.store, self.wide, self.device = store, wide, device
-        self.taken: list[tuple[str, Tensor]] = []
-
-    def take(self, name: str, *shape: int, wide: bool = False) -> Tensor:
-        buffer = POOL.take(name, shape, self.wide if wide else self.store, self.device)
-        self.taken.append((name, buffer))
-        return buffer
-
-    def __del__(self):
-        for name, buffer in self.taken:
-            POOL.give(name, buffer)
-
-
-def halves(dcu: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns of c and those of u, (..., H) each."""
-    H = dcu.size(-1) // 2
-    return dcu[..., :H], dcu[..., H:]
-
-
 class Relaxed(torch.autograd.Function):
     """The relaxed cell. The product of node i holds `[c_j, u_j]` of each of its predecessors, (i, B, 2H)."""
 
@@ -130,25 +125,37 @@ class Relaxed(torch.autograd.Function):
             output(nodes[k], concat, h_mask, h, previous_t[t + 1])
 
         if keep:
-            ctx.space, ctx.held_relu = space, held_relu
-            ctx.buffers = states, masked, products, previous, inverse
-            ctx.save_for_backward(h0, W0_h, probs, h_mask, *Ws)
-            ctx.hiddens = hiddens.detach()
+            ctx.trace = Trace(space, states, masked, products, previous, inverse, held_relu)
+            ctx.tangents = {}  # by the call of autograd that left them
+            ctx.save_for_backward(h0, probs, h_mask, hiddens, W0_h, *Ws)
         return hiddens
 
     @staticmethod
     def backward(ctx, g_hiddens):
-        first_derivative_only()
-        states, masked, products, previous, inverse = ctx.buffers
-        space = Workspace(ctx.space.store, ctx.space.wide, ctx.space.device)
-        h0, W0_h, probs, h_mask, *Ws = ctx.saved_tensors
-        hiddens = ctx.hiddens
+        h0, probs, h_mask, hiddens, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            dxW, dh0, dprobs, *dWs = RelaxedBack.apply(ctx, g_hiddens, hiddens)
+        elif (call := call_of_backward()) in ctx.tangents:
+            way_back, tangents = ctx.tangents.pop(call)
+            dxW, dh0, dprobs = r_backward(ctx.trace, way_back, tangents, h0, hiddens, weights, probs, h_mask, g_hiddens)
+            dWs = [not_formed(weights[0]), *(None for _ in weights[1:])]  # W0 has another share, of xW
+        else:
+            (dxW, dh0, dprobs, *dWs), _ = Relaxed.way_back(ctx, g_hiddens)
+        return None, None, dxW, dh0, dWs[0], dprobs, None, *dWs[1:]
+
+    @staticmethod
+    def way_back(ctx, g_hiddens: Tensor, keep: bool = False) -> tuple[tuple[Tensor | None, ...], WayBack]:
+        """Gradients of xW, h0, probs, W0_h and Ws, and what of the way is remembered if it is to be differentiated."""
+        space, states, masked, products, previous, inverse, held_relu = ctx.trace
+        h0, probs, h_mask, hiddens, W0_h, *Ws = ctx.saved_tensors
+        remembered, space = (Workspace(space.store, space.wide, space.device) for _ in range(2))
         T, B, H = hiddens.shape
         N = len(Ws)
         of_weights = ctx.needs_input_grad[4] or any(ctx.needs_input_grad[7:])
         rows = probs.detach().split(list(range(1, N + 1)))  # N times (i, K)
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
-        dxW = space.take("xW", T, B, 2 * H)
+        dxW = remembered.take("xW", T, B, 2 * H)
+        received = remembered.take("received", T if keep else 1, N + 1, B, H)  # gradients of the states
         # On CUDA a weight's gradient is one product over all steps, after them; a CPU forms it step by step,
         # while the factors are in its cache (benchmarks/NOTES.md).
         at_once = of_weights and sum_after_loop(h0)
@@ -160,7 +167,7 @@ class Relaxed(torch.autograd.Function):
         into = space.take("into", B, H)  # the same, through its product with W0
         sums = [probs.new_zeros(4, i, B) for i in range(1, N + 1)]  # of each primitive's probability
 
-        state, scale, below = by_node(states), by_node(inverse), before_node(states)
+        state, scale, below, mine = by_node(states), by_node(inverse), before_node(states), by_node(received)
         cus = [cu.unbind(0) for cu in products]
         factor = [masked[:, :i].flatten(1, 2).mT.unbind(0) for i in range(N + 1)]  # (H, iB) each
         gradient = [[(dc, du, dc.flatten(0, 1), du.flatten(0, 1)) for dc, du in d] for d in dcs]
@@ -181,10 +188,10 @@ class Relaxed(torch.autograd.Function):
             through.zero_()
             for i in range(N, 0, -1):
                 cu, (dc, du, dc_rows, du_rows) = cus[i][t], gradient[i - 1][t if at_once else 0]
-                active = held_set(cu, ctx.held_relu, (t, i))
+                active = held_set(cu, held_relu, (t, i))
                 relaxed_node_back(
                     each[here][i], rest[i], state[i][t], scale[i][t], share[here][i], rest_of[i], below[i][t],
-                    cu, rows[i - 1], active, h_mask, dc, du, share[there][i], sums[i - 1],
+                    cu, rows[i - 1], active, h_mask, mine[i][t if keep else 0], dc, du, share[there][i], sums[i - 1],
                 )  # fmt: skip
                 here, there = there, here
                 product(dc_rows, transposed[i][0], out=rows_of_rest[i])
@@ -194,11 +201,11 @@ class Relaxed(torch.autograd.Function):
                         add_product(dW, factor[i][t], d)
             relaxed_start_back(
                 each[here][0], rest[0], state[0][t], scale[0][t], cus[0][t][0], h_mask, hs[t],
-                dcs_0[0][t], dcs_0[1][t], direct,
+                mine[0][t if keep else 0], dcs_0[0][t], dcs_0[1][t], direct,
             )  # fmt: skip
             product(dxWs[t], W0_t, out=into)
 
-        dprobs = torch.cat([torch.cat([s.new_zeros(1, s.size(1)), s.sum(-1)]).t() for s in sums])
+        dprobs = gradient_of_probs(sums)
         dh0 = direct + into * h_mask
         dW0_h = None
         if of_weights:
@@ -208,8 +215,38 @@ class Relaxed(torch.autograd.Function):
                     s = masked[:, :i].flatten(1, 2).mT  # (T, H, iB)
                     for half, d in zip(halves(dW), dcs[i - 1].unbind(1), strict=True):
                         half.copy_((s @ d.flatten(1, 2)).sum(0, dtype=space.wide))
-        dxW = dxW.clone() if ctx.needs_input_grad[2] else None
-        return None, None, dxW, dh0, dW0_h, dprobs, None, *(dWs or [None] * N)
+        found = dxW.clone() if ctx.needs_input_grad[2] else None, dh0, dprobs, dW0_h, *(dWs or [None] * N)
+        return found, WayBack(remembered, received, dxW)
+
+
+class RelaxedBack(torch.autograd.Function):
+    """The way back through the relaxed cell, where it is to be differentiated itself.
+
+    Back from here, along directions in which xW, h0 and the weights go: first the tangents of all states, which give
+    that of the hidden states. Then the tangent of the way back; it needs to know how g_hiddens changes with the
+    hidden states, which autograd has yet to find out. So it is left to the call of `Relaxed.backward` that follows.
+    """
+
+    @staticmethod
+    def forward(ctx, relaxed, g_hiddens, hiddens):
+        ctx.set_materialize_grads(False)
+        ctx.relaxed = relaxed  # which autograd keeps alive, since `hiddens` came from there
+        found, ctx.way_back = Relaxed.way_back(relaxed, g_hiddens, keep=True)
+        return found
+
+    @staticmethod
+    def backward(ctx, vxW, vh0, vprobs, *along):
+        refuse_graph("third")
+        if vprobs is not None:
+            raise RuntimeError("the fused engine has no second derivative along the alphas; use the eager engine")
+        relaxed = ctx.relaxed
+        h0, probs, h_mask, hiddens, *weights = relaxed.saved_tensors
+        along = [torch.zeros_like(W) if v is None else v for v, W in zip(along, weights, strict=True)]
+        if (call := call_of_backward()) in relaxed.tangents:
+            raise RuntimeError("the fused engine differentiates one gradient of a pass at a time")
+        tangents, r_hiddens = r_forward(relaxed.trace, h0, hiddens, weights, probs, h_mask, vxW, vh0, along)
+        relaxed.tangents[call] = ctx.way_back, tangents
+        return None, r_hiddens, torch.zeros_like(hiddens)  # zeros, so that `Relaxed.backward` is called in any case
 
 
 class Discrete(torch.autograd.Function):
@@ -252,7 +289,7 @@ class Discrete(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_hiddens):
-        first_derivative_only()
+        refuse_graph("second")
         states, masked, products, previous = ctx.buffers
         space = Workspace(ctx.space.store, ctx.space.wide, ctx.space.device)
         h0, W0_h, h_mask, *Ws = ctx.saved_tensors
@@ -297,167 +334,3 @@ class Discrete(torch.autograd.Function):
 def sum_after_loop(h: Tensor) -> bool:
     """Also for a small cell (B, H), where a call costs more than its product."""
     return h.device.type == "cuda" or h.numel() < 1 << 14
-
-
-# Views for all time steps at once: made one by one in the loop they would cost a small cell as much as its kernels.
-
-
-def by_node(buffer: Tensor) -> list[tuple[Tensor, ...]]:
-    """[i][t] of (T, N+1, ...)."""
-    return [node.unbind(0) for node in buffer.unbind(1)]
-
-
-def before_node(states: Tensor) -> list[tuple[Tensor, ...]]:
-    """[i][t]: the states s_0 .. s_{i-1}, (i, B, H) each, of (T, N+1, B, H)."""
-    return [states[:, :i].unbind(0) for i in range(states.size(1))]
-
-
-def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
-    """[t]: (iB, H) each, of (T, i, B, H)."""
-    return buffer.flatten(1, 2).unbind(0)
-
-
-def held_set(cu: Tensor, held_relu: HeldRelu | None, place: tuple[int, int]) -> Tensor | None:
-    """Where relu is held active, (..., H) as bytes, since Inductor reads bool slowly; None where it is free."""
-    return None if held_relu is None else held_relu.active_set(halves(cu)[1], place).view(torch.uint8)
-
-
-# The kernels: each one pass over its arguments, of which it writes the last ones. (A kernel that read a large
-# argument and wrote over it would be compiled to several passes.)
-
-
-@kernel
-def relaxed_start(cu, h, h_mask, state, masked, inverse):
-    """s_0 from the hidden state: cu (B, 2H), h and h_mask (B, H) -> state, masked (B, H), inverse (H,)."""
-    c, u = cu.to(h.dtype).chunk(2, dim=-1)
-    tanh = sigmoid_tanh(u)[1]
-    put_normalised(h + sigmoid(c) * (tanh - h), h_mask, state, masked, inverse)
-
-
-@kernel
-def relaxed_node(cu, states, p, active, h_mask, state, masked, inverse):
-    """s_i: cu (i, B, 2H), states (i, B, H), p (i, K), relu's active set (i, B, H) or None -> state, masked (B, H),
-    inverse (H,)."""
-    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
-    p = p[:, 1:, None, None]
-    sig, tanh = sigmoid_tanh(u)
-    mixed = p[:, 0] * tanh + p[:, 1] * (u * slope_of_relu(u, active)) + p[:, 2] * sig + p[:, 3] * u
-    kept = p.sum(1) * states.to(h_mask.dtype)
-    put_normalised((kept + sigmoid(c) * (mixed - kept)).sum(0), h_mask, state, masked, inverse)
-
-
-def slope_of_relu(u, active):
-    return (u > 0 if active is None else active).to(u.dtype)
-
-
-def put_normalised(s, h_mask, state, masked, inverse):
-    s = realised(s)
-    centred = s - s.mean(0)
-    scale = torch.rsqrt(centred.square().mean(0) + BN_EPS)
-    s = centred * scale
-    state.copy_(s)
-    masked.copy_(s * h_mask)
-    inverse.copy_(scale)
-
-
-@kernel
-def output(states, concat, h_mask, hidden, masked):
-    """The mean of the nodes in `concat`, of states (N+1, B, H) -> hidden, masked (B, H)."""
-    h = sum(states[i].to(hidden.dtype) for i in concat) / len(concat)
-    hidden.copy_(h)
-    masked.copy_(h * h_mask)
-
-
-@kernel
-def output_back(g, direct, into, h_mask, concat, total):
-    """Gradient of a hidden state from the loss and from the next step -> of s_0 .. s_N (N+1, B, H)."""
-    each = (g + direct + into * h_mask) / len(concat)
-    total.copy_(torch.stack([each * concat.count(i) for i in range(total.size(0))]))
-
-
-def normalise_back(g, state, inverse):
-    """Back through batch normalisation, (B, H): inverse * (g - mean(g) - s mean(g s))."""
-    s = state.to(g.dtype)
-    return realised(inverse * (g - g.mean(0) - s * (g * s).mean(0)))
-
-
-@kernel
-def relaxed_node_back(
-    g, g_through, state, inverse, total, through, states, cu, p, active, h_mask, dc, du, total_after, sums
-):
-    """Back through a node: g, g_through, state (B, H), inverse (H,), the rest as in `relaxed_node` -> dc, du (i, B, H).
-
-    `total_after` (i, B, H) is `total` and `through`, which waited, and this node's share. `sums` (4, i, B) gains
-    the gradients of the probabilities.
-    """
-    dz = normalise_back(g + g_through * h_mask, state, inverse)
-    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
-    s = states.to(h_mask.dtype)
-    p = p[:, 1:, None, None]
-    gate = sigmoid(c)
-    sig, tanh = sigmoid_tanh(u)
-    active = slope_of_relu(u, active)
-    relu = u * active
-    mixed = p[:, 0] * tanh + p[:, 1] * relu + p[:, 2] * sig + p[:, 3] * u
-    slope = p[:, 0] * (1 - tanh * tanh) + p[:, 1] * active + p[:, 2] * sig * (1 - sig) + p[:, 3]
-    some = p.sum(1)
-    opened = dz * gate
-    shut = dz - opened
-    d = realised(opened * (1 - gate) * (mixed - some * s))
-    dc.copy_(d)
-    du.copy_(opened * slope)
-    total_after.copy_(total + through * h_mask + some * shut)
-    sums.copy_(sums + torch.stack([(opened * f + shut * s).sum(-1) for f in (tanh, relu, sig, u)]))
-
-
-@kernel
-def relaxed_start_back(g, g_through, state, inverse, cu, h_mask, h, dc, du, direct):
-    """Back through the normalisation of s_0 and through s_0, all (B, H) -> dc, du, and the hidden state's own share."""
-    put_start_back(normalise_back(g + g_through * h_mask, state, inverse), cu, h, dc, du, direct)
-
-
-@kernel
-def discrete_start_back(g, cu, h, dc, du, direct):
-    """Back through s_0, all (B, H) -> dc, du, and the hidden state's own share."""
-    put_start_back(g, cu, h, dc, du, direct)
-
-
-def put_start_back(g, cu, h, dc, du, direct):
-    """Back through s = h + sigmoid(c) (tanh(u) - h)."""
-    c, u = cu.to(h.dtype).chunk(2, dim=-1)
-    gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]
-    dc.copy_(g * gate * (1 - gate) * (tanh - h))
-    du.copy_(g * gate * (1 - tanh * tanh))
-    direct.copy_(g * (1 - gate))
-
-
-def activation(name, u):
-    """f(u) and f'(u)."""
-    if name == "identity":
-        return u, torch.ones_like(u)
-    if name == "relu":
-        return u.clamp(min=0), (u > 0).to(u.dtype)
-    sig, tanh = sigmoid_tanh(u)
-    return (tanh, 1 - tanh * tanh) if name == "tanh" else (sig, sig * (1 - sig))
-
-
-@kernel
-def discrete_node(name, cu, s, h_mask, state, masked):
-    """s_i: cu (B, 2H), the predecessor s (B, H) -> state, masked (B, H)."""
-    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
-    s = s.to(h_mask.dtype)
-    s = s + sigmoid(c) * (activation(name, u)[0] - s)
-    state.copy_(s)
-    masked.copy_(s * h_mask)
-
-
-@kernel
-def discrete_node_back(name, g, cu, s, dc, du, total):
-    """Back through a node: g (B, H) -> dc, du (B, H); `total` (B, H), the predecessor's, gains this node's share."""
-    c, u = cu.to(g.dtype).chunk(2, dim=-1)
-    s = s.to(g.dtype)
-    gate = sigmoid(c)
-    f, slope = activation(name, u)
-    dc.copy_(g * gate * (1 - gate) * (f - s))
-    du.copy_(g * gate * slope)
-    total.copy_(total + g * (1 - gate))

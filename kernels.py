@@ -110,6 +110,26 @@ class Pool:
                 self.free[name, buffer.dtype].append(buffer._base)
 
 
+POOL = Pool()
+
+
+class Workspace:
+    """Buffers of one piece of work, which go back to the pool when nobody holds the workspace any more."""
+
+    def __init__(self, store: torch.dtype, wide: torch.dtype, device: torch.device):
+        self.store, self.wide, self.device = store, wide, device
+        self.taken: list[tuple[str, Tensor]] = []
+
+    def take(self, name: str, *shape: int, wide: bool = False) -> Tensor:
+        buffer = POOL.take(name, shape, self.wide if wide else self.store, self.device)
+        self.taken.append((name, buffer))
+        return buffer
+
+    def __del__(self):
+        for name, buffer in self.taken:
+            POOL.give(name, buffer)
+
+
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b for rows a and a weight b, by the library that is quicker at it on this processor.
 
@@ -158,13 +178,25 @@ def onednn_is_quicker() -> bool:
     return quicker == "onednn"
 
 
-def first_derivative_only() -> None:
-    """For a way back written by hand: called in one that is to be differentiated itself, raises RuntimeError.
+def refuse_graph(order: str) -> None:
+    """For a way back written by hand: called in one that is to be differentiated itself, to a derivative of that
+    order, raises RuntimeError.
 
     (torch's `once_differentiable` notices only if the incoming gradient depends on something.)
     """
     if torch.is_grad_enabled():
-        raise RuntimeError("the fused engine has no second derivative; use the eager engine")
+        raise RuntimeError(f"the fused engine has no {order} derivative here; use the eager engine")
+
+
+def not_formed(like: Tensor) -> Tensor:
+    """In the place of a share of a gradient that is not there: no numbers, so that nobody takes the other shares for
+    the whole. (torch's anomaly detection minds it.)"""
+    return like.new_full((), torch.nan).expand_as(like)
+
+
+def call_of_backward() -> int:
+    """The number of the call of autograd that runs now, the same in every function that it runs."""
+    return torch._C._current_graph_task_id()
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -79,21 +79,32 @@ def mean(terms: Iterable[Tensor]) -> Tensor:
     return sum(others, first) / (1 + len(others)) if others else first
 
 
-def small_batch_losses(model, batch: Batch, small_batch_size: int, **coefficients: float) -> Iterator[Losses]:
+class SmallBatches:
     """The `losses` of each `small_batch_size` rows, as shares that sum to the loss of the whole batch.
 
-    Lazy: a small batch is computed when it is asked for, so that one graph is held at a time. Word for word
+    A small batch is computed when its turn comes, so that one graph is held at a time. Word for word
     the whole batch's loss, as the masks are the whole batch's, but for the batch normalisation of a relaxed
     cell, which sees the small batch.
     """
-    batch_size = batch.x.size(1)
-    share = small_batch_size / batch_size
-    for start in range(0, batch_size, small_batch_size):
-        part = losses(model, batch.rows(start, start + small_batch_size), **coefficients)
-        yield Losses(share * part.total, share * part.nll, part.hidden)
+
+    def __init__(self, model, batch: Batch, small_batch_size: int, **coefficients: float):
+        self.model, self.batch, self.size, self.coefficients = model, batch, small_batch_size, coefficients
+        self.starts = range(0, batch.x.size(1), small_batch_size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[Losses]:
+        return map(self.part, self.starts)
+
+    def part(self, start: int) -> Losses:
+        """The share of the rows from `start` on."""
+        found = losses(self.model, self.batch.rows(start, start + self.size), **self.coefficients)
+        share = self.size / self.batch.x.size(1)
+        return Losses(share * found.total, share * found.nll, found.hidden)
 
 
-def accumulate_gradients(parts: Iterator[Losses], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+def accumulate_gradients(parts: Iterable[Losses], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Add the gradient of every part to the `.grad` of the weights, and of nothing else.
 
     Returns the NLL (nats per word) of the whole batch and the state (B, S) that it ends in.
@@ -103,11 +114,12 @@ def accumulate_gradients(parts: Iterator[Losses], weights: list[Tensor]) -> tupl
         part.total.backward(inputs=weights)
         nll = nll + part.nll
         hidden.append(part.hidden)
+        del part  # and what it remembers, before the next one
     return nll, torch.cat(hidden)
 
 
 def clipped_gradient(
-    parts: Iterator[Losses],
+    parts: Iterable[Losses],
     weights: list[Tensor],
     clip: float,
     clip_value: float = 0.0,

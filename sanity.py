@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from data import get_batch
 from dropout import Masks
-from objective import Batch, clipped_gradient, small_batch_losses
+from objective import Batch, SmallBatches, clipped_gradient
 from progress import perplexity
 from utils import Run, RunError
 
@@ -32,7 +32,7 @@ def overfit(
     weights, ppl = model.weights(), math.inf
     with tqdm(range(STEPS + 1), desc="one batch", unit="step", leave=False, disable=None, dynamic_ncols=True) as bar:
         for step in bar:
-            nll, _, _ = clipped_gradient(small_batch_losses(model, batch, small_batch_size), weights, clip, clip_value)
+            nll, _, _ = clipped_gradient(SmallBatches(model, batch, small_batch_size), weights, clip, clip_value)
             ppl = perplexity(nll.item())
             bar.set_postfix_str(f"ppl {ppl:.2f}")
             if ppl < KNOWN:

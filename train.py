@@ -33,10 +33,10 @@ from objective import (
     TEST_ROWS,
     VALID_ROWS,
     Batch,
+    SmallBatches,
     clipped_gradient,
     evaluate,
     scaled_lr,
-    small_batch_losses,
 )
 from progress import Progress, perplexity, told
 from ranks import Ranks
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     weights = model.weights()
     params = sum(w.numel() for w in weights)
     train_loss = partial(
-        small_batch_losses, model, small_batch_size=rows_at_once, alpha=args.alpha, beta=args.beta,
+        SmallBatches, model, small_batch_size=rows_at_once, alpha=args.alpha, beta=args.beta,
         rdrop=args.rdrop, fraternal=args.fraternal,
     )  # fmt: skip
     two_passes = args.rdrop > 0 or args.fraternal > 0

@@ -31,7 +31,7 @@ from genotypes import STEPS, Genotype, from_json, to_json
 from graphs import Graphs
 from kernels import products_in
 from model_search import RNNModelSearch
-from objective import VALID_ROWS, Batch, clipped_gradient, evaluate, scaled_lr, small_batch_losses
+from objective import VALID_ROWS, Batch, SmallBatches, clipped_gradient, evaluate, scaled_lr
 from optimizers import OPTIMIZERS, new_optimizer, velocity
 from progress import Progress, perplexity, told
 from ranks import Ranks
@@ -61,10 +61,11 @@ def build_parser() -> options.Parser:
         "--hessian",
         choices=("finite", "exact"),
         default="finite",
-        help="with --unrolled, how the product with the mixed second derivative is formed: by a central difference "
-        f"at radius {RADIUS:g} with relu's active set held, or exact by differentiating twice. Over 20 batches of "
-        "Penn Treebank the cosine of the two has a median of 1.0000 and a lowest value of 0.9999 "
-        "(benchmarks/hessian.py). The exact product needs --engine eager for itself, and its time and memory",
+        help="with --unrolled, how the product with the mixed second derivative is formed, at the same cost: by a "
+        f"central difference at radius {RADIUS:g}, always in fp32 and with relu's active set held, or exact by "
+        "differentiating twice, in the --precision of all else (with --engine eager at its memory). Over 20 batches of "
+        "Penn Treebank the cosine of the two in fp32 has a median of 1.0000 and a lowest value of 0.9999; in bf16 the "
+        "exact one is faster, and in the odd batch far off (benchmarks/hessian.py)",
     )
     search.add_argument(
         "--search_split",
@@ -154,20 +155,19 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = new_optimizer(args.optimizer, weights, args.lr, args.wdecay, args.momentum)
     schedule, patience = options.schedule(args), Patience(args.patience, args.min_delta)
     hessian = args.hessian if args.unrolled else None
-    train_loss = partial(small_batch_losses, model, alpha=args.alpha, beta=args.beta)
+    train_loss = partial(SmallBatches, model, alpha=args.alpha, beta=args.beta)
 
-    def architect_of(rows_at_once: int, hessian: str | None) -> Architect:
-        # A difference of nearby weights needs every digit, the exact product an engine that differentiates twice.
-        precise = model.using(Engine("eager" if hessian == "exact" else args.engine))
-        at_once = {"small_batch_size": rows_at_once}
+    def architect_of(model: RNNModelSearch, rows_at_once: int, hessian: str | None) -> Architect:
+        precise = model.using(Engine(args.engine))  # a difference of nearby weights needs every digit
+        valid_loss = partial(SmallBatches, small_batch_size=rows_at_once)
+        regularised = partial(valid_loss, alpha=args.alpha, beta=args.beta)
         return Architect(
-            weights, model.alphas, partial(train_loss, **at_once), partial(small_batch_losses, model, **at_once),
-            partial(small_batch_losses, precise, **at_once, alpha=args.alpha, beta=args.beta), clip=args.clip,
-            wdecay=args.wdecay, clip_value=args.clip_value, hessian=hessian, lr=args.arch_lr,
-            arch_wdecay=args.arch_wdecay, average=ranks.average,
+            weights, model.alphas, partial(regularised, model), partial(valid_loss, model),
+            partial(regularised, precise), clip=args.clip, wdecay=args.wdecay, clip_value=args.clip_value,
+            hessian=hessian, lr=args.arch_lr, arch_wdecay=args.arch_wdecay, average=ranks.average,
         )  # fmt: skip
 
-    architect = architect_of(rows_at_once, hessian)
+    architect = architect_of(model, rows_at_once, hessian)
     diagnosis = Diagnosis(
         model, architect_of, hessian, (train, valid_batches.source, valid), rows_at_once, args.bptt, args.seed, ranks
     ) if args.diagnose_every else None  # fmt: skip
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A step of the alphas on validation text (DARTS, algorithm 1), and the gradient of training text, for one of
         the weights."""
-        held = model.draw_masks(rows)._replace(relu=HeldRelu())  # over every pass
+        held = model.draw_masks(rows)._replace(relu=HeldRelu() if hessian == "finite" else None)  # over every pass
         hidden_valid = architect.step(
             train=Batch(x, y, hidden, held),
             valid=Batch(xv, yv, hidden_valid, model.draw_masks(rows)),
@@ -191,8 +191,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def quick() -> Callable:
         # no graph holds what goes between ranks
-        fused = args.engine == "fused" and hessian != "exact"
-        return Graphs(gradient, device) if fused and ranks.size == 1 else gradient
+        return Graphs(gradient, device) if args.engine == "fused" and ranks.size == 1 else gradient
 
     hidden = hidden_valid = model.initial_hidden(rows)  # (B, H), of this rank's rows
     best, stopped_by = float("inf"), ""  # validation loss; why the search ended

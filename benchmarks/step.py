@@ -2,13 +2,15 @@
 
     python benchmarks/step.py                                   # published sizes; 20 minutes on 2 CPU cores
     python benchmarks/step.py --small                           # B 32, H 64: a laptop's
+    python benchmarks/step.py --steps search-exact --no_eager   # an eager one takes minutes and 13 GB on a CPU
     python benchmarks/step.py --growth                          # how the time grows over T, B, H and N
     python benchmarks/step.py --precisions fp32 bf16 --json FILE
 
-Four steps: an alpha step and a weight step of a first-order search, the same unrolled, a step of retraining, and
-evaluation without gradients. The engines take turns, so that what else the machine does falls on all; given is
-the median over the rounds. `floor_ms` is the time of the step's own matrix products alone, whose shapes, layout,
-precision and number are recorded while the step runs, and which are then run one by one on their own.
+Five steps: an alpha step and a weight step of a first-order search, the same unrolled, by the central difference and
+(if asked for) by the exact product, a step of retraining, and evaluation without gradients. The engines take turns, so
+that what else the machine does falls on all; given is the median over the rounds. `floor_ms` is the time of the step's
+own matrix products alone, whose shapes, layout, precision and number are recorded while the step runs, and which are
+then run one by one on their own.
 """
 
 import argparse
@@ -38,13 +40,13 @@ from graphs import Graphs
 from kernels import onednn, products_in
 from model import retrain_model
 from model_search import RNNModelSearch
-from objective import VALID_ROWS, Batch, clipped_gradient, small_batch_losses
+from objective import VALID_ROWS, Batch, SmallBatches, clipped_gradient
 
 SEARCH = {"T": 35, "B": 256, "H": 300, "V": 10_000, "N": 8}
 TRAIN = {"T": 35, "B": 64, "H": 850, "V": 10_000}
 SMALL = {"T": 35, "B": 32, "H": 64, "V": 10_000, "N": 8}
 GROWTH = {"T": (9, 18, 35, 70), "B": (32, 64, 128, 256), "H": (75, 150, 300, 600), "N": (2, 4, 8, 12)}
-STEPS = ("search-first", "search-unrolled", "train", "evaluate")
+STEPS = ("search-first", "search-unrolled", "search-exact", "train", "evaluate")
 CLIP = 0.25
 RATES = {"search": Rates(0.75, 0.25, 0.75, 0.2, 0.0), "train": Rates(0.75, 0.25, 0.75, 0.2, 0.1)}
 
@@ -57,7 +59,7 @@ def search_step(engine: Engine, sizes: dict, device: torch.device, hessian: str 
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
     def step() -> None:
-        held = model.draw_masks(B)._replace(relu=HeldRelu())
+        held = model.draw_masks(B)._replace(relu=HeldRelu() if hessian == "finite" else None)
         architect.step(Batch(x, y, hidden, held), Batch(y, x, hidden, model.draw_masks(B)), eta=20.0)
         clipped_gradient(train_loss(Batch(x, y, hidden, model.draw_masks(B))), model.weights(), CLIP)
         optimizer.step()
@@ -69,10 +71,10 @@ def search_step(engine: Engine, sizes: dict, device: torch.device, hessian: str 
 def search_parts(model: RNNModelSearch, B: int, lr: float, hessian: str | None) -> tuple:
     """The architect, the loss of the weight step and its optimizer, as in train_search.py."""
     weights, precise = model.weights(), model.using(Engine(model.engine.name))
-    valid_loss = partial(small_batch_losses, model, small_batch_size=B)
-    train_loss, product_loss = (partial(small_batch_losses, m, small_batch_size=B, beta=1e-3) for m in (model, precise))
+    valid_loss = partial(SmallBatches, model, small_batch_size=B)
+    train_loss, precise_loss = (partial(SmallBatches, m, small_batch_size=B, beta=1e-3) for m in (model, precise))
     architect = Architect(
-        weights, model.alphas, train_loss, valid_loss, product_loss, clip=CLIP, wdecay=5e-7, hessian=hessian
+        weights, model.alphas, train_loss, valid_loss, precise_loss, clip=CLIP, wdecay=5e-7, hessian=hessian
     )
     return architect, train_loss, torch.optim.SGD(weights, lr=lr, weight_decay=5e-7)
 
@@ -82,7 +84,7 @@ def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[]
     T, B, H, V = (sizes[name] for name in "TBHV")
     model = retrain_model(V, H, RATES["train"], DARTS).to(device).using(engine)
     optimizer = torch.optim.SGD(model.weights(), lr=20.0, weight_decay=8e-7)
-    loss = partial(small_batch_losses, model, small_batch_size=B, beta=1e-3)
+    loss = partial(SmallBatches, model, small_batch_size=B, beta=1e-3)
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
     def step() -> None:
@@ -109,7 +111,8 @@ def evaluate_step(engine: Engine, sizes: dict, device: torch.device) -> Callable
 def build(name: str, engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
     torch.manual_seed(0)
     if name.startswith("search"):
-        step = search_step(engine, sizes, device, "finite" if name == "search-unrolled" else None)
+        hessian = {"search-first": None, "search-unrolled": "finite", "search-exact": "exact"}[name]
+        step = search_step(engine, sizes, device, hessian)
     else:
         step = (train_step if name == "train" else evaluate_step)(engine, sizes, device)
     replayed = Graphs(lambda: step() or (), device) if engine.name == "fused" else step
@@ -131,9 +134,10 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "_linear_pointwise"):
-            a, b = args[1:3] if name in ("addmm", "addmm_", "baddbmm") else args[:2]
-            out = (kwargs or {}).get("out", args[0] if name == "addmm_" else None)
+        adds = "add" in name
+        if name.rstrip("_") in ("mm", "bmm", "addmm", "baddbmm", "_linear_pointwise"):
+            a, b = args[1:3] if adds else args[:2]
+            out = (kwargs or {}).get("out", args[0] if name.endswith("_") else None)
             self.count[name, describe(a), describe(b), None if out is None else describe(out)] += 1
         return func(*args, **(kwargs or {}))
 
@@ -158,6 +162,7 @@ def product_ms(name: str, a: tuple, b: tuple, out: tuple | None, device: torch.d
         target = torch.empty_strided(*shape, dtype=dtype, device=device).zero_()
     run = {
         "addmm_": lambda: target.addmm_(a, b),
+        "baddbmm_": lambda: target.baddbmm_(a, b),
         "_linear_pointwise": lambda: onednn(a, b),
     }.get(name, lambda: torch.matmul(a, b, out=target))
     [times] = timed([run], device, rounds=5, repeats=2 if device.type == "cpu" else 20)
@@ -243,7 +248,7 @@ def grown() -> Iterator[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=[s for s in STEPS if s != "search-exact"])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=("fp32", "bf16"))
     parser.add_argument("--no_eager", action="store_true", help="leave the eager engine out")
     parser.add_argument("--rounds", type=int, default=3)

@@ -15,7 +15,7 @@ from architect import Architect
 from dropout import HeldRelu, Masks, Rates
 from engine import Engine
 from model_search import RNNModelSearch
-from objective import Batch, clipped_gradient, small_batch_losses
+from objective import Batch, SmallBatches, clipped_gradient
 from ranks import Ranks, leave
 
 V, H, B, T = 50, 12, 8, 4
@@ -41,13 +41,12 @@ def gradients(ranks, rows_at_once):
             for weight in model.weights():
                 weight.mul_(8)  # far from where every gradient is nearly zero
         weights, rows = model.weights(), {"small_batch_size": rows_at_once}
-        valid_loss = partial(small_batch_losses, model, **rows)
-        train_loss = partial(small_batch_losses, model, **rows, alpha=0.5, beta=0.5)
-        exact_loss = partial(small_batch_losses, model.using(Engine("eager")), **rows, alpha=0.5, beta=0.5)
+        valid_loss = partial(SmallBatches, model, **rows)
+        train_loss = partial(SmallBatches, model, **rows, alpha=0.5, beta=0.5)
         for hessian in (None, "finite", "exact"):
             architect = Architect(
-                weights, model.alphas, train_loss, valid_loss, exact_loss if hessian == "exact" else train_loss,
-                clip=0.25, wdecay=1e-3, hessian=hessian, average=ranks.average,
+                weights, model.alphas, train_loss, valid_loss, clip=0.25, wdecay=1e-3, hessian=hessian,
+                average=ranks.average,
             )  # fmt: skip
             train, valid = batch(ranks, 1, HeldRelu()), batch(ranks, 2)
             direct, implicit, hidden = architect.gradient(train, valid, eta=5.0)

@@ -10,7 +10,7 @@ from torch.func import functional_call
 import train_search
 from architect import Architect, clip_coefficient, moved
 from dropout import HeldRelu
-from objective import clipped_gradient, losses, small_batch_losses
+from objective import SmallBatches, clipped_gradient, losses
 from optimizers import LIKE_SGD, new_optimizer, velocity
 
 ETA, CLIP, WDECAY, AR, TAR = 0.7, 0.25, 1e-2, 0.4, 0.9
@@ -53,8 +53,8 @@ def brute_force(model, train, valid, eta, clip, wdecay, alpha=AR, beta=TAR, limi
 
 
 def architect(model, hessian="exact", clip=CLIP, small=tiny.B, train_loss=None, valid_loss=None, **options):
-    valid_loss = valid_loss or partial(small_batch_losses, model, small_batch_size=small)
-    train_loss = train_loss or partial(small_batch_losses, model, small_batch_size=small, alpha=AR, beta=TAR)
+    valid_loss = valid_loss or partial(SmallBatches, model, small_batch_size=small)
+    train_loss = train_loss or partial(SmallBatches, model, small_batch_size=small, alpha=AR, beta=TAR)
     return Architect(
         model.weights(),
         model.alphas,
@@ -121,12 +121,12 @@ def test_the_virtual_step_is_the_step_that_the_optimizer_takes(model, batches, n
 
     def valid_loss(batch):
         seen.append([w.detach().clone() for w in weights])
-        return small_batch_losses(model, batch, tiny.B)
+        return SmallBatches(model, batch, tiny.B)
 
     unrolled = architect(model, clip=clip, clip_value=limit, valid_loss=valid_loss)
     for train in (batches[0], batches[1], batches[0]):
         unrolled.gradient(train, batches[1], ETA, velocity(optimizer))
-        clipped_gradient(small_batch_losses(model, train, tiny.B, alpha=AR, beta=TAR), weights, clip, limit)
+        clipped_gradient(SmallBatches(model, train, tiny.B, alpha=AR, beta=TAR), weights, clip, limit)
         optimizer.step()
         optimizer.zero_grad()
         torch.testing.assert_close(seen.pop(), [w.detach() for w in weights], rtol=1e-6, atol=1e-7)  # ASGD: in fp32
@@ -196,7 +196,7 @@ def test_held_relu_changes_no_value_where_it_was_taken(model, batches, small):
     held = batches[0]._replace(masks=batches[0].masks._replace(relu=HeldRelu()))
     weights = model.weights()
     for _ in range(2):  # the pass that takes the active set, and one that holds it
-        for free, fixed in zip(*(small_batch_losses(model, b, small) for b in (batches[0], held)), strict=True):
+        for free, fixed in zip(*(SmallBatches(model, b, small) for b in (batches[0], held)), strict=True):
             assert torch.equal(free.total, fixed.total)
             pairs = zip(*(torch.autograd.grad(loss.total, weights) for loss in (free, fixed)), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
@@ -225,7 +225,7 @@ def test_every_weight_takes_the_virtual_step(model, batches):
 
     def valid_loss(batch):
         seen.extend(w.detach().clone() for w in weights)
-        return small_batch_losses(model, batch, tiny.B)
+        return SmallBatches(model, batch, tiny.B)
 
     architect(model, valid_loss=valid_loss).gradient(train, valid, ETA)
     assert any(w is model.embedding for w in weights)
@@ -252,26 +252,30 @@ def test_the_virtual_step_follows_the_loss_of_the_weight_step(model, batches):
     assert (found - without).norm() > 1e-3 * found.norm()
 
 
-def test_the_search_gives_the_architect_the_loss_of_its_weight_step(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "hessian"),
+    [("", None), ("--unrolled --precision bf16", "finite"), ("--unrolled --hessian exact", "exact")],
+)
+def test_the_search_gives_the_architect_the_loss_of_its_weight_step(monkeypatch, tmp_path, flags, hessian):
     """The script's two uses of the training loss are one; validation is by NLL alone."""
     seen = {}
 
     class Spy(Architect):
-        def __init__(self, weights, alphas, train_loss, valid_loss, product_loss, **options):
-            seen.update(train=train_loss, valid=valid_loss, product=product_loss, options=options)
+        def __init__(self, weights, alphas, train_loss, valid_loss, precise_loss, **options):
+            seen.update(train=train_loss, valid=valid_loss, precise=precise_loss, options=options)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train_search, "Architect", Spy)
-    flags = "--data builtin --emsize 8 --batch_size 8 --alpha 0.5 --beta 0.25 --clip 0.125 --wdecay 0.01 --unrolled"
+    flags += " --data builtin --emsize 8 --batch_size 8 --alpha 0.5 --beta 0.25 --clip 0.125 --wdecay 0.01"
     with pytest.raises(KeyboardInterrupt):
         train_search.main([*flags.split(), "--save", str(tmp_path / "run")])
     assert seen["train"].keywords["alpha"] == 0.5
     assert seen["train"].keywords["beta"] == 0.25
-    assert seen["product"].keywords == seen["train"].keywords
+    assert seen["precise"].keywords == seen["train"].keywords
     assert not {"alpha", "beta"} & seen["valid"].keywords.keys()
     assert seen["options"]["clip"] == 0.125
     assert seen["options"]["wdecay"] == 0.01
-    assert seen["options"]["hessian"] in ("finite", "exact")
+    assert seen["options"]["hessian"] == hessian
 
 
 def test_v_enters_the_product_as_it_is(model, batches):

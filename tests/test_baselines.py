@@ -9,7 +9,7 @@ from dropout import Rates
 from engine import Engine
 from genotypes import GenotypeError, cell_from_json, cell_to_json, resolve, resolve_cell
 from model import retrain_model
-from objective import accumulate_gradients, evaluate, small_batch_losses
+from objective import SmallBatches, accumulate_gradients, evaluate
 
 NAMES = ("LSTM", "GRU")
 
@@ -74,7 +74,7 @@ def test_small_batches_are_the_whole_batch(name, small):
     batch = batch._replace(hidden=torch.randn(tiny.B, model.cell.state_size, dtype=torch.float64))
     for size in (tiny.B, small):
         model.zero_grad()
-        nll, hidden = accumulate_gradients(small_batch_losses(model, batch, size, alpha=0.5, beta=0.5), model.weights())
+        nll, hidden = accumulate_gradients(SmallBatches(model, batch, size, alpha=0.5, beta=0.5), model.weights())
         results.append([nll, hidden, *(w.grad for w in model.weights())])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 

@@ -19,7 +19,7 @@ from diagnosis import ROWS, SEGMENTS, Diagnosis, Signal, cosine, dominant_eigenv
 from dropout import Rates
 from genotypes import Genotype, random_genotype
 from model_search import derive
-from objective import small_batch_losses
+from objective import SmallBatches
 from ranks import Ranks
 from utils import Run
 
@@ -27,8 +27,8 @@ from utils import Run
 def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0):
     model = tiny.search_model(rates)
 
-    def architect_of(rows_at_once, hessian):
-        loss = partial(small_batch_losses, model, small_batch_size=rows_at_once)
+    def architect_of(model, rows_at_once, hessian):
+        loss = partial(SmallBatches, model, small_batch_size=rows_at_once)
         return Architect(model.weights(), model.alphas, loss, loss, clip=0.25, wdecay=1e-3, hessian=hessian)
 
     if text is None:
@@ -49,7 +49,7 @@ def test_the_eigenvalue_is_the_one_of_largest_magnitude_of_the_whole_hessian():
     def gradient(moved):
         with torch.no_grad():
             alphas.add_(moved)
-        [loss] = small_batch_losses(here.model, batch, tiny.B)
+        [loss] = SmallBatches(here.model, batch, tiny.B)
         found = torch.autograd.grad(loss.total, alphas)[0]
         with torch.no_grad():
             alphas.sub_(moved)

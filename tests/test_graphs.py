@@ -1,13 +1,16 @@
 """The bookkeeping of CUDA graphs, with a plain call in the place of a captured one."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
 
-from dropout import Masks
+from architect import Architect
+from dropout import HeldRelu, Masks
 from engine import Engine
 from graphs import Graphs
-from objective import Batch, accumulate_gradients, losses
+from objective import Batch, SmallBatches, accumulate_gradients, losses
 
 CUDA = torch.device("cuda")
 
@@ -98,5 +101,26 @@ def test_on_cuda_replayed_steps_are_the_plain_ones():
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
         ends.append([hidden, *(w.detach().clone() for w in weights)])
+    for plain, replayed in zip(*ends, strict=True):
+        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("hessian", ["finite", "exact"])
+def test_on_cuda_replayed_steps_of_the_alphas_are_the_plain_ones(hessian):
+    ends = []
+    for device in (torch.device("cpu"), CUDA):  # for the first no step is captured
+        model = tiny.search_model().float().cuda().using(Engine("fused"))
+        loss, batch = partial(SmallBatches, model, small_batch_size=tiny.B), tiny.batch(tiny.search_model(), 1)
+        architect = Architect(model.weights(), model.alphas, loss, loss, clip=0.25, wdecay=1e-2, hessian=hessian)
+
+        def step(x, y, hidden, architect=architect):
+            train = Batch(x, y, hidden, Masks(relu=HeldRelu() if architect.hessian == "finite" else None))
+            return (architect.step(train, Batch(y, x, hidden, Masks()), eta=0.7),)
+
+        graphs, hidden = Graphs(step, device), batch.hidden.float().cuda()
+        for _ in range(4):
+            [hidden] = graphs(batch.x.cuda(), batch.y.cuda(), hidden)
+        ends.append([hidden, model.alphas.detach().clone(), *(w.detach().clone() for w in model.weights())])
     for plain, replayed in zip(*ends, strict=True):
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The finite difference at its default radius agrees with the exact product on a model that has learned."""
+"""Either product of the unrolled step agrees with the definition's, in fp32, on a model that has learned."""
 
 from pathlib import Path
 from statistics import median
@@ -19,20 +19,23 @@ PENN = [
 def agreement(folder, flags, batches):
     assert train_search.main([*flags.split(), "--save", str(folder), "--device", "cpu"]) == 0
     torch.manual_seed(0)
-    cosines, _ = Agreement(folder).cosines(batches, [RADIUS])
-    return cosines[RADIUS]
+    return Agreement(folder).cosines(batches, [RADIUS])[0]
 
 
-def check(cosines):
-    assert median(cosines) >= 0.999
-    assert min(cosines) >= 0.99
+def check(cosines, rounded=False):
+    """The exact product, whose outliers may be far off where everything is rounded, and a difference at the default
+    radius, which is taken in fp32 whatever the rest is in."""
+    assert set(cosines) == {"exact", RADIUS}
+    for kind, found in cosines.items():
+        assert median(found) >= 0.999
+        assert min(found) >= 0.99 or (rounded and kind == "exact")
 
 
 @pytest.mark.parametrize("mode", ["--engine eager", "--precision fp32", "--precision bf16"])
 def test_on_the_builtin_text(tmp_path, mode):
     """In every mode; tf32, which CUDA alone has, is left for the difference too (test_kernels.py)."""
     flags = f"--data builtin --emsize 32 --batch_size 32 --lr 5 --epochs 1 --limit_tokens 33000 {mode}"
-    check(agreement(tmp_path / "run", flags, batches=5))
+    check(agreement(tmp_path / "run", flags, batches=5), rounded="bf16" in mode)
 
 
 @pytest.mark.slow

@@ -19,16 +19,26 @@ ROOT = Path(__file__).parent.parent
 COMPARE = """
 import sys
 sys.path[:0] = ["tests", "."]
-import torch, fused, recurrence
-from test_fused import problem, relative_errors, values_and_gradients
+import torch, decoder, fused, recurrence
+from test_curvature import directions, mixed, of_the_loss
+from test_fused import decoder_problem, problem, relative_errors, values_and_gradients
 from dropout import HeldRelu
-from engine import Engine
 
-for cell, size in (("relaxed", (3, 6, 8, 20, 3)), ("discrete", (3, 6, 8, 20, 4))):
-    leaves, masks, R = problem(*size, seed=1, masked=True, scale=0.2, dtype=torch.float32)
-    held = [HeldRelu(), HeldRelu()] if cell == "relaxed" else [None, None]
-    found, expected = (values_and_gradients(m, cell, leaves, masks, R, 3, h) for m, h in zip((fused, recurrence), held))
-    assert max(relative_errors(found, {k: v for k, v in expected.items() if v is not None}).values()) < 1e-5
+def check(found, expected):
+    found, expected = (dict(enumerate(values)) for values in (found, expected))
+    assert max(relative_errors(found, expected).values()) < 2e-5
+
+for cell, N, held in (("relaxed", 3, True), ("discrete", 4, False)):
+    leaves, masks, R = problem(3, 6, 8, 20, N, seed=1, masked=True, scale=0.2, dtype=torch.float32)
+    check(*(
+        values_and_gradients(m, cell, leaves, masks, R, 3, HeldRelu() if held else None).values()
+        for m in (fused, recurrence)
+    ))
+leaves, masks, R = problem(3, 6, 8, 20, 3, seed=1, masked=True, scale=0.2, dtype=torch.float32)
+check(*(mixed(m, leaves, masks, R, directions(leaves, 1)) for m in (fused, recurrence)))
+decoder.SKIP_FROM = 1
+*floats, y = decoder_problem(3, 6, 20, 50, 1, 0.75)
+check(*(of_the_loss(name, *(a.float() for a in floats), y, seed=1) for name in ("fused", "eager")))
 assert fused.relaxed_node.compiled() is not fused.relaxed_node.__wrapped__
 print("equal")
 """
@@ -142,8 +152,8 @@ def test_a_difference_is_taken_in_full_precision_when_all_else_is_in_tf32():
         return parts
 
     architect = Architect(
-        [w], alphas, loss("train"), loss("valid"), loss("product"), clip=1.0, wdecay=0.0, hessian="finite"
+        [w], alphas, loss("train"), loss("valid"), loss("precise"), clip=1.0, wdecay=0.0, hessian="finite"
     )
     with products_in("tf32"):
         architect.gradient(None, None, 0.1)
-    assert seen == [("train", "tf32"), ("valid", "tf32"), ("product", "ieee"), ("product", "ieee")]
+    assert seen == [("train", "tf32"), ("valid", "tf32"), ("precise", "ieee"), ("precise", "ieee")]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import recurrence
 from dropout import Masks, Rates, draw_mask
 from genotypes import DARTS_V1
-from objective import accumulate_gradients, evaluate, losses, scaled_lr, small_batch_losses
+from objective import SmallBatches, accumulate_gradients, evaluate, losses, scaled_lr
 
 
 def plain_nll(model, outputs, y):
@@ -104,7 +104,7 @@ def test_small_batches_of_a_discrete_cell_are_the_whole_batch(small):
     results = []
     for size in (tiny.B, small):
         model.zero_grad()
-        nll, hidden = accumulate_gradients(small_batch_losses(model, batch, size, alpha=0.5, beta=0.5), model.weights())
+        nll, hidden = accumulate_gradients(SmallBatches(model, batch, size, alpha=0.5, beta=0.5), model.weights())
         results.append([nll, hidden, *(w.grad for w in model.weights())])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
@@ -118,14 +118,14 @@ def test_four_small_batches_of_a_relaxed_cell_are_one_large_one():
     for size in (12, 3):
         model.zero_grad()
         inputs = [*model.weights(), model.alphas]
-        nll, _ = accumulate_gradients(small_batch_losses(model, large, size, alpha=0.5, beta=0.5), inputs)
+        nll, _ = accumulate_gradients(SmallBatches(model, large, size, alpha=0.5, beta=0.5), inputs)
         results.append([nll, *(p.grad for p in inputs)])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
 
 def test_the_weight_step_leaves_the_alphas_alone():
     model = tiny.search_model()
-    accumulate_gradients(small_batch_losses(model, tiny.batch(model, 1), 3), model.weights())
+    accumulate_gradients(SmallBatches(model, tiny.batch(model, 1), 3), model.weights())
     assert model.alphas.grad is None
     assert all(w.grad is not None for w in model.weights())
 

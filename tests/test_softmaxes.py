@@ -15,7 +15,7 @@ from dropout import Rates
 from engine import Engine
 from genotypes import DARTS_V1
 from model import retrain_model
-from objective import Batch, accumulate_gradients, losses, small_batch_losses
+from objective import Batch, SmallBatches, accumulate_gradients, losses
 
 
 def softmax(scores):
@@ -150,7 +150,7 @@ def test_small_batches_add_up_to_the_whole_of_both_passes(build, small):
     batch, results = twin_batch(model), []
     for size in (tiny.B, small):
         model.zero_grad()
-        parts = small_batch_losses(model, batch, size, alpha=0.3, beta=0.7, rdrop=0.9, fraternal=1.7)
+        parts = SmallBatches(model, batch, size, alpha=0.3, beta=0.7, rdrop=0.9, fraternal=1.7)
         nll, hidden = accumulate_gradients(parts, model.weights())
         results.append([nll, hidden, *(w.grad for w in model.weights())])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
@@ -186,12 +186,12 @@ def test_two_passes_never_hold_two_tensors_of_every_word_more_than_one(engine, s
     twin = batch._replace(twin=model.draw_masks(B))
 
     def step(batch, **more):
-        accumulate_gradients(small_batch_losses(model, batch, small, beta=1e-3, **more), model.weights())
+        accumulate_gradients(SmallBatches(model, batch, small, beta=1e-3, **more), model.weights())
 
     eager = retrain_model(V, H, tiny.RATES, DARTS_V1)
 
     def plain():
-        accumulate_gradients(small_batch_losses(eager, batch, small, beta=1e-3), eager.weights())
+        accumulate_gradients(SmallBatches(eager, batch, small, beta=1e-3), eager.weights())
 
     for warm in (plain, lambda: step(batch), lambda: step(twin, rdrop=1.0, fraternal=1.0)):
         warm()

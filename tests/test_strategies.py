@@ -157,13 +157,13 @@ def test_momentum_of_another_size_is_another_run(losses):
 
 
 def test_the_two_passes_have_masks_of_their_own(corpus, tmp_path, monkeypatch):
-    seen, small_batch_losses = [], train.small_batch_losses
+    seen, SmallBatches = [], train.SmallBatches
 
     def spy(model, batch, **coefficients):
         seen.append((batch, coefficients))
-        return small_batch_losses(model, batch, **coefficients)
+        return SmallBatches(model, batch, **coefficients)
 
-    monkeypatch.setattr(train, "small_batch_losses", spy)
+    monkeypatch.setattr(train, "SmallBatches", spy)
     run("train", corpus, tmp_path / "run", "--rdrop 0.7 --fraternal 0.3 --epochs 1 --lr 1 --dropoute 0.5")
     assert {(c["rdrop"], c["fraternal"]) for _, c in seen} == {(0.7, 0.3)}
     for name in ("word", "embedding", "x", "hidden", "output"):

@@ -1,0 +1,217 @@
+"""What the fast engine does between two products, one compiled kernel each: the arithmetic of the two cells.
+
+Each kernel is one pass over its arguments, of which it writes the last ones. (One that read a large argument and
+wrote over it would be compiled to several passes.)
+
+Shapes: T time steps, B batch, H hidden, N nodes, K primitives. `wide` is the dtype of sums and normalisation (that of
+the masks), `store` that of products and of what is kept for the way back.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dropout import HeldRelu
+from kernels import Workspace, kernel, realised, sigmoid, sigmoid_tanh
+from recurrence import BN_EPS
+
+
+class Trace(NamedTuple):
+    """What is remembered of a pass of the relaxed cell over a sequence; `space` holds the buffers, which would go back
+    to the pool without it."""
+
+    space: Workspace
+    states: Tensor  # (T, N+1, B, H)
+    masked: Tensor  # (T, N+1, B, H)
+    products: list[Tensor]  # N+1 times (T, i, B, 2H)
+    previous: Tensor  # (T+1, B, H)
+    inverse: Tensor  # (T, N+1, H)
+    held_relu: HeldRelu | None
+
+
+class WayBack(NamedTuple):
+    """The same of its way back."""
+
+    space: Workspace
+    received: Tensor  # (T, N+1, B, H), the gradients of the states
+    dxW: Tensor  # (T, B, 2H)
+
+
+# Views for all time steps at once: made one by one in the loop they would cost a small cell as much as its kernels.
+
+
+def halves(dcu: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of c and those of u, (..., H) each."""
+    H = dcu.size(-1) // 2
+    return dcu[..., :H], dcu[..., H:]
+
+
+def by_node(buffer: Tensor) -> list[tuple[Tensor, ...]]:
+    """[i][t] of (T, N+1, ...)."""
+    return [node.unbind(0) for node in buffer.unbind(1)]
+
+
+def before_node(states: Tensor) -> list[tuple[Tensor, ...]]:
+    """[i][t]: the states s_0 .. s_{i-1}, (i, B, H) each, of (T, N+1, B, H)."""
+    return [states[:, :i].unbind(0) for i in range(states.size(1))]
+
+
+def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
+    """[t]: (iB, H) each, of (T, i, B, H)."""
+    return buffer.flatten(1, 2).unbind(0)
+
+
+def held_set(cu: Tensor, held_relu: HeldRelu | None, place: tuple[int, int]) -> Tensor | None:
+    """Where relu is held active, (..., H) as bytes, since Inductor reads bool slowly; None where it is free."""
+    return None if held_relu is None else held_relu.active_set(halves(cu)[1], place).view(torch.uint8)
+
+
+def gradient_of_probs(sums: list[Tensor]) -> Tensor:
+    """(N(N+1)/2, K) from the sums of each node's rows, N times (K-1, i, B): the weight of `none` changes nothing."""
+    return torch.cat([torch.cat([s.new_zeros(1, s.size(1)), s.sum(-1)]).t() for s in sums])
+
+
+@kernel
+def relaxed_start(cu, h, h_mask, state, masked, inverse):
+    """s_0 from the hidden state: cu (B, 2H), h and h_mask (B, H) -> state, masked (B, H), inverse (H,)."""
+    c, u = cu.to(h.dtype).chunk(2, dim=-1)
+    tanh = sigmoid_tanh(u)[1]
+    put_normalised(h + sigmoid(c) * (tanh - h), h_mask, state, masked, inverse)
+
+
+@kernel
+def relaxed_node(cu, states, p, active, h_mask, state, masked, inverse):
+    """s_i: cu (i, B, 2H), states (i, B, H), p (i, K), relu's active set (i, B, H) or None -> state, masked (B, H),
+    inverse (H,)."""
+    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
+    p = p[:, 1:, None, None]
+    *_, mixed, _ = mixture(p, u, active)
+    kept = p.sum(1) * states.to(h_mask.dtype)
+    put_normalised((kept + sigmoid(c) * (mixed - kept)).sum(0), h_mask, state, masked, inverse)
+
+
+def mixture(p, u, active):
+    """The primitives of u (i, B, H), their slopes, and the mixture of either by p (i, K-1, 1, 1)."""
+    sig, tanh = sigmoid_tanh(u)
+    on = (u > 0 if active is None else active).to(u.dtype)
+    primitives = tanh, u * on, sig, u
+    mixed = p[:, 0] * tanh + p[:, 1] * primitives[1] + p[:, 2] * sig + p[:, 3] * u
+    slopes = 1 - tanh * tanh, on, sig * (1 - sig), torch.ones_like(u)
+    slope = p[:, 0] * slopes[0] + p[:, 1] * on + p[:, 2] * sig * (1 - sig) + p[:, 3]
+    return primitives, slopes, mixed, slope
+
+
+def put_normalised(s, h_mask, state, masked, inverse):
+    s = realised(s)
+    centred = s - s.mean(0)
+    scale = torch.rsqrt(centred.square().mean(0) + BN_EPS)
+    s = centred * scale
+    state.copy_(s)
+    masked.copy_(s * h_mask)
+    inverse.copy_(scale)
+
+
+@kernel
+def output(states, concat, h_mask, hidden, masked):
+    """The mean of the nodes in `concat`, of states (N+1, B, H) -> hidden, masked (B, H)."""
+    h = sum(states[i].to(hidden.dtype) for i in concat) / len(concat)
+    hidden.copy_(h)
+    masked.copy_(h * h_mask)
+
+
+@kernel
+def output_back(g, direct, into, h_mask, concat, total):
+    """Gradient of a hidden state from the loss and from the next step -> of s_0 .. s_N (N+1, B, H)."""
+    each = (g + direct + into * h_mask) / len(concat)
+    total.copy_(torch.stack([each * concat.count(i) for i in range(total.size(0))]))
+
+
+def normalise_back(g, state, inverse):
+    """Back through batch normalisation, (B, H): inverse * (g - mean(g) - s mean(g s))."""
+    s = state.to(g.dtype)
+    return realised(inverse * (g - g.mean(0) - s * (g * s).mean(0)))
+
+
+@kernel
+def relaxed_node_back(
+    g, g_through, state, inverse, total, through, states, cu, p, active, h_mask, received, dc, du, total_after, sums
+):
+    """Back through a node: g, g_through, state (B, H), inverse (H,), the rest as in `relaxed_node` -> the node's own
+    gradient (B, H), dc, du (i, B, H).
+
+    `total_after` (i, B, H) is `total` and `through`, which waited, and this node's share. `sums` (4, i, B) gains
+    the gradients of the probabilities.
+    """
+    g = g + g_through * h_mask
+    received.copy_(g)
+    dz = normalise_back(g, state, inverse)
+    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
+    s = states.to(h_mask.dtype)
+    p = p[:, 1:, None, None]
+    gate = sigmoid(c)
+    primitives, _, mixed, slope = mixture(p, u, active)
+    some = p.sum(1)
+    opened = dz * gate
+    shut = dz - opened
+    d = realised(opened * (1 - gate) * (mixed - some * s))
+    dc.copy_(d)
+    du.copy_(opened * slope)
+    total_after.copy_(total + through * h_mask + some * shut)
+    sums.copy_(sums + torch.stack([(opened * f + shut * s).sum(-1) for f in primitives]))
+
+
+@kernel
+def relaxed_start_back(g, g_through, state, inverse, cu, h_mask, h, received, dc, du, direct):
+    """Back through the normalisation of s_0 and through s_0, all (B, H) -> the gradient of s_0, dc, du, and the hidden
+    state's own share."""
+    g = g + g_through * h_mask
+    received.copy_(g)
+    put_start_back(normalise_back(g, state, inverse), cu, h, dc, du, direct)
+
+
+@kernel
+def discrete_start_back(g, cu, h, dc, du, direct):
+    """Back through s_0, all (B, H) -> dc, du, and the hidden state's own share."""
+    put_start_back(g, cu, h, dc, du, direct)
+
+
+def put_start_back(g, cu, h, dc, du, direct):
+    """Back through s = h + sigmoid(c) (tanh(u) - h)."""
+    c, u = cu.to(h.dtype).chunk(2, dim=-1)
+    gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]
+    dc.copy_(g * gate * (1 - gate) * (tanh - h))
+    du.copy_(g * gate * (1 - tanh * tanh))
+    direct.copy_(g * (1 - gate))
+
+
+def activation(name, u):
+    """f(u) and f'(u)."""
+    if name == "identity":
+        return u, torch.ones_like(u)
+    if name == "relu":
+        return u.clamp(min=0), (u > 0).to(u.dtype)
+    sig, tanh = sigmoid_tanh(u)
+    return (tanh, 1 - tanh * tanh) if name == "tanh" else (sig, sig * (1 - sig))
+
+
+@kernel
+def discrete_node(name, cu, s, h_mask, state, masked):
+    """s_i: cu (B, 2H), the predecessor s (B, H) -> state, masked (B, H)."""
+    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
+    s = s.to(h_mask.dtype)
+    s = s + sigmoid(c) * (activation(name, u)[0] - s)
+    state.copy_(s)
+    masked.copy_(s * h_mask)
+
+
+@kernel
+def discrete_node_back(name, g, cu, s, dc, du, total):
+    """Back through a node: g (B, H) -> dc, du (B, H); `total` (B, H), the predecessor's, gains this node's share."""
+    c, u = cu.to(g.dtype).chunk(2, dim=-1)
+    s = s.to(g.dtype)
+    gate = sigmoid(c)
+    f, slope = activation(name, u)
+    dc.copy_(g * gate * (1 - gate) * (f - s))
+    du.copy_(g * gate * slope)
+    total.copy_(total + g * (1 - gate))

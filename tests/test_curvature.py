@@ -1,0 +1,241 @@
+"""The mixed second derivative of the fused engine: how the alphas' gradient changes as the weights go somewhere."""
+
+from functools import partial
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fused import decoder_problem, problem, run, sizes
+from test_recurrence import oracle_masks
+
+import decoder
+import fused
+import recurrence
+from architect import Architect
+from dropout import HeldRelu
+from engine import Engine
+from objective import SmallBatches, losses
+
+NAMES = ("x", "h0", "W0", "Ws")
+
+
+def directions(leaves, seed):
+    generator = torch.Generator().manual_seed(seed + 1)
+    return [torch.randn(leaves[name].shape, generator=generator, dtype=torch.float64) for name in NAMES]
+
+
+def mixed(module, leaves, masks, R, along, held=None, asked=("alpha", "x", "h0")):
+    """Gradient of (gradient of L in x, h0 and the weights) . along; L is not linear in the hidden states."""
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    hiddens = run(module, "relaxed", leaves, masks, held=held)
+    total = (R * (hiddens + hiddens.square())).sum()
+    first = torch.autograd.grad(total, [leaves[name] for name in NAMES], create_graph=True)
+    dot = sum((g * v.to(g)).sum() for g, v in zip(first, along, strict=True))
+    second = torch.autograd.grad(dot, [leaves[name] for name in asked])
+    return [*(g.detach() for g in first), *second]
+
+
+def assert_close(found, expected, tolerance):
+    for one, other in zip(found, expected, strict=True):
+        scale = other.abs().max().item()
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * (1 + scale))
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=sizes)
+def test_fused_is_eager_in_float64(size):
+    leaves, masks, R = problem(**size)
+    along = directions(leaves, size["seed"])
+    assert_close(*(mixed(module, leaves, masks, R, along) for module in (fused, recurrence)), 1e-9)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("size", [(3, 3, 2, 3, 3), (1, 2, 2, 2, 2), (2, 1, 2, 2, 2)])
+def test_it_is_the_derivative_of_the_equations_by_loops(size, masked):
+    """Along the direction by a complex step, in each alpha by a central difference of that."""
+    leaves, masks, R = problem(*size, seed=3, masked=masked)
+    along = directions(leaves, 3)
+    *_, found = mixed(fused, leaves, masks, R, along, asked=("alpha",))
+    arrays = {name: leaf.numpy() for name, leaf in leaves.items()}
+    given_masks = oracle_masks(arrays, [None if mask is None else mask.numpy() for mask in masks])
+    step = 1e-30
+    moved = {name: arrays[name] + 1j * step * v.numpy() for name, v in zip(NAMES, along, strict=True)}
+
+    def slope(alpha):
+        h = oracle.relaxed_sequence(**moved, alpha=alpha, x_mask=given_masks[0], h_mask=given_masks[1])
+        return oracle.scalar(h + h * h, R.numpy()).imag / step
+
+    radius, expected = 1e-5, np.zeros_like(arrays["alpha"])
+    for place in np.ndindex(expected.shape):
+        unit = np.zeros_like(expected)
+        unit[place] = radius
+        expected[place] = (slope(arrays["alpha"] + unit) - slope(arrays["alpha"] - unit)) / (2 * radius)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-7 * (1 + np.abs(expected).max()))
+
+
+def relative_errors(found, exact):
+    return [
+        ((one.double() - other).norm() / (other.norm() + 1e-30)).item() for one, other in zip(found, exact, strict=True)
+    ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(T=st.integers(1, 6), B=st.integers(8, 20), H=st.integers(4, 24), seed=st.integers(0, 10**6))
+def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(T, B, H, seed):
+    leaves, masks, R = problem(T, B, H, H, 8, seed, masked=True, scale=0.2)
+    along = directions(leaves, seed)
+    exact = mixed(recurrence, leaves, masks, R, along)
+    short = {name: leaf.float() for name, leaf in leaves.items()}, [mask.float() for mask in masks], R.float()
+    eager, found = (relative_errors(mixed(module, *short, along), exact) for module in (recurrence, fused))
+    assert all(one <= max(2e-5, 5 * other) for one, other in zip(found, eager, strict=True)), (found, eager)
+
+
+def test_relu_is_held_where_eager_holds_it():
+    leaves, masks, R = problem(3, 4, 3, 4, 4, seed=2, masked=True)
+    along = directions(leaves, 2)
+    elsewhere = {name: leaf + 0.3 for name, leaf in leaves.items()}
+    found = []
+    for module in (fused, recurrence):
+        held = HeldRelu()
+        run(module, "relaxed", leaves, masks, held=held)
+        found.append(mixed(module, elsewhere, masks, R, along, held))
+    assert_close(*found, 1e-9)
+    assert not torch.allclose(found[0][-1], mixed(fused, elsewhere, masks, R, along)[-1])
+
+
+def test_one_graph_serves_several_directions():
+    """And another graph of the same sizes that lives beside it does not get in its way."""
+    leaves, masks, R = problem(3, 4, 3, 4, 4, seed=5, masked=True)
+    beside, *rest = problem(3, 4, 3, 4, 4, seed=6, masked=True)
+    all_along = [directions(leaves, seed) for seed in (1, 2)]
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    hiddens = run(fused, "relaxed", leaves, masks)
+    first = torch.autograd.grad(
+        (R * (hiddens + hiddens.square())).sum(), [leaves[name] for name in NAMES], create_graph=True
+    )
+    mixed(fused, beside, *rest, all_along[0])
+    for along in all_along:
+        [found] = torch.autograd.grad(first, leaves["alpha"], along, retain_graph=True)
+        assert torch.equal(found, mixed(fused, leaves, masks, R, along)[-3])
+
+
+def test_what_is_not_formed_is_no_number_or_refused():
+    leaves, masks, R = problem(2, 3, 3, 4, 3, seed=1, masked=False)
+    *_, dW0 = mixed(fused, leaves, masks, R, directions(leaves, 1), asked=("W0",))
+    assert dW0[3:].isnan().all()
+    with pytest.raises(RuntimeError, match="not have been used"):
+        mixed(fused, leaves, masks, R, directions(leaves, 1), asked=("Ws",))
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    total = run(fused, "relaxed", leaves, masks).sum()
+    [g] = torch.autograd.grad(total, leaves["alpha"], create_graph=True)
+    with pytest.raises(RuntimeError, match="along the alphas; use the eager engine"):
+        torch.autograd.grad(g.square().sum(), leaves["alpha"])
+    gs = [torch.autograd.grad(total, leaves["Ws"], create_graph=True)[0].sum() for _ in range(2)]
+    with pytest.raises(RuntimeError, match="one gradient of a pass at a time"):
+        torch.autograd.grad(sum(gs), leaves["alpha"], retain_graph=True)
+    [g] = torch.autograd.grad(total, leaves["W0"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no third derivative here; use the eager engine"):
+        torch.autograd.grad(g.square().sum(), leaves["alpha"], create_graph=True)
+
+
+@pytest.mark.parametrize("wanted", NAMES)
+def test_of_a_loss_that_is_linear_in_the_hidden_states_along_one_weight_alone(wanted):
+    leaves, masks, R = problem(3, 4, 3, 4, 4, seed=7, masked=True)
+    found = []
+    for module in (fused, recurrence):
+        here = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+        [first] = torch.autograd.grad((R * run(module, "relaxed", here, masks)).sum(), here[wanted], create_graph=True)
+        found.append(torch.autograd.grad(first.sin().sum(), here["alpha"]))
+    assert_close(*found, 1e-9)
+
+
+# The loss.
+
+
+def of_the_loss(engine, hiddens, mask, embedding, bias, y, seed):
+    """Gradients of a multiple of the loss, and that of those along random directions in the hidden states."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves = [leaf.clone().requires_grad_() for leaf in (hiddens, embedding, bias)]
+    along = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
+    first = torch.autograd.grad(3 * Engine(engine).nll(leaves[0], mask, *leaves[1:], y), leaves, create_graph=True)
+    return [*(g.detach() for g in first), *torch.autograd.grad(first, leaves[0], along)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    T=st.integers(1, 5), B=st.integers(1, 6), H=st.integers(1, 6), V=st.integers(1, 12), seed=st.integers(0, 10**6),
+    p=st.sampled_from([None, 0.0, 0.3, 0.75, 1.0]), chunk=st.sampled_from([1, 20, 1 << 23]),
+)  # fmt: skip
+def test_that_of_the_loss_is_that_of_cross_entropy(T, B, H, V, seed, p, chunk):
+    """With columns skipped (much is dropped) and not, in one chunk or many."""
+    arguments = decoder_problem(T, B, H, V, seed, p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "CHUNK", chunk)
+        patch.setattr(decoder, "SKIP_FROM", 1)
+        found = of_the_loss("fused", *arguments, seed)
+    for one, other in zip(found, of_the_loss("eager", *arguments, seed), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+# The model.
+
+
+def product(model, batch, along, **options):
+    part = losses(model, batch, 0.3, 0.7, **options)
+    first = torch.autograd.grad(part.total, model.weights(), create_graph=True)
+    return torch.autograd.grad(first, model.alphas, along)[0]
+
+
+@pytest.mark.parametrize("fraternal", [0.0, 0.4])
+def test_a_model_behind_either_engine_has_the_same_product(fraternal):
+    """AR, TAR, every dropout, words that come twice; and two passes over one batch."""
+    model = tiny.search_model()
+    batch = tiny.batch(model, 1)
+    if fraternal:
+        batch = batch._replace(twin=model.draw_masks(tiny.B))
+    along = [torch.randn_like(w) for w in model.weights()]
+    found, expected = (
+        product(model.using(Engine(name)), batch, along, fraternal=fraternal) for name in ("fused", "eager")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_bf16_is_within_its_rounding_of_fp32():
+    """And not equal to it."""
+    torch.manual_seed(2)
+    model = tiny.search_model().float()
+    batch = tiny.batch(model, 1)
+    batch = batch._replace(hidden=batch.hidden.float())
+    along = [torch.randn_like(w) for w in model.weights()]
+    narrow, wide = (product(model.using(Engine("fused", precision)), batch, along) for precision in ("bf16", "fp32"))
+    assert 1e-5 < ((narrow - wide).norm() / wide.norm()).item() < 0.05
+
+
+@pytest.mark.parametrize("small", [6, 3, 2])
+def test_an_architect_finds_the_same_gradient_with_either_engine(small):
+    """In one part, whose graph is kept from the first pass, and in parts that are passed over again."""
+    model = tiny.search_model()
+    train, valid = tiny.batch(model, 1), tiny.batch(model, 2)
+    before = [w.detach().clone() for w in model.weights()]
+    found, passes = {}, []
+
+    class Counted(SmallBatches):
+        def part(self, start):
+            passes.append(start)
+            return super().part(start)
+
+    for name in ("fused", "eager"):
+        behind = model.using(Engine(name))
+        architect = Architect(
+            model.weights(), model.alphas, partial(Counted, behind, small_batch_size=small, beta=0.7),
+            partial(SmallBatches, behind, small_batch_size=small), clip=0.25, wdecay=1e-2, hessian="exact",
+        )  # fmt: skip
+        found[name] = architect.gradient(train, valid, eta=0.7)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert passes == 2 * {6: [0], 3: 2 * [0, 3], 2: 2 * [0, 2, 4]}[small]
+    assert all(torch.equal(w, old) for w, old in zip(model.weights(), before, strict=True))

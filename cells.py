@@ -7,6 +7,7 @@ Shapes: T time steps, B batch, H hidden, N nodes, K primitives. `wide` is the dt
 the masks), `store` that of products and of what is kept for the way back.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,27 @@ def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
 def held_set(cu: Tensor, held_relu: HeldRelu | None, place: tuple[int, int]) -> Tensor | None:
     """Where relu is held active, (..., H) as bytes, since Inductor reads bool slowly; None where it is free."""
     return None if held_relu is None else held_relu.active_set(halves(cu)[1], place).view(torch.uint8)
+
+
+def of_nodes(probs: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each node, N times (i, K), of all nodes' (N(N+1)/2, K)."""
+    nodes = (math.isqrt(8 * len(probs) + 1) - 1) // 2
+    return probs.detach().split(list(range(1, nodes + 1)))
+
+
+class Waiting:
+    """What waits on the way back of the relaxed cell to reach a state, and the views by which it gets there."""
+
+    def __init__(self, space: Workspace, N: int, B: int, H: int):
+        self.totals = [space.take("total", N + 1, B, H, wide=True) for _ in range(2)]  # gradients, to swap
+        self.through = space.take("through", N + 1, B, H)  # what comes through the products of the node above
+        self.direct = space.take("direct", B, H, wide=True).zero_()  # of the hidden state before the step
+        self.into = space.take("into", B, H).zero_()  # the same, through its product with W0
+        self.sums = [self.direct.new_zeros(4, i, B) for i in range(1, N + 1)]  # of each primitive's probability
+        self.each = [half.unbind(0) for half in self.totals]
+        self.share = [[half[:i] for i in range(N + 1)] for half in self.totals]
+        self.rest, self.rest_of = self.through.unbind(0), [self.through[:i] for i in range(N + 1)]
+        self.rows_of_rest = [part.flatten(0, 1) for part in self.rest_of]
 
 
 def gradient_of_probs(sums: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cells import (
     Trace,
+    Waiting,
     WayBack,
     before_node,
     by_node,
@@ -24,6 +25,7 @@ from cells import (
     halves,
     held_set,
     mixture,
+    of_nodes,
     output,
     output_back,
 )
@@ -55,14 +57,14 @@ def r_forward(
     """Tangents along vxW (T, B, 2H), vh0 (B, H) and, for W0_h and Ws, `along`; that of the hidden states (T, B, H)."""
     _, states, masked, products, previous, inverse, held_relu = trace
     (T, B, H), N = hiddens.shape, len(weights) - 1
-    space = Workspace(trace.space.store, trace.space.wide, trace.space.device)
+    space = trace.space.another()
     r_states = space.take("states", T, N + 1, B, H)
     r_products = [space.take(f"product {i}", T, max(i, 1), B, 2 * H) for i in range(N + 1)]
     r_masked, r_previous = space.take("r_masked", N + 1, B, H), space.take("r_previous", B, H)  # of one step
     ratio = torch.empty_like(inverse)
     r_hiddens = torch.empty_like(hiddens)
     weights, along = ([W.to(space.store) for W in given] for given in (weights, along))
-    rows = probs.detach().split(list(range(1, N + 1)))  # N times (i, K)
+    rows = of_nodes(probs)  # N times (i, K)
 
     state, scale, below = by_node(states), by_node(inverse), before_node(states)
     r_state, r_scale, r_below = by_node(r_states), by_node(ratio), before_node(r_states)
@@ -113,24 +115,20 @@ def r_backward(
     _, received, dxW = way_back
     _, r_states, r_products, ratio, r_hs, along = tangents
     (T, B, H), N = hiddens.shape, len(weights) - 1
-    space = Workspace(trace.space.store, trace.space.wide, trace.space.device)
+    space = trace.space.another()
     weights = [W.to(space.store) for W in weights]
     r_dxW = space.take("xW", T, B, 2 * H)
     gradient = [space.take(f"r_gradient {i}", 4, i, B, H) for i in range(1, N + 1)]  # r_dc, r_du, dc, du
-    totals = [space.take("total", N + 1, B, H, wide=True) for _ in range(2)]  # gradient of the states, to swap
-    through = space.take("through", N + 1, B, H)  # what comes through the products of the node above
-    direct = space.take("direct", B, H, wide=True)  # of the hidden state before the step
-    into = space.take("into", B, H)  # the same, through its product with W0
-    sums = [probs.new_zeros(4, i, B) for i in range(1, N + 1)]  # of each primitive's probability
-    rows = probs.detach().split(list(range(1, N + 1)))  # N times (i, K)
+    waiting = Waiting(space, N, B, H)
+    totals, each, share, rest, rest_of = waiting.totals, waiting.each, waiting.share, waiting.rest, waiting.rest_of
+    rows_of_rest, sums = waiting.rows_of_rest, waiting.sums
+    through, direct, into = waiting.through, waiting.direct, waiting.into
+    rows = of_nodes(probs)  # N times (i, K)
 
     state, scale, below, mine = by_node(states), by_node(inverse), before_node(states), by_node(received)
     r_state, r_scale, r_below = by_node(r_states), by_node(ratio), before_node(r_states)
     cus, r_cus = ([cu.unbind(0) for cu in those] for those in (products, r_products))
     four, rows_of = [g.unbind(0) for g in gradient], [g.flatten(1, 2).unbind(0) for g in gradient]
-    each, share = [half.unbind(0) for half in totals], [[half[:i] for i in range(N + 1)] for half in totals]
-    rest, rest_of = through.unbind(0), [through[:i] for i in range(N + 1)]
-    rows_of_rest = [part.flatten(0, 1) for part in rest_of]
     factors = [  # of r_dc, r_du, dc, du
         [half.t() for half in (*halves(W), *halves(v))] for W, v in zip(weights, along, strict=True)
     ]
@@ -138,8 +136,6 @@ def r_backward(
     gs, hs, dxWs, r_dxWs, r_dcs_0 = r_g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), r_dxW.unbind(0), halves(r_dxW)
     concat = tuple(range(1, N + 1))
 
-    direct.zero_()
-    into.zero_()
     for t in reversed(range(T)):
         here, there = 0, 1  # which of totals
         output_back(gs[t], direct, into, h_mask, concat, totals[here])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cells import (
     Trace,
+    Waiting,
     WayBack,
     before_node,
     by_node,
@@ -26,6 +27,7 @@ from cells import (
     gradient_of_probs,
     halves,
     held_set,
+    of_nodes,
     output,
     output_back,
     relaxed_node,
@@ -102,7 +104,7 @@ class Relaxed(torch.autograd.Function):
         inverse = h0.new_empty(kept, N + 1, H)  # 1 / standard deviation
         hiddens = h0.new_empty(T, B, H)
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
-        rows = probs.detach().split(list(range(1, N + 1)))  # N times (i, K)
+        rows = of_nodes(probs)  # N times (i, K)
 
         state, mask, scale = (by_node(buffer) for buffer in (states, masked, inverse))  # [i][t]
         below, factor = before_node(states), [flat_rows(masked[:, :i]) for i in range(N + 1)]
@@ -148,11 +150,11 @@ class Relaxed(torch.autograd.Function):
         """Gradients of xW, h0, probs, W0_h and Ws, and what of the way is remembered if it is to be differentiated."""
         space, states, masked, products, previous, inverse, held_relu = ctx.trace
         h0, probs, h_mask, hiddens, W0_h, *Ws = ctx.saved_tensors
-        remembered, space = (Workspace(space.store, space.wide, space.device) for _ in range(2))
+        remembered, space = space.another(), space.another()
         T, B, H = hiddens.shape
         N = len(Ws)
         of_weights = ctx.needs_input_grad[4] or any(ctx.needs_input_grad[7:])
-        rows = probs.detach().split(list(range(1, N + 1)))  # N times (i, K)
+        rows = of_nodes(probs)  # N times (i, K)
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
         dxW = remembered.take("xW", T, B, 2 * H)
         received = remembered.take("received", T if keep else 1, N + 1, B, H)  # gradients of the states
@@ -161,27 +163,21 @@ class Relaxed(torch.autograd.Function):
         at_once = of_weights and sum_after_loop(h0)
         dcs = [space.take(f"gradient {i}", T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]
         dWs = [torch.zeros_like(W, dtype=space.wide) for W in Ws] if of_weights else []
-        totals = [space.take("total", N + 1, B, H, wide=True) for _ in range(2)]  # gradient of the states, to swap
-        through = space.take("through", N + 1, B, H)  # what comes through the product of the node above
-        direct = space.take("direct", B, H, wide=True)  # of the hidden state before the step
-        into = space.take("into", B, H)  # the same, through its product with W0
-        sums = [probs.new_zeros(4, i, B) for i in range(1, N + 1)]  # of each primitive's probability
+        waiting = Waiting(space, N, B, H)
+        totals, each, share, rest, rest_of = waiting.totals, waiting.each, waiting.share, waiting.rest, waiting.rest_of
+        rows_of_rest, sums = waiting.rows_of_rest, waiting.sums
+        through, direct, into = waiting.through, waiting.direct, waiting.into
 
         state, scale, below, mine = by_node(states), by_node(inverse), before_node(states), by_node(received)
         cus = [cu.unbind(0) for cu in products]
         factor = [masked[:, :i].flatten(1, 2).mT.unbind(0) for i in range(N + 1)]  # (H, iB) each
         gradient = [[(dc, du, dc.flatten(0, 1), du.flatten(0, 1)) for dc, du in d] for d in dcs]
-        each, share = [half.unbind(0) for half in totals], [[half[:i] for i in range(N + 1)] for half in totals]
-        rest, rest_of = through.unbind(0), [through[:i] for i in range(N + 1)]
-        rows_of_rest = [part.flatten(0, 1) for part in rest_of]
         transposed = [tuple(half.t() for half in halves(W)) for W in weights]
         halves_of_dW = [halves(dW) for dW in dWs]
         W0_t, gs, hs, dxWs, dcs_0 = weights[0].t(), g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), halves(dxW)
 
         concat = tuple(range(1, N + 1))
 
-        direct.zero_()
-        into.zero_()
         for t in reversed(range(T)):
             here, there = 0, 1  # which of totals
             output_back(gs[t], direct, into, h_mask, concat, totals[here])

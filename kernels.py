@@ -125,6 +125,10 @@ class Workspace:
         self.taken.append((name, buffer))
         return buffer
 
+    def another(self) -> "Workspace":
+        """A new one for the same dtypes and device."""
+        return Workspace(self.store, self.wide, self.device)
+
     def __del__(self):
         for name, buffer in self.taken:
             POOL.give(name, buffer)

@@ -9,10 +9,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fused import decoder_problem, problem, run, sizes
+from test_fused import chunks, decoder_problem, decoder_sizes, in_pieces, problem, run, sizes
 from test_recurrence import oracle_masks
 
-import decoder
 import fused
 import recurrence
 from architect import Architect
@@ -166,18 +165,13 @@ def of_the_loss(engine, hiddens, mask, embedding, bias, y, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    T=st.integers(1, 5), B=st.integers(1, 6), H=st.integers(1, 6), V=st.integers(1, 12), seed=st.integers(0, 10**6),
-    p=st.sampled_from([None, 0.0, 0.3, 0.75, 1.0]), chunk=st.sampled_from([1, 20, 1 << 23]),
-)  # fmt: skip
-def test_that_of_the_loss_is_that_of_cross_entropy(T, B, H, V, seed, p, chunk):
+@given(size=decoder_sizes, chunk=chunks)
+def test_that_of_the_loss_is_that_of_cross_entropy(size, chunk):
     """With columns skipped (much is dropped) and not, in one chunk or many."""
-    arguments = decoder_problem(T, B, H, V, seed, p)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "CHUNK", chunk)
-        patch.setattr(decoder, "SKIP_FROM", 1)
-        found = of_the_loss("fused", *arguments, seed)
-    for one, other in zip(found, of_the_loss("eager", *arguments, seed), strict=True):
+    arguments = *decoder_problem(**size), size["seed"]
+    with in_pieces(chunk):
+        found = of_the_loss("fused", *arguments)
+    for one, other in zip(found, of_the_loss("eager", *arguments), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 

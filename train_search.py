@@ -155,15 +155,14 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = new_optimizer(args.optimizer, weights, args.lr, args.wdecay, args.momentum)
     schedule, patience = options.schedule(args), Patience(args.patience, args.min_delta)
     hessian = args.hessian if args.unrolled else None
-    train_loss = partial(SmallBatches, model, alpha=args.alpha, beta=args.beta)
+    regularised = partial(SmallBatches, alpha=args.alpha, beta=args.beta)
 
     def architect_of(model: RNNModelSearch, rows_at_once: int, hessian: str | None) -> Architect:
         precise = model.using(Engine(args.engine))  # a difference of nearby weights needs every digit
-        valid_loss = partial(SmallBatches, small_batch_size=rows_at_once)
-        regularised = partial(valid_loss, alpha=args.alpha, beta=args.beta)
+        at_once = {"small_batch_size": rows_at_once}
         return Architect(
-            weights, model.alphas, partial(regularised, model), partial(valid_loss, model),
-            partial(regularised, precise), clip=args.clip, wdecay=args.wdecay, clip_value=args.clip_value,
+            weights, model.alphas, partial(regularised, model, **at_once), partial(SmallBatches, model, **at_once),
+            partial(regularised, precise, **at_once), clip=args.clip, wdecay=args.wdecay, clip_value=args.clip_value,
             hessian=hessian, lr=args.arch_lr, arch_wdecay=args.arch_wdecay, average=ranks.average,
         )  # fmt: skip
 
@@ -185,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
             velocity=velocity(optimizer) if args.unrolled else None,
         )
         batch = Batch(x, y, hidden, model.draw_masks(rows))
-        parts = train_loss(batch, rows_at_once)
+        parts = regularised(model, batch, rows_at_once)
         nll, hidden, norm = clipped_gradient(parts, weights, args.clip, args.clip_value, ranks.average)
         return nll, norm, hidden, hidden_valid
 

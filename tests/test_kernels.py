@@ -20,13 +20,12 @@ COMPARE = """
 import sys
 sys.path[:0] = ["tests", "."]
 import torch, decoder, fused, recurrence
-from test_curvature import directions, mixed, of_the_loss
+from test_curvature import directions, mixed, numbered, of_the_loss
 from test_fused import decoder_problem, problem, relative_errors, values_and_gradients
 from dropout import HeldRelu
 
 def check(found, expected, bound=1e-5):
-    found, expected = (dict(enumerate(values)) for values in (found, expected))
-    assert max(relative_errors(found, expected).values()) < bound
+    assert max(relative_errors(*numbered(found, expected)).values()) < bound
 
 for cell, N, held in (("relaxed", 3, True), ("discrete", 4, False)):
     leaves, masks, R = problem(3, 6, 8, 20, N, seed=1, masked=True, scale=0.2, dtype=torch.float32)

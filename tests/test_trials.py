@@ -168,18 +168,22 @@ def test_the_files_for_programs(whole):
         assert part in text
 
 
-@pytest.fixture
-def left(whole, tmp_path):
-    """The same study, left in the middle of its selection."""
-    folder = shutil.copytree(whole, tmp_path / "study")
-    for part in ("retrain", "select/random-1", "select/unrolled-2"):
+def copy_without(whole, folder, *parts):
+    """The same study, left before these parts of it were done."""
+    shutil.copytree(whole, folder)
+    for part in parts:
         shutil.rmtree(folder / part)
-    shutil.rmtree(folder / "select" / "first-2")
     for name in ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "lock"):
         (folder / name).unlink()
     kept = [event for event in events(folder) if (folder / event["trial"] / "result.json").exists()]
     (folder / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in kept))
     return folder
+
+
+@pytest.fixture
+def left(whole, tmp_path):
+    """The same study, left in the middle of its selection."""
+    return copy_without(whole, tmp_path / "study", "retrain", "select/random-1", "select/unrolled-2", "select/first-2")
 
 
 def test_a_study_goes_on_where_it_was_left(whole, left, alone):
@@ -473,9 +477,9 @@ def done(folder):
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
-def test_a_worker_the_driver_and_ray_are_killed_and_the_study_ends_the_same(whole, corpus, tmp_path):
-    folder = tmp_path / "study"
-    first = study_process("run", *flags(corpus, folder))
+def test_a_worker_the_driver_and_ray_are_killed_and_the_study_ends_the_same(whole, tmp_path):
+    folder = copy_without(whole, tmp_path / "study", "search", "select", "retrain")
+    first = study_process("run", "--resume", "--study", str(folder))
 
     def trial():
         """The process of a search that has begun, read from its lock."""

@@ -33,7 +33,7 @@ def nll(
 class TiedDecoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, wants, store, hiddens, mask, embedding, bias, y):
-        skipped = mask if worth_skipping(mask) else None
+        skipped = worth_skipping(mask)
         outputs, decoder = drop(hiddens, mask).to(store), transposed(embedding, skipped, store)  # (T, B, H), (H, V)
         losses, share = hiddens.new_empty(y.shape), 1 / y.numel()
         d_outputs, d_decoder, d_bias = (
@@ -106,7 +106,7 @@ def r_gradient(
 ) -> Tensor:
     """The tangent of the gradient of `nll` in the hidden states, (T, B, H), as these, the embedding and the bias go
     along the v's (see curvature.py)."""
-    skipped = mask if worth_skipping(mask) else None
+    skipped = worth_skipping(mask)
     outputs, r_outputs = (drop(h, mask).to(store) for h in (hiddens, v_hiddens))
     decoder, r_decoder = (transposed(e, skipped, store) for e in (embedding, v_embedding))
     found, share = torch.zeros_like(outputs), 1 / y.numel()
@@ -232,11 +232,12 @@ class Rows(Piece):
         d_decoder.index_add_(0, self.kept.flatten(), columns.flatten(0, 1).to(d_decoder.dtype))
 
 
-def worth_skipping(mask: Tensor | None) -> bool:
-    """Whether so much is dropped that gathering what is kept pays. Not in a narrow model, where the product is
-    the least of it, nor on CUDA, where the host would have to wait to hear how much is dropped."""
-    small = mask is None or mask.device.type != "cpu" or mask.size(1) < SKIP_FROM
-    return not small and (mask != 0).float().mean().item() < 0.6
+def worth_skipping(mask: Tensor | None) -> Tensor | None:
+    """The mask (B, H), if so much is dropped that gathering what is kept pays. Not in a narrow model, where the product
+    is the least of it, nor on CUDA, where the host would have to wait to hear how much is dropped."""
+    if mask is None or mask.device.type != "cpu" or mask.size(1) < SKIP_FROM:
+        return None
+    return mask if (mask != 0).float().mean().item() < 0.6 else None
 
 
 @kernel

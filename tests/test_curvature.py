@@ -158,11 +158,12 @@ def test_of_a_loss_that_is_linear_in_the_hidden_states_along_one_weight_alone(wa
 
 
 def of_the_loss(engine, hiddens, mask, embedding, bias, y, seed):
-    """Gradients of a multiple of the loss, and that of those along random directions in the hidden states."""
+    """Gradients of what is not linear in the loss, and that of those along random directions in the hidden states."""
     generator = torch.Generator().manual_seed(seed)
     leaves = [leaf.clone().requires_grad_() for leaf in (hiddens, embedding, bias)]
     along = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
-    first = torch.autograd.grad(3 * Engine(engine).nll(leaves[0], mask, *leaves[1:], y), leaves, create_graph=True)
+    loss = Engine(engine).nll(leaves[0], mask, *leaves[1:], y)
+    first = torch.autograd.grad(3 * loss + loss.square(), leaves, create_graph=True)
     return [*(g.detach() for g in first), *torch.autograd.grad(first, leaves[0], along)]
 
 

@@ -19,8 +19,7 @@ from recurrence import BN_EPS
 
 
 class Trace(NamedTuple):
-    """What is remembered of a pass of the relaxed cell over a sequence; `space` holds the buffers, which would go back
-    to the pool without it."""
+    """What is remembered of a pass of the relaxed cell over a sequence."""
 
     space: Workspace
     states: Tensor  # (T, N+1, B, H)
@@ -34,7 +33,6 @@ class Trace(NamedTuple):
 class WayBack(NamedTuple):
     """The same of its way back."""
 
-    space: Workspace
     received: Tensor  # (T, N+1, B, H), the gradients of the states
     dxW: Tensor  # (T, B, 2H)
 
@@ -78,10 +76,10 @@ class Waiting:
     """What waits on the way back of the relaxed cell to reach a state, and the views by which it gets there."""
 
     def __init__(self, space: Workspace, N: int, B: int, H: int):
-        self.totals = [space.take("total", N + 1, B, H, wide=True) for _ in range(2)]  # gradients, to swap
-        self.through = space.take("through", N + 1, B, H)  # what comes through the products of the node above
-        self.direct = space.take("direct", B, H, wide=True).zero_()  # of the hidden state before the step
-        self.into = space.take("into", B, H).zero_()  # the same, through its product with W0
+        self.totals = [space.take(N + 1, B, H, wide=True) for _ in range(2)]  # gradients, to swap
+        self.through = space.take(N + 1, B, H)  # what comes through the products of the node above
+        self.direct = space.take(B, H, wide=True).zero_()  # of the hidden state before the step
+        self.into = space.take(B, H).zero_()  # the same, through its product with W0
         self.sums = [self.direct.new_zeros(4, i, B) for i in range(1, N + 1)]  # of each primitive's probability
         self.each = [half.unbind(0) for half in self.totals]
         self.share = [[half[:i] for i in range(N + 1)] for half in self.totals]

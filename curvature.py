@@ -29,13 +29,12 @@ from cells import (
     output,
     output_back,
 )
-from kernels import Workspace, kernel, product, realised, sigmoid, sigmoid_tanh
+from kernels import kernel, product, realised, sigmoid, sigmoid_tanh
 
 
 class Tangents(NamedTuple):
     """What `r_backward` needs from `r_forward`."""
 
-    space: Workspace
     states: Tensor  # (T, N+1, B, H)
     products: list[Tensor]  # N+1 times (T, i, B, 2H)
     ratio: Tensor  # (T, N+1, H), of `inverse` to itself
@@ -55,12 +54,11 @@ def r_forward(
     along: list[Tensor],
 ) -> tuple[Tangents, Tensor]:
     """Tangents along vxW (T, B, 2H), vh0 (B, H) and, for W0_h and Ws, `along`; that of the hidden states (T, B, H)."""
-    _, states, masked, products, previous, inverse, held_relu = trace
+    space, states, masked, products, previous, inverse, held_relu = trace
     (T, B, H), N = hiddens.shape, len(weights) - 1
-    space = trace.space.another()
-    r_states = space.take("states", T, N + 1, B, H)
-    r_products = [space.take(f"product {i}", T, max(i, 1), B, 2 * H) for i in range(N + 1)]
-    r_masked, r_previous = space.take("r_masked", N + 1, B, H), space.take("r_previous", B, H)  # of one step
+    r_states = space.take(T, N + 1, B, H)
+    r_products = [space.take(T, max(i, 1), B, 2 * H) for i in range(N + 1)]
+    r_masked, r_previous = space.take(N + 1, B, H), space.take(B, H)  # of one step
     ratio = torch.empty_like(inverse)
     r_hiddens = torch.empty_like(hiddens)
     weights, along = ([W.to(space.store) for W in given] for given in (weights, along))
@@ -95,7 +93,7 @@ def r_forward(
                 r_state[i][t], r_mask[i], r_scale[i][t],
             )  # fmt: skip
         output(r_nodes[t], concat, h_mask, r_hs[t + 1], r_previous)
-    return Tangents(space, r_states, r_products, ratio, r_hs, along), r_hiddens
+    return Tangents(r_states, r_products, ratio, r_hs, along), r_hiddens
 
 
 def r_backward(
@@ -111,14 +109,13 @@ def r_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tangents of the gradients of xW (T, B, 2H), h0 (B, H) and probs (N(N+1)/2, K), where that of the hidden states'
     gradient is r_g_hiddens (T, B, H)."""
-    _, states, _, products, _, inverse, held_relu = trace
-    _, received, dxW = way_back
-    _, r_states, r_products, ratio, r_hs, along = tangents
+    space, states, _, products, _, inverse, held_relu = trace
+    received, dxW = way_back
+    r_states, r_products, ratio, r_hs, along = tangents
     (T, B, H), N = hiddens.shape, len(weights) - 1
-    space = trace.space.another()
     weights = [W.to(space.store) for W in weights]
-    r_dxW = space.take("xW", T, B, 2 * H)
-    gradient = [space.take(f"r_gradient {i}", 4, i, B, H) for i in range(1, N + 1)]  # r_dc, r_du, dc, du
+    r_dxW = space.take(T, B, 2 * H)
+    gradient = [space.take(4, i, B, H) for i in range(1, N + 1)]  # r_dc, r_du, dc, du
     waiting = Waiting(space, N, B, H)
     totals, each, share, rest, rest_of = waiting.totals, waiting.each, waiting.share, waiting.rest, waiting.rest_of
     rows_of_rest, sums = waiting.rows_of_rest, waiting.sums
@@ -158,7 +155,7 @@ def r_backward(
         )  # fmt: skip
         product(r_dxWs[t], W0_t, out=into)
         into.addmm_(dxWs[t], v0_t)
-    return r_dxW.clone(), direct + into * h_mask, gradient_of_probs(sums)
+    return r_dxW, direct + into * h_mask, gradient_of_probs(sums)
 
 
 # The kernels, as those of cells.py.

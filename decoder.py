@@ -42,7 +42,7 @@ class TiedDecoder(torch.autograd.Function):
         )
         for piece in pieces(skipped, *y.shape, decoder):
             part, columns, words = piece.rows(outputs), piece.columns(decoder), piece.words(y)
-            logits = piece.take("logits")
+            logits = piece.take()
             torch.matmul(part, columns, out=logits)
             flat = logits.view(-1, len(bias))
             found = to_softmax(flat, bias, words, share)
@@ -55,7 +55,6 @@ class TiedDecoder(torch.autograd.Function):
                 piece.put(d_outputs, torch.matmul(logits, columns.mT))
             if d_decoder is not None:
                 piece.add_product(d_decoder, part, logits, columns)
-            del piece  # whose buffers are for the next one
         d_hiddens = None if d_outputs is None else drop(d_outputs.to(hiddens.dtype), mask)
         ctx.store, ctx.found = store, (d_hiddens, None if d_decoder is None else d_decoder.t().contiguous(), d_bias)
         ctx.save_for_backward(hiddens, mask, embedding, bias, y)
@@ -112,7 +111,7 @@ def r_gradient(
     found, share = torch.zeros_like(outputs), 1 / y.numel()
     for piece in pieces(skipped, *y.shape, decoder):
         part, columns, r_columns = piece.rows(outputs), piece.columns(decoder), piece.columns(r_decoder)
-        logits, r_logits = piece.take("logits"), piece.take("logits")
+        logits, r_logits = piece.take(), piece.take()
         torch.matmul(part, columns, out=logits)
         torch.matmul(piece.rows(r_outputs), columns, out=r_logits)
         add_matmul(r_logits, part, r_columns)
@@ -123,7 +122,6 @@ def r_gradient(
         d = torch.matmul(r_logits, columns.mT)
         add_matmul(d, logits, r_columns.mT)
         piece.put(found, d)
-        del piece  # whose buffers are for the next one
     return drop(found.to(hiddens.dtype), mask)
 
 
@@ -170,9 +168,9 @@ class Piece:
     def __init__(self, decoder: Tensor, *words: int):
         self.shape, self.space = (*words, decoder.size(1)), Workspace(decoder.dtype, decoder.dtype, decoder.device)
 
-    def take(self, name: str) -> Tensor:
+    def take(self) -> Tensor:
         """A buffer for this piece's logits, (..., V)."""
-        return self.space.take(name, *self.shape)
+        return self.space.take(*self.shape)
 
 
 class Steps(Piece):
@@ -213,7 +211,7 @@ class Rows(Piece):
         return outputs[:, self.index].transpose(0, 1).gather(2, self.everywhere)  # (r, T, k)
 
     def columns(self, decoder: Tensor) -> Tensor:
-        columns = self.space.take("columns", *self.kept.shape, decoder.size(1))
+        columns = self.space.take(*self.kept.shape, decoder.size(1))
         torch.index_select(decoder, 0, self.kept.flatten(), out=columns.flatten(0, 1))
         return columns  # (r, k, V)
 

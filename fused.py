@@ -97,10 +97,10 @@ class Relaxed(torch.autograd.Function):
         (T, B, _), H, N = xW.shape, h0.size(-1), len(Ws)
         space = Workspace(xW.dtype, h0.dtype, h0.device)
         kept = T if keep else 1  # steps that are remembered
-        states = space.take("states", kept, N + 1, B, H)  # s_0 .. s_N
-        masked = space.take("masked", kept, N + 1, B, H)
-        products = [space.take(f"product {i}", kept, max(i, 1), B, 2 * H) for i in range(N + 1)]
-        previous = space.take("previous", T + 1, B, H)  # the hidden state before each step, masked
+        states = space.take(kept, N + 1, B, H)  # s_0 .. s_N
+        masked = space.take(kept, N + 1, B, H)
+        products = [space.take(kept, max(i, 1), B, 2 * H) for i in range(N + 1)]
+        previous = space.take(T + 1, B, H)  # the hidden state before each step, masked
         inverse = h0.new_empty(kept, N + 1, H)  # 1 / standard deviation
         hiddens = h0.new_empty(T, B, H)
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
@@ -150,18 +150,17 @@ class Relaxed(torch.autograd.Function):
         """Gradients of xW, h0, probs, W0_h and Ws, and what of the way is remembered if it is to be differentiated."""
         space, states, masked, products, previous, inverse, held_relu = ctx.trace
         h0, probs, h_mask, hiddens, W0_h, *Ws = ctx.saved_tensors
-        remembered, space = space.another(), space.another()
         T, B, H = hiddens.shape
         N = len(Ws)
         of_weights = ctx.needs_input_grad[4] or any(ctx.needs_input_grad[7:])
         rows = of_nodes(probs)  # N times (i, K)
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
-        dxW = remembered.take("xW", T, B, 2 * H)
-        received = remembered.take("received", T if keep else 1, N + 1, B, H)  # gradients of the states
+        dxW = space.take(T, B, 2 * H)
+        received = space.take(T if keep else 1, N + 1, B, H)  # gradients of the states
         # On CUDA a weight's gradient is one product over all steps, after them; a CPU forms it step by step,
         # while the factors are in its cache (benchmarks/NOTES.md).
         at_once = of_weights and sum_after_loop(h0)
-        dcs = [space.take(f"gradient {i}", T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]
+        dcs = [space.take(T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]
         dWs = [torch.zeros_like(W, dtype=space.wide) for W in Ws] if of_weights else []
         waiting = Waiting(space, N, B, H)
         totals, each, share, rest, rest_of = waiting.totals, waiting.each, waiting.share, waiting.rest, waiting.rest_of
@@ -211,8 +210,9 @@ class Relaxed(torch.autograd.Function):
                     s = masked[:, :i].flatten(1, 2).mT  # (T, H, iB)
                     for half, d in zip(halves(dW), dcs[i - 1].unbind(1), strict=True):
                         half.copy_((s @ d.flatten(1, 2)).sum(0, dtype=space.wide))
-        found = dxW.clone() if ctx.needs_input_grad[2] else None, dh0, dprobs, dW0_h, *(dWs or [None] * N)
-        return found, WayBack(remembered, received, dxW)
+        of_xW = (dxW.clone() if keep else dxW) if ctx.needs_input_grad[2] else None  # which autograd makes its own
+        found = of_xW, dh0, dprobs, dW0_h, *(dWs or [None] * N)
+        return found, WayBack(received, dxW)
 
 
 class RelaxedBack(torch.autograd.Function):
@@ -253,10 +253,10 @@ class Discrete(torch.autograd.Function):
         (T, B, _), H, N = xW.shape, h0.size(-1), len(Ws)
         space = Workspace(xW.dtype, h0.dtype, h0.device)
         kept = T if keep else 1
-        states = space.take("states", N + 1, kept, B, H)
-        masked = space.take("masked", N + 1, kept, B, H)
-        products = space.take("products", N + 1, kept, B, 2 * H)
-        previous = space.take("previous", T + 1, B, H)  # the hidden state before each step, masked
+        states = space.take(N + 1, kept, B, H)
+        masked = space.take(N + 1, kept, B, H)
+        products = space.take(N + 1, kept, B, 2 * H)
+        previous = space.take(T + 1, B, H)  # the hidden state before each step, masked
         hiddens = h0.new_empty(T, B, H)
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
 
@@ -287,17 +287,16 @@ class Discrete(torch.autograd.Function):
     def backward(ctx, g_hiddens):
         refuse_graph("second")
         states, masked, products, previous = ctx.buffers
-        space = Workspace(ctx.space.store, ctx.space.wide, ctx.space.device)
         h0, W0_h, h_mask, *Ws = ctx.saved_tensors
-        hiddens, (recurrent, concat) = ctx.hiddens, ctx.cell
+        space, hiddens, (recurrent, concat) = ctx.space, ctx.hiddens, ctx.cell
         T, B, H = hiddens.shape
         N = len(Ws)
         of_weights = ctx.needs_input_grad[5] or any(ctx.needs_input_grad[7:])
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
-        gradients = space.take("gradients", N + 1, T, B, 2 * H)  # of the products
-        total = space.take("total", N + 1, B, H, wide=True)  # of the states
-        direct = space.take("direct", B, H, wide=True)
-        into = space.take("into", B, H)
+        gradients = space.take(N + 1, T, B, 2 * H)  # of the products
+        total = space.take(N + 1, B, H, wide=True)  # of the states
+        direct = space.take(B, H, wide=True)
+        into = space.take(B, H)
         state, cu, gradient, dc, du = (
             [node.unbind(0) for node in buffer] for buffer in (states, products, gradients, *halves(gradients))
         )  # [i][t]

@@ -1,4 +1,4 @@
-"""What the fast engine is built from: compiled element-wise functions, reused memory, the quickest product.
+"""What the fast engine is built from: compiled element-wise functions, their buffers, the quickest product.
 
 Nothing here knows of cells or language models.
 """
@@ -6,7 +6,6 @@ Nothing here knows of cells or language models.
 import json
 import shutil
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, wraps
@@ -15,6 +14,7 @@ from os import environ
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,54 +84,17 @@ def realised(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-class Pool:
-    """Large buffers that are handed out and given back: fresh pages cost a CPU as much as what is written there.
+class Workspace(NamedTuple):
+    """Where a pass puts what it computes."""
 
-    A buffer serves any shape that fits in it. One that is not given back is simply garbage.
-    """
+    store: torch.dtype  # of products and of what is kept
+    wide: torch.dtype  # of sums
+    device: torch.device
 
-    def __init__(self):
-        self.free: dict[tuple, list[Tensor]] = defaultdict(list)
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor; `name` tells buffers of one use from those of another."""
-        if device.type == "cuda":  # whose allocator is a pool already
-            return torch.empty(shape, dtype=dtype, device=device)
-        free, size = self.free[name, dtype], START + prod(shape)
-        flat = free.pop() if free else torch.empty(0, dtype=dtype)
-        if flat.numel() < size:
-            flat = torch.empty(size, dtype=dtype)
-        return flat[START:size].view(shape)
-
-    def give(self, name: str, *buffers: Tensor) -> None:
-        """Back for the next `take` of that name."""
-        for buffer in buffers:
-            if buffer.device.type != "cuda":
-                self.free[name, buffer.dtype].append(buffer._base)
-
-
-POOL = Pool()
-
-
-class Workspace:
-    """Buffers of one piece of work, which go back to the pool when nobody holds the workspace any more."""
-
-    def __init__(self, store: torch.dtype, wide: torch.dtype, device: torch.device):
-        self.store, self.wide, self.device = store, wide, device
-        self.taken: list[tuple[str, Tensor]] = []
-
-    def take(self, name: str, *shape: int, wide: bool = False) -> Tensor:
-        buffer = POOL.take(name, shape, self.wide if wide else self.store, self.device)
-        self.taken.append((name, buffer))
-        return buffer
-
-    def another(self) -> "Workspace":
-        """A new one for the same dtypes and device."""
-        return Workspace(self.store, self.wide, self.device)
-
-    def __del__(self):
-        for name, buffer in self.taken:
-            POOL.give(name, buffer)
+    def take(self, *shape: int, wide: bool = False) -> Tensor:
+        """An uninitialised tensor, in `store` unless it is to be wide."""
+        dtype = self.wide if wide else self.store
+        return torch.empty(START + prod(shape), dtype=dtype, device=self.device)[START:].view(shape)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:

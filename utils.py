@@ -1,10 +1,12 @@
 """The small things around a run: its directory, its device, and being asked to stop."""
 
+import ctypes
 import json
 import os
 import platform
 import signal
 import subprocess
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 from tqdm import tqdm
 
 from lock import Lock
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class RunError(Exception):
@@ -32,7 +36,20 @@ def choose_device(name: str, deterministic: bool = False) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cpu":
+        keep_memory()
+    return device
+
+
+def keep_memory() -> None:
+    """What this process frees it keeps for its next step, since on a CPU fresh pages cost more than most of what is
+    computed there, and torch asks for new ones all the time. For glibc's malloc, which else gives large pieces back to
+    the system at once; where there is another, nothing changes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def new_folder(kind: str) -> Path:

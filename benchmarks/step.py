@@ -4,6 +4,7 @@
     python benchmarks/step.py --small                           # B 32, H 64: a laptop's
     python benchmarks/step.py --steps search-exact --no_eager   # an eager one takes minutes and 13 GB on a CPU
     python benchmarks/step.py --growth                          # how the time grows over T, B, H and N
+    python benchmarks/step.py --fresh_memory                    # with malloc as it comes (see utils.keep_memory)
     python benchmarks/step.py --precisions fp32 bf16 --json FILE
 
 Five steps: an alpha step and a weight step of a first-order search, the same unrolled, by the central difference and
@@ -41,6 +42,7 @@ from kernels import onednn, products_in
 from model import retrain_model
 from model_search import RNNModelSearch
 from objective import VALID_ROWS, Batch, SmallBatches, clipped_gradient
+from utils import choose_device
 
 SEARCH = {"T": 35, "B": 256, "H": 300, "V": 10_000, "N": 8}
 TRAIN = {"T": 35, "B": 64, "H": 850, "V": 10_000}
@@ -189,14 +191,14 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_mb(name: str, engine: Engine, sizes: dict, device: torch.device) -> float:
+def peak_mb(name: str, engine: Engine, sizes: dict, device: torch.device, fresh: bool) -> float:
     """The most memory that a process of its own has in use in two steps, in MB: Python, torch, model and all."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(peak_mb_here, name, engine, sizes, device).result()
+        return pool.submit(peak_mb_here, name, engine, sizes, device, fresh).result()
 
 
-def peak_mb_here(name: str, engine: Engine, sizes: dict, device: torch.device) -> float:
-    step = build(name, engine, sizes, device)
+def peak_mb_here(name: str, engine: Engine, sizes: dict, device: torch.device, fresh: bool) -> float:
+    step = build(name, engine, sizes, device if fresh else choose_device(str(device)))
     for _ in range(2):
         step()
     if device.type == "cuda":
@@ -208,7 +210,9 @@ def peak_mb_here(name: str, engine: Engine, sizes: dict, device: torch.device) -
     return int(peak) * 1024 / 1e6
 
 
-def measure(name: str, engines: list[Engine], sizes: dict, device: torch.device, rounds: int) -> Iterator[dict]:
+def measure(
+    name: str, engines: list[Engine], sizes: dict, device: torch.device, rounds: int, fresh: bool
+) -> Iterator[dict]:
     """One object for each engine."""
     steps = [build(name, engine, sizes, device) for engine in engines]
     compile_s = []
@@ -227,8 +231,8 @@ def measure(name: str, engines: list[Engine], sizes: dict, device: torch.device,
         yield {
             "step": name, "engine": engine.name, "precision": engine.precision,
             **{key: sizes.get(key) for key in "TBHVN"}, "ms": ms, "floor_ms": floor,
-            "tokens_per_s": 1e3 * sizes["T"] * sizes["B"] / ms, "peak_mb": peak_mb(name, engine, sizes, device),
-            "first_s": first,
+            "tokens_per_s": 1e3 * sizes["T"] * sizes["B"] / ms, "peak_mb": peak_mb(name, engine, sizes, device, fresh),
+            "first_s": first, "fresh_memory": fresh,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "threads": torch.get_num_threads(), "torch": torch.__version__,
         }  # fmt: skip
@@ -254,10 +258,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--growth", action="store_true", help="first-order search over T, B, H and N, from B 64")
+    parser.add_argument("--fresh_memory", action="store_true", help="leave malloc on a CPU as it comes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = torch.device(args.device) if args.fresh_memory else choose_device(args.device)
     engines = [Engine("fused", precision) for precision in args.precisions]
     engines = engines if args.no_eager else [Engine(), *engines]
     jobs = [("search-first", sizes) for sizes in grown()] if args.growth else []
@@ -267,7 +272,7 @@ def main() -> int:
           f"{'tokens/s':>10}{'peak MB':>9}{'against first':>15}")  # fmt: skip
     for name, sizes in jobs:
         first = None
-        for line in measure(name, engines, sizes, device, args.rounds):
+        for line in measure(name, engines, sizes, device, args.rounds, args.fresh_memory):
             lines.append(line)
             first = first or line["ms"]
             print(

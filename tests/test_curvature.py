@@ -89,9 +89,12 @@ def test_it_is_the_derivative_of_the_equations_by_loops(size, masked):
 def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(T, B, H, seed):
     leaves, masks, R = problem(T, B, H, H, 8, seed, masked=True, scale=0.2)
     along = directions(leaves, seed)
-    exact = mixed(recurrence, leaves, masks, R, along)
+    held = HeldRelu()  # as in float64: at a kink the last digit decides
+    exact = mixed(recurrence, leaves, masks, R, along, held)
     short = {name: leaf.float() for name, leaf in leaves.items()}, [mask.float() for mask in masks], R.float()
-    eager, found = (relative_errors(*numbered(mixed(module, *short, along), exact)) for module in (recurrence, fused))
+    eager, found = (
+        relative_errors(*numbered(mixed(module, *short, along, held), exact)) for module in (recurrence, fused)
+    )
     assert all(found[i] <= max(2e-5, 5 * eager[i]) for i in found), (found, eager)
 
 

@@ -82,13 +82,15 @@ def relative_errors(found, exact):
     T=st.integers(1, 6), B=st.integers(8, 20), H=st.integers(4, 24), seed=st.integers(0, 10**6), masked=st.booleans()
 )
 def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(cell, T, B, H, seed, masked):
-    """To 1e-5; where a random cell is so steep that fp32 does not carry that far, to 4 times eager's own error."""
+    """To 1e-5; where a random cell is so steep that fp32 does not carry that far, to 4 times eager's own error. With
+    relu active where it is in float64: at a kink the last digit decides, and neither engine is nearer."""
+    held = HeldRelu() if cell == "relaxed" else None
     exact_leaves, masks, R = problem(T, B, H, H, 8, seed, masked, scale=0.2)
-    exact = values_and_gradients(recurrence, cell, exact_leaves, masks, R, seed)
+    exact = values_and_gradients(recurrence, cell, exact_leaves, masks, R, seed, held)
     leaves = {name: leaf.float() for name, leaf in exact_leaves.items()}
     masks, R = [None if mask is None else mask.float() for mask in masks], R.float()
     eager, found = (
-        relative_errors(values_and_gradients(m, cell, leaves, masks, R, seed), exact) for m in (recurrence, fused)
+        relative_errors(values_and_gradients(m, cell, leaves, masks, R, seed, held), exact) for m in (recurrence, fused)
     )
     assert all(found[name] <= max(1e-5, 4 * eager[name]) for name in found), (found, eager)
 

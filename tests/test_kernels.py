@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import kernels
 from architect import Architect
-from kernels import Pool, add_product, products_in
+from kernels import add_product, products_in
 
 ROOT = Path(__file__).parent.parent
 COMPARE = """
@@ -79,31 +79,6 @@ def test_sigmoid_and_tanh(x):
 def test_tanh_in_float32_is_relatively_right_however_small(x, negative):
     x = torch.tensor(-x if negative else x, dtype=torch.float32)
     torch.testing.assert_close(kernels.sigmoid_tanh(x)[1].double(), x.double().tanh(), rtol=3e-6, atol=0)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8))
-def test_a_buffer_is_nobody_elses_until_it_comes_back(shapes):
-    pool, cpu = Pool(), torch.device("cpu")
-    held = [pool.take("a", shape, torch.float32, cpu) for shape in shapes]
-    for number, buffer in enumerate(held):
-        buffer.fill_(number)
-    assert all(
-        (buffer == number).all() and buffer.shape == shape
-        for number, (buffer, shape) in enumerate(zip(held, shapes, strict=True))
-    )
-    for buffer in held:
-        pool.give("a", buffer)
-    assert len(pool.free["a", torch.float32]) == len(shapes)
-
-
-def test_a_buffer_comes_back():
-    pool, cpu = Pool(), torch.device("cpu")
-    first = pool.take("a", (4, 5), torch.float32, cpu)
-    place = first.data_ptr()
-    pool.give("a", first)
-    assert pool.take("a", (3, 2), torch.float32, cpu).data_ptr() == place
-    assert pool.take("a", (3, 2), torch.float32, cpu).data_ptr() != place
 
 
 @pytest.mark.parametrize("quicker", [True, False])

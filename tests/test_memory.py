@@ -1,6 +1,7 @@
 """No leak: what a run holds after 20 epochs is what it held after 2."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,24 @@ def test_twenty_epochs_need_no_more_memory_than_two(script, flags, tmp_path):
     held = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("resident")]
     assert len(held) == 20
     assert held[-1] <= 1.02 * held[1], held
+
+
+FAULTS = """
+import resource, torch, utils
+if {kept}:
+    utils.choose_device("cpu")
+for _ in range(12):
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(megabytes << 18) for megabytes in (64, 48, 96)]
+    held.clear()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_what_a_run_frees_it_keeps_for_its_next_step():
+    fresh, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(kept=kept)], cwd=ROOT, capture_output=True).stdout)
+        for kept in (False, True)
+    )
+    assert 10 * kept < fresh

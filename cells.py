@@ -86,10 +86,19 @@ class Waiting:
         self.rest, self.rest_of = self.through.unbind(0), [self.through[:i] for i in range(N + 1)]
         self.rows_of_rest = [part.flatten(0, 1) for part in self.rest_of]
 
+    def begin_step(self, g: Tensor, h_mask: Tensor) -> None:
+        """At a time step whose hidden state has the gradient g (B, H) from the loss."""
+        concat = tuple(range(1, len(self.rest)))
+        output_back(g, self.direct, self.into, h_mask, concat, self.totals[0])
+        self.through.zero_()
 
-def gradient_of_probs(sums: list[Tensor]) -> Tensor:
-    """(N(N+1)/2, K) from the sums of each node's rows, N times (K-1, i, B): the weight of `none` changes nothing."""
-    return torch.cat([torch.cat([s.new_zeros(1, s.size(1)), s.sum(-1)]).t() for s in sums])
+    def of_h0(self, h_mask: Tensor) -> Tensor:
+        """In the end, what has reached the state before the first step (B, H)."""
+        return self.direct + self.into * h_mask
+
+    def of_probs(self) -> Tensor:
+        """In the end, the gradient of the probabilities (N(N+1)/2, K): the weight of `none` changes nothing."""
+        return torch.cat([torch.cat([s.new_zeros(1, s.size(1)), s.sum(-1)]).t() for s in self.sums])
 
 
 @kernel

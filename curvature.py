@@ -21,13 +21,11 @@ from cells import (
     before_node,
     by_node,
     flat_rows,
-    gradient_of_probs,
     halves,
     held_set,
     mixture,
     of_nodes,
     output,
-    output_back,
 )
 from kernels import kernel, product, realised, sigmoid, sigmoid_tanh
 
@@ -116,10 +114,7 @@ def r_backward(
     weights = [W.to(space.store) for W in weights]
     r_dxW = space.take(T, B, 2 * H)
     gradient = [space.take(4, i, B, H) for i in range(1, N + 1)]  # r_dc, r_du, dc, du
-    waiting = Waiting(space, N, B, H)
-    totals, each, share, rest, rest_of = waiting.totals, waiting.each, waiting.share, waiting.rest, waiting.rest_of
-    rows_of_rest, sums = waiting.rows_of_rest, waiting.sums
-    through, direct, into = waiting.through, waiting.direct, waiting.into
+    w = Waiting(space, N, B, H)
     rows = of_nodes(probs)  # N times (i, K)
 
     state, scale, below, mine = by_node(states), by_node(inverse), before_node(states), by_node(received)
@@ -131,31 +126,29 @@ def r_backward(
     ]
     W0_t, v0_t = weights[0].t(), along[0].t()
     gs, hs, dxWs, r_dxWs, r_dcs_0 = r_g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), r_dxW.unbind(0), halves(r_dxW)
-    concat = tuple(range(1, N + 1))
 
     for t in reversed(range(T)):
         here, there = 0, 1  # which of totals
-        output_back(gs[t], direct, into, h_mask, concat, totals[here])
-        through.zero_()
+        w.begin_step(gs[t], h_mask)
         for i in range(N, 0, -1):
             cu = cus[i][t]
             active = held_set(cu, held_relu, (t, i))
             r_node_back(
-                each[here][i], rest[i], mine[i][t], state[i][t], r_state[i][t], scale[i][t], r_scale[i][t],
-                share[here][i], rest_of[i], below[i][t], r_below[i][t], cu, r_cus[i][t], rows[i - 1], active, h_mask,
-                *four[i - 1], share[there][i], sums[i - 1],
+                w.each[here][i], w.rest[i], mine[i][t], state[i][t], r_state[i][t], scale[i][t], r_scale[i][t],
+                w.share[here][i], w.rest_of[i], below[i][t], r_below[i][t], cu, r_cus[i][t], rows[i - 1], active,
+                h_mask, *four[i - 1], w.share[there][i], w.sums[i - 1],
             )  # fmt: skip
             here, there = there, here
-            product(rows_of[i - 1][0], factors[i][0], out=rows_of_rest[i])
+            product(rows_of[i - 1][0], factors[i][0], out=w.rows_of_rest[i])
             for d, factor in zip(rows_of[i - 1][1:], factors[i][1:], strict=True):
-                rows_of_rest[i].addmm_(d, factor)
+                w.rows_of_rest[i].addmm_(d, factor)
         r_start_back(
-            each[here][0], rest[0], mine[0][t], state[0][t], r_state[0][t], scale[0][t], r_scale[0][t],
-            cus[0][t][0], r_cus[0][t][0], h_mask, hs[t], r_hs[t], r_dcs_0[0][t], r_dcs_0[1][t], direct,
+            w.each[here][0], w.rest[0], mine[0][t], state[0][t], r_state[0][t], scale[0][t], r_scale[0][t],
+            cus[0][t][0], r_cus[0][t][0], h_mask, hs[t], r_hs[t], r_dcs_0[0][t], r_dcs_0[1][t], w.direct,
         )  # fmt: skip
-        product(r_dxWs[t], W0_t, out=into)
-        into.addmm_(dxWs[t], v0_t)
-    return r_dxW, direct + into * h_mask, gradient_of_probs(sums)
+        product(r_dxWs[t], W0_t, out=w.into)
+        w.into.addmm_(dxWs[t], v0_t)
+    return r_dxW, w.of_h0(h_mask), w.of_probs()
 
 
 # The kernels, as those of cells.py.

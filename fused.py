@@ -24,7 +24,6 @@ from cells import (
     discrete_node_back,
     discrete_start_back,
     flat_rows,
-    gradient_of_probs,
     halves,
     held_set,
     of_nodes,
@@ -162,10 +161,7 @@ class Relaxed(torch.autograd.Function):
         at_once = of_weights and sum_after_loop(h0)
         dcs = [space.take(T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]
         dWs = [torch.zeros_like(W, dtype=space.wide) for W in Ws] if of_weights else []
-        waiting = Waiting(space, N, B, H)
-        totals, each, share, rest, rest_of = waiting.totals, waiting.each, waiting.share, waiting.rest, waiting.rest_of
-        rows_of_rest, sums = waiting.rows_of_rest, waiting.sums
-        through, direct, into = waiting.through, waiting.direct, waiting.into
+        w = Waiting(space, N, B, H)
 
         state, scale, below, mine = by_node(states), by_node(inverse), before_node(states), by_node(received)
         cus = [cu.unbind(0) for cu in products]
@@ -175,33 +171,29 @@ class Relaxed(torch.autograd.Function):
         halves_of_dW = [halves(dW) for dW in dWs]
         W0_t, gs, hs, dxWs, dcs_0 = weights[0].t(), g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), halves(dxW)
 
-        concat = tuple(range(1, N + 1))
-
         for t in reversed(range(T)):
             here, there = 0, 1  # which of totals
-            output_back(gs[t], direct, into, h_mask, concat, totals[here])
-            through.zero_()
+            w.begin_step(gs[t], h_mask)
             for i in range(N, 0, -1):
                 cu, (dc, du, dc_rows, du_rows) = cus[i][t], gradient[i - 1][t if at_once else 0]
                 active = held_set(cu, held_relu, (t, i))
                 relaxed_node_back(
-                    each[here][i], rest[i], state[i][t], scale[i][t], share[here][i], rest_of[i], below[i][t],
-                    cu, rows[i - 1], active, h_mask, mine[i][t if keep else 0], dc, du, share[there][i], sums[i - 1],
+                    w.each[here][i], w.rest[i], state[i][t], scale[i][t], w.share[here][i], w.rest_of[i], below[i][t],
+                    cu, rows[i - 1], active, h_mask, mine[i][t if keep else 0], dc, du,
+                    w.share[there][i], w.sums[i - 1],
                 )  # fmt: skip
                 here, there = there, here
-                product(dc_rows, transposed[i][0], out=rows_of_rest[i])
-                rows_of_rest[i].addmm_(du_rows, transposed[i][1])
+                product(dc_rows, transposed[i][0], out=w.rows_of_rest[i])
+                w.rows_of_rest[i].addmm_(du_rows, transposed[i][1])
                 if of_weights and not at_once:
                     for dW, d in zip(halves_of_dW[i - 1], (dc_rows, du_rows), strict=True):
                         add_product(dW, factor[i][t], d)
             relaxed_start_back(
-                each[here][0], rest[0], state[0][t], scale[0][t], cus[0][t][0], h_mask, hs[t],
-                mine[0][t if keep else 0], dcs_0[0][t], dcs_0[1][t], direct,
+                w.each[here][0], w.rest[0], state[0][t], scale[0][t], cus[0][t][0], h_mask, hs[t],
+                mine[0][t if keep else 0], dcs_0[0][t], dcs_0[1][t], w.direct,
             )  # fmt: skip
-            product(dxWs[t], W0_t, out=into)
+            product(dxWs[t], W0_t, out=w.into)
 
-        dprobs = gradient_of_probs(sums)
-        dh0 = direct + into * h_mask
         dW0_h = None
         if of_weights:
             dW0_h = (previous[:T].flatten(0, 1).t() @ dxW.flatten(0, 1)).to(space.wide)
@@ -211,7 +203,7 @@ class Relaxed(torch.autograd.Function):
                     for half, d in zip(halves(dW), dcs[i - 1].unbind(1), strict=True):
                         half.copy_((s @ d.flatten(1, 2)).sum(0, dtype=space.wide))
         of_xW = (dxW.clone() if keep else dxW) if ctx.needs_input_grad[2] else None  # which autograd makes its own
-        found = of_xW, dh0, dprobs, dW0_h, *(dWs or [None] * N)
+        found = of_xW, w.of_h0(h_mask), w.of_probs(), dW0_h, *(dWs or [None] * N)
         return found, WayBack(received, dxW)
 
 

@@ -31,7 +31,7 @@ class Diverged(RunError):
 
 def choose_device(name: str, deterministic: bool = False) -> torch.device:
     """`auto` is the first CUDA device where there is one, else the CPU. Deterministic, what runs there gives the same
-    bits every time, and an operation that cannot raises RuntimeError."""
+    bits every time, and an operation that cannot raises RuntimeError. On the CPU, memory is kept (`keep_memory`)."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
         torch.use_deterministic_algorithms(True)

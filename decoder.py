@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dropout import drop
-from kernels import LOG2_E, Workspace, add_product, kernel, not_formed, refuse_graph
+from kernels import LOG2_E, Workspace, add_product, add_rows, kernel, not_formed, refuse_graph
 
-CHUNK = 1 << 23  # logits held at once, and their tangents
+CHUNK = 1 << 25  # bytes of logits held at once, and of their tangents
 SKIP_FROM = 128  # hidden units
 
 
@@ -33,7 +33,7 @@ def nll(
 class TiedDecoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, wants, store, hiddens, mask, embedding, bias, y):
-        skipped = worth_skipping(mask)
+        skipped = worth_skipping(mask, store)
         outputs, decoder = drop(hiddens, mask).to(store), transposed(embedding, skipped, store)  # (T, B, H), (H, V)
         losses, share = hiddens.new_empty(y.shape), 1 / y.numel()
         d_outputs, d_decoder, d_bias = (
@@ -48,9 +48,9 @@ class TiedDecoder(torch.autograd.Function):
             found = to_softmax(flat, bias, words, share)
             piece.put_losses(losses, found)
             if any(wants):
-                flat.scatter_add_(1, words, flat.new_full(words.shape, -share))
+                take_from(flat, words, share)
             if d_bias is not None:
-                d_bias.add_(flat.sum(0, dtype=bias.dtype))
+                add_rows(d_bias, flat)
             if d_outputs is not None:
                 piece.put(d_outputs, torch.matmul(logits, columns.mT))
             if d_decoder is not None:
@@ -105,7 +105,7 @@ def r_gradient(
 ) -> Tensor:
     """The tangent of the gradient of `nll` in the hidden states, (T, B, H), as these, the embedding and the bias go
     along the v's (see curvature.py)."""
-    skipped = worth_skipping(mask)
+    skipped = worth_skipping(mask, store)
     outputs, r_outputs = (drop(h, mask).to(store) for h in (hiddens, v_hiddens))
     decoder, r_decoder = (transposed(e, skipped, store) for e in (embedding, v_embedding))
     found, share = torch.zeros_like(outputs), 1 / y.numel()
@@ -118,7 +118,7 @@ def r_gradient(
         flat, words = logits.view(-1, len(bias)), piece.words(y)
         to_softmax(flat, bias, words, share)
         r_softmax(flat, r_logits.view_as(flat), v_bias, share)
-        flat.scatter_add_(1, words, flat.new_full(words.shape, -share))
+        take_from(flat, words, share)
         d = torch.matmul(r_logits, columns.mT)
         add_matmul(d, logits, r_columns.mT)
         piece.put(found, d)
@@ -131,6 +131,11 @@ def to_softmax(logits: Tensor, bias: Tensor, words: Tensor, scale: float) -> Ten
     of_words = logits.gather(1, words).to(bias.dtype) + bias.detach()[words]  # (n, 1)
     softmax(logits, bias.detach(), of_words, scale, losses)
     return losses
+
+
+def take_from(flat: Tensor, words: Tensor, share: float) -> None:
+    """Less `share` at the word (n, 1) of each row (n, V). (`scatter_add_` goes through a copy of all rows in bf16.)"""
+    flat[torch.arange(len(flat), device=flat.device), words.squeeze(1)] -= share
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -151,7 +156,7 @@ def transposed(embedding: Tensor, skipped: Tensor | None, store: torch.dtype) ->
 def pieces(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Piece"]:
     """All words (T, B) once, for a decoder (H, V); without products with what the mask `skipped` drops."""
     if skipped is None:
-        steps = max(1, CHUNK // (decoder.size(1) * B))
+        steps = max(1, CHUNK // (decoder.size(1) * B * decoder.itemsize))
         for t in range(0, T, steps):
             yield Steps(slice(t, t + steps), decoder, min(steps, T - t) * B)
         return
@@ -230,10 +235,13 @@ class Rows(Piece):
         d_decoder.index_add_(0, self.kept.flatten(), columns.flatten(0, 1).to(d_decoder.dtype))
 
 
-def worth_skipping(mask: Tensor | None) -> Tensor | None:
+def worth_skipping(mask: Tensor | None, store: torch.dtype) -> Tensor | None:
     """The mask (B, H), if so much is dropped that gathering what is kept pays. Not in a narrow model, where the product
-    is the least of it, nor on CUDA, where the host would have to wait to hear how much is dropped."""
+    is the least of it; nor in bf16 on a processor with units for it (AMX), where a whole product costs less than a
+    gathering; nor on CUDA, where the host would have to wait to hear how much is dropped."""
     if mask is None or mask.device.type != "cpu" or mask.size(1) < SKIP_FROM:
+        return None
+    if store == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return None
     return mask if (mask != 0).float().mean().item() < 0.6 else None
 

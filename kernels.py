@@ -174,6 +174,19 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(a @ b)
 
 
+def add_rows(total: Tensor, rows: Tensor) -> None:
+    """total (V,) += the sum of the rows (n, V), where total may be wider than they are."""
+    if total.dtype == rows.dtype:
+        total.add_(rows.sum(0))
+    else:
+        add_narrow_rows(rows, total)  # of which torch would make a wide copy first
+
+
+@kernel
+def add_narrow_rows(rows, total):
+    total.copy_(total + rows.to(total.dtype).sum(0))
+
+
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
     """CUDA's products of fp32 tensors in TF32 inside, torch's own LSTM and GRU included, if that is the precision, else

@@ -185,12 +185,12 @@ decoder_sizes = st.fixed_dictionaries(
         "seed": st.integers(0, 10**6), "p": st.sampled_from([None, 0.0, 0.3, 0.75, 1.0]),
     }
 )  # fmt: skip
-chunks = st.sampled_from([1, 20, 1 << 23])
+chunks = st.sampled_from([1, 160, 1 << 25])
 
 
 @contextmanager
 def in_pieces(chunk):
-    """Columns are skipped where much is dropped, however few there are, and so many logits are held at once."""
+    """Columns are skipped where much is dropped, however few there are; so many bytes of logits are held at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "CHUNK", chunk)
         patch.setattr(decoder, "SKIP_FROM", 1)
@@ -206,6 +206,21 @@ def test_the_loss_is_cross_entropy_of_the_dropped_outputs(size, chunk):
         found = loss_and_gradients(Engine("fused"), *arguments)
     for one, other in zip(found, loss_and_gradients(Engine("eager"), *arguments), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("chunk", [1, 1 << 25])
+def test_the_loss_in_bf16_is_within_its_rounding(monkeypatch, amx, chunk):
+    """Whether a processor multiplies bf16 in tiles, and skips no columns, or does not."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    hiddens, mask, embedding, bias, y = (a.float() for a in decoder_problem(6, 8, 16, 30, 0, 0.75))
+    arguments = 0.3 * hiddens, mask, 0.3 * embedding, bias, y.long()
+    with in_pieces(chunk):
+        assert (decoder.worth_skipping(mask, torch.bfloat16) is None) == amx
+        found = loss_and_gradients(Engine("fused", "bf16"), *arguments)
+    for one, other in zip(found, loss_and_gradients(Engine("eager"), *arguments), strict=True):
+        assert one.dtype == torch.float32
+        assert 1e-6 < (one - other).norm() / other.norm() < 0.01
 
 
 def test_large_logits_do_not_overflow():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import kernels
 from architect import Architect
-from kernels import add_product, products_in
+from kernels import add_product, add_rows, products_in
 
 ROOT = Path(__file__).parent.parent
 COMPARE = """
@@ -95,6 +95,13 @@ def test_a_total_may_be_wider_than_what_is_added():
     a, b, total = torch.ones(2, 3).bfloat16(), torch.ones(3, 2).bfloat16(), torch.full((2, 2), 1000.0)
     add_product(total, a, b)
     assert torch.equal(total, torch.full((2, 2), 1003.0))  # which bf16 could not hold
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_total_may_be_wider_than_the_rows_that_are_added(dtype):
+    total = torch.full((2,), 1000.0)
+    add_rows(total, torch.ones(3, 2, dtype=dtype))
+    assert torch.equal(total, torch.full((2,), 1003.0))
 
 
 def test_the_precision_of_products_is_set_inside_and_restored():

@@ -117,7 +117,7 @@ def r_gradient(
         add_matmul(r_logits, part, r_columns)
         flat, words = logits.view(-1, len(bias)), piece.words(y)
         to_softmax(flat, bias, words, share)
-        r_softmax(flat, r_logits.view_as(flat), v_bias, share)
+        r_softmax(flat, v_bias, share, r_logits.view_as(flat))
         take_from(flat, words, share)
         d = torch.matmul(r_logits, columns.mT)
         add_matmul(d, logits, r_columns.mT)
@@ -258,7 +258,7 @@ def softmax(logits, bias, of_words, scale, losses):
 
 
 @kernel
-def r_softmax(p, r_logits, r_bias, scale):
+def r_softmax(p, r_bias, scale, r_logits):
     """The tangent of p = scale * softmax (n, V) in the place of that of the logits without their bias."""
     p, r_z = p.to(r_bias.dtype), r_logits.to(r_bias.dtype) + r_bias
     r_logits.copy_(p * (r_z - (p * r_z).sum(-1, keepdim=True) / scale))

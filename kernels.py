@@ -40,17 +40,14 @@ def compiler_found() -> bool:
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
     """An element-wise function that writes into its arguments, compiled at its first call where that can be.
 
-    C++ on a CPU, Triton on CUDA, from the one source; the compiled code is cached on disk.
+    C++ on a CPU, Triton on CUDA, from the one source; the compiled code is cached on disk. No two arguments may be one
+    tensor, the last one is a tensor, and none is to have a gradient.
     """
 
     @cache
     def compiled() -> Callable[..., None]:
-        if environ.get("TORCH_COMPILE_DISABLE") == "1" or not compiler_found():
-            return function
-        torch._dynamo.config.recompile_limit = 64  # one variant for each operation and kind of shape
-        torch.fx.experimental._config.use_duck_shape = False  # nor one for each two numbers that happen to be equal
-        options = {**INLINE, "guard_filter_fn": lambda guards: [g.guard_type in ARGUMENTS for g in guards]}
-        return torch.compile(function, fullgraph=True, options=options)
+        usable = environ.get("TORCH_COMPILE_DISABLE") != "1" and compiler_found()
+        return Compiled(function) if usable else function
 
     @wraps(function)
     def call(*args) -> None:
@@ -58,6 +55,57 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
 
     call.compiled = compiled
     return call
+
+
+class Compiled:
+    """A function that torch.compile compiles, without what that does at every call to find its code again: where the
+    caches are full of matrices it takes as long as a kernel.
+
+    The code that was found for arguments of a kind is kept, and called with all others of that kind. What it wants
+    besides the tensors are sizes and the numbers among the arguments (which may have become tensors of no dimension):
+    they are the same for all of a kind.
+    """
+
+    def __init__(self, function: Callable[..., None]):
+        torch._dynamo.config.recompile_limit = 64  # one variant for each operation and kind of shape
+        torch.fx.experimental._config.use_duck_shape = False  # nor one for each two numbers that happen to be equal
+        options = {"guard_filter_fn": lambda guards: [g.guard_type in ARGUMENTS for g in guards]}
+        self.search = torch.compile(function, fullgraph=True, backend=self.backend, options=options)
+        self.found: dict[tuple, tuple[Callable, list[int], tuple]] = {}
+        self.last: tuple[Callable, tuple] | None = None
+
+    def backend(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        """Inductor; what a search has found, and calls, is noted in `last`."""
+        from torch._inductor.compile_fx import compile_fx  # takes a second to import
+
+        code = compile_fx(graph, inputs, config_patches=dict(INLINE))
+
+        def noting(*wanted):
+            self.last = code, wanted
+            return code(*wanted)
+
+        return noting
+
+    def __call__(self, *args) -> None:
+        kind = args[-1].device, *map(kind_of, args)
+        if known := self.found.get(kind):
+            code, places, numbers = known
+            supply = *args, *numbers
+            code(*[supply[place] for place in places])
+            return
+        self.search(*args)
+        if self.last is None:  # torch.compile was told to stand aside
+            return
+        (code, wanted), self.last = self.last, None
+        given = {id(arg) for arg in args}
+        numbers = tuple(w for w in wanted if id(w) not in given)
+        place_of = {id(supplied): place for place, supplied in enumerate((*args, *numbers))}
+        self.found[kind] = code, [place_of[id(w)] for w in wanted], numbers
+
+
+def kind_of(argument: object) -> object:
+    """What code is compiled for."""
+    return (argument.shape, argument.stride(), argument.dtype) if isinstance(argument, Tensor) else argument
 
 
 def sigmoid(x: Tensor) -> Tensor:

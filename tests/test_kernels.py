@@ -52,6 +52,47 @@ def test_compiled_kernels_are_the_definition():
     assert done.stdout.strip() == "equal", done.stderr
 
 
+KINDS = """
+import torch
+from kernels import kernel
+
+@kernel
+def both(x, factor, product, total):
+    product.copy_(x * factor)
+    total.copy_(total + x.sum(0))
+
+kinds = [torch.rand(4, 6), torch.rand(5, 6), torch.rand(6, 5).t(), torch.rand(5, 6).double()]
+for _ in range(3):
+    for x in kinds:
+        for factor in (2.0, 3.0):
+            x.copy_(torch.rand(x.shape))
+            product, total = torch.empty_like(x), torch.ones(6, dtype=x.dtype)
+            both(x, factor, product, total)
+            torch.testing.assert_close(product, x * factor)
+            torch.testing.assert_close(total, 1 + x.sum(0))
+code = both.compiled()
+assert len(code.found) == 8, code.found
+assert code.last is None
+assert not any(isinstance(n, torch.Tensor) and n.dim() for _, _, numbers in code.found.values() for n in numbers)
+searched, code.search = code.search, None
+both(x, 3.0, product, total)
+code.search = searched
+with torch.compiler.set_stance("force_eager"):
+    both(torch.ones(7, 6), 2.0, product := torch.empty(7, 6), torch.zeros(6))
+assert torch.equal(product, torch.full((7, 6), 2.0))
+print("found")
+"""
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_code_once_found_is_called_for_what_it_was_compiled_for():
+    done = subprocess.run(
+        [sys.executable, "-c", KINDS], cwd=ROOT, env={**os.environ, "TORCH_COMPILE_DISABLE": "0"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.stdout.strip() == "found", done.stderr
+
+
 def test_without_a_compiler_one_line_says_so_and_the_functions_run():
     code = "import kernels, torch; f = kernels.kernel(lambda x, out: out.copy_(x + 1)); o = torch.zeros(2)\n"
     code += "f(o, o); f(o, o); print(o.tolist())"

@@ -49,7 +49,7 @@ TRAIN = {"T": 35, "B": 64, "H": 850, "V": 10_000}
 SMALL = {"T": 35, "B": 32, "H": 64, "V": 10_000, "N": 8}
 GROWTH = {"T": (9, 18, 35, 70), "B": (32, 64, 128, 256), "H": (75, 150, 300, 600), "N": (2, 4, 8, 12)}
 STEPS = ("search-first", "search-unrolled", "search-exact", "train", "evaluate")
-CLIP = 0.25
+CLIP, BETA = 0.25, 1e-3
 RATES = {"search": Rates(0.75, 0.25, 0.75, 0.2, 0.0), "train": Rates(0.75, 0.25, 0.75, 0.2, 0.1)}
 
 
@@ -74,7 +74,7 @@ def search_parts(model: RNNModelSearch, B: int, lr: float, hessian: str | None) 
     """The architect, the loss of the weight step and its optimizer, as in train_search.py."""
     weights, precise = model.weights(), model.using(Engine(model.engine.name))
     valid_loss = partial(SmallBatches, model, small_batch_size=B)
-    train_loss, precise_loss = (partial(SmallBatches, m, small_batch_size=B, beta=1e-3) for m in (model, precise))
+    train_loss, precise_loss = (partial(SmallBatches, m, small_batch_size=B, beta=BETA) for m in (model, precise))
     architect = Architect(
         weights, model.alphas, train_loss, valid_loss, precise_loss, clip=CLIP, wdecay=5e-7, hessian=hessian
     )
@@ -86,7 +86,7 @@ def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[]
     T, B, H, V = (sizes[name] for name in "TBHV")
     model = retrain_model(V, H, RATES["train"], DARTS).to(device).using(engine)
     optimizer = torch.optim.SGD(model.weights(), lr=20.0, weight_decay=8e-7)
-    loss = partial(SmallBatches, model, small_batch_size=B, beta=1e-3)
+    loss = partial(SmallBatches, model, small_batch_size=B, beta=BETA)
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
     def step() -> None:
@@ -224,7 +224,7 @@ def measure(
     all_times = timed(steps, device, rounds)
     for engine, step, times, first in zip(engines, steps, all_times, compile_s, strict=True):
         with products_in(engine.precision):
-            with torch.compiler.set_stance("force_eager"), Products() as products:  # compiled code hides nothing
+            with Products() as products:
                 step.plain()
             floor = products.floor(device)
         ms = median(times)

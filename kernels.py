@@ -41,7 +41,7 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
     """An element-wise function that writes into its arguments, compiled at its first call where that can be.
 
     C++ on a CPU, Triton on CUDA, from the one source; the compiled code is cached on disk. No two arguments may be one
-    tensor, the last one is a tensor, and none is to have a gradient.
+    tensor, nor overlap where one is written; the last one is a tensor, and none is to have a gradient.
     """
 
     @cache
@@ -81,8 +81,9 @@ class Compiled:
         code = compile_fx(graph, inputs, config_patches=dict(INLINE))
 
         def noting(*wanted):
+            result = code(*wanted)
             self.last = code, wanted
-            return code(*wanted)
+            return result
 
         return noting
 
@@ -93,6 +94,7 @@ class Compiled:
             supply = *args, *numbers
             code(*[supply[place] for place in places])
             return
+        self.last = None
         self.search(*args)
         if self.last is None:  # torch.compile was told to stand aside
             return

@@ -6,7 +6,7 @@
 Prints the mean loss (nats per word) of every twentieth part for each engine, the largest difference between the
 curves of the first two, and each engine's perplexity over the last part. A young search is chaotic, so curves part
 whatever the engine; hence also how far the others' loss and gradient are from the first one's at the weights that
-this has at each step.
+the first has at each step.
 """
 
 import argparse
@@ -94,8 +94,8 @@ def main() -> int:
     print(f"at the weights of {first}, over all steps:")
     for (name, _), of_steps in zip(others, zip(*gaps, strict=True), strict=True):
         nats, gradients = zip(*of_steps, strict=True)
-        print(f"  {name}: loss at most {max(nats):.2g} nats off, gradient {median(gradients):.2g} in the median, "
-              f"{max(gradients):.2g} at most")  # fmt: skip
+        print(f"  {name}: loss at most {max(nats):.2g} nats off, gradient by {median(gradients):.2g} of its norm in "
+              f"the median, {max(gradients):.2g} at most")  # fmt: skip
     return 0
 
 

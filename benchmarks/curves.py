@@ -1,6 +1,6 @@
 """Whether the engines learn alike: loss curves of a search on real text, from one seed, through the same batches.
 
-    python benchmarks/curves.py --data penn                  # 200 first-order steps each; 10 minutes on 2 CPU cores
+    python benchmarks/curves.py --data penn                  # 200 first-order steps each; 20 minutes on 2 CPU cores
     python benchmarks/curves.py --data penn --unrolled
 
 Prints the mean loss (nats per word) of every twentieth part for each engine, the largest difference between the

@@ -78,7 +78,7 @@ class Compiled:
         """Inductor; what a search has found, and calls, is noted in `last`."""
         from torch._inductor.compile_fx import compile_fx  # takes a second to import
 
-        code = compile_fx(graph, inputs, config_patches=dict(INLINE))
+        code = compile_fx(graph, inputs, config_patches=INLINE)
 
         def noting(*wanted):
             result = code(*wanted)

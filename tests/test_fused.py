@@ -213,8 +213,9 @@ def test_the_loss_is_cross_entropy_of_the_dropped_outputs(size, chunk):
 def test_the_loss_in_bf16_is_within_its_rounding(monkeypatch, amx, chunk):
     """Whether a processor multiplies bf16 in tiles, and skips no columns, or does not."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    hiddens, mask, embedding, bias, y = (a.float() for a in decoder_problem(6, 8, 16, 30, 0, 0.75))
-    arguments = 0.3 * hiddens, mask, 0.3 * embedding, bias, y.long()
+    *floats, y = decoder_problem(6, 8, 16, 30, 0, 0.75)
+    hiddens, mask, embedding, bias = (a.float() for a in floats)
+    arguments = 0.3 * hiddens, mask, 0.3 * embedding, bias, y
     with in_pieces(chunk):
         assert (decoder.worth_skipping(mask, torch.bfloat16) is None) == amx
         found = loss_and_gradients(Engine("fused", "bf16"), *arguments)

@@ -67,8 +67,6 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., None]):
-        torch._dynamo.config.recompile_limit = 64  # one variant for each operation and kind of shape
-        torch.fx.experimental._config.use_duck_shape = False  # nor one for each two numbers that happen to be equal
         options = {"guard_filter_fn": lambda guards: [g.guard_type in ARGUMENTS for g in guards]}
         self.search = torch.compile(function, fullgraph=True, backend=self.backend, options=options)
         self.found: dict[tuple, tuple[Callable, list[int], tuple]] = {}
@@ -95,7 +93,8 @@ class Compiled:
             code(*[supply[place] for place in places])
             return
         self.last = None
-        self.search(*args)
+        with searching():
+            self.search(*args)
         if self.last is None:  # torch.compile was told to stand aside
             return
         (code, wanted), self.last = self.last, None
@@ -103,6 +102,17 @@ class Compiled:
         numbers = tuple(w for w in wanted if id(w) not in given)
         place_of = {id(supplied): place for place, supplied in enumerate((*args, *numbers))}
         self.found[kind] = code, [place_of[id(w)] for w in wanted], numbers
+
+
+@contextmanager
+def searching() -> Iterator[None]:
+    """The settings of a search by torch.compile. From torch 2.13 on each thread has settings of its own; on CUDA
+    autograd goes the way back in another thread than that in which a kernel may have been made."""
+    with (
+        torch._dynamo.config.patch(recompile_limit=64),  # one variant for each operation and kind of shape
+        torch.fx.experimental._config.patch(use_duck_shape=False),  # nor one for each two numbers that are equal
+    ):
+        yield
 
 
 def kind_of(argument: object) -> object:

@@ -104,6 +104,34 @@ def test_code_once_found_is_called_for_what_it_was_compiled_for():
     assert done.stdout.strip() == "found", done.stderr
 
 
+THREADS = """
+import threading
+import torch
+from kernels import kernel
+
+@kernel
+def named(x, name, out):
+    out.copy_(x * len(name))
+
+def call(n):
+    named(x, "a" * n, out)
+    found.append(out[0].item())
+
+x, out, found = torch.ones(4), torch.empty(4), []
+call(1)
+thread = threading.Thread(target=lambda: [call(n) for n in range(2, 12)])
+thread.start()
+thread.join()
+print(found == list(range(1, 12)))
+"""
+
+
+@needs_compiler
+def test_a_kernel_that_one_thread_has_made_is_compiled_in_another():
+    done = run_compiling(THREADS)  # as many kinds as torch.compile takes by itself, and more
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_without_a_compiler_one_line_says_so_and_the_functions_run():
     code = "import kernels, torch; f = kernels.kernel(lambda x, out: out.copy_(x + 1)); o = torch.zeros(2)\n"
     code += "f(o, o); f(o, o); print(o.tolist())"

@@ -80,7 +80,8 @@ class Waiting:
         self.through = space.take(N + 1, B, H)  # what comes through the products of the node above
         self.direct = space.take(B, H, wide=True).zero_()  # of the hidden state before the step
         self.into = space.take(B, H).zero_()  # the same, through its product with W0
-        self.sums = [self.direct.new_zeros(4, i, B) for i in range(1, N + 1)]  # of each primitive's probability
+        # Of each primitive's probability, (i, B). (In one tensor they would be a launch more on a GPU.)
+        self.sums = [[self.direct.new_zeros(i, B) for _ in range(4)] for i in range(1, N + 1)]
         self.each = [half.unbind(0) for half in self.totals]
         self.share = [[half[:i] for i in range(N + 1)] for half in self.totals]
         self.rest, self.rest_of = self.through.unbind(0), [self.through[:i] for i in range(N + 1)]
@@ -98,7 +99,7 @@ class Waiting:
 
     def of_probs(self) -> Tensor:
         """In the end, the gradient of the probabilities (N(N+1)/2, K): the weight of `none` changes nothing."""
-        return torch.cat([torch.cat([s.new_zeros(1, s.size(1)), s.sum(-1)]).t() for s in self.sums])
+        return torch.cat([torch.stack([torch.zeros_like(sums[0]), *sums], -1).sum(1) for sums in self.sums])
 
 
 @kernel
@@ -152,8 +153,9 @@ def output(states, concat, h_mask, hidden, masked):
 @kernel
 def output_back(g, direct, into, h_mask, concat, total):
     """Gradient of a hidden state from the loss and from the next step -> of s_0 .. s_N (N+1, B, H)."""
-    each = (g + direct + into * h_mask) / len(concat)
-    total.copy_(torch.stack([each * concat.count(i) for i in range(total.size(0))]))
+    nodes = torch.arange(total.size(0), device=total.device)
+    counts = sum((nodes == i).to(total.dtype) for i in concat)
+    total.copy_((g + direct + into * h_mask) / len(concat) * counts[:, None, None])
 
 
 def normalise_back(g, state, inverse):
@@ -164,13 +166,13 @@ def normalise_back(g, state, inverse):
 
 @kernel
 def relaxed_node_back(
-    g, g_through, state, inverse, total, through, states, cu, p, active, h_mask, received, dc, du, total_after, sums
+    g, g_through, state, inverse, total, through, states, cu, p, active, h_mask, received, dc, du, total_after, *sums
 ):
     """Back through a node: g, g_through, state (B, H), inverse (H,), the rest as in `relaxed_node` -> the node's own
     gradient (B, H), dc, du (i, B, H).
 
-    `total_after` (i, B, H) is `total` and `through`, which waited, and this node's share. `sums` (4, i, B) gains
-    the gradients of the probabilities.
+    `total_after` (i, B, H) is `total` and `through`, which waited, and this node's share. The `sums`, (i, B)
+    each, gain the gradients of the probabilities.
     """
     g = g + g_through * h_mask
     received.copy_(g)
@@ -187,7 +189,8 @@ def relaxed_node_back(
     dc.copy_(d)
     du.copy_(opened * slope)
     total_after.copy_(total + through * h_mask + some * shut)
-    sums.copy_(sums + torch.stack([(opened * f + shut * s).sum(-1) for f in primitives]))
+    for gained, f in zip(sums, primitives, strict=True):
+        gained.copy_(gained + (opened * f + shut * s).sum(-1))
 
 
 @kernel

@@ -136,7 +136,7 @@ def r_backward(
             r_node_back(
                 w.each[here][i], w.rest[i], mine[i][t], state[i][t], r_state[i][t], scale[i][t], r_scale[i][t],
                 w.share[here][i], w.rest_of[i], below[i][t], r_below[i][t], cu, r_cus[i][t], rows[i - 1], active,
-                h_mask, *four[i - 1], w.share[there][i], w.sums[i - 1],
+                h_mask, *four[i - 1], w.share[there][i], *w.sums[i - 1],
             )  # fmt: skip
             here, there = there, here
             product(rows_of[i - 1][0], factors[i][0], out=w.rows_of_rest[i])
@@ -198,7 +198,7 @@ def r_normalise_back(r_g, g, state, r_state, inverse, ratio):
 @kernel
 def r_node_back(
     r_g, r_g_through, g, state, r_state, inverse, ratio, r_total, r_through, states, r_states, cu, r_cu, p, active,
-    h_mask, r_dc, r_du, dc, du, r_total_after, sums,
+    h_mask, r_dc, r_du, dc, du, r_total_after, *sums,
 ):  # fmt: skip
     """The tangent of `cells.relaxed_node_back` -> r_dc, r_du, and dc, du themselves, (i, B, H)."""
     dz, r_dz = r_normalise_back(r_g + r_g_through * h_mask, g, state, r_state, inverse, ratio)
@@ -221,8 +221,8 @@ def r_node_back(
     r_du.copy_(r_opened * slope + opened * bend * r_u)
     r_total_after.copy_(r_total + r_through * h_mask + some * r_shut)
     rest = r_shut * s + shut * r_s
-    primitives = zip((tanh, relu, sig, u), slopes, strict=True)
-    sums.copy_(sums + torch.stack([(r_opened * f + opened * df * r_u + rest).sum(-1) for f, df in primitives]))
+    for gained, f, df in zip(sums, (tanh, relu, sig, u), slopes, strict=True):
+        gained.copy_(gained + (r_opened * f + opened * df * r_u + rest).sum(-1))
 
 
 @kernel

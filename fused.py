@@ -180,7 +180,7 @@ class Relaxed(torch.autograd.Function):
                 relaxed_node_back(
                     w.each[here][i], w.rest[i], state[i][t], scale[i][t], w.share[here][i], w.rest_of[i], below[i][t],
                     cu, rows[i - 1], active, h_mask, mine[i][t if keep else 0], dc, du,
-                    w.share[there][i], w.sums[i - 1],
+                    w.share[there][i], *w.sums[i - 1],
                 )  # fmt: skip
                 here, there = there, here
                 product(dc_rows, transposed[i][0], out=w.rows_of_rest[i])

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 # Inductor stores an intermediate result that is used more than once, which here costs more than its arithmetic:
-# everything is to stay in registers, in one loop.
-INLINE = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000}
+# everything is to stay in registers, in one loop. And on a GPU it splits a sum over few rows into two launches.
+ONE_PASS = {
+    "realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000,
+    "split_reductions": False,
+}  # fmt: skip
 # What a kernel is compiled for is told by its arguments; nothing else that it refers to changes.
 ARGUMENTS = {"TENSOR_MATCH", "SHAPE_ENV", "CONSTANT_MATCH", "EQUALS_MATCH", "TYPE_MATCH"}
 START = 64  # of a buffer's elements: for a view that begins at none, a kernel would be compiled once more
@@ -76,7 +79,7 @@ class Compiled:
         """Inductor; what a search has found, and calls, is noted in `last`."""
         from torch._inductor.compile_fx import compile_fx  # takes a second to import
 
-        code = compile_fx(graph, inputs, config_patches=INLINE)
+        code = compile_fx(graph, inputs, config_patches=ONE_PASS)
 
         def noting(*wanted):
             result = code(*wanted)

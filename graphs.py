@@ -44,6 +44,7 @@ class Graphs:
             except RuntimeError as error:  # a fault of the step itself shows again when it runs as it stands
                 print(f"no CUDA graphs, slower: {' '.join(str(error).split())[:200]}", file=sys.stderr)
                 self.capture = None
+            if self.capture is None:  # and what the error remembers of the step is gone
                 return self.step(*arguments)
         static, replay, outputs = self.recorded[key]
         for tensor, new in zip(static, tensors, strict=True):
@@ -59,7 +60,13 @@ class Capture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs = run()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                outputs = run()
+        except RuntimeError:  # torch leaves its stream current then, and its generator waiting for the capture's end
+            torch.cuda.set_stream(stream)
+            generator = torch.cuda.default_generators[stream.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         return graph.replay, outputs

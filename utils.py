@@ -39,6 +39,8 @@ def choose_device(name: str, deterministic: bool = False) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cpu":
         keep_memory()
+    elif device.index is not None:
+        torch.cuda.set_device(device)  # where graphs are captured
     return device
 
 

@@ -1,11 +1,13 @@
 """The bookkeeping of CUDA graphs, with a plain call in the place of a captured one."""
 
+import sys
 from functools import partial
 
 import pytest
 import tiny
 import torch
 
+import utils
 from architect import Architect
 from dropout import HeldRelu, Masks
 from engine import Engine
@@ -64,6 +66,14 @@ def test_what_a_call_returned_outlives_the_next():
     assert [f[0].item() for f in found] == [0, 2, 4, 6]
 
 
+def test_a_gpu_that_is_asked_for_by_number_is_the_one_where_graphs_are_captured(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert utils.choose_device(name) == torch.device(name)
+    assert current == [torch.device("cuda:1")]
+
+
 def test_on_a_cpu_a_step_is_just_called():
     graphs = Graphs(lambda x: (x,), torch.device("cpu"))
     x = torch.ones(2)
@@ -72,16 +82,28 @@ def test_on_a_cpu_a_step_is_just_called():
 
 
 def test_where_nothing_can_be_captured_one_line_says_so_and_steps_are_called(capsys):
-    taken = []
+    taken = []  # at each step, the error that is being handled and would keep alive what it remembers
 
     def capture(run):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    graphs = Graphs(lambda x: (taken.append(1), x)[1:], CUDA, capture)
+    graphs = Graphs(lambda x: (taken.append(sys.exc_info()[1]), x)[1:], CUDA, capture)
     x = torch.ones(2)
     assert all(graphs(x)[0] is x for _ in range(4))
-    assert len(taken) == 4
+    assert taken == [None] * 4
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_steps_that_read_a_tensor_are_called(capsys):
+    def step(x):
+        kept = torch.empty_like(x).bernoulli_(0.5)
+        return (x + (kept.sum().item() >= 0),)
+
+    graphs, x = Graphs(step, CUDA), torch.ones(2, device="cuda")
+    assert all(graphs(x)[0].tolist() == [2, 2] for _ in range(4))
+    assert capsys.readouterr().err.count("\n") == 1
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -91,9 +113,11 @@ def test_on_cuda_replayed_steps_are_the_plain_ones():
         model = tiny.search_model().float().cuda().using(Engine("fused"))
         weights, batch = model.weights(), tiny.batch(tiny.search_model(), 1)
         optimizer = torch.optim.SGD(weights, lr=0.1)
+        torch.manual_seed(1)
 
         def gradient(x, y, hidden, model=model, weights=weights):
-            return accumulate_gradients(iter([losses(model, Batch(x, y, hidden, Masks()), beta=0.1)]), weights)
+            masks = model.draw_masks(hidden.size(0))
+            return accumulate_gradients(iter([losses(model, Batch(x, y, hidden, masks), beta=0.1)]), weights)
 
         graphs, hidden = Graphs(gradient, device), batch.hidden.float().cuda()
         for rows in (tiny.T, 3, 3, tiny.T, 3, tiny.T):  # both lengths write the same gradients

@@ -10,12 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import write_corpus
 
+import evaluate
 import kernels
+import objective
+import train
+import train_search
 from architect import Architect
 from kernels import add_product, add_rows, products_in
 
 ROOT = Path(__file__).parent.parent
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 
 
@@ -28,6 +34,7 @@ def run_compiling(code, **environment):
 
 
 COMPARE = """
+import os
 import sys
 sys.path[:0] = ["tests", "."]
 import torch, decoder, fused, recurrence
@@ -36,20 +43,27 @@ from test_fused import decoder_problem, problem, relative_errors, values_and_gra
 from dropout import HeldRelu
 from engine import Engine
 
+device = os.environ["ON"]
+
 def check(found, expected, bound=1e-5):
     assert max(relative_errors(*numbered(found, expected)).values()) < bound
 
-for cell, N, held in (("relaxed", 3, True), ("discrete", 4, False)):
+def cell_problem(N):
     leaves, masks, R = problem(3, 6, 8, 20, N, seed=1, masked=True, scale=0.2, dtype=torch.float32)
+    return {name: leaf.to(device) for name, leaf in leaves.items()}, [mask.to(device) for mask in masks], R.to(device)
+
+for cell, N, held in (("relaxed", 3, True), ("discrete", 4, False)):
+    leaves, masks, R = cell_problem(N)
     check(*(
         values_and_gradients(m, cell, leaves, masks, R, 3, HeldRelu() if held else None).values()
         for m in (fused, recurrence)
     ))
-leaves, masks, R = problem(3, 6, 8, 20, 3, seed=1, masked=True, scale=0.2, dtype=torch.float32)
+leaves, masks, R = cell_problem(3)
 check(*(mixed(m, leaves, masks, R, directions(leaves, 1)) for m in (fused, recurrence)), bound=2e-5)
 decoder.SKIP_FROM = 1
 *floats, y = decoder_problem(3, 6, 20, 50, 1, 0.75)
-hiddens, mask, embedding, bias = (a.float() for a in floats)
+hiddens, mask, embedding, bias = (a.float().to(device) for a in floats)
+y = y.to(device)
 for precision, scale, bound in (("fp32", 1, 1e-5), ("bf16", 0.3, 0.02)):
     check(*(
         of_the_loss(engine, scale * hiddens, mask, scale * embedding, bias, y, seed=1)
@@ -61,8 +75,9 @@ print("equal")
 
 
 @needs_compiler
-def test_compiled_kernels_are_the_definition():
-    done = run_compiling(COMPARE)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
+def test_compiled_kernels_are_the_definition(device):
+    done = run_compiling(COMPARE, ON=device)
     assert done.stdout.strip() == "equal", done.stderr
 
 
@@ -215,3 +230,22 @@ def test_a_difference_is_taken_in_full_precision_when_all_else_is_in_tf32():
     with products_in("tf32"):
         architect.gradient(None, None, 0.1)
     assert seen == [("train", "tf32"), ("valid", "tf32"), ("precise", "ieee"), ("precise", "ieee")]
+
+
+def test_every_evaluation_of_a_run_is_in_its_precision(monkeypatch, tmp_path):
+    corpus, settings = write_corpus(tmp_path, train=30, valid=16, test=16), []
+
+    def noting(*args):
+        settings.append(torch.backends.cudnn.rnn.fp32_precision)
+        return objective.evaluate(*args)
+
+    for script in (train, train_search, evaluate):
+        monkeypatch.setattr(script, "evaluate", noting)
+    flags = f"--data {corpus} --emsize 8 --batch_size 4 --bptt 6 --epochs 1 --lr 1 --device cpu"
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")  # which is what torch begins with
+    assert train_search.main([*flags.split(), "--save", str(tmp_path / "search")]) == 0
+    assert train.main([*flags.split(), "--save", str(tmp_path / "run")]) == 0
+    assert train.main([*flags.split(), "--finetune", str(tmp_path / "run"), "--save", str(tmp_path / "more")]) == 0
+    assert evaluate.main([str(tmp_path / "run" / "best.pt"), "--device", "cpu"]) == 0
+    assert len(settings) >= 12
+    assert set(settings) == {"ieee"}

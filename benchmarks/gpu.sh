@@ -22,15 +22,16 @@ stage() { # name, seconds, command
 }
 
 if "$python" -c "import pytest, hypothesis" 2> "$OUT/pytest_missing.txt"; then
-  stage tests 110 "$python" -m pytest -q tests/test_{fused,curvature,kernels,graphs}.py
+  stage tests 110 "$python" -m pytest -q tests/test_{graphs,kernels,fused,curvature}.py
 else
   echo "tests: skipped, this Python has no pytest and hypothesis" | tee "$OUT/tests.txt"
 fi
-stage step 160 "$python" benchmarks/step.py --device cuda --precisions fp32 tf32 bf16 --json "$OUT/step.json"
-stage exact 50 "$python" benchmarks/step.py --device cuda --precisions fp32 tf32 bf16 --steps search-exact --no_eager \
-  --json "$OUT/exact.json"
+stage step 210 "$python" benchmarks/step.py --device cuda --precisions fp32 tf32 bf16 --json "$OUT/step.json" \
+  --steps search-unrolled train search-first evaluate search-exact
 stage search 130 "$python" train_search.py --data penn --unrolled --precision bf16 --epochs 1 --device cuda \
-  --save "$OUT/search"
-stage train 90 "$python" train.py --data penn --arch DARTS --precision bf16 --epochs 1 --device cuda --save "$OUT/train"
+  --test skip --save "$OUT/search"
+stage train 90 "$python" train.py --data penn --arch DARTS --precision bf16 --epochs 1 --device cuda \
+  --test skip --save "$OUT/train"
 rm -f "$OUT"/*/*.pt
+tar czf "$OUT/all.tgz" -C "$OUT" --exclude all.tgz .
 exit "$failed"

@@ -1,6 +1,6 @@
 """What the kernels of the fast engine become on an H100, found out on a machine without a GPU.
 
-    python benchmarks/launches.py               # needs torch's build for CUDA, which brings Triton; minutes on a core
+    python benchmarks/launches.py               # needs torch's build for CUDA, which brings Triton; 5 minutes on a core
     python benchmarks/launches.py --compile     # a minute
 
 Steps of search and retraining are taken on the CPU, of few words and time steps, and what each kernel is called with

@@ -19,7 +19,6 @@ from data import DataError, batchify, read_split
 from dropout import Rates
 from faults import device_faults
 from genotypes import cell_from_json
-from kernels import products_in
 from model import RNNModel, retrain_model
 from model_search import RNNModelSearch
 from objective import evaluate
@@ -103,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.data is None and sha256 != before:
         print(f"note: {name} {args.split} is not the text that the run read", file=sys.stderr)
     device = choose_device(args.device)
-    with products_in("fp32"):
-        loss = evaluate(model.to(device), source.to(device), bptt, args.split)
+    loss = evaluate(model.to(device), source.to(device), bptt, args.split)
     print(f"{name} {args.split}: loss {loss:.6f}, perplexity {perplexity(loss):.4f}, {source.numel():,} tokens")
     return 0
 

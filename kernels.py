@@ -96,7 +96,12 @@ class Compiled:
             code(*[supply[place] for place in places])
             return
         self.last = None
-        with searching():
+        # From torch 2.13 on each thread has settings of its own, and on CUDA autograd goes the way back in another than
+        # that in which a kernel may have been made: so they stand here.
+        with (
+            torch._dynamo.config.patch(recompile_limit=64),  # one variant for each operation and kind of shape
+            torch.fx.experimental._config.patch(use_duck_shape=False),  # nor one for each two numbers that are equal
+        ):
             self.search(*args)
         if self.last is None:  # torch.compile was told to stand aside
             return
@@ -105,17 +110,6 @@ class Compiled:
         numbers = tuple(w for w in wanted if id(w) not in given)
         place_of = {id(supplied): place for place, supplied in enumerate((*args, *numbers))}
         self.found[kind] = code, [place_of[id(w)] for w in wanted], numbers
-
-
-@contextmanager
-def searching() -> Iterator[None]:
-    """The settings of a search by torch.compile. From torch 2.13 on each thread has settings of its own; on CUDA
-    autograd goes the way back in another thread than that in which a kernel may have been made."""
-    with (
-        torch._dynamo.config.patch(recompile_limit=64),  # one variant for each operation and kind of shape
-        torch.fx.experimental._config.patch(use_duck_shape=False),  # nor one for each two numbers that are equal
-    ):
-        yield
 
 
 def kind_of(argument: object) -> object:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data import get_batch
 from dropout import Masks, drop
+from kernels import products_in
 
 VALID_ROWS, TEST_ROWS = 10, 1  # the published batch sizes of evaluation
 
@@ -157,16 +158,19 @@ def scaled_lr(optimizer: torch.optim.Optimizer, scale: float) -> Iterator[float]
 
 @torch.no_grad()
 def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
-    """Mean negative log-likelihood in nats per predicted word of `source` (n, B), without dropout.
+    """Mean negative log-likelihood in nats per predicted word of `source` (n, B), without dropout, in the precision of
+    the model's engine.
 
     The hidden state is carried from segment to segment. exp of it is the perplexity. `name` is for the bar.
     """
     hidden = model.initial_hidden(source.size(1))
     total, count = torch.zeros((), dtype=torch.float64, device=source.device), 0
     starts = range(0, len(source) - 1, bptt)
-    for i in tqdm(starts, desc=f"evaluating on {name}", unit="segment", leave=False, disable=None, dynamic_ncols=True):
-        x, y = get_batch(source, i, bptt)  # (T, B)
-        hiddens, hidden = model(x, hidden)  # (T, B, H), (B, S)
-        total += model.nll(hiddens, y).double() * y.numel()
-        count += y.numel()
+    segments = tqdm(starts, desc=f"evaluating on {name}", unit="segment", leave=False, disable=None, dynamic_ncols=True)
+    with products_in(model.engine.precision):
+        for i in segments:
+            x, y = get_batch(source, i, bptt)  # (T, B)
+            hiddens, hidden = model(x, hidden)  # (T, B, H), (B, S)
+            total += model.nll(hiddens, y).double() * y.numel()
+            count += y.numel()
     return total.item() / count

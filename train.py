@@ -196,8 +196,7 @@ def main(argv: list[str] | None = None) -> int:
             first = ranks.same(lambda: checkpoint.load(path))
             checkpoint.check_form(first, {"model": model.state_dict()})
             model.load_state_dict(first["model"])
-            with products_in(args.precision):
-                best = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
+            best = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
             checkpoint.check_form(best, 1.0, "its validation loss")  # a number
     run.configure(parser.prog, args, device, corpus.sha256, finished(), ranks.size)
     if saved:
@@ -277,8 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = checkpoint.load(run.folder / "best.pt")
     model.load_state_dict(chosen["model"])
     best = chosen["best"]
-    with products_in(args.precision):
-        test_ppl = perplexity(evaluate(model, test, args.bptt, "test")) if args.test == "read" else None
+    test_ppl = perplexity(evaluate(model, test, args.bptt, "test")) if args.test == "read" else None
     run.write("result.json", {
         "kind": "train", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
         "params": params, "valid_ppl": perplexity(best), "test_ppl": test_ppl, "genotype": cell_to_json(cell),

@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         model.load_state_dict(chosen["model"])
         optimizer.state.clear()  # an average of later weights
         keep_genotype(epoch)
-    with averaged(optimizer), products_in(args.precision):
+    with averaged(optimizer):
         valid_ppl = perplexity(evaluate(model, valid, args.bptt, "valid"))
         test_ppl = perplexity(evaluate(model, test, args.bptt, "test")) if args.test == "read" else None
     genotype = dict(history)[epoch]

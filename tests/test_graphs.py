@@ -94,7 +94,7 @@ def test_where_nothing_can_be_captured_one_line_says_so_and_steps_are_called(cap
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@tiny.on_cuda
 def test_on_cuda_steps_that_read_a_tensor_are_called(capsys):
     def step(x):
         kept = torch.empty_like(x).bernoulli_(0.5)
@@ -106,7 +106,7 @@ def test_on_cuda_steps_that_read_a_tensor_are_called(capsys):
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@tiny.on_cuda
 def test_on_cuda_replayed_steps_are_the_plain_ones():
     ends = []
     for device in (torch.device("cpu"), CUDA):  # for the first no step is captured
@@ -129,7 +129,7 @@ def test_on_cuda_replayed_steps_are_the_plain_ones():
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@tiny.on_cuda
 @pytest.mark.parametrize("hessian", ["finite", "exact"])
 def test_on_cuda_replayed_steps_of_the_alphas_are_the_plain_ones(hessian):
     ends = []

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,14 +15,13 @@ from made import write_corpus
 
 import evaluate
 import kernels
-import objective
 import train
 import train_search
 from architect import Architect
 from kernels import add_product, add_rows, products_in
+from model import RNNModel
 
 ROOT = Path(__file__).parent.parent
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 
 
@@ -75,7 +75,7 @@ print("equal")
 
 
 @needs_compiler
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=tiny.on_cuda)])
 def test_compiled_kernels_are_the_definition(device):
     done = run_compiling(COMPARE, ON=device)
     assert done.stdout.strip() == "equal", done.stderr
@@ -235,12 +235,13 @@ def test_a_difference_is_taken_in_full_precision_when_all_else_is_in_tf32():
 def test_every_evaluation_of_a_run_is_in_its_precision(monkeypatch, tmp_path):
     corpus, settings = write_corpus(tmp_path, train=30, valid=16, test=16), []
 
-    def noting(*args):
-        settings.append(torch.backends.cudnn.rnn.fp32_precision)
-        return objective.evaluate(*args)
+    def noting(model, *args):
+        if not torch.is_grad_enabled():
+            settings.append(torch.backends.cudnn.rnn.fp32_precision)
+        return forward(model, *args)
 
-    for script in (train, train_search, evaluate):
-        monkeypatch.setattr(script, "evaluate", noting)
+    forward = RNNModel.forward
+    monkeypatch.setattr(RNNModel, "forward", noting)
     flags = f"--data {corpus} --emsize 8 --batch_size 4 --bptt 6 --epochs 1 --lr 1 --device cpu"
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")  # which is what torch begins with
     assert train_search.main([*flags.split(), "--save", str(tmp_path / "search")]) == 0

@@ -1,11 +1,14 @@
 """A language model of a few dozen weights in float64, with random text and masks, for tests of gradients."""
 
+import pytest
 import torch
 
 from dropout import Rates
 from model import retrain_model
 from model_search import RNNModelSearch
 from objective import Batch
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 V, H, B, T, N = 11, 4, 6, 5, 3
 RATES = Rates(dropout=0.3, dropouth=0.25, dropoutx=0.3, dropouti=0.2, dropoute=0.1)

@@ -3,13 +3,14 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 import decoder
 import fused
 import recurrence
 from dropout import drop
+from graphs import Capture, Graphs, Step
 
 ENGINES = ("fused", "eager")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -44,3 +45,12 @@ class Engine(NamedTuple):
             return decoder.nll(hiddens, mask, embedding, bias, y, self.store)
         logits = F.linear(drop(hiddens, mask).flatten(0, 1), embedding, bias)  # (TB, V)
         return F.cross_entropy(logits, y.flatten())
+
+    def replayed(self, step: Step, device: torch.device) -> Graphs:
+        """`step`, to be taken again and again in a few shapes; the fast engine replays it on CUDA.
+
+        Not among several ranks: no graph holds what goes between them, nor may it be captured while NCCL's threads ask
+        how far that is.
+        """
+        alone = not (distributed.is_available() and distributed.is_initialized())
+        return Graphs(step, Capture() if self.name == "fused" and device.type == "cuda" and alone else None)

@@ -5,7 +5,7 @@ A step at these sizes is thousands of small launches, and a GPU would wait for e
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,16 +15,16 @@ Step = Callable[..., tuple[Tensor, ...]]
 
 
 class Graphs:
-    """`step`, by a graph for each shape of its tensors and each value of its other arguments; on a CPU, `step`.
+    """`step`, by a graph for each shape of its tensors and each value of its other arguments; without a `capture`,
+    `step`.
 
     A shape is run as it stands when it first comes, which compiles what there is to compile; is captured when it
     comes again; and is replayed from then on. `step` must not read a tensor on the host. Where a capture fails one
     line says so, and steps run as they stand.
     """
 
-    def __init__(self, step: Step, device: torch.device, capture: Callable | None = None):
-        self.step = step
-        self.capture = capture or (Capture() if device.type == "cuda" else None)
+    def __init__(self, step: Step, capture: Callable | None = None):
+        self.step, self.capture = step, capture
         self.recorded: dict[tuple, tuple | None] = {}
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
@@ -42,7 +42,7 @@ class Graphs:
             try:
                 self.recorded[key] = static, *self.capture(run)
             except RuntimeError as error:  # a fault of the step itself shows again when it runs as it stands
-                print(f"no CUDA graphs, slower: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+                say_once(f"no CUDA graphs, slower: {' '.join(str(error).split())[:200]}")
                 self.capture = None
             if self.capture is None:  # and what the error remembers of the step is gone
                 return self.step(*arguments)
@@ -51,6 +51,12 @@ class Graphs:
             tensor.copy_(new)
         replay()
         return tuple(output.clone() for output in outputs)  # the next replay writes over them
+
+
+@cache
+def say_once(line: str) -> None:
+    """Even where steps are many: each evaluation has one of its own."""
+    print(line, file=sys.stderr)
 
 
 class Capture:

@@ -26,7 +26,6 @@ from divergence import Watch, go_back
 from dropout import Rates
 from engine import Engine
 from genotypes import cell_to_json, resolve_cell
-from graphs import Graphs
 from kernels import products_in
 from model import retrain_model
 from objective import (
@@ -142,8 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             train_loss(Batch(x, y, hidden, masks, twin)), weights, args.clip, args.clip_value, ranks.average
         )
 
-    # no graph holds what goes between ranks
-    quick_gradient = Graphs(gradient, device) if args.engine == "fused" and ranks.size == 1 else gradient
+    quick_gradient = model.engine.replayed(gradient, device)
 
     hidden = model.initial_hidden(rows)  # (B, S), of this rank's rows
     best, stopped_by = float("inf"), ""  # validation loss; why the run ended

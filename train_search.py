@@ -9,7 +9,6 @@ end with a genotype in the run directory; `python train.py --arch RUN` retrains 
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 from shlex import quote
 from typing import Any
@@ -28,7 +27,6 @@ from divergence import Watch, go_back
 from dropout import HeldRelu, Rates
 from engine import Engine
 from genotypes import STEPS, Genotype, from_json, to_json
-from graphs import Graphs
 from kernels import products_in
 from model_search import RNNModelSearch
 from objective import VALID_ROWS, Batch, SmallBatches, clipped_gradient, evaluate, scaled_lr
@@ -188,9 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         nll, hidden, norm = clipped_gradient(parts, weights, args.clip, args.clip_value, ranks.average)
         return nll, norm, hidden, hidden_valid
 
-    def quick() -> Callable:
-        # no graph holds what goes between ranks
-        return Graphs(gradient, device) if args.engine == "fused" and ranks.size == 1 else gradient
+    quick_gradient = model.engine.replayed(gradient, device)
 
     hidden = hidden_valid = model.initial_hidden(rows)  # (B, H), of this rank's rows
     best, stopped_by = float("inf"), ""  # validation loss; why the search ended
@@ -267,7 +263,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     with StopSignal() as stop, products_in(args.precision), start.memory_explained(args):
-        quick_gradient = quick()
         while not finished():
             try:
                 lengths = segments(
@@ -318,7 +313,8 @@ def main(argv: list[str] | None = None) -> int:
                     fault, run, ranks, keeper, watch, schedule, progress, state, restore, args.backoff,
                     args.max_rollbacks,
                 )  # fmt: skip
-                quick_gradient = quick()  # what was captured holds the old state of the alphas' optimizer
+                # what was captured holds the old state of the alphas' optimizer
+                quick_gradient = model.engine.replayed(gradient, device)
                 continue
             run.log(str(genotype))
             schedule.close_epoch(loss)

@@ -37,7 +37,6 @@ from architect import Architect
 from dropout import HeldRelu, Rates
 from engine import PRECISIONS, Engine
 from genotypes import DARTS
-from graphs import Graphs
 from kernels import onednn, products_in
 from model import retrain_model
 from model_search import RNNModelSearch
@@ -117,7 +116,7 @@ def build(name: str, engine: Engine, sizes: dict, device: torch.device) -> Calla
         step = search_step(engine, sizes, device, hessian)
     else:
         step = (train_step if name == "train" else evaluate_step)(engine, sizes, device)
-    replayed = Graphs(lambda: step() or (), device) if engine.name == "fused" else step
+    replayed = engine.replayed(lambda: step() or (), device)
 
     def once() -> None:
         with products_in(engine.precision):

@@ -2,19 +2,22 @@
 
 import sys
 from functools import partial
+from itertools import product
 
 import pytest
 import tiny
 import torch
 
+import engine
 import utils
-from architect import Architect
+from architect import Architect, moved
 from dropout import HeldRelu, Masks
 from engine import Engine
-from graphs import Graphs
-from objective import Batch, SmallBatches, accumulate_gradients, losses
+from genotypes import DARTS_V1
+from graphs import Capture, Graphs
+from objective import Batch, SmallBatches, accumulate_gradients, evaluate, losses
 
-CUDA = torch.device("cuda")
+MODELS = [tiny.search_model, partial(tiny.discrete_model, DARTS_V1)]
 
 
 class PlainCapture:
@@ -47,7 +50,7 @@ def test_every_call_takes_one_step_with_its_own_arguments():
         total[: len(x)].add_(eta * x)
         return x.sum() * eta, total[: len(x)] * 1
 
-    graphs, expected = Graphs(step, CUDA, capture), torch.zeros(3)
+    graphs, expected = Graphs(step, capture), torch.zeros(3)
     calls = [(0.5, 3), (0.5, 3), (1.0, 3), (0.5, 2), (0.5, 3), (1.0, 3), (0.5, 2), (0.5, 2)]
     for n, (eta, length) in enumerate(calls):
         x = torch.full((length,), float(n + 1))
@@ -61,7 +64,7 @@ def test_every_call_takes_one_step_with_its_own_arguments():
 
 
 def test_what_a_call_returned_outlives_the_next():
-    graphs = Graphs(lambda x: (x * 2,), CUDA, PlainCapture())
+    graphs = Graphs(lambda x: (x * 2,), PlainCapture())
     found = [graphs(torch.full((2,), float(n)))[0] for n in range(4)]
     assert [f[0].item() for f in found] == [0, 2, 4, 6]
 
@@ -74,11 +77,36 @@ def test_a_gpu_that_is_asked_for_by_number_is_the_one_where_graphs_are_captured(
     assert current == [torch.device("cuda:1")]
 
 
-def test_on_a_cpu_a_step_is_just_called():
-    graphs = Graphs(lambda x: (x,), torch.device("cpu"))
-    x = torch.ones(2)
-    assert all(graphs(x)[0] is x for _ in range(3))
-    assert graphs.recorded == {}
+def test_only_the_fast_engine_on_one_gpu_is_replayed(monkeypatch):
+    monkeypatch.setattr(engine, "Capture", PlainCapture)
+    x, counts = torch.ones(2), {}
+    for name, device, ranks in product(("fused", "eager"), ("cuda", "cpu"), (1, 2)):
+        monkeypatch.setattr(engine.distributed, "is_initialized", lambda ranks=ranks: ranks > 1)
+        graphs = Engine(name).replayed(lambda x: (x + 1,), torch.device(device))
+        assert all(graphs(x)[0].tolist() == [2, 2] for _ in range(3))
+        counts[name, device, ranks] = graphs.capture.replays if graphs.capture else 0
+    assert counts.pop(("fused", "cuda", 1)) == 2
+    assert set(counts.values()) == {0}
+
+
+@pytest.mark.parametrize("model_of", MODELS)
+def test_evaluation_is_replayed_with_the_weights_of_now(monkeypatch, model_of):
+    captures = []
+
+    def replayed(engine, step, device):
+        captures.append(PlainCapture())
+        return Graphs(step, captures[-1])
+
+    model, source = model_of(), torch.randint(tiny.V, (24, 2), generator=torch.Generator().manual_seed(0))
+    for scale in (1.0, 0.5):
+        with moved(model.weights(), [(scale - 1) * w.detach() for w in model.weights()]):  # these lie elsewhere
+            expected = evaluate(model, source, 5)
+            with monkeypatch.context() as patch:
+                patch.setattr(Engine, "replayed", replayed)
+                found = evaluate(model.using(Engine("fused")), source, 5)
+        assert found == pytest.approx(expected, rel=1e-12)
+    # 5 segments: the first is run, three are replayed, the last is shorter
+    assert [(c.captures, c.replays) for c in captures] == [(1, 3)] * 2
 
 
 def test_where_nothing_can_be_captured_one_line_says_so_and_steps_are_called(capsys):
@@ -87,10 +115,11 @@ def test_where_nothing_can_be_captured_one_line_says_so_and_steps_are_called(cap
     def capture(run):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    graphs = Graphs(lambda x: (taken.append(sys.exc_info()[1]), x)[1:], CUDA, capture)
     x = torch.ones(2)
-    assert all(graphs(x)[0] is x for _ in range(4))
-    assert taken == [None] * 4
+    for _ in range(2):
+        graphs = Graphs(lambda x: (taken.append(sys.exc_info()[1]), x)[1:], capture)
+        assert all(graphs(x)[0] is x for _ in range(4))
+    assert taken == [None] * 8
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -100,7 +129,7 @@ def test_on_cuda_steps_that_read_a_tensor_are_called(capsys):
         kept = torch.empty_like(x).bernoulli_(0.5)
         return (x + (kept.sum().item() >= 0),)
 
-    graphs, x = Graphs(step, CUDA), torch.ones(2, device="cuda")
+    graphs, x = Graphs(step, Capture()), torch.ones(2, device="cuda")
     assert all(graphs(x)[0].tolist() == [2, 2] for _ in range(4))
     assert capsys.readouterr().err.count("\n") == 1
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
@@ -109,7 +138,7 @@ def test_on_cuda_steps_that_read_a_tensor_are_called(capsys):
 @tiny.on_cuda
 def test_on_cuda_replayed_steps_are_the_plain_ones():
     ends = []
-    for device in (torch.device("cpu"), CUDA):  # for the first no step is captured
+    for capture in (None, Capture()):
         model = tiny.search_model().float().cuda().using(Engine("fused"))
         weights, batch = model.weights(), tiny.batch(tiny.search_model(), 1)
         optimizer = torch.optim.SGD(weights, lr=0.1)
@@ -119,7 +148,7 @@ def test_on_cuda_replayed_steps_are_the_plain_ones():
             masks = model.draw_masks(hidden.size(0))
             return accumulate_gradients(iter([losses(model, Batch(x, y, hidden, masks), beta=0.1)]), weights)
 
-        graphs, hidden = Graphs(gradient, device), batch.hidden.float().cuda()
+        graphs, hidden = Graphs(gradient, capture), batch.hidden.float().cuda()
         for rows in (tiny.T, 3, 3, tiny.T, 3, tiny.T):  # both lengths write the same gradients
             _, hidden = graphs(batch.x[:rows].cuda(), batch.y[:rows].cuda(), hidden)
             optimizer.step()
@@ -133,7 +162,7 @@ def test_on_cuda_replayed_steps_are_the_plain_ones():
 @pytest.mark.parametrize("hessian", ["finite", "exact"])
 def test_on_cuda_replayed_steps_of_the_alphas_are_the_plain_ones(hessian):
     ends = []
-    for device in (torch.device("cpu"), CUDA):  # for the first no step is captured
+    for capture in (None, Capture()):
         model = tiny.search_model().float().cuda().using(Engine("fused"))
         loss, batch = partial(SmallBatches, model, small_batch_size=tiny.B), tiny.batch(tiny.search_model(), 1)
         architect = Architect(model.weights(), model.alphas, loss, loss, clip=0.25, wdecay=1e-2, hessian=hessian)
@@ -142,9 +171,19 @@ def test_on_cuda_replayed_steps_of_the_alphas_are_the_plain_ones(hessian):
             train = Batch(x, y, hidden, Masks(relu=HeldRelu() if architect.hessian == "finite" else None))
             return (architect.step(train, Batch(y, x, hidden, Masks()), eta=0.7),)
 
-        graphs, hidden = Graphs(step, device), batch.hidden.float().cuda()
+        graphs, hidden = Graphs(step, capture), batch.hidden.float().cuda()
         for _ in range(4):
             [hidden] = graphs(batch.x.cuda(), batch.y.cuda(), hidden)
         ends.append([hidden, model.alphas.detach().clone(), *(w.detach().clone() for w in model.weights())])
     for plain, replayed in zip(*ends, strict=True):
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
+
+
+@tiny.on_cuda
+@pytest.mark.parametrize("model_of", MODELS)
+def test_on_cuda_replayed_evaluation_is_the_eager_one(capsys, model_of):
+    model, source = model_of().float().cuda(), torch.randint(tiny.V, (24, 2)).cuda()
+    for _ in range(2):
+        found = evaluate(model.using(Engine("fused")), source, 5)
+        assert found == pytest.approx(evaluate(model, source, 5), rel=1e-5)
+    assert capsys.readouterr().err == ""

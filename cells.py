@@ -114,16 +114,17 @@ def relaxed_start(cu, h, h_mask, state, masked, inverse):
 def relaxed_node(cu, states, p, active, h_mask, state, masked, inverse):
     """s_i: cu (i, B, 2H), states (i, B, H), p (i, K), relu's active set (i, B, H) or None -> state, masked (B, H),
     inverse (H,)."""
-    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
+    c, u = cu.chunk(2, dim=-1)
     p = p[:, 1:, None, None]
     *_, mixed, _ = mixture(p, u, active)
     kept = p.sum(1) * states.to(h_mask.dtype)
-    put_normalised((kept + sigmoid(c) * (mixed - kept)).sum(0), h_mask, state, masked, inverse)
+    put_normalised((kept + sigmoid(c.to(h_mask.dtype)) * (mixed - kept)).sum(0), h_mask, state, masked, inverse)
 
 
 def mixture(p, u, active):
-    """The primitives of u (i, B, H), their slopes, and the mixture of either by p (i, K-1, 1, 1)."""
-    sig, tanh = sigmoid_tanh(u)
+    """The primitives of u (i, B, H), as it is kept, their slopes, and the mixture of either by p (i, K-1, 1, 1)."""
+    sig, tanh = sigmoid_tanh(u, p.dtype)
+    u = u.to(p.dtype)
     on = (u > 0 if active is None else active).to(u.dtype)
     primitives = tanh, u * on, sig, u
     mixed = p[:, 0] * tanh + p[:, 1] * primitives[1] + p[:, 2] * sig + p[:, 3] * u
@@ -177,10 +178,10 @@ def relaxed_node_back(
     g = g + g_through * h_mask
     received.copy_(g)
     dz = normalise_back(g, state, inverse)
-    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
+    c, u = cu.chunk(2, dim=-1)
     s = states.to(h_mask.dtype)
     p = p[:, 1:, None, None]
-    gate = sigmoid(c)
+    gate = sigmoid(c.to(h_mask.dtype))
     primitives, _, mixed, slope = mixture(p, u, active)
     some = p.sum(1)
     opened = dz * gate

@@ -167,11 +167,11 @@ def r_start(cu, r_cu, h, r_h, h_mask, state, inverse, r_state, r_masked, ratio):
 @kernel
 def r_node(cu, r_cu, states, r_states, p, active, h_mask, state, inverse, r_state, r_masked, ratio):
     """The tangent of s_i, with arguments as in `cells.relaxed_node` -> r_state, r_masked (B, H), ratio (H,)."""
-    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
+    c, u = cu.chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h_mask.dtype).chunk(2, dim=-1)
     p = p[:, 1:, None, None]
     *_, mixed, slope = mixture(p, u, active)
-    some, gate = p.sum(1), sigmoid(c)
+    some, gate = p.sum(1), sigmoid(c.to(h_mask.dtype))
     kept, r_kept = some * states.to(h_mask.dtype), some * r_states.to(h_mask.dtype)
     r_z = r_kept + gate * ((1 - gate) * (mixed - kept) * r_c + slope * r_u - r_kept)
     put_r_normalised(r_z.sum(0), h_mask, state, inverse, r_state, r_masked, ratio)
@@ -202,13 +202,13 @@ def r_node_back(
 ):  # fmt: skip
     """The tangent of `cells.relaxed_node_back` -> r_dc, r_du, and dc, du themselves, (i, B, H)."""
     dz, r_dz = r_normalise_back(r_g + r_g_through * h_mask, g, state, r_state, inverse, ratio)
-    c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
+    c, u = cu.chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h_mask.dtype).chunk(2, dim=-1)
     s, r_s = states.to(h_mask.dtype), r_states.to(h_mask.dtype)
     p = p[:, 1:, None, None]
-    (tanh, relu, sig, _), slopes, mixed, slope = mixture(p, u, active)
+    (tanh, relu, sig, u), slopes, mixed, slope = mixture(p, u, active)
     bend = p[:, 2] * slopes[2] * (1 - 2 * sig) - p[:, 0] * 2 * tanh * slopes[0]  # of relu and identity none
-    gate, some = sigmoid(c), p.sum(1)
+    gate, some = sigmoid(c.to(h_mask.dtype)), p.sum(1)
     r_gate = gate * (1 - gate) * r_c
     opened, r_opened = dz * gate, r_dz * gate + dz * r_gate
     shut, r_shut = dz - opened, r_dz - r_opened

@@ -14,6 +14,7 @@ from kernels import LOG2_E, Workspace, add_product, add_rows, kernel, not_formed
 
 CHUNK = 1 << 25  # bytes of logits held at once, and of their tangents
 SKIP_FROM = 128  # hidden units
+COPY_FROM = 4096  # words, which make up for copying the decoder
 
 
 def nll(
@@ -34,11 +35,13 @@ class TiedDecoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, wants, store, hiddens, mask, embedding, bias, y):
         skipped = worth_skipping(mask, store)
-        outputs, decoder = drop(hiddens, mask).to(store), transposed(embedding, skipped, store)  # (T, B, H), (H, V)
+        outputs = drop(hiddens, mask).to(store)  # (T, B, H)
+        decoder = transposed(embedding, skipped, store, y.numel())  # (H, V)
         losses, share = hiddens.new_empty(y.shape), 1 / y.numel()
+        alike = outputs, embedding.t() if skipped is None else decoder, bias
         d_outputs, d_decoder, d_bias = (
             torch.zeros_like(like, dtype=dtype) if want else None
-            for like, dtype, want in zip((outputs, decoder, bias), (store, bias.dtype, bias.dtype), wants, strict=True)
+            for like, dtype, want in zip(alike, (store, bias.dtype, bias.dtype), wants, strict=True)
         )
         for piece in pieces(skipped, *y.shape, decoder):
             part, columns, words = piece.rows(outputs), piece.columns(decoder), piece.words(y)
@@ -107,7 +110,7 @@ def r_gradient(
     along the v's (see curvature.py)."""
     skipped = worth_skipping(mask, store)
     outputs, r_outputs = (drop(h, mask).to(store) for h in (hiddens, v_hiddens))
-    decoder, r_decoder = (transposed(e, skipped, store) for e in (embedding, v_embedding))
+    decoder, r_decoder = (transposed(e, skipped, store, y.numel()) for e in (embedding, v_embedding))
     found, share = torch.zeros_like(outputs), 1 / y.numel()
     for piece in pieces(skipped, *y.shape, decoder):
         part, columns, r_columns = piece.rows(outputs), piece.columns(decoder), piece.columns(r_decoder)
@@ -147,10 +150,12 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 # the outputs that dropout has left of them. (In a piece, n = words, r = rows, k = outputs kept.)
 
 
-def transposed(embedding: Tensor, skipped: Tensor | None, store: torch.dtype) -> Tensor:
-    """(H, V), whose rows lie in one piece where they are gathered."""
+def transposed(embedding: Tensor, skipped: Tensor | None, store: torch.dtype, n: int) -> Tensor:
+    """(H, V), for n words. Its rows lie in one piece where they are gathered; and where products are so quick that they
+    would wait for it to be turned over each time."""
     decoder = embedding.t().to(store)
-    return decoder if skipped is None else decoder.contiguous()
+    in_rows = skipped is not None or (n >= COPY_FROM and has_amx(decoder.device, store))
+    return decoder.contiguous() if in_rows else decoder
 
 
 def pieces(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Piece"]:
@@ -239,11 +244,14 @@ def worth_skipping(mask: Tensor | None, store: torch.dtype) -> Tensor | None:
     """The mask (B, H), if so much is dropped that gathering what is kept pays. Not in a narrow model, where the product
     is the least of it; nor in bf16 on a processor with units for it (AMX), where a whole product costs less than a
     gathering; nor on CUDA, where the host would have to wait to hear how much is dropped."""
-    if mask is None or mask.device.type != "cpu" or mask.size(1) < SKIP_FROM:
-        return None
-    if store == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+    if mask is None or mask.device.type != "cpu" or mask.size(1) < SKIP_FROM or has_amx(mask.device, store):
         return None
     return mask if (mask != 0).float().mean().item() < 0.6 else None
+
+
+def has_amx(device: torch.device, store: torch.dtype) -> bool:
+    """Whether it is a processor with units for products of that dtype."""
+    return device.type == "cpu" and store == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 @kernel

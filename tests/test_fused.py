@@ -208,16 +208,19 @@ def test_the_loss_is_cross_entropy_of_the_dropped_outputs(size, chunk):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize(("amx", "copied"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("chunk", [1, 1 << 25])
-def test_the_loss_in_bf16_is_within_its_rounding(monkeypatch, amx, chunk):
-    """Whether a processor multiplies bf16 in tiles, and skips no columns, or does not."""
+def test_the_loss_in_bf16_is_within_its_rounding(monkeypatch, amx, copied, chunk):
+    """Whether a processor multiplies bf16 in tiles, and skips no columns, or does not; and however the weight lies."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(decoder, "COPY_FROM", 48 if copied else 49)
     *floats, y = decoder_problem(6, 8, 16, 30, 0, 0.75)
     hiddens, mask, embedding, bias = (a.float() for a in floats)
     arguments = 0.3 * hiddens, mask, 0.3 * embedding, bias, y
     with in_pieces(chunk):
-        assert (decoder.worth_skipping(mask, torch.bfloat16) is None) == amx
+        skipped = decoder.worth_skipping(mask, torch.bfloat16)
+        assert (skipped is None) == amx
+        assert decoder.transposed(embedding, skipped, torch.bfloat16, y.numel()).is_contiguous() == copied
         found = loss_and_gradients(Engine("fused", "bf16"), *arguments)
     for one, other in zip(found, loss_and_gradients(Engine("eager"), *arguments), strict=True):
         assert one.dtype == torch.float32

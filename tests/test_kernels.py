@@ -119,6 +119,28 @@ def test_code_once_found_is_called_for_what_it_was_compiled_for():
     assert done.stdout.strip() == "found", done.stderr
 
 
+VIEWS = """
+import torch
+from kernels import kernel
+
+@kernel
+def doubled(x, out):
+    out.copy_(2 * x)
+
+for n in range(3):
+    x, out = torch.full((3, 4, 10), float(n)).chunk(2, -1)
+    doubled(x, out)
+    print((out == 2 * n).all().item(), (x == n).all().item(), len(doubled.compiled().found))
+"""
+
+
+@needs_compiler
+def test_code_that_wants_the_storage_of_two_views_is_not_kept():
+    """torch hands it a tensor that is none of the arguments; the next call has another storage."""
+    done = run_compiling(VIEWS)
+    assert done.stdout.split("\n")[:3] == ["True True 0"] * 3, done.stdout + done.stderr
+
+
 THREADS = """
 import threading
 import torch

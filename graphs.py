@@ -5,8 +5,8 @@ A step at these sizes is thousands of small launches, and a GPU would wait for e
 
 import sys
 from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,15 +20,18 @@ class Graphs:
 
     A shape is run as it stands when it first comes, which compiles what there is to compile; is captured when it
     comes again; and is replayed from then on. `step` must not read a tensor on the host. Where a capture fails one
-    line says so, and steps run as they stand.
+    line says so, and from then on all steps of this process run as they stand: what other graphs hold of torch's
+    generator is then out of date.
     """
+
+    failed: ClassVar[bool] = False
 
     def __init__(self, step: Step, capture: Callable | None = None):
         self.step, self.capture = step, capture
         self.recorded: dict[tuple, tuple | None] = {}
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
-        if self.capture is None:
+        if self.capture is None or Graphs.failed:
             return self.step(*arguments)
         tensors = [a for a in arguments if isinstance(a, Tensor)]
         key = tuple((a.shape, a.dtype) if isinstance(a, Tensor) else a for a in arguments)
@@ -42,21 +45,15 @@ class Graphs:
             try:
                 self.recorded[key] = static, *self.capture(run)
             except RuntimeError as error:  # a fault of the step itself shows again when it runs as it stands
-                say_once(f"no CUDA graphs, slower: {' '.join(str(error).split())[:200]}")
-                self.capture = None
-            if self.capture is None:  # and what the error remembers of the step is gone
+                print(f"no CUDA graphs, slower: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+                Graphs.failed = True
+            if Graphs.failed:  # and what the error remembers of the step is gone
                 return self.step(*arguments)
         static, replay, outputs = self.recorded[key]
         for tensor, new in zip(static, tensors, strict=True):
             tensor.copy_(new)
         replay()
         return tuple(output.clone() for output in outputs)  # the next replay writes over them
-
-
-@cache
-def say_once(line: str) -> None:
-    """Even where steps are many: each evaluation has one of its own."""
-    print(line, file=sys.stderr)
 
 
 class Capture:

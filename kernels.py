@@ -13,6 +13,7 @@ from math import prod
 from os import environ
 from pathlib import Path
 from statistics import median
+from threading import RLock
 from time import perf_counter
 from typing import NamedTuple
 
@@ -24,10 +25,11 @@ from torch import Tensor
 # does its code have to ask what its arguments are: `Compiled` does.
 ONE_PASS = {
     "realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000,
-    "split_reductions": False, "size_asserts": False, "alignment_asserts": False,
+    "split_reductions": False, "size_asserts": False,
 }  # fmt: skip
 # What a kernel is compiled for is told by its arguments; nothing else that it refers to changes.
 ARGUMENTS = {"TENSOR_MATCH", "SHAPE_ENV", "CONSTANT_MATCH", "EQUALS_MATCH", "TYPE_MATCH"}
+SEARCHES = RLock()  # one at a time, in whichever thread
 START = 64  # of a buffer's elements: for a view that begins at none, a kernel would be compiled once more
 LOG2_E = 1.4426950408889634
 
@@ -72,30 +74,8 @@ class Compiled:
 
     def __init__(self, function: Callable[..., None]):
         options = {"guard_filter_fn": lambda guards: [g.guard_type in ARGUMENTS for g in guards]}
-        self.search = torch.compile(function, fullgraph=True, backend=self.backend, options=options)
+        self.search = torch.compile(function, fullgraph=True, backend=inductor, options=options)
         self.found: dict[tuple, tuple[Callable, list[int], tuple]] = {}
-        self.last: tuple[Callable, tuple] | None = None
-
-    def backend(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
-        """Inductor; the code that a search has found, and calls, is noted in `last`, without what torch wraps it in."""
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # takes a second to import
-
-        def inner(*task, **settings):
-            code = compile_fx_inner(*task, **settings)
-
-            def noting(wanted: list):
-                noted = code.current_callable, tuple(wanted)
-                result = code(wanted)  # which empties the list
-                self.last = noted
-                return result
-
-            noting._boxed_call = True
-            return noting
-
-        # A product and a sum in one instruction: in fp32 it gains nothing, and would change the last digit of all.
-        narrow = any(isinstance(given, Tensor) and given.dtype == torch.bfloat16 for given in inputs)
-        patches = {**ONE_PASS, "cpp.enable_floating_point_contract_flag": "fast" if narrow else "off"}
-        return compile_fx(graph, inputs, inner_compile=inner, config_patches=patches)
 
     def __call__(self, *args) -> None:
         kind = args[-1].device, *[(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]
@@ -104,23 +84,61 @@ class Compiled:
             supply = *args, *numbers
             code([supply[place] for place in places])
             return
-        self.last = None
         # From torch 2.13 on each thread has settings of its own, and on CUDA autograd goes the way back in another than
         # that in which a kernel may have been made: so they stand here.
         with (
             torch._dynamo.config.patch(recompile_limit=64),  # one variant for each operation and kind of shape
             torch.fx.experimental._config.patch(use_duck_shape=False),  # nor one for each two numbers that are equal
+            calls_of_inductor() as calls,
         ):
             self.search(*args)
-        if self.last is None:  # torch.compile was told to stand aside
+        if len(calls) != 1:  # torch.compile was told to stand aside
             return
-        (code, wanted), self.last = self.last, None
+        [(code, wanted)] = calls
         given = {id(arg) for arg in args}
         numbers = tuple(w for w in wanted if id(w) not in given)
         if any(isinstance(number, Tensor) and number.dim() for number in numbers):  # torch has made one of two views
             return
         place_of = {id(supplied): place for place, supplied in enumerate((*args, *numbers))}
         self.found[kind] = code, [place_of[id(w)] for w in wanted], numbers
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+    """The backend of torch.compile, with the settings of a kernel."""
+    from torch._inductor.compile_fx import compile_fx  # takes a second to import
+
+    narrow = any(isinstance(given, Tensor) and given.dtype == torch.bfloat16 for given in inputs)
+    patches = {
+        **ONE_PASS,
+        # A product and a sum in one instruction: in fp32 it gains nothing, and would change the last digit of all.
+        "cpp.enable_floating_point_contract_flag": "fast" if narrow else "off",
+        # Twice as many predecessors as threads would be shared out whole, of 5 to two cores 3 and 2; so it is told of
+        # more threads than it is to start.
+        "cpp.threads": 2 * torch.get_num_threads(), "cpp.dynamic_threads": True,
+    }  # fmt: skip
+    return compile_fx(graph, inputs, config_patches=patches)
+
+
+@contextmanager
+def calls_of_inductor() -> Iterator[list[tuple[Callable, tuple]]]:
+    """Inductor's code that is called inside, without what torch wraps it in, and what it is called with."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    calls = []
+
+    def noting(graph: CompiledFxGraph, inputs: list) -> object:
+        call = graph.current_callable, tuple(inputs)  # which it empties
+        result = wrapped(graph, inputs)
+        if not result:  # what is handed out was not written to its place
+            calls.append(call)
+        return result
+
+    with SEARCHES:
+        wrapped, CompiledFxGraph.__call__ = CompiledFxGraph.__call__, noting
+        try:
+            yield calls
+        finally:
+            CompiledFxGraph.__call__ = wrapped
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -131,7 +149,7 @@ def sigmoid(x: Tensor) -> Tensor:
 def sigmoid_tanh(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Both of one exponential, in that dtype or that of x. Of tanh that has the absolute error of 1 in its dtype, which
     for an x in float32 is too much for the small arguments of a young model, whose batch normalisation enlarges them:
-    there, the series. (An x in bfloat16 has larger errors of its own.)"""
+    there, the series. (An x that was rounded to bfloat16 has lost more than that.)"""
     small_matter = x.dtype == torch.float32
     x = x.to(dtype or x.dtype)
     e = torch.exp2(-LOG2_E * x)

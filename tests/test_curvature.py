@@ -22,6 +22,7 @@ from test_fused import (
 )
 from test_recurrence import oracle_masks
 
+import decoder
 import fused
 import recurrence
 from architect import Architect
@@ -204,8 +205,11 @@ def test_a_model_behind_either_engine_has_the_same_product(fraternal):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_bf16_is_within_its_rounding_of_fp32():
-    """And not equal to it."""
+@pytest.mark.parametrize("copied", [True, False])
+def test_bf16_is_within_its_rounding_of_fp32(monkeypatch, copied):
+    """And not equal to it; however the decoder lies."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: copied)
+    monkeypatch.setattr(decoder, "COPY_FROM", 1)
     torch.manual_seed(2)
     model = tiny.search_model().float()
     batch = tiny.batch(model, 1)

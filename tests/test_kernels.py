@@ -37,7 +37,7 @@ COMPARE = """
 import os
 import sys
 sys.path[:0] = ["tests", "."]
-import torch, decoder, fused, recurrence
+import torch, cells, curvature, decoder, fused, kernels, recurrence
 from test_curvature import directions, mixed, numbered, of_the_loss
 from test_fused import decoder_problem, problem, relative_errors, values_and_gradients
 from dropout import HeldRelu
@@ -52,24 +52,33 @@ def cell_problem(N):
     leaves, masks, R = problem(3, 6, 8, 20, N, seed=1, masked=True, scale=0.2, dtype=torch.float32)
     return {name: leaf.to(device) for name, leaf in leaves.items()}, [mask.to(device) for mask in masks], R.to(device)
 
-for cell, N, held in (("relaxed", 3, True), ("discrete", 4, False)):
-    leaves, masks, R = cell_problem(N)
-    check(*(
-        values_and_gradients(m, cell, leaves, masks, R, 3, HeldRelu() if held else None).values()
-        for m in (fused, recurrence)
-    ))
-leaves, masks, R = cell_problem(3)
-check(*(mixed(m, leaves, masks, R, directions(leaves, 1)) for m in (fused, recurrence)), bound=2e-5)
-decoder.SKIP_FROM = 1
-*floats, y = decoder_problem(3, 6, 20, 50, 1, 0.75)
-hiddens, mask, embedding, bias = (a.float().to(device) for a in floats)
-y = y.to(device)
-for precision, scale, bound in (("fp32", 1, 1e-5), ("bf16", 0.3, 0.02)):
-    check(*(
-        of_the_loss(engine, scale * hiddens, mask, scale * embedding, bias, y, seed=1)
-        for engine in (Engine("fused", precision), Engine())
-    ), bound)
-assert fused.relaxed_node.compiled() is not fused.relaxed_node.__wrapped__
+def compare():
+    for cell, N, held in (("relaxed", 3, True), ("discrete", 4, False)):
+        leaves, masks, R = cell_problem(N)
+        check(*(
+            values_and_gradients(m, cell, leaves, masks, R, 3, HeldRelu() if held else None).values()
+            for m in (fused, recurrence)
+        ))
+    leaves, masks, R = cell_problem(3)
+    check(*(mixed(m, leaves, masks, R, directions(leaves, 1)) for m in (fused, recurrence)), bound=2e-5)
+    decoder.SKIP_FROM = 1
+    *floats, y = decoder_problem(3, 6, 20, 50, 1, 0.75)
+    hiddens, mask, embedding, bias = (a.float().to(device) for a in floats)
+    y = y.to(device)
+    for precision, scale, bound in (("fp32", 1, 1e-5), ("bf16", 0.3, 0.02)):
+        check(*(
+            of_the_loss(engine, scale * hiddens, mask, scale * embedding, bias, y, seed=1)
+            for engine in (Engine("fused", precision), Engine())
+        ), bound)
+
+compare()
+modules = cells, curvature, decoder, kernels
+functions = [f for m in modules for f in vars(m).values() if hasattr(f, "compiled")]
+used = [f.compiled() for f in functions if f.compiled.cache_info().currsize]
+assert len(used) > 10
+for kernel in used:
+    kernel.search = None
+compare()  # now with the code that was kept, and nothing else
 print("equal")
 """
 
@@ -101,7 +110,6 @@ for _ in range(3):
             torch.testing.assert_close(total, 1 + x.sum(0))
 code = both.compiled()
 assert len(code.found) == 8, code.found
-assert code.last is None
 assert not any(isinstance(n, torch.Tensor) and n.dim() for _, _, numbers in code.found.values() for n in numbers)
 searched, code.search = code.search, None
 both(x, 3.0, product, total)
@@ -117,6 +125,30 @@ print("found")
 def test_code_once_found_is_called_for_what_it_was_compiled_for():
     done = run_compiling(KINDS)
     assert done.stdout.strip() == "found", done.stderr
+
+
+EVALUATED = """
+import sys
+sys.path[:0] = ["tests", "."]
+import torch, tiny
+from engine import Engine
+from genotypes import DARTS_V1
+from graphs import Graphs
+from objective import evaluate
+
+for build in (tiny.search_model, lambda: tiny.discrete_model(DARTS_V1)):
+    model, source = build().float().cuda(), torch.randint(tiny.V, (24, 2)).cuda()
+    found, expected = (evaluate(model.using(Engine(name)), source, 5) for name in ("fused", "eager"))
+    assert abs(found - expected) < 1e-4, (found, expected)
+print(Graphs.failed)
+"""
+
+
+@needs_compiler
+@tiny.on_cuda
+def test_on_cuda_compiled_kernels_are_replayed():
+    done = run_compiling(EVALUATED)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 VIEWS = """
@@ -193,6 +225,15 @@ def test_sigmoid_and_tanh(x):
 def test_tanh_in_float32_is_relatively_right_however_small(x, negative):
     x = torch.tensor(-x if negative else x, dtype=torch.float32)
     torch.testing.assert_close(kernels.sigmoid_tanh(x)[1].double(), x.double().tanh(), rtol=3e-6, atol=0)
+
+
+@settings(deadline=None)
+@given(st.floats(-100, 100, width=32))
+def test_sigmoid_and_tanh_of_what_is_kept_in_bf16_are_wide(x):
+    x = torch.tensor(x).bfloat16()
+    wide = x.float()
+    for found, expected in zip(kernels.sigmoid_tanh(x, wide.dtype), (wide.sigmoid(), wide.tanh()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-7)
 
 
 @pytest.mark.parametrize("quicker", [True, False])

@@ -19,9 +19,9 @@ def search_model(rates=RATES, seed=0):
     return spread(RNNModelSearch(V, H, rates, steps=N))
 
 
-def discrete_model(genotype, rates=RATES, seed=0):
+def discrete_model(genotype, rates=RATES, seed=0, n_experts=1):
     torch.manual_seed(seed)
-    return spread(retrain_model(V, H, rates, genotype))
+    return spread(retrain_model(V, H, rates, genotype, n_experts))
 
 
 def spread(model):

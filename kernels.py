@@ -47,7 +47,8 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
     """An element-wise function that writes into its arguments, compiled at its first call where that can be.
 
     C++ on a CPU, Triton on CUDA, from the one source; the compiled code is cached on disk. No two arguments may be one
-    tensor, nor overlap where one is written; the last one is a tensor, and none is to have a gradient.
+    tensor, nor overlap where one is written. The last one is a tensor, and none is to have a gradient, since autograd
+    does not notice what is written.
     """
 
     @cache

@@ -76,6 +76,7 @@ modules = cells, curvature, decoder, kernels
 functions = [f for m in modules for f in vars(m).values() if hasattr(f, "compiled")]
 used = [f.compiled() for f in functions if f.compiled.cache_info().currsize]
 assert len(used) > 10
+assert fused.relaxed_node.compiled() is not fused.relaxed_node.__wrapped__
 for kernel in used:
     kernel.search = None
 compare()  # now with the code that was kept, and nothing else

@@ -1,20 +1,22 @@
 """The loss of a tied decoder, fast: a few logits at a time, their gradient in their place, and no product with
 what dropout has set to zero.
 
-Shapes: T time steps, B batch, H hidden, V words.
+Shapes: T time steps, B batch, H hidden, H' with zeros behind (`factors`), V words.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dropout import drop
-from kernels import LOG2_E, Workspace, add_product, add_rows, kernel, not_formed, refuse_graph
+from kernels import LOG2_E, Workspace, add_product, add_rows, columns_to_add, kernel, not_formed, refuse_graph
 
 CHUNK = 1 << 25  # bytes of logits held at once, and of their tangents
 SKIP_FROM = 128  # hidden units
 COPY_FROM = 4096  # words, which make up for copying the decoder
+BLOCK = 512  # rows or columns copied at once
 
 
 def nll(
@@ -35,10 +37,10 @@ class TiedDecoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, wants, store, hiddens, mask, embedding, bias, y):
         skipped = worth_skipping(mask, store)
-        outputs = drop(hiddens, mask).to(store)  # (T, B, H)
-        decoder = transposed(embedding, skipped, store, y.numel())  # (H, V)
+        outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, store)  # (T, B, H'), (H', V)
         losses, share = hiddens.new_empty(y.shape), 1 / y.numel()
-        alike = outputs, embedding.t() if skipped is None else decoder, bias
+        by_words = decoder.new_empty(decoder.shape[::-1]).t()  # (H', V)
+        alike = outputs, by_words if skipped is None else decoder, bias
         d_outputs, d_decoder, d_bias = (
             torch.zeros_like(like, dtype=dtype) if want else None
             for like, dtype, want in zip(alike, (store, bias.dtype, bias.dtype), wants, strict=True)
@@ -58,8 +60,9 @@ class TiedDecoder(torch.autograd.Function):
                 piece.put(d_outputs, torch.matmul(logits, columns.mT))
             if d_decoder is not None:
                 piece.add_product(d_decoder, part, logits, columns)
-        d_hiddens = None if d_outputs is None else drop(d_outputs.to(hiddens.dtype), mask)
-        ctx.store, ctx.found = store, (d_hiddens, None if d_decoder is None else d_decoder.t().contiguous(), d_bias)
+        H = hiddens.size(-1)
+        d_hiddens = None if d_outputs is None else drop(d_outputs[..., :H].to(hiddens.dtype), mask)
+        ctx.store, ctx.found = store, (d_hiddens, None if d_decoder is None else in_rows(d_decoder[:H].t()), d_bias)
         ctx.save_for_backward(hiddens, mask, embedding, bias, y)
         return losses.mean()
 
@@ -109,8 +112,8 @@ def r_gradient(
     """The tangent of the gradient of `nll` in the hidden states, (T, B, H), as these, the embedding and the bias go
     along the v's (see curvature.py)."""
     skipped = worth_skipping(mask, store)
-    outputs, r_outputs = (drop(h, mask).to(store) for h in (hiddens, v_hiddens))
-    decoder, r_decoder = (transposed(e, skipped, store, y.numel()) for e in (embedding, v_embedding))
+    outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, store)
+    r_outputs, r_decoder = factors(drop(v_hiddens, mask), v_embedding, skipped, store)
     found, share = torch.zeros_like(outputs), 1 / y.numel()
     for piece in pieces(skipped, *y.shape, decoder):
         part, columns, r_columns = piece.rows(outputs), piece.columns(decoder), piece.columns(r_decoder)
@@ -125,7 +128,7 @@ def r_gradient(
         d = torch.matmul(r_logits, columns.mT)
         add_matmul(d, logits, r_columns.mT)
         piece.put(found, d)
-    return drop(found.to(hiddens.dtype), mask)
+    return drop(found[..., : hiddens.size(-1)].to(hiddens.dtype), mask)
 
 
 def to_softmax(logits: Tensor, bias: Tensor, words: Tensor, scale: float) -> Tensor:
@@ -150,12 +153,27 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 # the outputs that dropout has left of them. (In a piece, n = words, r = rows, k = outputs kept.)
 
 
-def transposed(embedding: Tensor, skipped: Tensor | None, store: torch.dtype, n: int) -> Tensor:
-    """(H, V), for n words. Its rows lie in one piece where they are gathered; and where products are so quick that they
-    would wait for it to be turned over each time."""
-    decoder = embedding.t().to(store)
-    in_rows = skipped is not None or (n >= COPY_FROM and has_amx(decoder.device, store))
-    return decoder.contiguous() if in_rows else decoder
+def factors(outputs: Tensor, embedding: Tensor, skipped: Tensor | None, store: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The outputs (T, B, H') and the decoder (H', V) in that dtype. This is turned over in memory where it is gathered
+    from, and where products are so quick that they would wait for that each time, if there are words enough to make up
+    for it. Else both have zeros behind if products want them."""
+    outputs, decoder = outputs.to(store), embedding.to(store)
+    enough = outputs.shape[:2].numel() >= COPY_FROM
+    if skipped is not None or (enough and has_amx(decoder.device, store)):
+        return outputs, in_rows(decoder.t())
+    if more := columns_to_add(decoder, store):
+        outputs, decoder = F.pad(outputs, (0, more)), F.pad(decoder, (0, more))
+    return outputs, decoder.t()
+
+
+def in_rows(matrix: Tensor) -> Tensor:
+    """matrix, contiguous. One that lies in memory column by column torch copies at a fifth of the speed in one go."""
+    if matrix.is_contiguous() or matrix.is_cuda:
+        return matrix.contiguous()
+    rows, longer = torch.empty_like(matrix, memory_format=torch.contiguous_format), int(matrix.size(1) > len(matrix))
+    for to, block in zip(rows.split(BLOCK, longer), matrix.split(BLOCK, longer), strict=True):
+        to.copy_(block)
+    return rows
 
 
 def pieces(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Piece"]:

@@ -27,7 +27,8 @@ class HeldRelu:
 
     Between two nearby sets of weights a few of the millions of activations cross relu's kink; each makes the
     gradient jump, and a difference of gradients measures those jumps. With the active set held, the network
-    is smooth in its weights, and where the set was taken it has the same derivatives of every order.
+    is smooth in its weights, and where the set was taken it has the same derivatives of every order. One engine's set
+    is not for another, whose H may be filled up.
     """
 
     def __init__(self):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cells import (
     Trace,
@@ -36,7 +37,7 @@ from cells import (
 )
 from curvature import r_backward, r_forward
 from dropout import HeldRelu, drop
-from kernels import Workspace, add_product, call_of_backward, not_formed, product, refuse_graph
+from kernels import ROW, Workspace, add_product, call_of_backward, columns_to_add, not_formed, product, refuse_graph
 
 
 def relaxed(
@@ -51,8 +52,9 @@ def relaxed(
     store: torch.dtype | None = None,
 ) -> Tensor:
     """As `recurrence.relaxed`, (T, B, H); `store` is the dtype of products, by default that of h0."""
-    xW, W0_h, h_mask, keep = prepare(x, h0, W0, x_mask, h_mask, store, (x, h0, W0, *Ws, probs))
-    return Relaxed.apply(keep, held_relu, xW, h0, W0_h, probs, h_mask, *Ws)
+    H, store, keep = h0.size(-1), store or h0.dtype, wants_gradient(x, h0, W0, *Ws, probs)
+    xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, store, -H % ROW)  # as a held relu expects it
+    return Relaxed.apply(keep, held_relu, xW, h0, W0_h, probs, h_mask, *Ws)[..., :H]
 
 
 def discrete(
@@ -67,25 +69,38 @@ def discrete(
     store: torch.dtype | None = None,
 ) -> Tensor:
     """As `recurrence.discrete`, (T, B, H); `store` is the dtype of products, by default that of h0."""
-    xW, W0_h, h_mask, keep = prepare(x, h0, W0, x_mask, h_mask, store, (x, h0, W0, *Ws))
-    return Discrete.apply(keep, tuple(recurrent), tuple(concat), xW, h0, W0_h, h_mask, *Ws)
+    H, store, keep = h0.size(-1), store or h0.dtype, wants_gradient(x, h0, W0, *Ws)
+    xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, store, columns_to_add(h0, store))
+    return Discrete.apply(keep, tuple(recurrent), tuple(concat), xW, h0, W0_h, h_mask, *Ws)[..., :H]
+
+
+def wants_gradient(*inputs: Tensor) -> bool:
+    """Whether autograd will ask for one of any of them."""
+    return torch.is_grad_enabled() and any(i.requires_grad for i in inputs)
 
 
 def prepare(
     x: Tensor,
     h0: Tensor,
     W0: Tensor,
+    Ws: Sequence[Tensor],
     x_mask: Tensor | None,
     h_mask: Tensor | None,
-    store: torch.dtype | None,
-    inputs: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """The input's half of `[c0, h0]` (T, B, 2H), the hidden state's half of W0, a mask, and whether any of the
-    inputs wants a gradient."""
-    store = h0.dtype if store is None else store
-    xW = drop(x, x_mask).to(store) @ W0[: x.size(-1)].to(store)
+    store: torch.dtype,
+    more: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
+    """The input's half of `[c0, h0]` (T, B, 2H), the hidden state, its half of W0, its mask, and Ws, with H wider by
+    `more`: the hidden units that are added have no weights but 0, nor are they seen by anyone."""
+    E = x.size(-1)
     h_mask = torch.ones_like(h0) if h_mask is None else h_mask
-    return xW, W0[x.size(-1) :], h_mask, torch.is_grad_enabled() and any(i.requires_grad for i in inputs)
+    W0_x, W0_h = W0[:E], W0[E:]
+    if more:
+        h0, h_mask = F.pad(h0, (0, more)), F.pad(h_mask, (0, more))
+        W0_x, W0_h, *Ws = [
+            F.pad(W.unflatten(1, (2, -1)), (0, more, 0, 0, 0, rows)).flatten(1)
+            for W, rows in ((W0_x, 0), (W0_h, more), *((W, more) for W in Ws))
+        ]
+    return drop(x, x_mask).to(store) @ W0_x.to(store), h0, W0_h, h_mask, Ws
 
 
 class Relaxed(torch.autograd.Function):

@@ -31,6 +31,7 @@ ONE_PASS = {
 ARGUMENTS = {"TENSOR_MATCH", "SHAPE_ENV", "CONSTANT_MATCH", "EQUALS_MATCH", "TYPE_MATCH"}
 SEARCHES = RLock()  # one at a time, in whichever thread
 START = 64  # of a buffer's elements: for a view that begins at none, a kernel would be compiled once more
+ROW = 16  # elements, of which the rows of a matrix are to hold a whole number of times: each then begins a vector
 LOG2_E = 1.4426950408889634
 
 
@@ -180,6 +181,12 @@ class Workspace(NamedTuple):
         """An uninitialised tensor, in `store` unless it is to be wide."""
         dtype = self.wide if wide else self.store
         return torch.empty(START + prod(shape), dtype=dtype, device=self.device)[START:].view(shape)
+
+
+def columns_to_add(rows: Tensor, store: torch.dtype) -> int:
+    """How many zeros are to follow each of these rows (..., n) so that products in that dtype are quick; none on a CPU
+    in fp32, where they are as quick without."""
+    return 0 if store != torch.bfloat16 and rows.device.type == "cpu" else -rows.size(-1) % ROW
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:

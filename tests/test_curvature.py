@@ -14,11 +14,13 @@ from test_fused import (
     chunks,
     decoder_problem,
     decoder_sizes,
+    fillings,
     in_pieces,
     problem,
     relative_errors,
     run,
     sizes,
+    widened,
 )
 from test_recurrence import oracle_masks
 
@@ -88,15 +90,20 @@ def test_it_is_the_derivative_of_the_equations_by_loops(size, masked):
 @settings(max_examples=15, deadline=None)
 @given(T=st.integers(1, 6), B=st.integers(8, 20), H=st.integers(4, 24), seed=st.integers(0, 10**6))
 def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(T, B, H, seed):
+    """To 2e-5; where a random cell is so steep that fp32 does not carry that far, to 5 times eager's own error there or
+    nearby, since at one place alone it may be lucky."""
     leaves, masks, R = problem(T, B, H, H, 8, seed, masked=True, scale=0.2)
     along = directions(leaves, seed)
-    held = HeldRelu()  # as in float64: at a kink the last digit decides
-    exact = mixed(recurrence, leaves, masks, R, along, held)
-    short = {name: leaf.float() for name, leaf in leaves.items()}, [mask.float() for mask in masks], R.float()
-    eager, found = (
-        relative_errors(*numbered(mixed(module, *short, along, held), exact)) for module in (recurrence, fused)
-    )
-    assert all(found[i] <= max(2e-5, 5 * eager[i]) for i in found), (found, eager)
+    errors = []
+    for away in (0, 0.001, 0.002, 0.003):
+        there = {name: (1 + away) * leaf for name, leaf in leaves.items()}
+        held = HeldRelu()  # as in float64: at a kink the last digit decides
+        exact = mixed(recurrence, there, masks, R, along, held)
+        short = {name: leaf.float() for name, leaf in there.items()}, [mask.float() for mask in masks], R.float()
+        errors.append(relative_errors(*numbered(mixed(recurrence, *short, along, held), exact)))
+        if not away:
+            found = relative_errors(*numbered(mixed(fused, *short, along, widened(held)), exact))
+    assert all(found[i] <= max(2e-5, 5 * max(eager[i] for eager in errors)) for i in found), (found, errors)
 
 
 def test_relu_is_held_where_eager_holds_it():
@@ -172,11 +179,11 @@ def of_the_loss(engine, hiddens, mask, embedding, bias, y, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(size=decoder_sizes, chunk=chunks)
-def test_that_of_the_loss_is_that_of_cross_entropy(size, chunk):
-    """With columns skipped (much is dropped) and not, in one chunk or many."""
+@given(size=decoder_sizes, chunk=chunks, more=fillings)
+def test_that_of_the_loss_is_that_of_cross_entropy(size, chunk, more):
+    """With columns skipped (much is dropped) and not, in one chunk or many, with zeros behind and without."""
     arguments = *decoder_problem(**size), size["seed"]
-    with in_pieces(chunk):
+    with in_pieces(chunk, more):
         found = of_the_loss(Engine("fused"), *arguments)
     for one, other in zip(found, of_the_loss(Engine(), *arguments), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

@@ -7,6 +7,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import decoder
 import fused
@@ -14,6 +15,7 @@ import recurrence
 from dropout import HeldRelu
 from engine import Engine
 from genotypes import DARTS_V1, PRIMITIVES, random_genotype
+from kernels import ROW
 from objective import losses
 
 CELLS = ("relaxed", "discrete")
@@ -72,6 +74,13 @@ def test_fused_is_eager_in_float64(cell, size):
     assert_equal(found, expected, 1e-9)
 
 
+def widened(held):
+    """The same set for the fused engine, whose hidden states have zeros behind."""
+    other = HeldRelu()
+    other.active = {place: F.pad(active, (0, -active.size(-1) % ROW)) for place, active in held.active.items()}
+    return other
+
+
 def relative_errors(found, exact):
     return {k: ((found[k].double() - v).norm() / (v.norm() + 1e-30)).item() for k, v in exact.items() if v is not None}
 
@@ -90,9 +99,21 @@ def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(cell, T, B, H, seed, ma
     leaves = {name: leaf.float() for name, leaf in exact_leaves.items()}
     masks, R = [None if mask is None else mask.float() for mask in masks], R.float()
     eager, found = (
-        relative_errors(values_and_gradients(m, cell, leaves, masks, R, seed, held), exact) for m in (recurrence, fused)
+        relative_errors(values_and_gradients(m, cell, leaves, masks, R, seed, relu), exact)
+        for m, relu in ((recurrence, held), (fused, held and widened(held)))
     )
     assert all(found[name] <= max(1e-5, 4 * eager[name]) for name in found), (found, eager)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("more", [0, 3])
+def test_zeros_behind_the_hidden_states_change_nothing(monkeypatch, cell, more):
+    """Which the relaxed cell always has in some number, and the other where products want them."""
+    monkeypatch.setattr(fused, "ROW", 4 + more)
+    monkeypatch.setattr(fused, "columns_to_add", lambda rows, store: more)
+    leaves, masks, R = problem(4, 3, 3, 4, 5, seed=5, masked=True)
+    found, expected = (values_and_gradients(m, cell, leaves, masks, R) for m in (fused, recurrence))
+    assert_equal(found, expected, 1e-9)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -186,23 +207,27 @@ decoder_sizes = st.fixed_dictionaries(
     }
 )  # fmt: skip
 chunks = st.sampled_from([1, 160, 1 << 25])
+fillings = st.sampled_from([0, 3])
 
 
 @contextmanager
-def in_pieces(chunk):
-    """Columns are skipped where much is dropped, however few there are; so many bytes of logits are held at once."""
+def in_pieces(chunk, more=0):
+    """Columns are skipped where much is dropped, however few there are; so many bytes of logits are held at once, and
+    so many zeros put behind the outputs; a few rows are copied at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "CHUNK", chunk)
         patch.setattr(decoder, "SKIP_FROM", 1)
+        patch.setattr(decoder, "BLOCK", 5)
+        patch.setattr(decoder, "columns_to_add", lambda rows, store: more)
         yield
 
 
 @settings(max_examples=60, deadline=None)
-@given(size=decoder_sizes, chunk=chunks)
-def test_the_loss_is_cross_entropy_of_the_dropped_outputs(size, chunk):
-    """With columns skipped (much is dropped) and not, in one chunk and in many."""
+@given(size=decoder_sizes, chunk=chunks, more=fillings)
+def test_the_loss_is_cross_entropy_of_the_dropped_outputs(size, chunk, more):
+    """With columns skipped (much is dropped) and not, in one chunk and in many, with zeros behind and without."""
     arguments = decoder_problem(**size)
-    with in_pieces(chunk):
+    with in_pieces(chunk, more):
         found = loss_and_gradients(Engine("fused"), *arguments)
     for one, other in zip(found, loss_and_gradients(Engine("eager"), *arguments), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -214,13 +239,13 @@ def test_the_loss_in_bf16_is_within_its_rounding(monkeypatch, amx, copied, chunk
     """Whether a processor multiplies bf16 in tiles, and skips no columns, or does not; and however the weight lies."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(decoder, "COPY_FROM", 48 if copied else 49)
-    *floats, y = decoder_problem(6, 8, 16, 30, 0, 0.75)
+    *floats, y = decoder_problem(6, 8, 13, 30, 0, 0.75)
     hiddens, mask, embedding, bias = (a.float() for a in floats)
     arguments = 0.3 * hiddens, mask, 0.3 * embedding, bias, y
-    with in_pieces(chunk):
+    with in_pieces(chunk, more=3):
         skipped = decoder.worth_skipping(mask, torch.bfloat16)
         assert (skipped is None) == amx
-        assert decoder.transposed(embedding, skipped, torch.bfloat16, y.numel()).is_contiguous() == copied
+        assert decoder.factors(hiddens, embedding, skipped, torch.bfloat16)[1].is_contiguous() == copied
         found = loss_and_gradients(Engine("fused", "bf16"), *arguments)
     for one, other in zip(found, loss_and_gradients(Engine("eager"), *arguments), strict=True):
         assert one.dtype == torch.float32

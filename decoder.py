@@ -39,10 +39,10 @@ class TiedDecoder(torch.autograd.Function):
         skipped = worth_skipping(mask, store)
         outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, store)  # (T, B, H'), (H', V)
         losses, share = hiddens.new_empty(y.shape), 1 / y.numel()
-        by_words = decoder.new_empty(decoder.shape[::-1]).t()  # (H', V)
+        by_words = torch.empty(decoder.shape[::-1], device="meta").t()  # only its layout, (H', V)
         alike = outputs, by_words if skipped is None else decoder, bias
         d_outputs, d_decoder, d_bias = (
-            torch.zeros_like(like, dtype=dtype) if want else None
+            torch.zeros_like(like, dtype=dtype, device=y.device) if want else None
             for like, dtype, want in zip(alike, (store, bias.dtype, bias.dtype), wants, strict=True)
         )
         for piece in pieces(skipped, *y.shape, decoder):
@@ -177,7 +177,7 @@ def in_rows(matrix: Tensor) -> Tensor:
 
 
 def pieces(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Piece"]:
-    """All words (T, B) once, for a decoder (H, V); without products with what the mask `skipped` drops."""
+    """All words (T, B) once, for a decoder (H', V); without products with what the mask `skipped` drops."""
     if skipped is None:
         steps = max(1, CHUNK // (decoder.size(1) * B * decoder.itemsize))
         for t in range(0, T, steps):
@@ -209,10 +209,10 @@ class Steps(Piece):
         self.steps = steps
 
     def rows(self, outputs: Tensor) -> Tensor:
-        return outputs[self.steps].flatten(0, 1)  # (n, H)
+        return outputs[self.steps].flatten(0, 1)  # (n, H')
 
     def columns(self, decoder: Tensor) -> Tensor:
-        return decoder  # (H, V)
+        return decoder  # (H', V)
 
     def words(self, y: Tensor) -> Tensor:
         return y[self.steps].reshape(-1, 1)  # (n, 1)

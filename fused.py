@@ -6,7 +6,8 @@ of a weight that nobody asked for. The relaxed cell has the one second derivativ
 too, of the probabilities and along the weights (curvature.py); for any other take the definition, recurrence.py.
 
 Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives. `wide` is the dtype of sums and
-normalisation (float32, or float64), `store` that of products and of what is kept for the way back.
+normalisation (float32, or float64), `store` that of products and of what is kept for the way back. Inside of Relaxed
+and Discrete, in cells.py and curvature.py, H counts the zeros behind (`prepare`).
 """
 
 from collections.abc import Sequence
@@ -53,7 +54,8 @@ def relaxed(
 ) -> Tensor:
     """As `recurrence.relaxed`, (T, B, H); `store` is the dtype of products, by default that of h0."""
     H, store, keep = h0.size(-1), store or h0.dtype, wants_gradient(x, h0, W0, *Ws, probs)
-    xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, store, -H % ROW)  # as a held relu expects it
+    # Whatever the products gain: the kernels are quicker for it in any dtype.
+    xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, store, -H % ROW)
     return Relaxed.apply(keep, held_relu, xW, h0, W0_h, probs, h_mask, *Ws)[..., :H]
 
 
@@ -70,7 +72,9 @@ def discrete(
 ) -> Tensor:
     """As `recurrence.discrete`, (T, B, H); `store` is the dtype of products, by default that of h0."""
     H, store, keep = h0.size(-1), store or h0.dtype, wants_gradient(x, h0, W0, *Ws)
-    xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, store, columns_to_add(h0, store))
+    # On a CPU the few rows of an evaluation do not make up for filling up the weights.
+    more = columns_to_add(h0, store) if keep or h0.is_cuda else 0
+    xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, store, more)
     return Discrete.apply(keep, tuple(recurrent), tuple(concat), xW, h0, W0_h, h_mask, *Ws)[..., :H]
 
 

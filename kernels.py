@@ -185,7 +185,7 @@ class Workspace(NamedTuple):
 
 def columns_to_add(rows: Tensor, store: torch.dtype) -> int:
     """How many zeros are to follow each of these rows (..., n) so that products in that dtype are quick; none on a CPU
-    in fp32, where they are as quick without."""
+    in fp32, where products are as quick without."""
     return 0 if store != torch.bfloat16 and rows.device.type == "cpu" else -rows.size(-1) % ROW
 
 

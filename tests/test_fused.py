@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 import decoder
 import fused
+import kernels
 import recurrence
 from dropout import HeldRelu
 from engine import Engine
 from genotypes import DARTS_V1, PRIMITIVES, random_genotype
-from kernels import ROW
 from objective import losses
 
 CELLS = ("relaxed", "discrete")
@@ -25,6 +25,18 @@ sizes = st.fixed_dictionaries(
         "N": st.integers(1, 8), "seed": st.integers(0, 10**6), "masked": st.booleans(),
     }
 )  # fmt: skip
+
+
+rows = st.sampled_from([1, 3, 16])
+
+
+@contextmanager
+def in_rows_of(row):
+    """Behind hidden states stand zeros, up to a multiple of `row`; in either cell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "ROW", row)
+        patch.setattr(fused, "columns_to_add", lambda rows, store: -rows.size(-1) % row)
+        yield
 
 
 def problem(T, B, E, H, N, seed, masked, scale=0.7, dtype=torch.float64):
@@ -67,17 +79,18 @@ def assert_equal(found, expected, tolerance):
 
 @pytest.mark.parametrize("cell", CELLS)
 @settings(max_examples=60, deadline=None)
-@given(size=sizes)
-def test_fused_is_eager_in_float64(cell, size):
+@given(size=sizes, row=rows)
+def test_fused_is_eager_in_float64(cell, size, row):
     leaves, masks, R = problem(**size)
-    found, expected = (values_and_gradients(m, cell, leaves, masks, R, size["seed"]) for m in (fused, recurrence))
-    assert_equal(found, expected, 1e-9)
+    with in_rows_of(row):
+        found = values_and_gradients(fused, cell, leaves, masks, R, size["seed"])
+    assert_equal(found, values_and_gradients(recurrence, cell, leaves, masks, R, size["seed"]), 1e-9)
 
 
 def widened(held):
     """The same set for the fused engine, whose hidden states have zeros behind."""
     other = HeldRelu()
-    other.active = {place: F.pad(active, (0, -active.size(-1) % ROW)) for place, active in held.active.items()}
+    other.active = {place: F.pad(active, (0, -active.size(-1) % kernels.ROW)) for place, active in held.active.items()}
     return other
 
 
@@ -106,14 +119,20 @@ def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(cell, T, B, H, seed, ma
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("more", [0, 3])
-def test_zeros_behind_the_hidden_states_change_nothing(monkeypatch, cell, more):
-    """Which the relaxed cell always has in some number, and the other where products want them."""
-    monkeypatch.setattr(fused, "ROW", 4 + more)
-    monkeypatch.setattr(fused, "columns_to_add", lambda rows, store: more)
-    leaves, masks, R = problem(4, 3, 3, 4, 5, seed=5, masked=True)
-    found, expected = (values_and_gradients(m, cell, leaves, masks, R) for m in (fused, recurrence))
-    assert_equal(found, expected, 1e-9)
+def test_hidden_states_are_filled_up(cell):
+    leaves, masks, _ = problem(2, 3, 3, 4, 3, seed=1, masked=False)
+    leaves["W0"].requires_grad_()
+    for row, width in ((1, 4), (3, 6)):
+        with in_rows_of(row):
+            assert run(fused, cell, leaves, masks)._base.size(-1) == width
+
+
+def test_rows_are_filled_up_where_products_gain_by_it():
+    rows = torch.empty(2, 300)
+    assert kernels.columns_to_add(rows, torch.bfloat16) == 4
+    assert kernels.columns_to_add(rows[:, :288], torch.bfloat16) == 0
+    assert kernels.columns_to_add(rows, torch.float32) == 0
+    assert kernels.columns_to_add(rows.to("meta"), torch.float32) == 4  # as on any device but a CPU
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -245,7 +264,9 @@ def test_the_loss_in_bf16_is_within_its_rounding(monkeypatch, amx, copied, chunk
     with in_pieces(chunk, more=3):
         skipped = decoder.worth_skipping(mask, torch.bfloat16)
         assert (skipped is None) == amx
-        assert decoder.factors(hiddens, embedding, skipped, torch.bfloat16)[1].is_contiguous() == copied
+        outputs, weight = decoder.factors(hiddens, embedding, skipped, torch.bfloat16)
+        assert weight.is_contiguous() == copied
+        assert outputs.size(-1) == len(weight) == (13 if copied else 16)
         found = loss_and_gradients(Engine("fused", "bf16"), *arguments)
     for one, other in zip(found, loss_and_gradients(Engine("eager"), *arguments), strict=True):
         assert one.dtype == torch.float32

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_fused import (
     assert_equal,
@@ -93,21 +93,22 @@ def test_it_is_the_derivative_of_the_equations_by_loops(size, masked):
 
 @settings(max_examples=15, deadline=None)
 @given(T=st.integers(1, 6), B=st.integers(8, 20), H=st.integers(4, 24), seed=st.integers(0, 10**6))
+@example(T=6, B=10, H=11, seed=621070)  # where eager is 3 to 19 times nearer than at the other places
 def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(T, B, H, seed):
-    """To 2e-5; where a random cell is so steep that fp32 does not carry that far, to 5 times eager's own error there or
-    nearby, since at one place alone it may be lucky."""
+    """To 2e-5; where a random cell is so steep that fp32 does not carry that far, to 5 times eager's own error. The
+    largest of either over four places counts, since at one alone either may be lucky."""
     leaves, masks, R = problem(T, B, H, H, 8, seed, masked=True, scale=0.2)
     along = directions(leaves, seed)
-    errors = []
+    errors = {recurrence: [], fused: []}
     for away in (0, 0.001, 0.002, 0.003):
         there = {name: (1 + away) * leaf for name, leaf in leaves.items()}
         held = HeldRelu()  # as in float64: at a kink the last digit decides
         exact = mixed(recurrence, there, masks, R, along, held)
         short = {name: leaf.float() for name, leaf in there.items()}, [mask.float() for mask in masks], R.float()
-        errors.append(relative_errors(*numbered(mixed(recurrence, *short, along, held), exact)))
-        if not away:
-            found = relative_errors(*numbered(mixed(fused, *short, along, widened(held)), exact))
-    assert all(found[i] <= max(2e-5, 5 * max(eager[i] for eager in errors)) for i in found), (found, errors)
+        for module, relu in ((recurrence, held), (fused, widened(held))):
+            errors[module].append(relative_errors(*numbered(mixed(module, *short, along, relu), exact)))
+    eager, found = ({i: max(e[i] for e in places) for i in places[0]} for places in errors.values())
+    assert all(found[i] <= max(2e-5, 5 * eager[i]) for i in found), (found, eager)
 
 
 def test_relu_is_held_where_eager_holds_it():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dropout import HeldRelu
 from kernels import Workspace, kernel, realised, sigmoid, sigmoid_tanh
-from recurrence import BN_EPS
+from recurrence import NORM_EPS
 
 
 class Trace(NamedTuple):
@@ -26,8 +26,10 @@ class Trace(NamedTuple):
     masked: Tensor  # (T, N+1, B, H)
     products: list[Tensor]  # N+1 times (T, i, B, 2H)
     previous: Tensor  # (T+1, B, H)
-    inverse: Tensor  # (T, N+1, H)
+    inverse: Tensor  # (T, N+1, H) of batch normalisation, (T, N+1, B, 1) of layer normalisation
     held_relu: HeldRelu | None
+    norm: str
+    share: Tensor | None  # (H,), see `unit_share`
 
 
 class WayBack(NamedTuple):
@@ -64,6 +66,11 @@ def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
 def held_set(cu: Tensor, held_relu: HeldRelu | None, place: tuple[int, int]) -> Tensor | None:
     """Where relu is held active, (..., H) as bytes, since Inductor reads bool slowly; None where it is free."""
     return None if held_relu is None else held_relu.active_set(halves(cu)[1], place).view(torch.uint8)
+
+
+def unit_share(width: int, like: Tensor) -> Tensor:
+    """(H,) for states like `like` (B, H): 1 / width for each of `width` hidden units, 0 for the zeros behind them."""
+    return (torch.arange(like.size(-1), device=like.device) < width).to(like.dtype) / width
 
 
 def of_nodes(probs: Tensor) -> tuple[Tensor, ...]:
@@ -103,22 +110,24 @@ class Waiting:
 
 
 @kernel
-def relaxed_start(cu, h, h_mask, state, masked, inverse):
-    """s_0 from the hidden state: cu (B, 2H), h and h_mask (B, H) -> state, masked (B, H), inverse (H,)."""
+def relaxed_start(cu, h, norm, share, h_mask, state, masked, inverse):
+    """s_0 from the hidden state: cu (B, 2H), h and h_mask (B, H), `norm` and `share` as in `average` -> state, masked
+    (B, H), inverse (H,) or (B, 1)."""
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     tanh = sigmoid_tanh(u)[1]
-    put_normalised(h + sigmoid(c) * (tanh - h), h_mask, state, masked, inverse)
+    put_normalised(h + sigmoid(c) * (tanh - h), norm, share, h_mask, state, masked, inverse)
 
 
 @kernel
-def relaxed_node(cu, states, p, active, h_mask, state, masked, inverse):
+def relaxed_node(cu, states, p, active, norm, share, h_mask, state, masked, inverse):
     """s_i: cu (i, B, 2H), states (i, B, H), p (i, K), relu's active set (i, B, H) or None -> state, masked (B, H),
-    inverse (H,)."""
+    inverse (H,) or (B, 1)."""
     c, u = cu.chunk(2, dim=-1)
     p = p[:, 1:, None, None]
     *_, mixed, _ = mixture(p, u, active)
     kept = p.sum(1) * states.to(h_mask.dtype)
-    put_normalised((kept + sigmoid(c.to(h_mask.dtype)) * (mixed - kept)).sum(0), h_mask, state, masked, inverse)
+    each = kept + sigmoid(c.to(h_mask.dtype)) * (mixed - kept)
+    put_normalised(each.sum(0) * of_sum(norm, len(p)), norm, share, h_mask, state, masked, inverse)
 
 
 def mixture(p, u, active):
@@ -133,14 +142,31 @@ def mixture(p, u, active):
     return primitives, slopes, mixed, slope
 
 
-def put_normalised(s, h_mask, state, masked, inverse):
-    s = realised(s)
-    centred = s - s.mean(0)
-    scale = torch.rsqrt(centred.square().mean(0) + BN_EPS)
-    s = centred * scale
+def of_sum(norm, predecessors):
+    """What the sum over the predecessors is multiplied by: without a norm it is a mean."""
+    return 1 / predecessors if norm == "none" else 1
+
+
+def average(x, norm, share):
+    """The mean of x (B, H) that a norm subtracts: of each unit over the batch (H,), or of each row over its units
+    (B, 1), where `share` (H,) is 1 / their number (`unit_share`)."""
+    return x.mean(0) if norm == "batch" else (x * share).sum(-1, keepdim=True)
+
+
+def units_alone(x, norm, share):
+    """x (B, H) with 0 behind the hidden units, where a mean over units would leave something else."""
+    return torch.where(share > 0, x, 0) if norm == "layer" else x
+
+
+def put_normalised(s, norm, share, h_mask, state, masked, inverse):
+    if norm != "none":
+        s = realised(s)
+        centred = s - average(s, norm, share)
+        scale = torch.rsqrt(average(centred.square(), norm, share) + NORM_EPS)
+        s = units_alone(centred * scale, norm, share)
+        inverse.copy_(scale)
     state.copy_(s)
     masked.copy_(s * h_mask)
-    inverse.copy_(scale)
 
 
 @kernel
@@ -159,25 +185,29 @@ def output_back(g, direct, into, h_mask, concat, total):
     total.copy_((g + direct + into * h_mask) / len(concat) * counts[:, None, None])
 
 
-def normalise_back(g, state, inverse):
-    """Back through batch normalisation, (B, H): inverse * (g - mean(g) - s mean(g s))."""
+def normalise_back(g, norm, share, state, inverse):
+    """Back through a norm, (B, H): inverse * (g - mean(g) - s mean(g s)), the means as in `average`."""
+    if norm == "none":
+        return realised(g)
     s = state.to(g.dtype)
-    return realised(inverse * (g - g.mean(0) - s * (g * s).mean(0)))
+    dz = inverse * (g - average(g, norm, share) - s * average(g * s, norm, share))
+    return realised(units_alone(dz, norm, share))
 
 
 @kernel
 def relaxed_node_back(
-    g, g_through, state, inverse, total, through, states, cu, p, active, h_mask, received, dc, du, total_after, *sums
-):
-    """Back through a node: g, g_through, state (B, H), inverse (H,), the rest as in `relaxed_node` -> the node's own
-    gradient (B, H), dc, du (i, B, H).
+    g, g_through, state, inverse, total, through, states, cu, p, active, norm, share, h_mask, received, dc, du,
+    total_after, *sums,
+):  # fmt: skip
+    """Back through a node: g, g_through, state (B, H), inverse (H,) or (B, 1), the rest as in `relaxed_node` -> the
+    node's own gradient (B, H), dc, du (i, B, H).
 
     `total_after` (i, B, H) is `total` and `through`, which waited, and this node's share. The `sums`, (i, B)
     each, gain the gradients of the probabilities.
     """
     g = g + g_through * h_mask
     received.copy_(g)
-    dz = normalise_back(g, state, inverse)
+    dz = normalise_back(g, norm, share, state, inverse) * of_sum(norm, len(p))
     c, u = cu.chunk(2, dim=-1)
     s = states.to(h_mask.dtype)
     p = p[:, 1:, None, None]
@@ -195,12 +225,12 @@ def relaxed_node_back(
 
 
 @kernel
-def relaxed_start_back(g, g_through, state, inverse, cu, h_mask, h, received, dc, du, direct):
-    """Back through the normalisation of s_0 and through s_0, all (B, H) -> the gradient of s_0, dc, du, and the hidden
+def relaxed_start_back(g, g_through, state, inverse, cu, norm, share, h_mask, h, received, dc, du, direct):
+    """Back through the norm of s_0 and through s_0, all (B, H) -> the gradient of s_0, dc, du, and the hidden
     state's own share."""
     g = g + g_through * h_mask
     received.copy_(g)
-    put_start_back(normalise_back(g, state, inverse), cu, h, dc, du, direct)
+    put_start_back(normalise_back(g, norm, share, state, inverse), cu, h, dc, du, direct)
 
 
 @kernel

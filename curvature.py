@@ -18,6 +18,7 @@ from cells import (
     Trace,
     Waiting,
     WayBack,
+    average,
     before_node,
     by_node,
     flat_rows,
@@ -25,7 +26,9 @@ from cells import (
     held_set,
     mixture,
     of_nodes,
+    of_sum,
     output,
+    units_alone,
 )
 from kernels import kernel, product, realised, sigmoid, sigmoid_tanh
 
@@ -35,7 +38,7 @@ class Tangents(NamedTuple):
 
     states: Tensor  # (T, N+1, B, H)
     products: list[Tensor]  # N+1 times (T, i, B, 2H)
-    ratio: Tensor  # (T, N+1, H), of `inverse` to itself
+    ratio: Tensor  # (T, N+1, H) or (T, N+1, B, 1), of `inverse` to itself
     hiddens: tuple[Tensor, ...]  # T+1 times (B, H)
     along: list[Tensor]  # directions of W0_h and Ws
 
@@ -52,7 +55,7 @@ def r_forward(
     along: list[Tensor],
 ) -> tuple[Tangents, Tensor]:
     """Tangents along vxW (T, B, 2H), vh0 (B, H) and, for W0_h and Ws, `along`; that of the hidden states (T, B, H)."""
-    space, states, masked, products, previous, inverse, held_relu = trace
+    space, states, masked, products, previous, inverse, held_relu, norm, share = trace
     (T, B, H), N = hiddens.shape, len(weights) - 1
     r_states = space.take(T, N + 1, B, H)
     r_products = [space.take(T, max(i, 1), B, 2 * H) for i in range(N + 1)]
@@ -78,7 +81,7 @@ def r_forward(
         torch.addmm(vxWs[t], r_previous, weights[0], out=rows_of_r_cu[0][t])
         rows_of_r_cu[0][t].addmm_(previous_t[t], along[0])
         r_start(
-            cus[0][t][0], rows_of_r_cu[0][t], hs[t], r_hs[t], h_mask, state[0][t], scale[0][t],
+            cus[0][t][0], rows_of_r_cu[0][t], hs[t], r_hs[t], norm, share, h_mask, state[0][t], scale[0][t],
             r_state[0][t], r_mask[0], r_scale[0][t],
         )  # fmt: skip
         for i in range(1, N + 1):
@@ -87,8 +90,8 @@ def r_forward(
             rows_of_r_cu[i][t].addmm_(factor[i][t], along[i])
             active = held_set(cu, held_relu, (t, i))
             r_node(
-                cu, r_cus[i][t], below[i][t], r_below[i][t], rows[i - 1], active, h_mask, state[i][t], scale[i][t],
-                r_state[i][t], r_mask[i], r_scale[i][t],
+                cu, r_cus[i][t], below[i][t], r_below[i][t], rows[i - 1], active, norm, share, h_mask,
+                state[i][t], scale[i][t], r_state[i][t], r_mask[i], r_scale[i][t],
             )  # fmt: skip
         output(r_nodes[t], concat, h_mask, r_hs[t + 1], r_previous)
     return Tangents(r_states, r_products, ratio, r_hs, along), r_hiddens
@@ -107,7 +110,7 @@ def r_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tangents of the gradients of xW (T, B, 2H), h0 (B, H) and probs (N(N+1)/2, K), where that of the hidden states'
     gradient is r_g_hiddens (T, B, H)."""
-    space, states, _, products, _, inverse, held_relu = trace
+    space, states, _, products, _, inverse, held_relu, norm, share = trace
     received, dxW = way_back
     r_states, r_products, ratio, r_hs, along = tangents
     (T, B, H), N = hiddens.shape, len(weights) - 1
@@ -136,7 +139,7 @@ def r_backward(
             r_node_back(
                 w.each[here][i], w.rest[i], mine[i][t], state[i][t], r_state[i][t], scale[i][t], r_scale[i][t],
                 w.share[here][i], w.rest_of[i], below[i][t], r_below[i][t], cu, r_cus[i][t], rows[i - 1], active,
-                h_mask, *four[i - 1], w.share[there][i], *w.sums[i - 1],
+                norm, share, h_mask, *four[i - 1], w.share[there][i], *w.sums[i - 1],
             )  # fmt: skip
             here, there = there, here
             product(rows_of[i - 1][0], factors[i][0], out=w.rows_of_rest[i])
@@ -144,7 +147,7 @@ def r_backward(
                 w.rows_of_rest[i].addmm_(d, factor)
         r_start_back(
             w.each[here][0], w.rest[0], mine[0][t], state[0][t], r_state[0][t], scale[0][t], r_scale[0][t],
-            cus[0][t][0], r_cus[0][t][0], h_mask, hs[t], r_hs[t], r_dcs_0[0][t], r_dcs_0[1][t], w.direct,
+            cus[0][t][0], r_cus[0][t][0], norm, share, h_mask, hs[t], r_hs[t], r_dcs_0[0][t], r_dcs_0[1][t], w.direct,
         )  # fmt: skip
         product(r_dxWs[t], W0_t, out=w.into)
         w.into.addmm_(dxWs[t], v0_t)
@@ -155,18 +158,19 @@ def r_backward(
 
 
 @kernel
-def r_start(cu, r_cu, h, r_h, h_mask, state, inverse, r_state, r_masked, ratio):
-    """The tangent of s_0: cu, r_cu (B, 2H), h to state (B, H), inverse (H,) -> r_state, r_masked (B, H), ratio (H,)."""
+def r_start(cu, r_cu, h, r_h, norm, share, h_mask, state, inverse, r_state, r_masked, ratio):
+    """The tangent of s_0: cu, r_cu (B, 2H), h, r_h, h_mask, state (B, H), `norm` and `share` as in `cells.average`,
+    inverse (H,) or (B, 1) -> r_state, r_masked (B, H), ratio like inverse."""
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h.dtype).chunk(2, dim=-1)
     gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]
     opened = (1 - gate) * (tanh - h) * r_c + (1 - tanh * tanh) * r_u
-    put_r_normalised(r_h + gate * (opened - r_h), h_mask, state, inverse, r_state, r_masked, ratio)
+    put_r_normalised(r_h + gate * (opened - r_h), norm, share, h_mask, state, inverse, r_state, r_masked, ratio)
 
 
 @kernel
-def r_node(cu, r_cu, states, r_states, p, active, h_mask, state, inverse, r_state, r_masked, ratio):
-    """The tangent of s_i, with arguments as in `cells.relaxed_node` -> r_state, r_masked (B, H), ratio (H,)."""
+def r_node(cu, r_cu, states, r_states, p, active, norm, share, h_mask, state, inverse, r_state, r_masked, ratio):
+    """The tangent of s_i, with arguments as in `cells.relaxed_node` -> r_state, r_masked (B, H), ratio like inverse."""
     c, u = cu.chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h_mask.dtype).chunk(2, dim=-1)
     p = p[:, 1:, None, None]
@@ -174,34 +178,43 @@ def r_node(cu, r_cu, states, r_states, p, active, h_mask, state, inverse, r_stat
     some, gate = p.sum(1), sigmoid(c.to(h_mask.dtype))
     kept, r_kept = some * states.to(h_mask.dtype), some * r_states.to(h_mask.dtype)
     r_z = r_kept + gate * ((1 - gate) * (mixed - kept) * r_c + slope * r_u - r_kept)
-    put_r_normalised(r_z.sum(0), h_mask, state, inverse, r_state, r_masked, ratio)
+    put_r_normalised(r_z.sum(0) * of_sum(norm, len(p)), norm, share, h_mask, state, inverse, r_state, r_masked, ratio)
 
 
-def put_r_normalised(r_z, h_mask, state, inverse, r_state, r_masked, ratio):
+def put_r_normalised(r_z, norm, share, h_mask, state, inverse, r_state, r_masked, ratio):
     """Of s = (z - mean) / deviation, whose Jacobian is symmetric, and of 1 / deviation, relative to itself."""
-    r_z, s = realised(r_z), state.to(r_z.dtype)
-    common = (s * r_z).mean(0)
-    r_s = inverse * (r_z - r_z.mean(0) - s * common)
+    r_s = r_z
+    if norm != "none":
+        r_z, s = realised(r_z), state.to(r_z.dtype)
+        common = average(s * r_z, norm, share)
+        r_s = units_alone(inverse * (r_z - average(r_z, norm, share) - s * common), norm, share)
+        ratio.copy_(-inverse * common)
     r_state.copy_(r_s)
     r_masked.copy_(r_s * h_mask)
-    ratio.copy_(-inverse * common)
 
 
-def r_normalise_back(r_g, g, state, r_state, inverse, ratio):
-    """dz = inverse * (g - mean(g) - s mean(g s)) and its tangent, (B, H) each."""
-    g, s, r_s = g.to(r_g.dtype), state.to(r_g.dtype), r_state.to(r_g.dtype)
-    common, r_common = (g * s).mean(0), (r_g * s + g * r_s).mean(0)
-    dz = realised(inverse * (g - g.mean(0) - s * common))
-    return dz, realised(ratio * dz + inverse * (r_g - r_g.mean(0) - r_s * common - s * r_common))
+def r_normalise_back(r_g, g, norm, share, state, r_state, inverse, ratio):
+    """dz = inverse * (g - mean(g) - s mean(g s)) and its tangent, (B, H) each, the means as in `cells.average`."""
+    g = g.to(r_g.dtype)
+    if norm == "none":
+        return realised(g), realised(r_g)
+    s, r_s = state.to(r_g.dtype), r_state.to(r_g.dtype)
+    common, r_common = average(g * s, norm, share), average(r_g * s + g * r_s, norm, share)
+    dz = realised(units_alone(inverse * (g - average(g, norm, share) - s * common), norm, share))
+    r_dz = ratio * dz + inverse * (r_g - average(r_g, norm, share) - r_s * common - s * r_common)
+    return dz, realised(units_alone(r_dz, norm, share))
 
 
 @kernel
 def r_node_back(
     r_g, r_g_through, g, state, r_state, inverse, ratio, r_total, r_through, states, r_states, cu, r_cu, p, active,
-    h_mask, r_dc, r_du, dc, du, r_total_after, *sums,
+    norm, share, h_mask, r_dc, r_du, dc, du, r_total_after, *sums,
 ):  # fmt: skip
     """The tangent of `cells.relaxed_node_back` -> r_dc, r_du, and dc, du themselves, (i, B, H)."""
-    dz, r_dz = r_normalise_back(r_g + r_g_through * h_mask, g, state, r_state, inverse, ratio)
+    dz, r_dz = (
+        d * of_sum(norm, len(p))
+        for d in r_normalise_back(r_g + r_g_through * h_mask, g, norm, share, state, r_state, inverse, ratio)
+    )
     c, u = cu.chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h_mask.dtype).chunk(2, dim=-1)
     s, r_s = states.to(h_mask.dtype), r_states.to(h_mask.dtype)
@@ -226,9 +239,11 @@ def r_node_back(
 
 
 @kernel
-def r_start_back(r_g, r_g_through, g, state, r_state, inverse, ratio, cu, r_cu, h_mask, h, r_h, r_dc, r_du, r_direct):
+def r_start_back(
+    r_g, r_g_through, g, state, r_state, inverse, ratio, cu, r_cu, norm, share, h_mask, h, r_h, r_dc, r_du, r_direct
+):
     """The tangent of `cells.relaxed_start_back`, all (B, H) -> r_dc, r_du, and that of the hidden state's own share."""
-    dz, r_dz = r_normalise_back(r_g + r_g_through * h_mask, g, state, r_state, inverse, ratio)
+    dz, r_dz = r_normalise_back(r_g + r_g_through * h_mask, g, norm, share, state, r_state, inverse, ratio)
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h.dtype).chunk(2, dim=-1)
     gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]

@@ -35,6 +35,7 @@ from cells import (
     relaxed_node_back,
     relaxed_start,
     relaxed_start_back,
+    unit_share,
 )
 from curvature import r_backward, r_forward
 from dropout import HeldRelu, drop
@@ -50,13 +51,15 @@ def relaxed(
     x_mask: Tensor | None = None,
     h_mask: Tensor | None = None,
     held_relu: HeldRelu | None = None,
+    norm: str = "batch",
     store: torch.dtype | None = None,
 ) -> Tensor:
     """As `recurrence.relaxed`, (T, B, H); `store` is the dtype of products, by default that of h0."""
     H, store, keep = h0.size(-1), store or h0.dtype, wants_gradient(x, h0, W0, *Ws, probs)
     # Whatever the products gain: the kernels are quicker for it in any dtype.
     xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, store, -H % ROW)
-    return Relaxed.apply(keep, held_relu, xW, h0, W0_h, probs, h_mask, *Ws)[..., :H]
+    share = unit_share(H, h0) if norm == "layer" else None
+    return Relaxed.apply(keep, held_relu, norm, share, xW, h0, W0_h, probs, h_mask, *Ws)[..., :H]
 
 
 def discrete(
@@ -111,7 +114,7 @@ class Relaxed(torch.autograd.Function):
     """The relaxed cell. The product of node i holds `[c_j, u_j]` of each of its predecessors, (i, B, 2H)."""
 
     @staticmethod
-    def forward(ctx, keep, held_relu, xW, h0, W0_h, probs, h_mask, *Ws):
+    def forward(ctx, keep, held_relu, norm, share, xW, h0, W0_h, probs, h_mask, *Ws):
         (T, B, _), H, N = xW.shape, h0.size(-1), len(Ws)
         space = Workspace(xW.dtype, h0.dtype, h0.device)
         kept = T if keep else 1  # steps that are remembered
@@ -119,7 +122,7 @@ class Relaxed(torch.autograd.Function):
         masked = space.take(kept, N + 1, B, H)
         products = [space.take(kept, max(i, 1), B, 2 * H) for i in range(N + 1)]
         previous = space.take(T + 1, B, H)  # the hidden state before each step, masked
-        inverse = h0.new_empty(kept, N + 1, H)  # 1 / standard deviation
+        inverse = h0.new_empty(kept, N + 1, *((B, 1) if norm == "layer" else (H,)))  # 1 / standard deviation
         hiddens = h0.new_empty(T, B, H)
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
         rows = of_nodes(probs)  # N times (i, K)
@@ -135,17 +138,19 @@ class Relaxed(torch.autograd.Function):
         for t in range(T):
             k = t if keep else 0
             torch.addmm(xWs[t], previous_t[t], weights[0], out=rows_of_cu[0][k])
-            relaxed_start(rows_of_cu[0][k], h, h_mask, state[0][k], mask[0][k], scale[0][k])
+            relaxed_start(rows_of_cu[0][k], h, norm, share, h_mask, state[0][k], mask[0][k], scale[0][k])
             for i in range(1, N + 1):
                 cu = cus[i][k]  # (i, B, 2H)
                 product(factor[i][k], weights[i], out=rows_of_cu[i][k])
                 active = held_set(cu, held_relu, (t, i))
-                relaxed_node(cu, below[i][k], rows[i - 1], active, h_mask, state[i][k], mask[i][k], scale[i][k])
+                relaxed_node(
+                    cu, below[i][k], rows[i - 1], active, norm, share, h_mask, state[i][k], mask[i][k], scale[i][k]
+                )
             h = hs[t]
             output(nodes[k], concat, h_mask, h, previous_t[t + 1])
 
         if keep:
-            ctx.trace = Trace(space, states, masked, products, previous, inverse, held_relu)
+            ctx.trace = Trace(space, states, masked, products, previous, inverse, held_relu, norm, share)
             ctx.tangents = {}  # by the call of autograd that left them
             ctx.save_for_backward(h0, probs, h_mask, hiddens, W0_h, *Ws)
         return hiddens
@@ -161,16 +166,16 @@ class Relaxed(torch.autograd.Function):
             dWs = [not_formed(weights[0]), *(None for _ in weights[1:])]  # W0 has another share, of xW
         else:
             (dxW, dh0, dprobs, *dWs), _ = Relaxed.way_back(ctx, g_hiddens)
-        return None, None, dxW, dh0, dWs[0], dprobs, None, *dWs[1:]
+        return None, None, None, None, dxW, dh0, dWs[0], dprobs, None, *dWs[1:]
 
     @staticmethod
     def way_back(ctx, g_hiddens: Tensor, keep: bool = False) -> tuple[tuple[Tensor | None, ...], WayBack]:
         """Gradients of xW, h0, probs, W0_h and Ws, and what of the way is remembered if it is to be differentiated."""
-        space, states, masked, products, previous, inverse, held_relu = ctx.trace
+        space, states, masked, products, previous, inverse, held_relu, norm, share = ctx.trace
         h0, probs, h_mask, hiddens, W0_h, *Ws = ctx.saved_tensors
         T, B, H = hiddens.shape
         N = len(Ws)
-        of_weights = ctx.needs_input_grad[4] or any(ctx.needs_input_grad[7:])
+        of_weights = ctx.needs_input_grad[6] or any(ctx.needs_input_grad[9:])
         rows = of_nodes(probs)  # N times (i, K)
         weights = [W.to(space.store) for W in (W0_h, *Ws)]
         dxW = space.take(T, B, 2 * H)
@@ -198,7 +203,7 @@ class Relaxed(torch.autograd.Function):
                 active = held_set(cu, held_relu, (t, i))
                 relaxed_node_back(
                     w.each[here][i], w.rest[i], state[i][t], scale[i][t], w.share[here][i], w.rest_of[i], below[i][t],
-                    cu, rows[i - 1], active, h_mask, mine[i][t if keep else 0], dc, du,
+                    cu, rows[i - 1], active, norm, share, h_mask, mine[i][t if keep else 0], dc, du,
                     w.share[there][i], *w.sums[i - 1],
                 )  # fmt: skip
                 here, there = there, here
@@ -208,7 +213,7 @@ class Relaxed(torch.autograd.Function):
                     for dW, d in zip(halves_of_dW[i - 1], (dc_rows, du_rows), strict=True):
                         add_product(dW, factor[i][t], d)
             relaxed_start_back(
-                w.each[here][0], w.rest[0], state[0][t], scale[0][t], cus[0][t][0], h_mask, hs[t],
+                w.each[here][0], w.rest[0], state[0][t], scale[0][t], cus[0][t][0], norm, share, h_mask, hs[t],
                 mine[0][t if keep else 0], dcs_0[0][t], dcs_0[1][t], w.direct,
             )  # fmt: skip
             product(dxWs[t], W0_t, out=w.into)
@@ -221,7 +226,7 @@ class Relaxed(torch.autograd.Function):
                     s = masked[:, :i].flatten(1, 2).mT  # (T, H, iB)
                     for half, d in zip(halves(dW), dcs[i - 1].unbind(1), strict=True):
                         half.copy_((s @ d.flatten(1, 2)).sum(0, dtype=space.wide))
-        of_xW = (dxW.clone() if keep else dxW) if ctx.needs_input_grad[2] else None  # which autograd makes its own
+        of_xW = (dxW.clone() if keep else dxW) if ctx.needs_input_grad[4] else None  # which autograd makes its own
         found = of_xW, w.of_h0(h_mask), w.of_probs(), dW0_h, *(dWs or [None] * N)
         return found, WayBack(received, dxW)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dropout import HeldRelu, drop
 
-BN_EPS = 1e-5
+NORM_EPS = 1e-5
+NORMS = ("batch", "layer", "none")  # of the relaxed cell's states
 ACTIVATIONS = {
     "tanh": torch.tanh,
     "relu": torch.relu,
@@ -22,14 +23,18 @@ ACTIVATIONS = {
 }
 
 
-def normalise(s: Tensor) -> Tensor:
-    """Batch normalisation without affine part, by the statistics of the batch at hand, (..., B, H).
+def normalise(s: Tensor, norm: str) -> Tensor:
+    """The states (..., B, H) with mean 0 and variance 1, without affine part; with norm "none" the states themselves.
 
-    Batch-specific statistics in evaluation too (DARTS, appendix A.1.1); so there are no buffers that the
-    passes of an architecture step could disturb.
+    "batch" takes mean and variance of each hidden unit over the batch at hand, in evaluation too (DARTS, appendix
+    A.1.1), so that there are no buffers that the passes of an architecture step could disturb. "layer" takes them over
+    the hidden units of each row (Ba, Kiros & Hinton 2016), so that no row depends on another.
     """
-    centred = s - s.mean(-2, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(-2, keepdim=True) + BN_EPS)
+    if norm == "none":
+        return s
+    dim = -2 if norm == "batch" else -1
+    centred = s - s.mean(dim, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + NORM_EPS)
 
 
 def cell_inputs(x: Tensor, W0: Tensor, x_mask: Tensor | None) -> Iterator[Tensor]:
@@ -52,6 +57,7 @@ def relaxed(
     x_mask: Tensor | None = None,
     h_mask: Tensor | None = None,
     held_relu: HeldRelu | None = None,
+    norm: str = "batch",
 ) -> Tensor:
     """Hidden states (T, B, H) of the continuous relaxation (DARTS, section 2.2 and 3.1.2).
 
@@ -59,7 +65,10 @@ def relaxed(
     architecture parameters, x_mask (B, E), h_mask (B, H). Node i reads rows i(i-1)/2 .. of probs, one for
     each predecessor 0..i-1, and
 
-        s_i = BN( sum_j sum_{k != none} p_k * [s_j + sigmoid(c_j) * (f_k(h_j) - s_j)] ).
+        s_i = norm( sum_j sum_{k != none} p_k * [s_j + sigmoid(c_j) * (f_k(h_j) - s_j)] ),
+
+    where `norm` is one of `NORMS` (see `normalise`); with "none" the sum over j is a mean, since nothing else would
+    keep the size of the states from growing with the number of predecessors. s_0 is normalised too.
 
     The sum over k is taken first: with P = sum_{k != none} p_k each j contributes
     P s_j + sigmoid(c_j) * (sum_k p_k f_k(h_j) - P s_j).
@@ -68,7 +77,7 @@ def relaxed(
     rows = probs.split(list(range(1, len(Ws) + 1)))  # N times (i, K)
     h, hiddens = h0, []
     for t, xW in enumerate(cell_inputs(x, W0, x_mask)):
-        states = [normalise(initial_state(xW, h, W0_h, h_mask))]
+        states = [normalise(initial_state(xW, h, W0_h, h_mask), norm)]
         for W, p in zip(Ws, rows, strict=True):
             s = torch.stack(states)  # (i, B, H)
             c, u = (drop(s, h_mask) @ W).chunk(2, dim=-1)  # (i, B, H) each
@@ -77,7 +86,8 @@ def relaxed(
             activations = (torch.tanh(u), relu, torch.sigmoid(u), u)  # (i, B, H) each, in the order of PRIMITIVES
             mixed = sum(p[:, k] * f for k, f in enumerate(activations))  # (i, B, H)
             kept = p.sum(1) * s  # (i, B, H)
-            states.append(normalise((kept + torch.sigmoid(c) * (mixed - kept)).sum(0)))
+            each = kept + torch.sigmoid(c) * (mixed - kept)  # (i, B, H)
+            states.append(normalise(each.mean(0) if norm == "none" else each.sum(0), norm))
         h = sum(states[1:]) / len(Ws)  # (B, H)
         hiddens.append(h)
     return torch.stack(hiddens)

@@ -12,7 +12,7 @@ Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives.
 import numpy as np
 
 PRIMITIVES = ["none", "tanh", "relu", "sigmoid", "identity"]
-BN_EPS = 1e-5
+NORM_EPS = 1e-5
 
 
 def tanh(z):
@@ -45,7 +45,19 @@ def batch_norm(s):
     mean = s.sum(axis=0) / len(s)
     deviation = s - mean
     variance = (deviation * deviation).sum(axis=0) / len(s)
-    return deviation / np.sqrt(variance + BN_EPS)
+    return deviation / np.sqrt(variance + NORM_EPS)
+
+
+def layer_norm(s):
+    """Each row by its mean and biased variance over the H units, no affine part, (B, H) -> (B, H)."""
+    rows = []
+    for row in s:
+        deviation = row - row.sum() / len(row)
+        rows.append(deviation / np.sqrt((deviation * deviation).sum() / len(row) + NORM_EPS))
+    return np.stack(rows)
+
+
+NORM = {"batch": batch_norm, "layer": layer_norm, "none": identity}
 
 
 def split(product):
@@ -63,10 +75,10 @@ def cell_input(x, h_prev, W0, x_mask, h_mask):
     return h_prev + sigmoid(c0) * (tanh(h0) - h_prev)
 
 
-def relaxed_step(x, h_prev, W0, Ws, alpha, x_mask, h_mask):
+def relaxed_step(x, h_prev, W0, Ws, alpha, x_mask, h_mask, norm):
     """One time step of the relaxed cell, x (B, E), h_prev (B, H) -> (B, H); see `relaxed_sequence`."""
     N = len(Ws)
-    s = [batch_norm(cell_input(x, h_prev, W0, x_mask, h_mask))]  # s_0, s_1, ... s_N, all normalised
+    s = [NORM[norm](cell_input(x, h_prev, W0, x_mask, h_mask))]  # s_0, s_1, ... s_N, all normalised
     edge = 0  # row of alpha
     for i in range(1, N + 1):
         total = 0
@@ -78,7 +90,7 @@ def relaxed_step(x, h_prev, W0, Ws, alpha, x_mask, h_mask):
                     f = ACTIVATION[name]
                     total = total + p[k] * (s[j] + sigmoid(c) * (f(h) - s[j]))
             edge += 1
-        s.append(batch_norm(total))
+        s.append(NORM[norm](total / i if norm == "none" else total))
     return sum(s[1:]) / N
 
 
@@ -92,17 +104,18 @@ def discrete_step(x, h_prev, W0, Ws, recurrent, concat, x_mask, h_mask):
     return sum(s[i] for i in concat) / len(concat)
 
 
-def relaxed_sequence(x, h0, W0, Ws, alpha, x_mask, h_mask):
+def relaxed_sequence(x, h0, W0, Ws, alpha, x_mask, h_mask, norm="batch"):
     """The relaxed cell over T steps, each step's output the next step's hidden state; returns (T, B, H).
 
     x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N matrices (H, 2H), as a list or one (N, H, 2H) array;
     alpha (N(N+1)/2, K) logits, in rows for node 1 from 0, node 2 from 0, node 2 from 1, node 3 from 0, ...,
     in columns as PRIMITIVES; x_mask (B, E) and h_mask (B, H), already scaled, the same at all T steps.
-    The masks act on what enters a product, nowhere else. Every s_j that enters a node is the normalised one.
+    The masks act on what enters a product, nowhere else. Every s_j that enters a node is the normalised one; with norm
+    "none" nothing is normalised, and a node is the mean over its predecessors instead of their sum.
     """
     hidden, outputs = h0, []
     for t in range(len(x)):
-        hidden = relaxed_step(x[t], hidden, W0, Ws, alpha, x_mask, h_mask)
+        hidden = relaxed_step(x[t], hidden, W0, Ws, alpha, x_mask, h_mask, norm)
         outputs.append(hidden)
     return np.stack(outputs)
 

@@ -17,6 +17,7 @@ from test_fused import (
     fillings,
     in_pieces,
     in_rows_of,
+    norms,
     problem,
     relative_errors,
     rows,
@@ -42,10 +43,10 @@ def directions(leaves, seed):
     return [torch.randn(leaves[name].shape, generator=generator, dtype=torch.float64) for name in NAMES]
 
 
-def mixed(module, leaves, masks, R, along, held=None, asked=("alpha", "x", "h0")):
+def mixed(module, leaves, masks, R, along, held=None, asked=("alpha", "x", "h0"), norm="batch"):
     """Gradient of (gradient of L in x, h0 and the weights) . along; L is not linear in the hidden states."""
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-    hiddens = run(module, "relaxed", leaves, masks, held=held)
+    hiddens = run(module, "relaxed", leaves, masks, held=held, norm=norm)
     total = (R * (hiddens + hiddens.square())).sum()
     first = torch.autograd.grad(total, [leaves[name] for name in NAMES], create_graph=True)
     dot = sum((g * v.to(g)).sum() for g, v in zip(first, along, strict=True))
@@ -57,30 +58,31 @@ def numbered(found, expected):
     return dict(enumerate(found)), dict(enumerate(expected))
 
 
-@settings(max_examples=60, deadline=None)
-@given(size=sizes, row=rows)
-def test_fused_is_eager_in_float64(size, row):
+@settings(max_examples=120, deadline=None)
+@given(size=sizes, row=rows, norm=norms)
+def test_fused_is_eager_in_float64(size, row, norm):
     leaves, masks, R = problem(**size)
     along = directions(leaves, size["seed"])
     with in_rows_of(row):
-        found = mixed(fused, leaves, masks, R, along)
-    assert_equal(*numbered(found, mixed(recurrence, leaves, masks, R, along)), 1e-9)
+        found = mixed(fused, leaves, masks, R, along, norm=norm)
+    assert_equal(*numbered(found, mixed(recurrence, leaves, masks, R, along, norm=norm)), 1e-9)
 
 
+@pytest.mark.parametrize("norm", recurrence.NORMS)
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("size", [(3, 3, 2, 3, 3), (1, 2, 2, 2, 2), (2, 1, 2, 2, 2)])
-def test_it_is_the_derivative_of_the_equations_by_loops(size, masked):
+def test_it_is_the_derivative_of_the_equations_by_loops(size, masked, norm):
     """Along the direction by a complex step, in each alpha by a central difference of that."""
     leaves, masks, R = problem(*size, seed=3, masked=masked)
     along = directions(leaves, 3)
-    *_, found = mixed(fused, leaves, masks, R, along, asked=("alpha",))
+    *_, found = mixed(fused, leaves, masks, R, along, asked=("alpha",), norm=norm)
     arrays = {name: leaf.numpy() for name, leaf in leaves.items()}
     given_masks = oracle_masks(arrays, [None if mask is None else mask.numpy() for mask in masks])
     step = 1e-30
     moved = {name: arrays[name] + 1j * step * v.numpy() for name, v in zip(NAMES, along, strict=True)}
 
     def slope(alpha):
-        h = oracle.relaxed_sequence(**moved, alpha=alpha, x_mask=given_masks[0], h_mask=given_masks[1])
+        h = oracle.relaxed_sequence(**moved, alpha=alpha, x_mask=given_masks[0], h_mask=given_masks[1], norm=norm)
         return oracle.scalar(h + h * h, R.numpy()).imag / step
 
     radius, expected = 1e-5, np.zeros_like(arrays["alpha"])
@@ -91,10 +93,10 @@ def test_it_is_the_derivative_of_the_equations_by_loops(size, masked):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-7 * (1 + np.abs(expected).max()))
 
 
-@settings(max_examples=15, deadline=None)
-@given(T=st.integers(1, 6), B=st.integers(8, 20), H=st.integers(4, 24), seed=st.integers(0, 10**6))
-@example(T=6, B=10, H=11, seed=621070)  # where eager is 3 to 19 times nearer than at the other places
-def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(T, B, H, seed):
+@settings(max_examples=30, deadline=None)
+@given(T=st.integers(1, 6), B=st.integers(8, 20), H=st.integers(4, 24), seed=st.integers(0, 10**6), norm=norms)
+@example(T=6, B=10, H=11, seed=621070, norm="batch")  # where eager is 3 to 19 times nearer than at the other places
+def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(T, B, H, seed, norm):
     """To 2e-5; where a random cell is so steep that fp32 does not carry that far, to 5 times eager's own error. The
     largest of either over four places counts, since at one alone either may be lucky."""
     leaves, masks, R = problem(T, B, H, H, 8, seed, masked=True, scale=0.2)
@@ -103,10 +105,10 @@ def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(T, B, H, seed):
     for away in (0, 0.001, 0.002, 0.003):
         there = {name: (1 + away) * leaf for name, leaf in leaves.items()}
         held = HeldRelu()  # as in float64: at a kink the last digit decides
-        exact = mixed(recurrence, there, masks, R, along, held)
+        exact = mixed(recurrence, there, masks, R, along, held, norm=norm)
         short = {name: leaf.float() for name, leaf in there.items()}, [mask.float() for mask in masks], R.float()
         for module, relu in ((recurrence, held), (fused, widened(held))):
-            errors[module].append(relative_errors(*numbered(mixed(module, *short, along, relu), exact)))
+            errors[module].append(relative_errors(*numbered(mixed(module, *short, along, relu, norm=norm), exact)))
     eager, found = ({i: max(e[i] for e in places) for i in places[0]} for places in errors.values())
     assert all(found[i] <= max(2e-5, 5 * eager[i]) for i in found), (found, eager)
 
@@ -217,24 +219,32 @@ def test_a_model_behind_either_engine_has_the_same_product(fraternal):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", recurrence.NORMS)
 @pytest.mark.parametrize("copied", [True, False])
-def test_bf16_is_within_its_rounding_of_fp32(monkeypatch, copied):
-    """And not equal to it; however the decoder lies."""
+def test_bf16_is_within_its_rounding_of_fp32(monkeypatch, copied, norm):
+    """And not equal to it; however the decoder lies. A steep model may change by several times what it does when the
+    weights alone are rounded."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: copied)
     monkeypatch.setattr(decoder, "COPY_FROM", 1)
     torch.manual_seed(2)
-    model = tiny.search_model().float()
+    model = tiny.search_model(norm=norm).float()
     batch = tiny.batch(model, 1)
     batch = batch._replace(hidden=batch.hidden.float())
     along = [torch.randn_like(w) for w in model.weights()]
     narrow, wide = (product(model.using(Engine("fused", precision)), batch, along) for precision in ("bf16", "fp32"))
-    assert 1e-5 < ((narrow - wide).norm() / wide.norm()).item() < 0.05
+    with torch.no_grad():
+        for weight in model.weights():
+            weight.copy_(weight.bfloat16())
+    rounded = product(model.using(Engine("eager")), batch, along)
+    change, rounding = (((other - wide).norm() / wide.norm()).item() for other in (narrow, rounded))
+    assert 1e-5 < change < max(0.05, 5 * rounding)
 
 
+@pytest.mark.parametrize("norm", recurrence.NORMS)
 @pytest.mark.parametrize("small", [6, 3, 2])
-def test_an_architect_finds_the_same_gradient_with_either_engine(small):
+def test_an_architect_finds_the_same_gradient_with_either_engine(small, norm):
     """In one part, whose graph is kept from the first pass, and in parts that are passed over again."""
-    model = tiny.search_model()
+    model = tiny.search_model(norm=norm)
     train, valid = tiny.batch(model, 1), tiny.batch(model, 2)
     before = [w.detach().clone() for w in model.weights()]
     found, passes = {}, []

@@ -19,6 +19,9 @@ from genotypes import DARTS_V1, PRIMITIVES, random_genotype
 from objective import losses
 
 CELLS = ("relaxed", "discrete")
+NORMED_CELLS = [*(("relaxed", norm) for norm in recurrence.NORMS), ("discrete", "batch")]  # which has no norm
+normed = pytest.mark.parametrize(("cell", "norm"), NORMED_CELLS)
+norms = st.sampled_from(recurrence.NORMS)
 sizes = st.fixed_dictionaries(
     {
         "T": st.integers(1, 4), "B": st.integers(1, 5), "E": st.integers(1, 4), "H": st.integers(1, 5),
@@ -53,16 +56,16 @@ def problem(T, B, E, H, N, seed, masked, scale=0.7, dtype=torch.float64):
     return leaves, masks, normal(T, B, H)
 
 
-def run(module, cell, leaves, masks, seed=0, held=None):
+def run(module, cell, leaves, masks, seed=0, held=None, norm="batch"):
     x, h0, W0, Ws, alpha = leaves.values()
     if cell == "relaxed":
-        return module.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *masks, held)
+        return module.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *masks, held, norm)
     return module.discrete(x, h0, W0, list(Ws), *random_genotype(seed, len(Ws)), *masks)
 
 
-def values_and_gradients(module, cell, leaves, masks, R, seed=0, held=None):
+def values_and_gradients(module, cell, leaves, masks, R, seed=0, held=None, norm="batch"):
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-    out = run(module, cell, leaves, masks, seed, held)
+    out = run(module, cell, leaves, masks, seed, held, norm)
     found = torch.autograd.grad((out * R).sum(), list(leaves.values()), allow_unused=True)
     return {"hiddens": out.detach(), **dict(zip(leaves, found, strict=True))}
 
@@ -77,14 +80,14 @@ def assert_equal(found, expected, tolerance):
             torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance * (1 + scale), msg=name)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@normed
 @settings(max_examples=60, deadline=None)
 @given(size=sizes, row=rows)
-def test_fused_is_eager_in_float64(cell, size, row):
+def test_fused_is_eager_in_float64(cell, norm, size, row):
     leaves, masks, R = problem(**size)
     with in_rows_of(row):
-        found = values_and_gradients(fused, cell, leaves, masks, R, size["seed"])
-    assert_equal(found, values_and_gradients(recurrence, cell, leaves, masks, R, size["seed"]), 1e-9)
+        found = values_and_gradients(fused, cell, leaves, masks, R, size["seed"], norm=norm)
+    assert_equal(found, values_and_gradients(recurrence, cell, leaves, masks, R, size["seed"], norm=norm), 1e-9)
 
 
 def widened(held):
@@ -98,21 +101,21 @@ def relative_errors(found, exact):
     return {k: ((found[k].double() - v).norm() / (v.norm() + 1e-30)).item() for k, v in exact.items() if v is not None}
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@normed
 @settings(max_examples=25, deadline=None)
 @given(
     T=st.integers(1, 6), B=st.integers(8, 20), H=st.integers(4, 24), seed=st.integers(0, 10**6), masked=st.booleans()
 )
-def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(cell, T, B, H, seed, masked):
+def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(cell, norm, T, B, H, seed, masked):
     """To 1e-5; where a random cell is so steep that fp32 does not carry that far, to 4 times eager's own error. With
     relu active where it is in float64: at a kink the last digit decides, and neither engine is nearer."""
     held = HeldRelu() if cell == "relaxed" else None
     exact_leaves, masks, R = problem(T, B, H, H, 8, seed, masked, scale=0.2)
-    exact = values_and_gradients(recurrence, cell, exact_leaves, masks, R, seed, held)
+    exact = values_and_gradients(recurrence, cell, exact_leaves, masks, R, seed, held, norm)
     leaves = {name: leaf.float() for name, leaf in exact_leaves.items()}
     masks, R = [None if mask is None else mask.float() for mask in masks], R.float()
     eager, found = (
-        relative_errors(values_and_gradients(m, cell, leaves, masks, R, seed, relu), exact)
+        relative_errors(values_and_gradients(m, cell, leaves, masks, R, seed, relu, norm), exact)
         for m, relu in ((recurrence, held), (fused, held and widened(held)))
     )
     assert all(found[name] <= max(1e-5, 4 * eager[name]) for name in found), (found, eager)
@@ -137,23 +140,23 @@ def test_rows_are_filled_up_where_products_gain_by_it():
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("size", [(2, 3, 2, 3, 2), (1, 2, 2, 2, 3), (2, 1, 2, 2, 2)])
-@pytest.mark.parametrize("cell", CELLS)
-def test_gradcheck(cell, size, masked):
+@normed
+def test_gradcheck(cell, norm, size, masked):
     leaves, masks, _ = problem(*size, seed=4, masked=masked)
     names = [name for name in leaves if cell == "relaxed" or name != "alpha"]
     inputs = [leaves[name].requires_grad_() for name in names]
     assert torch.autograd.gradcheck(
-        lambda *args: run(fused, cell, {**leaves, **dict(zip(names, args, strict=True))}, masks), inputs
+        lambda *args: run(fused, cell, {**leaves, **dict(zip(names, args, strict=True))}, masks, norm=norm), inputs
     )
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_weight_gradients_after_the_loop_are_those_within_it(cell, monkeypatch):
+@normed
+def test_weight_gradients_after_the_loop_are_those_within_it(cell, norm, monkeypatch):
     """What CUDA and small cells do, and what a large cell does on a CPU."""
     leaves, masks, R = problem(4, 3, 3, 4, 5, seed=1, masked=True)
-    after = values_and_gradients(fused, cell, leaves, masks, R)  # as for any small cell
+    after = values_and_gradients(fused, cell, leaves, masks, R, norm=norm)  # as for any small cell
     monkeypatch.setattr(fused, "sum_after_loop", lambda h: False)
-    assert_equal(values_and_gradients(fused, cell, leaves, masks, R), after, 1e-12)
+    assert_equal(values_and_gradients(fused, cell, leaves, masks, R, norm=norm), after, 1e-12)
 
 
 def test_held_relu_takes_and_holds_the_same_set_as_eager():
@@ -185,12 +188,12 @@ def test_two_graphs_at_once_keep_out_of_each_others_buffers(cell):
             assert value is expected[name] or torch.equal(value, expected[name])
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(cell):
+@normed
+def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(cell, norm):
     leaves, masks, _ = problem(4, 3, 3, 4, 3, seed=1, masked=False)
-    wanted = run(fused, cell, {name: leaf.requires_grad_() for name, leaf in leaves.items()}, masks)
+    wanted = run(fused, cell, {name: leaf.requires_grad_() for name, leaf in leaves.items()}, masks, norm=norm)
     with torch.no_grad():
-        free = run(fused, cell, leaves, masks)
+        free = run(fused, cell, leaves, masks, norm=norm)
     assert torch.equal(wanted, free)
     assert not free.requires_grad
 
@@ -298,8 +301,8 @@ def test_a_model_behind_another_engine_is_the_same_model(build):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_bf16_rounds_products_and_nothing_else(cell):
+@normed
+def test_bf16_rounds_products_and_nothing_else(cell, norm):
     """Within a few of bf16's rounding errors (1/256) of fp32, and not equal to it; gradients in fp32."""
     leaves, masks, R = problem(5, 16, 12, 12, 8, seed=3, masked=True, scale=0.1, dtype=torch.float32)
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
@@ -307,7 +310,7 @@ def test_bf16_rounds_products_and_nothing_else(cell):
     found = {}
     for store in (None, torch.bfloat16):
         if cell == "relaxed":
-            out = fused.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *masks, store=store)
+            out = fused.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *masks, norm=norm, store=store)
         else:
             out = fused.discrete(x, h0, W0, list(Ws), *random_genotype(0, 8), *masks, store=store)
         assert out.dtype == torch.float32

@@ -39,7 +39,7 @@ import sys
 sys.path[:0] = ["tests", "."]
 import torch, cells, curvature, decoder, fused, kernels, recurrence
 from test_curvature import directions, mixed, numbered, of_the_loss
-from test_fused import decoder_problem, problem, relative_errors, values_and_gradients
+from test_fused import NORMED_CELLS, decoder_problem, problem, relative_errors, values_and_gradients
 from dropout import HeldRelu
 from engine import Engine
 
@@ -53,14 +53,14 @@ def cell_problem(N):
     return {name: leaf.to(device) for name, leaf in leaves.items()}, [mask.to(device) for mask in masks], R.to(device)
 
 def compare():
-    for cell, N, held in (("relaxed", 3, True), ("discrete", 4, False)):
-        leaves, masks, R = cell_problem(N)
+    for cell, norm in NORMED_CELLS:
+        held, (leaves, masks, R) = cell == "relaxed", cell_problem(3)
         check(*(
-            values_and_gradients(m, cell, leaves, masks, R, 3, HeldRelu() if held else None).values()
+            values_and_gradients(m, cell, leaves, masks, R, 3, HeldRelu() if held else None, norm).values()
             for m in (fused, recurrence)
         ))
-    leaves, masks, R = cell_problem(3)
-    check(*(mixed(m, leaves, masks, R, directions(leaves, 1)) for m in (fused, recurrence)), bound=2e-5)
+    for norm in recurrence.NORMS:
+        check(*(mixed(m, leaves, masks, R, directions(leaves, 1), norm=norm) for m in (fused, recurrence)), bound=2e-5)
     decoder.SKIP_FROM = 1
     *floats, y = decoder_problem(3, 6, 20, 50, 1, 0.75)
     hiddens, mask, embedding, bias = (a.float().to(device) for a in floats)

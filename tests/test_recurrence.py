@@ -35,12 +35,12 @@ def torch_masks(masks):
     return [None if mask is None else torch.from_numpy(mask) for mask in masks]
 
 
-def relaxed(arrays, masks):
+def relaxed(arrays, masks, norm):
     def run(x, h0, W0, Ws, alpha):
-        return recurrence.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *torch_masks(masks))
+        return recurrence.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *torch_masks(masks), norm=norm)
 
     def by_loops(x, h0, W0, Ws, alpha):
-        return oracle.relaxed_sequence(x, h0, W0, Ws, alpha, *oracle_masks(arrays, masks))
+        return oracle.relaxed_sequence(x, h0, W0, Ws, alpha, *oracle_masks(arrays, masks), norm)
 
     return run, by_loops
 
@@ -69,11 +69,11 @@ sizes = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
-@given(sizes)
-def test_the_relaxed_cell_is_the_equations(size):
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.sampled_from(recurrence.NORMS))
+def test_the_relaxed_cell_is_the_equations(size, norm):
     arrays, masks, _ = problem(**size)
-    run, by_loops = relaxed(arrays, masks)
+    run, by_loops = relaxed(arrays, masks, norm)
     found = run(**{name: torch.from_numpy(array) for name, array in arrays.items()})
     np.testing.assert_allclose(found.numpy(), by_loops(**arrays), **TOLERANCE)
 
@@ -88,15 +88,27 @@ def test_the_discrete_cell_is_the_equations(size):
     np.testing.assert_allclose(found.numpy(), by_loops(**arrays), **TOLERANCE)
 
 
+@pytest.mark.parametrize("norm", recurrence.NORMS)
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("size", [(3, 3, 2, 3, 3), (1, 2, 2, 2, 2), (2, 1, 2, 2, 2)])
-def test_gradients_of_the_relaxed_cell(size, masked):
+def test_gradients_of_the_relaxed_cell(size, masked, norm):
     """Weights, alphas, input and first hidden state, by the complex step through the loops."""
     arrays, masks, R = problem(*size, seed=1, masked=masked)
-    run, by_loops = relaxed(arrays, masks)
+    run, by_loops = relaxed(arrays, masks, norm)
     expected = oracle.complex_step_gradient(lambda **a: oracle.scalar(by_loops(**a), R), arrays)
     for name, found in gradients(run, arrays, R).items():
         np.testing.assert_allclose(found, expected[name], err_msg=name, **TOLERANCE)
+
+
+@pytest.mark.parametrize("norm", ["layer", "none"])
+def test_without_batch_normalisation_no_row_depends_on_another(norm):
+    arrays, masks, _ = problem(3, 4, 2, 3, 3, seed=3, masked=True)
+    together = relaxed(arrays, masks, norm)[0](**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    for b in range(4):
+        alone = {**arrays, "x": arrays["x"][:, b : b + 1], "h0": arrays["h0"][b : b + 1]}
+        run, _ = relaxed(alone, [mask[b : b + 1] for mask in masks], norm)
+        found = run(**{name: torch.from_numpy(array) for name, array in alone.items()})
+        np.testing.assert_allclose(found[:, 0].numpy(), together[:, b].numpy(), **TOLERANCE)
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -23,6 +23,7 @@ from model import RNNModel, retrain_model
 from model_search import RNNModelSearch
 from objective import evaluate
 from progress import perplexity
+from recurrence import NORMS
 from utils import choose_device
 
 
@@ -56,7 +57,10 @@ def build_model(saved: dict) -> RNNModel:
     vocabulary, size = len(saved["words"]), saved["flags"]["emsize"]
     with torch.device("meta"):
         if saved["kind"] == "search":
-            model = RNNModelSearch(vocabulary, size, Rates())
+            norm = saved["flags"].get("norm", "batch")  # before there was the flag
+            if norm not in NORMS:
+                raise ValueError("a norm that no run has")
+            model = RNNModelSearch(vocabulary, size, Rates(), norm=norm)
         else:
             cell = cell_from_json(saved["genotype"])
             model = retrain_model(vocabulary, size, Rates(), cell, saved["flags"]["n_experts"])

@@ -33,7 +33,7 @@ def number_faults(args: Namespace) -> list[str]:
             lambda x: x >= 1,
             "epochs batch_size small_batch_size bptt emsize nhid nhidlast log_interval nonmono n_experts",
         ),
-        "above 0": (lambda x: x > 0, "lr arch_lr power"),
+        "above 0": (lambda x: x > 0, "lr arch_lr power init_range"),
         "above 0 and at most 1": (lambda x: 0 < x <= 1, "backoff"),
         "above 0 and below 1": (lambda x: 0 < x < 1, "gamma"),
         "at least 0.01": (lambda x: x >= 0.01, "step_size"),
@@ -41,7 +41,7 @@ def number_faults(args: Namespace) -> list[str]:
             lambda x: x >= 0,
             "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes max_rollbacks clip"
             " clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop fraternal"
-            " stop_stable max_identity diagnose_every",
+            " stop_stable max_identity diagnose_every arch_start",
         ),
         "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start"),
         "at least 0 and below 1": (
@@ -71,6 +71,11 @@ def number_faults(args: Namespace) -> list[str]:
     )
 
 
+def normalises_over_rows(args: Namespace) -> bool:
+    """Whether these are the flags of a search whose cell has batch normalisation."""
+    return getattr(args, "norm", None) == "batch"
+
+
 def size_faults(args: Namespace) -> list[str]:
     """Sizes that do not fit together."""
     faults = []
@@ -81,9 +86,10 @@ def size_faults(args: Namespace) -> list[str]:
         )
     if args.batch_size >= 1 and args.small_batch_size >= 1 and args.batch_size % args.small_batch_size:
         faults.append(f"--small_batch_size {args.small_batch_size}: must divide --batch_size {args.batch_size} evenly")
-    if "unrolled" in vars(args) and args.small_batch_size == 1:
+    if normalises_over_rows(args) and args.small_batch_size == 1:
         faults.append(
-            "--small_batch_size 1: a search needs at least 2 rows at a time, since its cell normalises over them"
+            "--small_batch_size 1: --norm batch normalises over the rows and needs at least 2 at a time; take more, or "
+            "--norm layer"
         )
     return faults
 
@@ -132,6 +138,11 @@ def strategy_faults(args: Namespace) -> list[str]:
     if args.cycle > args.epochs:
         faults.append(f"--cycle {args.cycle}: longer than --epochs {args.epochs}; take a smaller one, or 0")
     if "unrolled" in vars(args):
+        if 0 < args.epochs <= args.arch_start:
+            faults.append(
+                f"--arch_start {args.arch_start}: the alphas would never move in --epochs {args.epochs}; take a smaller"
+                " one, or more epochs"
+            )
         if args.unrolled and args.optimizer not in LIKE_SGD:
             faults.append(
                 f"--unrolled: its virtual step is one of SGD, which --optimizer {args.optimizer} does not take; use "
@@ -159,10 +170,10 @@ def rank_faults(args: Namespace, ranks: int, on_this_machine: int) -> list[str]:
         faults.append(
             f"--small_batch_size {args.small_batch_size}: must divide the {rows} rows that each of {ranks} ranks has"
         )
-    elif rows == 1 and "unrolled" in vars(args):
+    elif rows == 1 and normalises_over_rows(args):
         faults.append(
-            f"--batch_size {args.batch_size}: a search needs at least 2 rows on each of {ranks} ranks, since its cell"
-            " normalises over them"
+            f"--batch_size {args.batch_size}: --norm batch normalises over the rows and needs at least 2 on each of"
+            f" {ranks} ranks; take more, or --norm layer"
         )
     if args.overfit:
         faults.append("--overfit: is for one process; start it without torchrun")

@@ -4,6 +4,7 @@ Shapes: T time steps, B batch, E embedding, H hidden, V words, N nodes. E = H, s
 the embedding's.
 """
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from functools import partial
@@ -18,17 +19,22 @@ from dropout import Masks, Rates, draw_masks, drop
 from engine import Engine
 from genotypes import Genotype
 
-INITRANGE = 0.04
 NO_MASKS = Masks()
+
+
+def default_init_range(nhid: int) -> float:
+    """The bound of the uniform initial weights at a width: 0.04, the published one, at the published 850 hidden units,
+    and elsewhere such that a product over the width keeps the size that it has there."""
+    return 0.04 * math.sqrt(850 / nhid)
 
 
 class DARTSCell(nn.Module):
     """A cell with one operation and one predecessor per node (DARTS, section 3.1.2)."""
 
-    def __init__(self, ninp: int, nhid: int, genotype: Genotype):
+    def __init__(self, ninp: int, nhid: int, genotype: Genotype, init_range: float):
         super().__init__()
         self.genotype = genotype
-        self.W0, self.Ws = cell_weights(ninp, nhid, len(genotype.recurrent))
+        self.W0, self.Ws = cell_weights(ninp, nhid, len(genotype.recurrent), init_range)
 
     def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
         """x (T, B, E), state (B, H) -> hidden states (T, B, H), the last of them (B, H)."""
@@ -36,11 +42,11 @@ class DARTSCell(nn.Module):
         return hiddens, hiddens[-1]
 
 
-def cell_weights(ninp: int, nhid: int, nodes: int) -> tuple[nn.Parameter, nn.ParameterList]:
-    """W0 (E + H, 2H) and N matrices Ws (H, 2H), uniform in +-INITRANGE."""
+def cell_weights(ninp: int, nhid: int, nodes: int, init_range: float) -> tuple[nn.Parameter, nn.ParameterList]:
+    """W0 (E + H, 2H) and N matrices Ws (H, 2H), uniform between -init_range and init_range."""
 
     def weight(rows: int) -> nn.Parameter:
-        return nn.Parameter(torch.empty(rows, 2 * nhid).uniform_(-INITRANGE, INITRANGE))
+        return nn.Parameter(torch.empty(rows, 2 * nhid).uniform_(-init_range, init_range))
 
     return weight(ninp + nhid), nn.ParameterList(weight(nhid) for _ in range(nodes))
 
@@ -49,16 +55,17 @@ class RNNModel(nn.Module):
     """Word ids to the cell's outputs, and those to log-probabilities of the next word.
 
     Every mask that a training pass needs comes in from outside (`draw_masks`), so the module has no training
-    mode: called without masks it drops nothing.
+    mode: called without masks it drops nothing. `init_range` bounds the uniform initial weights of the embedding and
+    of a mixture; the cell comes with weights of its own.
     """
 
-    def __init__(self, ntoken: int, nhid: int, rates: Rates, cell: nn.Module, n_experts: int = 1):
+    def __init__(self, ntoken: int, nhid: int, rates: Rates, cell: nn.Module, init_range: float, n_experts: int = 1):
         super().__init__()
         self.ntoken, self.nhid, self.rates = ntoken, nhid, rates
-        self.embedding = nn.Parameter(torch.empty(ntoken, nhid).uniform_(-INITRANGE, INITRANGE))  # (V, E)
+        self.embedding = nn.Parameter(torch.empty(ntoken, nhid).uniform_(-init_range, init_range))  # (V, E)
         self.bias = nn.Parameter(torch.zeros(ntoken))  # (V,)
         self.cell = cell
-        self.mixture = softmaxes.Mixture(nhid, n_experts, INITRANGE) if n_experts > 1 else None
+        self.mixture = softmaxes.Mixture(nhid, n_experts, init_range) if n_experts > 1 else None
         self.engine = Engine()
 
     def using(self, engine: Engine) -> "RNNModel":
@@ -100,7 +107,14 @@ class RNNModel(nn.Module):
         return list(self.parameters())
 
 
-def retrain_model(ntoken: int, nhid: int, rates: Rates, cell: Genotype | str, n_experts: int = 1) -> RNNModel:
-    """The language model around the cell of a genotype, or a baseline of that name, with so many softmaxes."""
-    build = BaselineCell if isinstance(cell, str) else DARTSCell
-    return RNNModel(ntoken, nhid, rates, build(nhid, nhid, cell), n_experts)
+def retrain_model(
+    ntoken: int, nhid: int, rates: Rates, cell: Genotype | str, n_experts: int = 1, init_range: float | None = None
+) -> RNNModel:
+    """The language model around the cell of a genotype, or a baseline of that name, with so many softmaxes.
+
+    `init_range` is by default that of the width (`default_init_range`); a baseline's cell keeps torch's own initial
+    weights, which follow the width too.
+    """
+    init_range = default_init_range(nhid) if init_range is None else init_range
+    built = BaselineCell(nhid, nhid, cell) if isinstance(cell, str) else DARTSCell(nhid, nhid, cell, init_range)
+    return RNNModel(ntoken, nhid, rates, built, init_range, n_experts)

@@ -9,15 +9,19 @@ from torch import Tensor, nn
 from dropout import Masks, Rates
 from engine import Engine
 from genotypes import PRIMITIVES, STEPS, Genotype
-from model import RNNModel, cell_weights
+from model import RNNModel, cell_weights, default_init_range
 
 
 class DARTSCellSearch(nn.Module):
-    """The continuous relaxation of the cell (DARTS, section 2.2), with its architecture parameters."""
+    """The continuous relaxation of the cell (DARTS, section 2.2), with its architecture parameters.
 
-    def __init__(self, ninp: int, nhid: int, steps: int = STEPS):
+    `norm` is that of its states, one of `recurrence.NORMS`.
+    """
+
+    def __init__(self, ninp: int, nhid: int, norm: str, init_range: float, steps: int = STEPS):
         super().__init__()
-        self.W0, self.Ws = cell_weights(ninp, nhid, steps)
+        self.norm = norm
+        self.W0, self.Ws = cell_weights(ninp, nhid, steps, init_range)
         self.alphas = nn.Parameter(1e-3 * torch.randn(steps * (steps + 1) // 2, len(PRIMITIVES)))
 
     def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
@@ -25,15 +29,24 @@ class DARTSCellSearch(nn.Module):
         probs = self.alphas.softmax(dim=-1)  # (N(N+1)/2, K)
         # An active set is held for a difference, which is taken in full precision: so is the set.
         relu = masks.relu if engine.precision == "fp32" else None
-        hiddens = engine.relaxed(x, state, self.W0, self.Ws, probs, masks.x, masks.hidden, relu)
+        hiddens = engine.relaxed(x, state, self.W0, self.Ws, probs, masks.x, masks.hidden, relu, self.norm)
         return hiddens, hiddens[-1]
 
 
 class RNNModelSearch(RNNModel):
     """A language model with two sets of parameters: `weights()` and `alphas` (N(N+1)/2, K)."""
 
-    def __init__(self, ntoken: int, nhid: int, rates: Rates, steps: int = STEPS):
-        super().__init__(ntoken, nhid, rates, DARTSCellSearch(nhid, nhid, steps))
+    def __init__(
+        self,
+        ntoken: int,
+        nhid: int,
+        rates: Rates,
+        steps: int = STEPS,
+        norm: str = "layer",
+        init_range: float | None = None,
+    ):
+        init_range = default_init_range(nhid) if init_range is None else init_range
+        super().__init__(ntoken, nhid, rates, DARTSCellSearch(nhid, nhid, norm, init_range, steps), init_range)
 
     @property
     def alphas(self) -> nn.Parameter:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from engine import ENGINES, PRECISIONS
+from model import default_init_range
 from optimizers import RATES
 from schedules import DECAYS, SHAPES, Decay, Schedule, WarmUp
 from utils import new_folder
@@ -108,6 +109,13 @@ def add_shared_flags(
         "--nhidlast",
         type=int,
         help="hidden units of the last layer; equal to emsize (default: emsize)",
+    )
+
+    model.add_argument(
+        "--init_range",
+        type=float,
+        help="initial weights are uniform between minus this and this (default: 0.04 * sqrt(850 / emsize), which is "
+        "the published 0.04 at the published size of retraining; torch's own LSTM and GRU keep theirs)",
     )
 
     regularisation = parser.add_argument_group("regularisation")
@@ -281,6 +289,8 @@ def complete(args: argparse.Namespace, kind: str) -> None:
         args.clip = 0.0 if args.clip_value else CLIP
     if "finetune" in vars(args):
         args.finetune = args.finetune or ""
+    if args.init_range is None and args.emsize >= 1:
+        args.init_range = default_init_range(args.emsize)
     args.nhid = args.emsize if args.nhid is None else args.nhid
     args.nhidlast = args.emsize if args.nhidlast is None else args.nhidlast
     args.small_batch_size = args.batch_size if args.small_batch_size is None else args.small_batch_size

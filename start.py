@@ -228,7 +228,7 @@ def memory_explained(args: Namespace) -> Iterator[None]:
         if not checkpoint.out_of_memory(error):
             raise
         rows = args.small_batch_size
-        least = 2 if "unrolled" in vars(args) else 1  # a relaxed cell normalises over its rows
+        least = 2 if faults.normalises_over_rows(args) else 1
         smaller = max((n for n in range(least, rows // 2 + 1) if args.batch_size % n == 0), default=None)
         advice = f"--small_batch_size {smaller} needs about half" if smaller else "take a smaller --emsize or --bptt"
         raise RunError(

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
     cell = resolve_cell(args.arch)
     rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
-    model = retrain_model(len(corpus.words), args.emsize, rates, cell, args.n_experts).to(device)
+    model = retrain_model(len(corpus.words), args.emsize, rates, cell, args.n_experts, args.init_range).to(device)
     model = model.using(Engine(args.engine, args.precision))
     ranks.seed(args.seed)
     weights = model.weights()

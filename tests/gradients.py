@@ -1,6 +1,6 @@
 """Gradients of a search's step, on as many ranks as there are: what test_ranks.py runs by itself and by torchrun.
 
-python tests/gradients.py FILE ROWS_AT_ONCE
+python tests/gradients.py FILE ROWS_AT_ONCE NORM
 """
 
 import sys
@@ -25,21 +25,19 @@ def batch(ranks, seed, relu=None):
     """This rank's rows of it, with a state that is not zero and nothing dropped."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(V, (T + 1, B), generator=generator)
-    hidden = 0.1 * torch.randn(B, H, generator=generator)
+    hidden = 0.1 * torch.randn(B, H, generator=generator, dtype=torch.float64)
     x, y = ranks.rows(text[:-1], dim=1), ranks.rows(text[1:], dim=1)
     return Batch(x, y, ranks.rows(hidden), Masks(relu=relu))
 
 
-def gradients(ranks, rows_at_once):
+def gradients(ranks, rows_at_once, norm):
     """By name: of the alphas in first order and unrolled, of the weights, and the loss and the norm."""
     found = {}
     for name in ("eager", "fused"):
         torch.manual_seed(5)
-        model = RNNModelSearch(V, H, Rates()).using(Engine(name))
+        model = RNNModelSearch(V, H, Rates(), norm=norm, init_range=0.32).double().using(Engine(name))
         with torch.no_grad():
             model.alphas.normal_()
-            for weight in model.weights():
-                weight.mul_(8)  # far from where every gradient is nearly zero
         weights, rows = model.weights(), {"small_batch_size": rows_at_once}
         valid_loss = partial(SmallBatches, model, **rows)
         train_loss = partial(SmallBatches, model, **rows, alpha=0.5, beta=0.5)
@@ -52,15 +50,15 @@ def gradients(ranks, rows_at_once):
             direct, implicit, hidden = architect.gradient(train, valid, eta=5.0)
             found[f"{name}, alphas, {hessian}"] = direct if implicit is None else direct - implicit
             found[f"{name}, hidden, {hessian}"] = ranks.all_rows(hidden)
-        nll, hidden, norm = clipped_gradient(train_loss(batch(ranks, 1)), weights, 0.25, 0.0, ranks.average)
-        found |= {f"{name}, nll": nll, f"{name}, norm": norm, f"{name}, hidden": ranks.all_rows(hidden)}
+        nll, hidden, size = clipped_gradient(train_loss(batch(ranks, 1)), weights, 0.25, 0.0, ranks.average)
+        found |= {f"{name}, nll": nll, f"{name}, norm": size, f"{name}, hidden": ranks.all_rows(hidden)}
         found |= {f"{name}, weight {i}": weight.grad for i, weight in enumerate(weights)}
     return found
 
 
 if __name__ == "__main__":
     here = Ranks()
-    result = gradients(here, int(sys.argv[2]))
+    result = gradients(here, int(sys.argv[2]), sys.argv[3])
     if here.first:
         torch.save(result, sys.argv[1])
     leave(0)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import checkpoint
 import evaluate
 import train
 import train_search
@@ -155,8 +156,8 @@ def test_a_directory_that_is_in_use(script, corpus, refused, tmp_path):
     assert tree(tmp_path) == before
 
 
-def finished(script, corpus, folder):
-    assert script.main([str(flag) for flag in ("--data", corpus, *SMALL, "--save", folder)]) == 0
+def finished(script, corpus, folder, *more):
+    assert script.main([str(flag) for flag in ("--data", corpus, *SMALL, "--save", folder, *more)]) == 0
 
 
 def test_a_run_is_neither_written_over_nor_continued_as_another(corpus, refused, tmp_path, capsys):
@@ -242,10 +243,23 @@ def test_a_config_with_other_values_is_refused(change, corpus, refused, tmp_path
     assert "damaged" in line
 
 
-def test_a_search_that_reads_one_row_at_a_time(corpus, refused):
+def test_batch_normalisation_of_one_row_at_a_time(corpus, refused, tmp_path):
+    """And without it, one row is a batch like any other."""
     for flags in ("--batch_size 1", "--small_batch_size 1"):
-        (line,) = refused(train_search, "--data", corpus, *SMALL, *flags.split())
-        assert "at least 2 rows" in line
+        (line,) = refused(train_search, "--data", corpus, *SMALL, "--norm", "batch", *flags.split())
+        assert "at least 2 at a time" in line
+    for norm, flags in (("layer", "--batch_size 1 --limit_tokens 40"), ("none", "--small_batch_size 1 --unrolled")):
+        finished(train_search, corpus, tmp_path / norm, "--norm", norm, *flags.split())
+        assert json.loads((tmp_path / norm / "result.json").read_text())["test_ppl"] > 1
+
+
+def test_a_norm_that_no_run_has(corpus, refused, tmp_path):
+    finished(train_search, corpus, tmp_path / "run", "--norm", "none")
+    saved = checkpoint.load(tmp_path / "run" / "best.pt")
+    for flags in ({**saved["flags"], "norm": "group"}, {**saved["flags"], "norm": ["layer"]}):
+        checkpoint.save({**saved, "flags": flags}, tmp_path / "odd.pt")
+        (line,) = refused(evaluate, tmp_path / "odd.pt")
+        assert "holds no model of this project" in line
 
 
 def test_checkpoints_that_cannot_be_evaluated(corpus, refused, tmp_path, capsys):

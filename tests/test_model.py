@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dropout import Rates
 from genotypes import DARTS, ENAS, PRIMITIVES, validate
-from model import INITRANGE, retrain_model
+from model import default_init_range, retrain_model
 from model_search import RNNModelSearch, derive
 
 
@@ -24,15 +24,23 @@ def test_parameter_counts_are_the_published_ones():
     assert count(retrain_model(10_000, 850, Rates(), DARTS).weights()) == 22_960_000
 
 
-def test_initial_values():
-    model = RNNModelSearch(1000, 20, Rates())
-    for name, weight in model.named_parameters():
-        if name == "bias":
-            assert not weight.any()
-        elif weight is not model.alphas:
-            assert weight.abs().max() <= INITRANGE
-            assert weight.std().item() == pytest.approx(INITRANGE / 3**0.5, rel=0.1), name
-    assert model.alphas.abs().max() < 0.01
+@pytest.mark.parametrize("given", [None, 0.3])
+def test_initial_weights_are_uniform_in_the_range_given_or_that_of_the_width(given):
+    bound = given or 0.04 * (850 / 20) ** 0.5
+    search = RNNModelSearch(1000, 20, Rates(), init_range=given)
+    for model in (search, retrain_model(1000, 20, Rates(), ENAS, 3, given)):
+        for name, weight in model.named_parameters():
+            if name in ("bias", "mixture.latent_bias"):
+                assert not weight.any()
+            elif name != "cell.alphas":
+                assert weight.abs().max() <= bound
+                assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.2), name
+    assert search.alphas.abs().max() < 0.01
+
+
+def test_the_range_at_the_published_size_is_the_published_one():
+    assert default_init_range(850) == 0.04
+    assert default_init_range(64) == pytest.approx(0.1458, abs=1e-4)
 
 
 def test_the_decoder_is_the_embedding():

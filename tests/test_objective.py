@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import recurrence
 from dropout import Masks, Rates, draw_mask
+from engine import Engine
 from genotypes import DARTS_V1
 from objective import SmallBatches, accumulate_gradients, evaluate, losses, scaled_lr
 
@@ -97,15 +98,20 @@ def test_a_mask_is_zero_or_the_inverse_of_what_is_kept(p, seed):
 
 
 @pytest.mark.parametrize("small", [1, 2, 3, 6])
-def test_small_batches_of_a_discrete_cell_are_the_whole_batch(small):
-    """Every dropout on: the masks are the whole batch's, so loss, gradient and hidden state are the same."""
-    model = tiny.discrete_model(DARTS_V1)
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize("cell", ["discrete", "layer", "none"])
+def test_small_batches_of_a_cell_whose_rows_are_independent_are_the_whole_batch(cell, engine, small):
+    """A discrete cell, and a relaxed one without batch normalisation. Every dropout on: the masks are the whole
+    batch's, so loss, gradient and hidden state are the same."""
+    model = tiny.discrete_model(DARTS_V1) if cell == "discrete" else tiny.search_model(norm=cell)
+    model = model.using(Engine(engine))
     batch = tiny.batch(model, 4)
     results = []
     for size in (tiny.B, small):
         model.zero_grad()
-        nll, hidden = accumulate_gradients(SmallBatches(model, batch, size, alpha=0.5, beta=0.5), model.weights())
-        results.append([nll, hidden, *(w.grad for w in model.weights())])
+        inputs = list(model.parameters())
+        nll, hidden = accumulate_gradients(SmallBatches(model, batch, size, alpha=0.5, beta=0.5), inputs)
+        results.append([nll, hidden, *(w.grad for w in inputs)])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
 

@@ -17,6 +17,7 @@ import checkpoint
 import train
 from faults import rank_faults
 from ranks import Ranks
+from recurrence import NORMS
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -34,28 +35,25 @@ def start(*command):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def one():
-    return gradients(Ranks(), B // 2)
-
-
-def test_two_ranks_have_the_gradients_of_two_small_batches(one, tmp_path):
-    """Of weights and alphas, in every order, on both engines: as large as they are, to a millionth."""
-    finish(start("tests/gradients.py", tmp_path / "two.pt", B // 2))
+@pytest.mark.parametrize("norm", NORMS)
+def test_two_ranks_have_the_gradients_of_two_small_batches(norm, tmp_path):
+    """Of weights and alphas, in every order, on both engines, in float64; a central difference to a millionth. Without
+    batch normalisation they are those of one process with the whole batch, too."""
+    finish(start("tests/gradients.py", tmp_path / "two.pt", B // 2, norm))
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert two.keys() == one.keys()
-    for name, value in one.items():
-        assert value.norm() > 1e-4, name
-        assert (two[name] - value).norm() <= 1e-6 * value.norm(), name
-
-
-def test_the_order_of_the_step_shows_in_those_gradients(one):
-    """Else the test above would compare the same thing three times."""
-    first, finite, exact = (one[f"eager, alphas, {hessian}"] for hessian in (None, "finite", "exact"))
+    parts, whole = (gradients(Ranks(), rows, norm) for rows in (B // 2, B))
+    for one in (parts,) if norm == "batch" else (parts, whole):
+        assert two.keys() == one.keys()
+        for name, value in one.items():
+            tolerance = 1e-6 if name.endswith("finite") else 1e-10
+            assert value.norm() > 1e-4, name
+            assert (two[name] - value).norm() <= tolerance * value.norm(), name
+    first, finite, exact = (parts[f"eager, alphas, {hessian}"] for hessian in (None, "finite", "exact"))
+    # else the above would compare the same thing three times, and batch normalisation not depend on the rows at hand
     assert (finite - first).norm() > 1e-2 * first.norm()
     assert (finite - exact).norm() < 1e-2 * (finite - first).norm()
-    whole = gradients(Ranks(), B)  # the relaxed cell normalises over the rows at hand
-    assert (whole["eager, alphas, None"] - first).norm() > 1e-2 * first.norm()
+    if norm == "batch":
+        assert (whole["eager, alphas, None"] - first).norm() > 1e-2 * first.norm()
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +128,8 @@ def test_flags_that_ranks_cannot_share_are_refused_once(corpus, tmp_path):
         ({"batch_size": 2}, "--batch_size 2: must divide evenly among 4 ranks"),
         ({"small_batch_size": 2}, None),
         ({"small_batch_size": 3}, "--small_batch_size 3: must divide the 4 rows that each of 4 ranks has"),
-        ({"batch_size": 4, "unrolled": False}, "--batch_size 4: a search needs at least 2 rows on each of 4 ranks"),
+        ({"batch_size": 4, "norm": "layer"}, None),
+        ({"batch_size": 4, "norm": "batch"}, "--batch_size 4: --norm batch normalises over the rows"),
         ({"overfit": True}, "--overfit: is for one process"),
         ({"device": "cuda:1"}, "--device cuda:1: each rank takes a GPU of its own"),
     ],

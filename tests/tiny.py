@@ -14,9 +14,9 @@ V, H, B, T, N = 11, 4, 6, 5, 3
 RATES = Rates(dropout=0.3, dropouth=0.25, dropoutx=0.3, dropouti=0.2, dropoute=0.1)
 
 
-def search_model(rates=RATES, seed=0):
+def search_model(rates=RATES, seed=0, norm="batch"):
     torch.manual_seed(seed)
-    return spread(RNNModelSearch(V, H, rates, steps=N))
+    return spread(RNNModelSearch(V, H, rates, steps=N, norm=norm))
 
 
 def discrete_model(genotype, rates=RATES, seed=0, n_experts=1):

@@ -28,6 +28,7 @@ BATCHES = 3  # pairs of a training and a validation batch whose alpha gradients 
 ROWS = 32  # of a batch for what is differentiated twice, which holds its whole graph
 SEGMENTS = 20  # of validation text for the gap between the relaxed and the discretised model
 PRODUCTS = 20  # Hessian-vector products for an eigenvalue
+PROBES = 4  # random directions for the sensitivity
 SURE = 50.0  # a logit that softmax makes 1 of, to the last digit of float32
 
 
@@ -40,6 +41,7 @@ class Signal(NamedTuple):
     norm_ratio: float | None  # implicit to direct
     product_cosine: float | None  # of the finite to the exact implicit part, on one batch
     eigenvalue: float | None  # of the Hessian of L_valid in alpha, the largest in magnitude
+    sensitivity: float | None  # root mean square growth of a small change of the state over one segment
     relaxed_loss: float | None  # nats per word of validation text
     discrete_loss: float | None  # with the genotype in the place of the mixture, same weights
 
@@ -92,7 +94,8 @@ class Diagnosis:
             with products_in("fp32"):  # whatever the search takes
                 product_cosine = self.product_cosine(places, eta, velocity)
                 eigenvalue = dominant_eigenvalue(self.hessian_product(places), self.model.alphas)
-            found = Signal(*agreement, product_cosine, eigenvalue, *self.gap())
+                change = sensitivity(self.model, self.batch(self.alphas_text, places, self.rows))
+            found = Signal(*agreement, product_cosine, eigenvalue, change, *self.gap())
         return Signal(*(value if value is not None and math.isfinite(value) else None for value in found))
 
     def agreement(
@@ -154,6 +157,24 @@ class Diagnosis:
         masks = self.model.draw_masks(text.size(1))
         x, y = get_batch(text, start + lead, self.bptt)
         return Batch(x, y, hidden, masks._replace(relu=HeldRelu() if held else None))
+
+
+def sensitivity(model: RNNModelSearch, batch: Batch, probes: int = PROBES) -> float:
+    """How a small change of the state before a segment has grown at its end: the root of the mean square of
+    |dh_T / dh_0 r| / |r| over random directions r, which is the Frobenius norm of that Jacobian (BH, BH) over sqrt(BH).
+
+    Estimated without dropout by products of its transpose with `probes` normally distributed vectors. Above 1 by orders
+    of magnitude, the recurrence is chaotic: what it computes depends on how it began, and a gradient through it on the
+    batch at hand. Far below 1 it forgets.
+    """
+    hidden = batch.hidden.clone().requires_grad_()
+    with only([], of=list(model.parameters())):
+        hiddens, _ = model(batch.x, hidden)
+        squares = []
+        for _ in range(probes):
+            [found] = torch.autograd.grad(hiddens[-1], hidden, torch.randn_like(hidden), retain_graph=True)
+            squares.append(found.double().square().mean().item())
+    return math.sqrt(mean(squares))
 
 
 def cosine(gradients: Sequence[Tensor]) -> float:

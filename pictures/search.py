@@ -289,6 +289,7 @@ def signal_panels(history: History) -> list[Panel]:
     panels: list[tuple[str, Panel]] = [
         ("cosine_whole", ("Independent batches agree", "cosine of alpha gradients", cosines)),
         ("norm_ratio", ("Implicit to direct part", "ratio of norms", one_of("norm_ratio", log=True))),
+        ("sensitivity", ("What becomes of a small change", "growth over a segment", one_of("sensitivity", log=True))),
         ("product_cosine", ("Finite to exact product", "cosine", one_of("product_cosine"))),
         ("eigenvalue", ("Largest eigenvalue", "of the Hessian in alpha", one_of("eigenvalue"))),
         ("relaxed_loss", ("What discretising costs", "validation loss, nats", gap)),

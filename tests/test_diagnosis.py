@@ -15,17 +15,18 @@ import checkpoint
 import progress
 import train_search
 from architect import Architect
-from diagnosis import ROWS, SEGMENTS, Diagnosis, Signal, cosine, dominant_eigenvalue, logits
+from diagnosis import ROWS, SEGMENTS, Diagnosis, Signal, cosine, dominant_eigenvalue, logits, sensitivity
 from dropout import Rates
 from genotypes import Genotype, random_genotype
 from model_search import derive
 from objective import SmallBatches
 from ranks import Ranks
+from recurrence import NORMS
 from utils import Run
 
 
-def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0):
-    model = tiny.search_model(rates)
+def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0, norm="batch"):
+    model = tiny.search_model(rates, norm=norm)
 
     def architect_of(model, rows_at_once, hessian):
         loss = partial(SmallBatches, model, small_batch_size=rows_at_once)
@@ -131,6 +132,35 @@ def test_the_gap_is_between_the_mixture_and_its_genotype():
     assert one == other != relaxed
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_sensitivity_is_the_norm_of_the_jacobian_by_differences(norm):
+    """Of the last hidden state in the first one, over the root of its size, column by column, in float64."""
+    model = tiny.search_model(Rates(), norm=norm)
+    batch = tiny.batch(model, 3)
+    columns = []
+    with torch.no_grad():
+        for place in range(batch.hidden.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = batch.hidden.clone()
+                moved.view(-1)[place] += sign * 1e-6
+                ends.append(model(batch.x, moved)[1])
+            columns.append((ends[0] - ends[1]).flatten() / 2e-6)
+    size = batch.hidden.numel()
+    expected = torch.stack(columns).square().sum().div(size).sqrt().item()
+    torch.manual_seed(2)
+    assert sensitivity(model, batch, probes=4000) == pytest.approx(expected, rel=0.1)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_state_that_is_passed_on_as_it_is_has_sensitivity_1():
+    model = tiny.search_model(Rates(), norm="none")
+    batch = tiny.batch(model, 3)
+    model.forward = lambda x, hidden: (hidden[None].expand(len(x), -1, -1), hidden)
+    torch.manual_seed(1)
+    assert sensitivity(model, batch, probes=500) == pytest.approx(1, abs=0.05)
+
+
 def test_batches_that_are_all_alike_agree_and_others_do_not():
     repeated = torch.arange(tiny.B).expand(80, tiny.B)  # each row of the batch says one word for ever
     alike, other = diagnosis(rates=Rates(), text=repeated), diagnosis(rates=Rates())
@@ -181,7 +211,7 @@ def test_a_measurement_repeats_and_what_is_no_number_is_none():
     assert here.measure(4, 0.1) == first != here.measure(5, 0.1)
     with torch.no_grad():
         here.model.alphas.fill_(math.nan)
-    assert here.measure(4, 0.1) == Signal(*[None] * 8)
+    assert here.measure(4, 0.1) == Signal(*[None] * 9)
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 9, 12])

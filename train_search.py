@@ -29,17 +29,15 @@ from engine import Engine
 from genotypes import STEPS, Genotype, from_json, to_json
 from kernels import products_in
 from model_search import RNNModelSearch
-from objective import VALID_ROWS, Batch, SmallBatches, clipped_gradient, evaluate, scaled_lr
+from objective import TEST_ROWS, VALID_ROWS, Batch, SmallBatches, clipped_gradient, evaluate, scaled_lr
 from optimizers import OPTIMIZERS, new_optimizer, velocity
 from progress import Progress, perplexity, told
 from ranks import Ranks
+from recurrence import NORMS
 from sanity import overfit
 from stopping import Patience, check_history, identities, is_stable
 from utils import Diverged, StopSignal, choose_device
 
-# The relaxed cell normalises by the statistics of the batch, and a batch of one has none: the test text is
-# read in as many rows as the validation text, where a discrete cell reads it in one.
-EVAL_ROWS = {"valid": VALID_ROWS, "test": VALID_ROWS}
 REASONS = ("patience", "stable", "identity")  # to stop before the last epoch
 HELD_OUT = 0.1  # of train.txt, for the alphas, with --search_split train
 
@@ -72,7 +70,22 @@ def build_parser() -> options.Parser:
         help="text for the alphas: valid.txt, as published, or the last tenth of train.txt, which "
         "leaves valid.txt unseen for choosing",
     )
+    search.add_argument(
+        "--norm",
+        choices=NORMS,
+        default="layer",
+        help="of the relaxed cell's states: batch, the published one, over the batch; layer, over the hidden units of "
+        "each row; none, with the mean over predecessors in the place of their sum. Under batch the recurrence is "
+        "chaotic and the alphas' gradient says little (docs/signal.md)",
+    )
     search.add_argument("--arch_lr", type=float, default=3e-3, help="learning rate of Adam on the alphas")
+    search.add_argument(
+        "--arch_start",
+        type=int,
+        default=0,
+        help="epochs in which only the weights are trained, before the alphas begin to move: a model that knows no "
+        "more than word frequencies asks for other primitives than one that reads its context",
+    )
     search.add_argument("--arch_wdecay", type=float, default=1e-3, help="weight decay of the alphas")
     search.add_argument(
         "--stop_stable",
@@ -110,6 +123,12 @@ def build_parser() -> options.Parser:
     return parser
 
 
+def eval_rows(norm: str) -> dict[str, int]:
+    """In how many rows the relaxed model reads a text. Batch normalisation needs several, since a batch of one has no
+    statistics; without it the test text is read in one row, as by a discrete cell."""
+    return {"valid": VALID_ROWS, "test": VALID_ROWS if norm == "batch" else TEST_ROWS}
+
+
 def search_texts(corpus: Corpus, split: str, limit: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Word ids for the weights and for the alphas."""
     train = corpus.train[:limit] if limit else corpus.train
@@ -122,11 +141,12 @@ def search_texts(corpus: Corpus, split: str, limit: int = 0) -> tuple[torch.Tens
 def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tensor, int]]:
     """Word ids and the number of rows that they are cut into, by name."""
     train, alphas = search_texts(corpus, args.search_split, args.limit_tokens)
+    rows = eval_rows(args.norm)
     return {
         "train": (train, args.batch_size),
         "the alphas": (alphas, args.batch_size),
-        "valid": (corpus.valid, EVAL_ROWS["valid"]),
-        "test": (corpus.test, EVAL_ROWS["test"]),
+        "valid": (corpus.valid, rows["valid"]),
+        "test": (corpus.test, rows["test"]),
     }
 
 
@@ -145,7 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     valid_batches = Cursor(ranks.rows(alphas_text, dim=1))
 
     rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
-    model = RNNModelSearch(len(corpus.words), args.emsize, rates).to(device)
+    model = RNNModelSearch(
+        len(corpus.words), args.emsize, rates, norm=args.norm, init_range=args.init_range
+    ).to(device)  # fmt: skip
     model = model.using(Engine(args.engine, args.precision))
     ranks.seed(args.seed)
     weights = model.weights()
@@ -181,12 +203,17 @@ def main(argv: list[str] | None = None) -> int:
             eta=eta,
             velocity=velocity(optimizer) if args.unrolled else None,
         )
+        return *weight_gradient(x, y, hidden), hidden_valid
+
+    def weight_gradient(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of training text, for a step of the weights."""
         batch = Batch(x, y, hidden, model.draw_masks(rows))
         parts = regularised(model, batch, rows_at_once)
         nll, hidden, norm = clipped_gradient(parts, weights, args.clip, args.clip_value, ranks.average)
-        return nll, norm, hidden, hidden_valid
+        return nll, norm, hidden
 
     quick_gradient = model.engine.replayed(gradient, device)
+    quick_weight_gradient = model.engine.replayed(weight_gradient, device)
 
     hidden = hidden_valid = model.initial_hidden(rows)  # (B, H), of this rank's rows
     best, stopped_by = float("inf"), ""  # validation loss; why the search ended
@@ -201,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def state() -> dict[str, Any]:
         return {
-            **start.identity("search", args, corpus, ranks.size), "eval_rows": EVAL_ROWS,
+            **start.identity("search", args, corpus, ranks.size), "eval_rows": eval_rows(args.norm),
             "genotype": to_json(model.genotype()), "history": history, "valid_position": valid_batches.position,
             "hidden": ranks.all_rows(hidden), "hidden_valid": ranks.all_rows(hidden_valid),
             **{name: part.state_dict() for name, part in parts.items()},
@@ -270,13 +297,16 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 for i, seq_len in progress.track(lengths, columns=args.batch_size):
                     x, y = get_batch(train, i, seq_len)  # (T, B)
-                    xv, yv, wrapped = valid_batches.take(seq_len)  # (T, B)
-                    if wrapped:
-                        hidden_valid = model.initial_hidden(rows)
                     schedule.set_rate(optimizer, progress.step, progress.position())
                     with scaled_lr(optimizer, seq_len / args.bptt) as lr:
-                        eta = torch.full((), lr, device=device)  # a number would be a graph of its own on CUDA
-                        nll, norm, hidden, hidden_valid = quick_gradient(eta, x, y, hidden, xv, yv, hidden_valid)
+                        if progress.epoch <= args.arch_start:
+                            nll, norm, hidden = quick_weight_gradient(x, y, hidden)
+                        else:
+                            xv, yv, wrapped = valid_batches.take(seq_len)  # (T, B)
+                            if wrapped:
+                                hidden_valid = model.initial_hidden(rows)
+                            eta = torch.full((), lr, device=device)  # a number would be a graph of its own on CUDA
+                            nll, norm, hidden, hidden_valid = quick_gradient(eta, x, y, hidden, xv, yv, hidden_valid)
                         optimizer.step()
                     optimizer.zero_grad(set_to_none=device.type == "cpu")  # on CUDA they stay where graphs write them
                     progress.advance(nll, norm, (len(x), args.batch_size), lr)
@@ -318,7 +348,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             run.log(str(genotype))
             schedule.close_epoch(loss)
-            collapsed = identities(genotype) > args.max_identity
+            alphas_move = epoch > args.arch_start
+            collapsed = alphas_move and identities(genotype) > args.max_identity
             if collapsed and history:
                 stopped_by = "identity"
             else:
@@ -327,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
                 if collapsed:
                     stopped_by = "identity"
                     run.log("the genotype of the first epoch is over --max_identity; there is none before it to keep")
-                elif is_stable(history, args.stop_stable):
+                elif is_stable(history[args.arch_start :], args.stop_stable):
                     stopped_by = "stable"
                 elif patience.is_over(loss):
                     stopped_by = "patience"

@@ -17,7 +17,7 @@ one() { # one NAME SEED FLAGS...
     set -- --resume
   else
     set -- --data penn --limit_tokens 150000 --epochs 10 --emsize 64 --batch_size 20 --seed "$seed" \
-      --dropout 0.3 --dropoutx 0.2 --dropouth 0.1 --dropouti 0.1 --dropoute 0 --log_interval 500 "$@"
+      --dropout 0.3 --dropoutx 0.2 --dropouth 0.1 --dropouti 0.1 --dropoute 0 --log_interval 500 --init_range 0.04 "$@"
   fi
   .venv/bin/python train.py "$@" --save "$folder" >"$folder.out" 2>&1 || {
     echo "$name, seed $seed: failed, see $folder.out"

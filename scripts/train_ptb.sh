@@ -22,6 +22,7 @@ run_python train.py \
   --dropouti 0.2 \
   --dropoute 0.1 \
   --beta 1e-3 \
+  --init_range 0.04 \
   --nonmono 5 \
   --seed 1267 \
   "$@"

@@ -13,7 +13,11 @@ import checkpoint
 import options
 import train
 import train_search
+from data import load_corpus
+from dropout import Rates
+from model_search import RNNModelSearch
 from optimizers import OPTIMIZERS as OF_SEARCH
+from recurrence import NORMS
 from schedules import DECAYS, SHAPES
 
 OPTIMIZERS = ("ntasgd", *OF_SEARCH)
@@ -62,6 +66,7 @@ SEARCH = [
     "--unrolled --optimizer momentum --momentum 0.5 --lr 1 --clip_value 0.01 --warmup 7 --schedule cosine --epochs 2",
     "--schedule plateau --patience 1 --lr 20 --epochs 5", "--stop_stable 1 --epochs 4 --arch_lr 1e-4",
     "--max_identity 1 --seed 6 --arch_lr 0.1 --epochs 5", "--limit_tokens 100 --search_split train",
+    *(f"--norm {norm} --unrolled --arch_start 1 --epochs 3 --stop_stable 1" for norm in NORMS),
 ]  # fmt: skip
 
 
@@ -331,6 +336,21 @@ def test_a_search_stops_when_its_genotype_stands_still(corpus, tmp_path):
     assert result(folder)["epochs"] == 3
 
 
+def test_the_alphas_begin_to_move_after_arch_start(corpus, tmp_path):
+    """Until then the steps are those of the weights alone, and no rule that stops a search looks at the genotype."""
+    flags = "--arch_start 2 --epochs 4 --stop_stable 1 --max_identity 0 --arch_lr 0.01 --seed 6 --lr 1"
+    folder = run("search", corpus, tmp_path / "run", flags)
+    probabilities = [row["probabilities"] for row in rows(folder) if row["epoch"] <= 2]
+    assert all(found == probabilities[0] for found in probabilities)
+    assert result(folder)["epochs"] > 2 and rows(folder)[-1]["probabilities"] != probabilities[0]
+    torch.manual_seed(6)
+    initial = RNNModelSearch(len(load_corpus(str(corpus)).words), 8, Rates()).alphas.softmax(-1)
+    assert probabilities[0] == [[round(p, 5) for p in edge] for edge in initial.tolist()]
+    losses = [row["loss"] for row in rows(folder) if row["epoch"] <= 2]
+    still = run("search", corpus, tmp_path / "still", "--arch_start 2 --epochs 3 --arch_lr 1e-30 --seed 6 --lr 1")
+    assert [row["loss"] for row in rows(still) if row["epoch"] <= 2] == losses
+
+
 def test_a_search_keeps_the_genotype_before_it_collapses(corpus, tmp_path, monkeypatch):
     """The third epoch's has too many copies."""
     counted = []
@@ -439,6 +459,11 @@ REFUSED = [
     ("search", "--rdrop 1", "unrecognized arguments"),
     ("search", "--arch LSTM", "unrecognized arguments"),
     ("search", "--stop_stable -1", "--stop_stable -1: must be at least 0"),
+    ("search", "--arch_start 3 --epochs 3", "--arch_start 3: the alphas would never move in --epochs 3"),
+    ("search", "--norm group", "invalid choice"),
+    ("search", "--norm batch --small_batch_size 1", "--norm batch normalises over the rows"),
+    ("train", "--init_range 0", "--init_range 0.0: must be above 0"),
+    ("train", "--norm layer", "unrecognized arguments"),
 ]
 
 

@@ -61,7 +61,7 @@ class Agreement:
             raise checkpoint.CheckpointError(f"{folder}: not a search run")
         self.flags = flags = argparse.Namespace(**saved["flags"])
         rates = Rates(*(getattr(flags, name) for name in Rates._fields))
-        model = RNNModelSearch(len(saved["words"]), flags.emsize, rates)
+        model = RNNModelSearch(len(saved["words"]), flags.emsize, rates, norm=flags.norm)
         model.load_state_dict(saved["model"])
         self.model = model.using(Engine(flags.engine, precision or flags.precision))
         corpus = load_corpus(flags.data)

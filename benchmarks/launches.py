@@ -215,7 +215,8 @@ def main() -> int:
             for name in STEPS:
                 Recorded.calls.clear()
                 sizes = {**step.sizes_of(name, small=False), **FEW}
-                step.build(name, Engine("fused", precision), sizes, torch.device("cpu"))()
+                variant = step.Variant(Engine("fused", precision), "layer")
+                step.build(name, variant, sizes, torch.device("cpu"))()
                 pretend()
                 for kernel, (count, function, before, after) in Recorded.calls.items():
                     code = code_of(function, before)

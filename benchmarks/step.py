@@ -3,6 +3,7 @@
     python benchmarks/step.py                                   # published sizes; 20 minutes on 2 CPU cores
     python benchmarks/step.py --small                           # B 32, H 64: a laptop's
     python benchmarks/step.py --steps search-exact --no_eager   # an eager one takes minutes and 13 GB on a CPU
+    python benchmarks/step.py --norms batch layer --no_eager    # the relaxed cell's norms in turn
     python benchmarks/step.py --growth                          # how the time grows over T, B, H and N
     python benchmarks/step.py --fresh_memory                    # with malloc as it comes (see utils.keep_memory)
     python benchmarks/step.py --precisions fp32 bf16 --json FILE
@@ -26,6 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +43,7 @@ from kernels import onednn, products_in
 from model import retrain_model
 from model_search import RNNModelSearch
 from objective import VALID_ROWS, Batch, SmallBatches, clipped_gradient
+from recurrence import NORMS
 from utils import choose_device
 
 SEARCH = {"T": 35, "B": 256, "H": 300, "V": 10_000, "N": 8}
@@ -52,10 +55,17 @@ CLIP, BETA = 0.25, 1e-3
 RATES = {"search": Rates(0.75, 0.25, 0.75, 0.2, 0.0), "train": Rates(0.75, 0.25, 0.75, 0.2, 0.1)}
 
 
-def search_step(engine: Engine, sizes: dict, device: torch.device, hessian: str | None) -> Callable[[], None]:
+class Variant(NamedTuple):
+    """What is measured beside others: an engine, and the norm of a relaxed cell."""
+
+    engine: Engine
+    norm: str
+
+
+def search_step(variant: Variant, sizes: dict, device: torch.device, hessian: str | None) -> Callable[[], None]:
     """An alpha step and a weight step as in train_search.py."""
     T, B, H, V, N = sizes.values()
-    model = RNNModelSearch(V, H, RATES["search"], N).to(device).using(engine)
+    model = RNNModelSearch(V, H, RATES["search"], N, variant.norm).to(device).using(variant.engine)
     architect, train_loss, optimizer = search_parts(model, B, 20.0, hessian)
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
@@ -109,11 +119,12 @@ def evaluate_step(engine: Engine, sizes: dict, device: torch.device) -> Callable
     return step
 
 
-def build(name: str, engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
+def build(name: str, variant: Variant, sizes: dict, device: torch.device) -> Callable[[], None]:
     torch.manual_seed(0)
+    engine = variant.engine
     if name.startswith("search"):
         hessian = {"search-first": None, "search-unrolled": "finite", "search-exact": "exact"}[name]
-        step = search_step(engine, sizes, device, hessian)
+        step = search_step(variant, sizes, device, hessian)
     else:
         step = (train_step if name == "train" else evaluate_step)(engine, sizes, device)
     replayed = engine.replayed(lambda: step() or (), device)
@@ -190,22 +201,22 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_mb(name: str, engine: Engine, sizes: dict, device: torch.device, fresh: bool) -> float:
+def peak_mb(name: str, variant: Variant, sizes: dict, device: torch.device, fresh: bool) -> float:
     """The most memory that a process of its own has in use in two steps, in MB: Python, torch, model and all. On CUDA
     what tensors there take in a step, beside what else this process has there."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
-        step = build(name, engine, sizes, device).plain
+        step = build(name, variant, sizes, device).plain
         step()
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(peak_mb_here, name, engine, sizes, device, fresh).result()
+        return pool.submit(peak_mb_here, name, variant, sizes, device, fresh).result()
 
 
-def peak_mb_here(name: str, engine: Engine, sizes: dict, device: torch.device, fresh: bool) -> float:
-    step = build(name, engine, sizes, device if fresh else choose_device(str(device)))
+def peak_mb_here(name: str, variant: Variant, sizes: dict, device: torch.device, fresh: bool) -> float:
+    step = build(name, variant, sizes, device if fresh else choose_device(str(device)))
     for _ in range(2):
         step()
     status = Path("/proc/self/status")  # getrusage would count what the parent had
@@ -216,10 +227,10 @@ def peak_mb_here(name: str, engine: Engine, sizes: dict, device: torch.device, f
 
 
 def measure(
-    name: str, engines: list[Engine], sizes: dict, device: torch.device, rounds: int, fresh: bool
+    name: str, variants: list[Variant], sizes: dict, device: torch.device, rounds: int, fresh: bool
 ) -> Iterator[dict]:
-    """One object for each engine."""
-    steps = [build(name, engine, sizes, device) for engine in engines]
+    """One object for each variant."""
+    steps = [build(name, variant, sizes, device) for variant in variants]
     compile_s = []
     for step in steps:
         clock = perf_counter()
@@ -227,7 +238,8 @@ def measure(
         synchronise(device)
         compile_s.append(perf_counter() - clock)
     all_times = timed(steps, device, rounds)
-    for engine, step, times, first in zip(engines, steps, all_times, compile_s, strict=True):
+    for variant, step, times, first in zip(variants, steps, all_times, compile_s, strict=True):
+        engine = variant.engine
         with products_in(engine.precision):
             with Products() as products:
                 step.plain()
@@ -235,8 +247,9 @@ def measure(
         ms = median(times)
         yield {
             "step": name, "engine": engine.name, "precision": engine.precision,
+            "norm": variant.norm if name.startswith("search") else None,
             **{key: sizes.get(key) for key in "TBHVN"}, "ms": ms, "floor_ms": floor,
-            "tokens_per_s": 1e3 * sizes["T"] * sizes["B"] / ms, "peak_mb": peak_mb(name, engine, sizes, device, fresh),
+            "tokens_per_s": 1e3 * sizes["T"] * sizes["B"] / ms, "peak_mb": peak_mb(name, variant, sizes, device, fresh),
             "first_s": first, "fresh_memory": fresh,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -259,6 +272,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=[s for s in STEPS if s != "search-exact"])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=("fp32", "bf16"))
+    parser.add_argument("--norms", nargs="+", choices=NORMS, default=("layer",), help="of the relaxed cell")
     parser.add_argument("--no_eager", action="store_true", help="leave the eager engine out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true")
@@ -270,20 +284,23 @@ def main() -> int:
     device = torch.device(args.device) if args.fresh_memory else choose_device(args.device)
     engines = [Engine("fused", precision) for precision in args.precisions]
     engines = engines if args.no_eager else [Engine(), *engines]
+    variants = [Variant(engine, norm) for engine in engines for norm in args.norms]
     jobs = [("search-first", sizes) for sizes in grown()] if args.growth else []
     jobs = jobs or [(name, sizes_of(name, args.small)) for name in args.steps]
     lines = []
-    print(f"{'step':16}{'engine':>7}{'':>6}  {'T':>3}{'B':>5}{'H':>5}{'N':>4}{'ms':>10}{'floor':>10}{'ms/floor':>9}"
-          f"{'tokens/s':>10}{'peak MB':>9}{'against first':>15}")  # fmt: skip
+    print(f"{'step':16}{'engine':>7}{'':>6}{'norm':>6}  {'T':>3}{'B':>5}{'H':>5}{'N':>4}{'ms':>10}{'floor':>10}"
+          f"{'ms/floor':>9}{'tokens/s':>10}{'peak MB':>9}{'against first':>15}")  # fmt: skip
     for name, sizes in jobs:
         first = None
-        for line in measure(name, engines, sizes, device, args.rounds, args.fresh_memory):
+        here = variants if name.startswith("search") else [v for v in variants if v.norm == args.norms[0]]
+        for line in measure(name, here, sizes, device, args.rounds, args.fresh_memory):
             lines.append(line)
             first = first or line["ms"]
             print(
-                f"{name:16}{line['engine']:>7}{line['precision']:>6}  {line['T']:>3}{line['B']:>5}{line['H']:>5}"
-                f"{line['N'] or '':>4}{line['ms']:10.1f}{line['floor_ms']:10.1f}{line['ms'] / line['floor_ms']:9.2f}"
-                f"{line['tokens_per_s']:10.0f}{line['peak_mb']:9.0f}{first / line['ms']:14.2f}x",
+                f"{name:16}{line['engine']:>7}{line['precision']:>6}{line['norm'] or '':>6}  {line['T']:>3}"
+                f"{line['B']:>5}{line['H']:>5}{line['N'] or '':>4}{line['ms']:10.1f}{line['floor_ms']:10.1f}"
+                f"{line['ms'] / line['floor_ms']:9.2f}{line['tokens_per_s']:10.0f}{line['peak_mb']:9.0f}"
+                f"{first / line['ms']:14.2f}x",
                 flush=True,
             )
             if args.json:

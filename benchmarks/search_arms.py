@@ -1,0 +1,214 @@
+"""Does a search find better cells than a draw does? Kinds of search beside random cells, a short training of each.
+
+    python benchmarks/search_arms.py run --out FILE --data builtin --arm NAME="FLAGS OF train_search.py" ...
+    python benchmarks/search_arms.py table docs/signal/builtin.jsonl         # what docs/signal.md says
+
+`run` starts train_search.py and train.py, as many at a time as there are cores, each with one thread. Every search and
+every training adds a line to FILE as it ends; what is there already is not run again, so a study that was stopped, or
+gets another arm, goes on. All cells are trained with the same flags and the same seed, whatever found them. `table`
+prints mean, sd, best and median perplexity of each arm, the p of a two-sided permutation test against the random cells,
+and the mean cosine between the alpha gradients of independent batches over the searches. scripts/signal_study.sh runs
+the studies of docs/signal.md.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import rmtree
+from statistics import mean, median, stdev
+from tempfile import mkdtemp
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from genotypes import from_json, resolve_cell, to_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = (
+    "--emsize 64 --batch_size 32 --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0 --device cpu"
+    " --log_interval 20 --test skip"
+)
+SIGNAL = ("step", "cosine_whole", "cosine_direct", "cosine_implicit", "norm_ratio", "sensitivity", "relaxed_loss")
+TRAIN_SEED = 1
+NAMED = ("DARTS", "DARTS_V1")
+LARGEST = 1000  # number of a random cell that `table` knows
+
+
+class Results:
+    """The lines of a file, by what they are of; one is added at a time."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.by_key = {key(line): line for line in map(json.loads, lines)}
+
+    def add(self, line: dict) -> None:
+        with self.lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self.by_key[key(line)] = line
+
+
+def key(line: dict) -> tuple:
+    """What was run: two lines with the same one would be the same."""
+    if line["kind"] == "search":
+        return "search", line["flags"], line["seed"]
+    return "train", json.dumps(line["genotype"]), line["flags"], line["seed"]
+
+
+def run_script(script: str, flags: str, seed: int) -> Path:
+    """The directory of a finished run."""
+    folder = Path(mkdtemp(prefix="arms-"))
+    command = [sys.executable, str(ROOT / script), *shlex.split(flags), "--seed", str(seed), "--save", str(folder)]
+    log = folder.with_suffix(".out")
+    with open(log, "w", encoding="utf-8") as out:
+        code = subprocess.run(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        raise SystemExit(f"{shlex.join(command)}: exit code {code}, see {log}")
+    log.unlink()
+    return folder
+
+
+def metrics(folder: Path, kind: str) -> list[dict]:
+    """The lines of one kind that a run has written to metrics.jsonl."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def search(results: Results, arm: str, flags: str, seed: int) -> dict:
+    """The genotype that a search ends with, that of each epoch, and what was measured on the way."""
+    line = results.by_key.get(("search", flags, seed))
+    if line is None:
+        folder = run_script("train_search.py", flags, seed)
+        epochs = metrics(folder, "epoch")
+        line = {
+            "kind": "search", "arm": arm, "flags": flags, "seed": seed,
+            "genotype": json.loads((folder / "genotype.json").read_text(encoding="utf-8"))["genotype"],
+            "genotypes": [epoch["genotype"] for epoch in epochs],
+            "valid_ppl": [round(epoch["valid_ppl"], 2) for epoch in epochs],
+            "signal": [{name: found[name] for name in SIGNAL} for found in metrics(folder, "diagnosis")],
+            "seconds": round(epochs[-1]["seconds"], 1),
+        }  # fmt: skip
+        rmtree(folder)
+        results.add(line)
+        print(f"{arm}, seed {seed}: {from_json(line['genotype'])}", flush=True)
+    return line
+
+
+def train(results: Results, genotype: dict, flags: str) -> dict:
+    """The validation perplexity of a cell after each epoch of a short training."""
+    line = results.by_key.get(("train", json.dumps(genotype), flags, TRAIN_SEED))
+    if line is None:
+        folder = run_script("train.py", f"{flags} --arch {shlex.quote(str(from_json(genotype)))}", TRAIN_SEED)
+        ppl = [round(epoch["valid_ppl"], 3) for epoch in metrics(folder, "epoch")]
+        line = {"kind": "train", "genotype": genotype, "flags": flags, "seed": TRAIN_SEED, "valid_ppl": ppl}
+        rmtree(folder)
+        results.add(line)
+        print(f"{ppl[-1]:8.2f}  {from_json(genotype)}", flush=True)
+    return line
+
+
+def run(args: argparse.Namespace) -> None:
+    """Every search and every training that the file does not hold yet."""
+    results = Results(args.out)
+    train_flags, search_flags = (
+        f"{SIZES} --data {args.data} {flags}".strip()
+        for flags in (f"--epochs {args.train_epochs} {args.train_flags}", args.search_flags)
+    )
+    named = [to_json(resolve_cell(name)) for name in (*(f"random:{n}" for n in range(args.random_cells)), *args.cells)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        searches = [
+            pool.submit(search, results, name, f"{search_flags} {flags}", seed)
+            for seed in range(1, args.seeds + 1)
+            for name, flags in args.arm
+        ]
+        drawn = [pool.submit(train, results, cell, train_flags) for cell in named]
+        for future in searches:
+            drawn.append(pool.submit(train, results, future.result()["genotype"], train_flags))
+        for future in drawn:
+            future.result()
+
+
+def table(paths: Sequence[Path]) -> None:
+    """Of each file, and each way in which it has trained cells, the arms beside the random cells."""
+    for path in paths:
+        lines = Results(path).by_key.values()
+        for flags in dict.fromkeys(line["flags"] for line in lines if line["kind"] == "train"):
+            trained = {
+                json.dumps(line["genotype"]): line["valid_ppl"][-1]
+                for line in lines
+                if line["kind"] == "train" and line["flags"] == flags
+            }
+            searches = [line for line in lines if line["kind"] == "search" and json.dumps(line["genotype"]) in trained]
+            print(
+                f"\n{path.name}: {flags}\n\n| cells | n | mean | sd | best | median | p | agreement |\n"
+                + "|---" * 8
+                + "|"
+            )
+            random = known(trained, [f"random:{number}" for number in range(LARGEST)])
+            print(row("random", random))
+            for name in NAMED:
+                if ppl := known(trained, [name]):
+                    print(row(name, ppl))
+            for arm in dict.fromkeys(line["arm"] for line in searches):
+                mine = [line for line in searches if line["arm"] == arm]
+                cosines = [s["cosine_whole"] for line in mine for s in line["signal"] if s["cosine_whole"] is not None]
+                print(row(arm, [trained[json.dumps(line["genotype"])] for line in mine], random, cosines))
+
+
+def known(trained: dict[str, float], names: Sequence[str]) -> list[float]:
+    """The perplexities of those cells that have been trained."""
+    keys = [json.dumps(to_json(resolve_cell(name))) for name in names]
+    return [trained[key] for key in keys if key in trained]
+
+
+def row(name: str, ppl: Sequence[float], random: Sequence[float] = (), cosines: Sequence[float] = ()) -> str:
+    """A row of the table."""
+    from ranking import permutation_test  # which needs SciPy
+
+    sd = f"{stdev(ppl):.2f}" if len(ppl) > 1 else ""
+    p = f"{permutation_test(ppl, random):.4f}" if min(len(ppl), len(random)) > 1 else ""
+    agreement = f"{mean(cosines):.2f}" if cosines else ""
+    return f"| {name} | {len(ppl)} | {mean(ppl):.2f} | {sd} | {min(ppl):.2f} | {median(ppl):.2f} | {p} | {agreement} |"
+
+
+def arm(text: str) -> tuple[str, str]:
+    """NAME=FLAGS, apart."""
+    name, sign, flags = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text}: NAME=FLAGS expected")
+    return name, flags
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run")
+    runs.add_argument("--data", default="builtin")
+    runs.add_argument("--out", type=Path, required=True, metavar="FILE")
+    runs.add_argument(
+        "--arm", type=arm, action="append", default=[], metavar="NAME=FLAGS", help="flags of train_search.py"
+    )
+    runs.add_argument("--seeds", type=int, default=4, help="searches of each arm")
+    runs.add_argument("--random_cells", type=int, default=16)
+    runs.add_argument("--cells", nargs="*", default=[], metavar="ARCH")
+    runs.add_argument("--train_epochs", type=int, default=8)
+    runs.add_argument("--train_flags", default="", help="of every training of a cell")
+    runs.add_argument("--search_flags", default="", help="of every search")
+    runs.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
+    tables = commands.add_parser("table")
+    tables.add_argument("files", nargs="+", type=Path)
+    args = parser.parse_args()
+    run(args) if args.command == "run" else table(args.files)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -137,7 +137,8 @@ class Diagnosis:
 
     def gap(self) -> tuple[float, float]:
         """Loss (nats per word) of the relaxed model and of the one that its genotype makes of it, with the same weights
-        and batch statistics, over the beginning of the validation text."""
+        and norm, over the beginning of the validation text. (Without a norm the mean over predecessors is left in, and
+        shrinks the genotype's states.)"""
         text, alphas = self.valid[: SEGMENTS * self.bptt + 1], self.model.alphas
         relaxed = evaluate(self.model, text, self.bptt, "the relaxed model")
         certain = logits(self.model.genotype()).to(alphas) - alphas.detach()

@@ -42,7 +42,7 @@ class RNNModelSearch(RNNModel):
         nhid: int,
         rates: Rates,
         steps: int = STEPS,
-        norm: str = "layer",
+        norm: str = "none",
         init_range: float | None = None,
     ):
         init_range = default_init_range(nhid) if init_range is None else init_range

@@ -12,6 +12,7 @@ from schedules import DECAYS, SHAPES, Decay, Schedule, WarmUp
 from utils import new_folder
 
 CLIP = 0.25
+ARCH_START = 2  # epochs of the weights alone (docs/signal.md)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -291,6 +292,8 @@ def complete(args: argparse.Namespace, kind: str) -> None:
         args.finetune = args.finetune or ""
     if args.init_range is None and args.emsize >= 1:
         args.init_range = default_init_range(args.emsize)
+    if "arch_start" in vars(args) and args.arch_start is None:
+        args.arch_start = max(0, min(ARCH_START, args.epochs - 1))
     args.nhid = args.emsize if args.nhid is None else args.nhid
     args.nhidlast = args.emsize if args.nhidlast is None else args.nhidlast
     args.small_batch_size = args.batch_size if args.small_batch_size is None else args.small_batch_size

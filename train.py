@@ -1,7 +1,7 @@
 """Retrain a cell from scratch and measure it: SGD, then averaged SGD once the validation loss stops falling.
 
     python train.py --arch DARTS                                       # published setting; wants a GPU
-    python train.py --data builtin --arch runs/search-... --emsize 64 --lr 5 --epochs 8
+    python train.py --data builtin --arch runs/search-... --emsize 64 --batch_size 32 --epochs 8
 
 The paper gives 3 days on a 1080Ti for the first; the second takes a minute on a CPU. Both end with the test
 perplexity of the weights that did best on the validation text.

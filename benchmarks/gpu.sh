@@ -29,8 +29,8 @@ else
 fi
 stage step 210 "$python" benchmarks/step.py --device cuda --precisions fp32 tf32 bf16 --json "$OUT/step.json" \
   --steps search-unrolled train search-first evaluate search-exact
-stage search 130 "$python" train_search.py --data penn --unrolled --precision bf16 --epochs 2 --device cuda \
-  --test skip --save "$OUT/search"
+stage search 130 "$python" train_search.py --data penn --unrolled --precision bf16 --epochs 2 --arch_start 0 \
+  --device cuda --test skip --save "$OUT/search"
 stage train 90 "$python" train.py --data penn --arch DARTS --precision bf16 --epochs 3 --device cuda \
   --test skip --save "$OUT/train"
 rm -f "$OUT"/*/*.pt

@@ -1,7 +1,8 @@
 """How well the products of the unrolled step agree with the exact one in fp32, on a model that has learned.
 
     python train_search.py --data penn --unrolled --emsize 100 --batch_size 64 --lr 5 --dropout 0.3 --dropoutx 0.3 \\
-        --dropouth 0.1 --dropouti 0.1 --epochs 1 --save runs/mine
+        --dropouth 0.1 --dropouti 0.1 --norm batch --init_range 0.04 --arch_lr 0.003 --arch_start 0 --epochs 3 \\
+        --save runs/mine                                       # an hour on a CPU core
     python benchmarks/hessian.py runs/mine                     # 10 minutes on a CPU core
 
 For a number of batches forms the product with the mixed second derivative, along one and the same direction and on

@@ -7,8 +7,9 @@
 every training adds a line to FILE as it ends; what is there already is not run again, so a study that was stopped, or
 gets another arm, goes on. All cells are trained with the same flags and the same seed, whatever found them. `table`
 prints mean, sd, best and median perplexity of each arm, the p of a two-sided permutation test against the random cells,
-and the mean cosine between the alpha gradients of independent batches over the searches. scripts/signal_study.sh runs
-the studies of docs/signal.md.
+the mean depth of its cells, and the mean cosine between the alpha gradients of independent batches over its searches;
+with what features the random cells' perplexities are correlated; and how cosine and sensitivity went in each arm.
+scripts/signal_study.sh runs the studies of docs/signal.md.
 """
 
 import argparse
@@ -18,16 +19,16 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import rmtree
-from statistics import mean, median, stdev
+from statistics import correlation, mean, median, stdev
 from tempfile import mkdtemp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from genotypes import from_json, resolve_cell, to_json
+from genotypes import PRIMITIVES, from_json, resolve_cell, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (
@@ -137,46 +138,91 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(paths: Sequence[Path]) -> None:
-    """Of each file, and each way in which it has trained cells, the arms beside the random cells."""
+    """Of each file, and each way in which it has trained cells, the arms beside the random cells; then the signal."""
     for path in paths:
         lines = Results(path).by_key.values()
         for flags in dict.fromkeys(line["flags"] for line in lines if line["kind"] == "train"):
-            trained = {
-                json.dumps(line["genotype"]): line["valid_ppl"][-1]
-                for line in lines
-                if line["kind"] == "train" and line["flags"] == flags
-            }
-            searches = [line for line in lines if line["kind"] == "search" and json.dumps(line["genotype"]) in trained]
-            print(
-                f"\n{path.name}: {flags}\n\n| cells | n | mean | sd | best | median | p | agreement |\n"
-                + "|---" * 8
-                + "|"
-            )
-            random = known(trained, [f"random:{number}" for number in range(LARGEST)])
-            print(row("random", random))
-            for name in NAMED:
-                if ppl := known(trained, [name]):
-                    print(row(name, ppl))
-            for arm in dict.fromkeys(line["arm"] for line in searches):
-                mine = [line for line in searches if line["arm"] == arm]
-                cosines = [s["cosine_whole"] for line in mine for s in line["signal"] if s["cosine_whole"] is not None]
-                print(row(arm, [trained[json.dumps(line["genotype"])] for line in mine], random, cosines))
+            table_of(f"{path.name}: {flags}", lines, flags)
+        print("\n| arm | step | cosine, mean | sensitivity, median |\n|---|---|---|---|")
+        for arm in dict.fromkeys(line["arm"] for line in lines if line["kind"] == "search"):
+            signal_of(arm, [s for line in lines if line.get("arm") == arm for s in line["signal"]])
 
 
-def known(trained: dict[str, float], names: Sequence[str]) -> list[float]:
-    """The perplexities of those cells that have been trained."""
-    keys = [json.dumps(to_json(resolve_cell(name))) for name in names]
-    return [trained[key] for key in keys if key in trained]
+def table_of(title: str, lines: Collection[dict], flags: str) -> None:
+    """Every cell that was trained with those flags, by what it comes from."""
+    trained = {
+        json.dumps(line["genotype"]): line["valid_ppl"][-1]
+        for line in lines
+        if line["kind"] == "train" and line["flags"] == flags
+    }
+    cells = {name: to_json(resolve_cell(name)) for name in (*(f"random:{n}" for n in range(LARGEST)), *NAMED)}
+    cells = {name: cell for name, cell in cells.items() if json.dumps(cell) in trained}
+    drawn = [cell for name, cell in cells.items() if name.startswith("random")]
+    random = [trained[json.dumps(cell)] for cell in drawn]
+    print(f"\n{title}\n\n| cells | n | mean | sd | best | median | p | depth | agreement |\n" + "|---" * 9 + "|")
+    for name, group in (("random", drawn), *((name, [cells[name]]) for name in NAMED if name in cells)):
+        if group:
+            print(row(name, group, trained))
+    found = [line for line in lines if line["kind"] == "search" and json.dumps(line["genotype"]) in trained]
+    for arm in dict.fromkeys(line["arm"] for line in found):
+        mine = [line for line in found if line["arm"] == arm]
+        print(
+            row(arm, [line["genotype"] for line in mine], trained, random, [s for line in mine for s in line["signal"]])
+        )
+    if len(drawn) > 2:
+        print("\ncorrelation of the random cells' perplexity with " + correlations(drawn, random))
 
 
-def row(name: str, ppl: Sequence[float], random: Sequence[float] = (), cosines: Sequence[float] = ()) -> str:
-    """A row of the table."""
+def row(
+    name: str,
+    cells: Sequence[dict],
+    trained: dict[str, float],
+    random: Sequence[float] = (),
+    signal: Sequence[dict] = (),
+) -> str:
+    """A row of the table: of these cells, and of what was measured in the searches that found them."""
     from ranking import permutation_test  # which needs SciPy
 
+    ppl = [trained[json.dumps(cell)] for cell in cells]
     sd = f"{stdev(ppl):.2f}" if len(ppl) > 1 else ""
     p = f"{permutation_test(ppl, random):.4f}" if min(len(ppl), len(random)) > 1 else ""
-    agreement = f"{mean(cosines):.2f}" if cosines else ""
-    return f"| {name} | {len(ppl)} | {mean(ppl):.2f} | {sd} | {min(ppl):.2f} | {median(ppl):.2f} | {p} | {agreement} |"
+    agreement = numbers(signal, "cosine_whole")
+    return (
+        f"| {name} | {len(ppl)} | {mean(ppl):.2f} | {sd} | {min(ppl):.2f} | {median(ppl):.2f} | {p} "
+        f"| {mean(map(mean_depth, cells)):.2f} | {f'{mean(agreement):.2f}' if agreement else ''} |"
+    )
+
+
+def signal_of(arm: str, signal: Sequence[dict]) -> None:
+    """How agreement and sensitivity went over the searches of an arm."""
+    for step in sorted({s["step"] for s in signal}):
+        here = [s for s in signal if s["step"] == step]
+        cosines, growth = numbers(here, "cosine_whole"), numbers(here, "sensitivity")
+        if cosines and growth:
+            print(f"| {arm} | {step} | {mean(cosines):.2f} | {median(growth):.1e} |")
+
+
+def numbers(signal: Sequence[dict], name: str) -> list[float]:
+    """Those of one kind that were finite."""
+    return [s[name] for s in signal if s[name] is not None]
+
+
+def mean_depth(cell: dict) -> float:
+    """How many nodes lie between s_0 and a node's output, itself included, in the mean over the nodes."""
+    depth = [0]
+    for _, predecessor in cell["recurrent"]:
+        depth.append(1 + depth[predecessor])
+    return mean(depth[1:])
+
+
+def correlations(cells: Sequence[dict], ppl: Sequence[float]) -> str:
+    """Pearson's r of the perplexity with the mean depth, and with how often each primitive occurs."""
+    features = {"mean depth": [mean_depth(cell) for cell in cells]}
+    for primitive in PRIMITIVES[1:]:
+        features[primitive] = [sum(op == primitive for op, _ in cell["recurrent"]) for cell in cells]
+    return ", ".join(
+        f"{name} {correlation(values, ppl):.2f}" for name, values in features.items() if len(set(values)) > 1
+    )
 
 
 def arm(text: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
     python benchmarks/step.py                                   # published sizes; 20 minutes on 2 CPU cores
     python benchmarks/step.py --small                           # B 32, H 64: a laptop's
     python benchmarks/step.py --steps search-exact --no_eager   # an eager one takes minutes and 13 GB on a CPU
-    python benchmarks/step.py --norms batch layer --no_eager    # the relaxed cell's norms in turn
+    python benchmarks/step.py --norms batch layer none --no_eager   # the relaxed cell's norms in turn
     python benchmarks/step.py --growth                          # how the time grows over T, B, H and N
     python benchmarks/step.py --fresh_memory                    # with malloc as it comes (see utils.keep_memory)
     python benchmarks/step.py --precisions fp32 bf16 --json FILE
@@ -272,7 +272,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=[s for s in STEPS if s != "search-exact"])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=("fp32", "bf16"))
-    parser.add_argument("--norms", nargs="+", choices=NORMS, default=("layer",), help="of the relaxed cell")
+    parser.add_argument("--norms", nargs="+", choices=NORMS, default=("none",), help="of the relaxed cell")
     parser.add_argument("--no_eager", action="store_true", help="leave the eager engine out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true")

@@ -26,5 +26,6 @@ run_python train_search.py \
   --arch_wdecay 1e-3 \
   --norm batch \
   --init_range 0.04 \
+  --arch_start 0 \
   --seed 3 \
   "$@"

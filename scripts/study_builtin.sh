@@ -8,10 +8,10 @@ CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh
 python_with requirements-cluster.txt
 # the fused engine would compile for longer than it saves here
-sizes="--emsize 64 --batch_size 32 --lr 5 --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0"
+sizes="--emsize 64 --batch_size 32 --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0"
 sizes+=" --engine eager --log_interval 60 --device cpu"
 exec .venv/bin/python trials.py run --data builtin --train_flags "$sizes" --search_flags "$sizes" \
   --baselines DARTS LSTM --full_epochs 10 \
   --proxy_cells DARTS_V1 DARTS_V2 ENAS random:1000 --proxy_epochs 1 2 --proxy_reference 4 --proxy_seeds 2 \
-  --methods first unrolled random --seeds 2 --random_cells 2 --search_epochs 1 \
+  --methods first unrolled random --seeds 2 --random_cells 2 --search_epochs 3 \
   --select_epochs 5 --top 2 "$@"

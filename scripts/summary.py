@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -45,8 +46,13 @@ def main() -> int:
     folder, result = next(iter(results.items()))
     if result["test_ppl"] is None:
         return 0
+    random = sorted(r["valid_ppl"] for f, r in results.items() if f.name.startswith("random"))
+    if random:
+        better = sum(result["valid_ppl"] < ppl for ppl in random)
+        print(f"\nThe {folder.name} cell's valid perplexity is below that of {better} of {len(random)} random cells"
+              f" (their median: {median(random):.2f}).")  # fmt: skip
     factor = unigram / result["test_ppl"]
-    print(f"\nThe {folder.name} cell's test perplexity is {factor:.1f} times lower than without context. It is")
+    print(f"Its test perplexity is {factor:.1f} times lower than without context. It is")
     print(from_json(result["genotype"]))
     return 0
 

@@ -253,8 +253,9 @@ def test_batch_normalisation_of_one_row_at_a_time(corpus, refused, tmp_path):
         assert json.loads((tmp_path / norm / "result.json").read_text())["test_ppl"] > 1
 
 
-def test_a_norm_that_no_run_has(corpus, refused, tmp_path):
+def test_a_norm_that_no_run_has(corpus, refused, tmp_path, capsys):
     finished(train_search, corpus, tmp_path / "run", "--norm", "none")
+    capsys.readouterr()
     saved = checkpoint.load(tmp_path / "run" / "best.pt")
     for flags in ({**saved["flags"], "norm": "group"}, {**saved["flags"], "norm": ["layer"]}):
         checkpoint.save({**saved, "flags": flags}, tmp_path / "odd.pt")

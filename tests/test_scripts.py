@@ -165,7 +165,10 @@ def test_evaluate_reads_another_corpus_with_the_checkpoint_s_words(trained, tmp_
 
 
 CONTINUED = [  # test_crash.py has the others
-    ("train_search.py", ["--unrolled", "--search_split", "train", "--batch_size", 8, "--small_batch_size", 4]),
+    (
+        "train_search.py",
+        ["--unrolled", "--search_split", "train", "--batch_size", 8, "--small_batch_size", 4, "--arch_start", 1],
+    ),
     ("train.py", ["--arch", "ENAS", "--nonmono", 9]),  # the last epochs before the switch
 ]
 
@@ -299,7 +302,7 @@ def test_the_search_steps_over_full_validation_segments(monkeypatch, corpus, tmp
 
     monkeypatch.setattr(train_search, "clipped_gradient", keep)
     monkeypatch.setattr(train_search, "Architect", Spy)
-    flags = f"--data {corpus} --save {tmp_path / 'run'} --epochs 3 {SIZES}"
+    flags = f"--data {corpus} --save {tmp_path / 'run'} --epochs 3 --arch_start 0 {SIZES}"
     assert train_search.main(flags.split()) == 0
     assert len(sizes) > 40
     assert len(continued) == len(sizes) - 3  # all but the first of each epoch

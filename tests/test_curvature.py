@@ -222,22 +222,15 @@ def test_a_model_behind_either_engine_has_the_same_product(fraternal):
 @pytest.mark.parametrize("norm", recurrence.NORMS)
 @pytest.mark.parametrize("copied", [True, False])
 def test_bf16_is_within_its_rounding_of_fp32(monkeypatch, copied, norm):
-    """And not equal to it; however the decoder lies. A steep model may change by several times what it does when the
-    weights alone are rounded."""
+    """And not equal to it; however the decoder lies. (With weights under which no norm makes the model steep.)"""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: copied)
     monkeypatch.setattr(decoder, "COPY_FROM", 1)
-    torch.manual_seed(2)
-    model = tiny.search_model(norm=norm).float()
+    model = tiny.search_model(seed=7, norm=norm).float()
     batch = tiny.batch(model, 1)
     batch = batch._replace(hidden=batch.hidden.float())
     along = [torch.randn_like(w) for w in model.weights()]
     narrow, wide = (product(model.using(Engine("fused", precision)), batch, along) for precision in ("bf16", "fp32"))
-    with torch.no_grad():
-        for weight in model.weights():
-            weight.copy_(weight.bfloat16())
-    rounded = product(model.using(Engine("eager")), batch, along)
-    change, rounding = (((other - wide).norm() / wide.norm()).item() for other in (narrow, rounded))
-    assert 1e-5 < change < max(0.05, 5 * rounding)
+    assert 1e-5 < ((narrow - wide).norm() / wide.norm()).item() < 0.05
 
 
 @pytest.mark.parametrize("norm", recurrence.NORMS)

@@ -67,6 +67,7 @@ def test_every_curve_ends_where_the_metrics_end(rows, drawn):
         ("Gradient of the weights", "gradient norm"): last(rows, "interval", "norm"),
         ("Learning rate", "learning rate"): last(rows, "interval", "rate"),
         ("Implicit to direct part", "norm ratio"): last(rows, "diagnosis", "norm_ratio"),
+        ("What becomes of a small change", "sensitivity"): last(rows, "diagnosis", "sensitivity"),
         ("Finite to exact product", "product cosine"): last(rows, "diagnosis", "product_cosine"),
         ("Largest eigenvalue", "eigenvalue"): last(rows, "diagnosis", "eigenvalue"),
     }

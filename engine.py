@@ -19,7 +19,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 class Engine(NamedTuple):
     """`eager` is the definition, which autograd differentiates as often as one likes; `fused` is fast.
 
-    In bf16 products and what is kept for the way back are rounded, sums, normalisation and softmax are not;
+    In bf16 products and what is saved for backward are rounded, sums, normalisation and softmax are not;
     tf32 is a setting of CUDA's products (`products_in`).
     """
 

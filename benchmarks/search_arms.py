@@ -21,6 +21,7 @@ import sys
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from shutil import rmtree
 from statistics import correlation, mean, median, stdev
@@ -28,6 +29,7 @@ from tempfile import mkdtemp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import records
 from genotypes import PRIMITIVES, from_json, resolve_cell, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +48,7 @@ class Results:
 
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.by_key = {key(line): line for line in map(json.loads, lines)}
+        self.by_key = {key(line): line for line in records.lines(path)}
 
     def add(self, line: dict) -> None:
         with self.lock:
@@ -77,24 +78,18 @@ def run_script(script: str, flags: str, seed: int) -> Path:
     return folder
 
 
-def metrics(folder: Path, kind: str) -> list[dict]:
-    """The lines of one kind that a run has written to metrics.jsonl."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line["kind"] == kind]
-
-
 def search(results: Results, arm: str, flags: str, seed: int) -> dict:
     """The genotype that a search ends with, that of each epoch, and what was measured on the way."""
     line = results.by_key.get(("search", flags, seed))
     if line is None:
         folder = run_script("train_search.py", flags, seed)
-        epochs = metrics(folder, "epoch")
+        epochs, diagnoses = records.epochs(folder), [row for row in records.rows(folder) if row["kind"] == "diagnosis"]
         line = {
             "kind": "search", "arm": arm, "flags": flags, "seed": seed,
-            "genotype": json.loads((folder / "genotype.json").read_text(encoding="utf-8"))["genotype"],
+            "genotype": records.read_json(folder / "genotype.json")["genotype"],
             "genotypes": [epoch["genotype"] for epoch in epochs],
             "valid_ppl": [round(epoch["valid_ppl"], 2) for epoch in epochs],
-            "signal": [{name: found[name] for name in SIGNAL} for found in metrics(folder, "diagnosis")],
+            "signal": [{name: found[name] for name in SIGNAL} for found in diagnoses],
             "seconds": round(epochs[-1]["seconds"], 1),
         }  # fmt: skip
         rmtree(folder)
@@ -108,7 +103,7 @@ def train(results: Results, genotype: dict, flags: str) -> dict:
     line = results.by_key.get(("train", json.dumps(genotype), flags, TRAIN_SEED))
     if line is None:
         folder = run_script("train.py", f"{flags} --arch {shlex.quote(str(from_json(genotype)))}", TRAIN_SEED)
-        ppl = [round(epoch["valid_ppl"], 3) for epoch in metrics(folder, "epoch")]
+        ppl = [round(epoch["valid_ppl"], 3) for epoch in records.epochs(folder)]
         line = {"kind": "train", "genotype": genotype, "flags": flags, "seed": TRAIN_SEED, "valid_ppl": ppl}
         rmtree(folder)
         results.add(line)
@@ -148,6 +143,12 @@ def table(paths: Sequence[Path]) -> None:
             signal_of(arm, [s for line in lines if line.get("arm") == arm for s in line["signal"]])
 
 
+@cache
+def known_cells() -> dict[str, dict]:
+    """Random and published cells by name."""
+    return {name: to_json(resolve_cell(name)) for name in (*(f"random:{n}" for n in range(LARGEST)), *NAMED)}
+
+
 def table_of(title: str, lines: Collection[dict], flags: str) -> None:
     """Every cell that was trained with those flags, by what it comes from."""
     trained = {
@@ -155,8 +156,7 @@ def table_of(title: str, lines: Collection[dict], flags: str) -> None:
         for line in lines
         if line["kind"] == "train" and line["flags"] == flags
     }
-    cells = {name: to_json(resolve_cell(name)) for name in (*(f"random:{n}" for n in range(LARGEST)), *NAMED)}
-    cells = {name: cell for name, cell in cells.items() if json.dumps(cell) in trained}
+    cells = {name: cell for name, cell in known_cells().items() if json.dumps(cell) in trained}
     drawn = [cell for name, cell in cells.items() if name.startswith("random")]
     random = [trained[json.dumps(cell)] for cell in drawn]
     print(f"\n{title}\n\n| cells | n | mean | sd | best | median | p | depth | agreement |\n" + "|---" * 9 + "|")

@@ -54,11 +54,12 @@ def cell_problem(N):
 
 def compare():
     for cell, norm in NORMED_CELLS:
-        held, (leaves, masks, R) = cell == "relaxed", cell_problem(3)
+        held, (leaves, masks, R) = cell == "relaxed", cell_problem(3 if cell == "relaxed" else 4)
         check(*(
             values_and_gradients(m, cell, leaves, masks, R, 3, HeldRelu() if held else None, norm).values()
             for m in (fused, recurrence)
         ))
+    leaves, masks, R = cell_problem(3)
     for norm in recurrence.NORMS:
         check(*(mixed(m, leaves, masks, R, directions(leaves, 1), norm=norm) for m in (fused, recurrence)), bound=2e-5)
     decoder.SKIP_FROM = 1

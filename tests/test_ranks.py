@@ -129,7 +129,10 @@ def test_flags_that_ranks_cannot_share_are_refused_once(corpus, tmp_path):
         ({"small_batch_size": 2}, None),
         ({"small_batch_size": 3}, "--small_batch_size 3: must divide the 4 rows that each of 4 ranks has"),
         ({"batch_size": 4, "norm": "layer"}, None),
-        ({"batch_size": 4, "norm": "batch"}, "--batch_size 4: --norm batch normalises over the rows"),
+        (
+            {"batch_size": 4, "norm": "batch"},
+            "--batch_size 4: --norm batch normalises over the rows and needs at least 2 on each of 4 ranks",
+        ),
         ({"overfit": True}, "--overfit: is for one process"),
         ({"device": "cuda:1"}, "--device cuda:1: each rank takes a GPU of its own"),
     ],

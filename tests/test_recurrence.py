@@ -69,7 +69,7 @@ sizes = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(sizes, st.sampled_from(recurrence.NORMS))
 def test_the_relaxed_cell_is_the_equations(size, norm):
     arrays, masks, _ = problem(**size)

@@ -401,11 +401,13 @@ def test_fewer_tokens_leave_the_vocabulary_as_it_is(corpus, tmp_path):
 def test_one_batch_is_learned_by_heart_or_the_script_says_so(kind, corpus, tmp_path, monkeypatch, capsys):
     run(kind, corpus, tmp_path / "run", "--overfit --lr 5")
     assert "one batch of 24 words: perplexity 1.4" in capsys.readouterr().out
-    argv = [*SIZES, "--data", str(corpus), "--save", str(tmp_path / "other"), "--overfit", "--lr", "1e-9"]
+    start = "--init_range 0.04 --norm batch" if kind == "search" else "--init_range 0.04"
+    flags = f"--data {corpus} --save {tmp_path / 'other'} --overfit --lr 1e-9 {start}"
+    argv = [*SIZES, *flags.split()]
     monkeypatch.setattr("sys.argv", [kind, *argv])
     monkeypatch.setattr("sanity.STEPS", 20)
     assert train.start.run_script(SCRIPTS[kind].main) == 1
-    assert "one batch is at perplexity " in capsys.readouterr().err
+    assert "one batch is at perplexity 8" in capsys.readouterr().err
 
 
 def test_a_rate_is_that_of_the_schedule_times_the_length_of_the_segment(corpus, tmp_path):

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from averaging import AveragedAdam
 from kernels import products_in
 
 RADIUS = 1e-4
@@ -44,6 +45,7 @@ class Architect:
         hessian: None for the first-order step, else "finite" or "exact".
         lr, arch_wdecay: of Adam on the alphas.
         average: puts the mean over all ranks into tensors, where the batch's rows are split (see ranks.py).
+        mean_alphas: whether the mean of the alphas over the steps is kept, for `averaged(architect.optimizer)`.
         radius: R of the central difference.
     """
 
@@ -61,6 +63,7 @@ class Architect:
         hessian: str | None = None,
         lr: float = 3e-3,
         arch_wdecay: float = 1e-3,
+        mean_alphas: bool = False,
         radius: float = RADIUS,
         average: Callable[[list[Tensor]], None] | None = None,
     ):
@@ -70,7 +73,8 @@ class Architect:
         self.clip, self.clip_value, self.wdecay = clip or math.inf, clip_value or math.inf, wdecay
         self.hessian, self.radius = hessian, radius
         self.average = average or (lambda tensors: None)
-        self.optimizer = torch.optim.Adam([alphas], lr=lr, weight_decay=arch_wdecay, capturable=alphas.is_cuda)
+        adam = AveragedAdam if mean_alphas else torch.optim.Adam
+        self.optimizer = adam([alphas], lr=lr, weight_decay=arch_wdecay, capturable=alphas.is_cuda)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of `optimizer`; there is no other."""

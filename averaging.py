@@ -1,4 +1,6 @@
-"""NT-ASGD: when to start averaging the weights, and how to evaluate the average (Merity et al. 2017, section 4).
+"""Optimizers that average what they move over their steps (Polyak & Juditsky 1992), and the use of that average.
+
+NT-ASGD starts to average the weights when the validation loss has stopped falling (Merity et al. 2017, section 4):
 
 if trigger.fires(valid_loss):
     optimizer = ASGD(model.weights(), lr, t0=0, lambd=0, weight_decay=wdecay)
@@ -67,9 +69,21 @@ def averaging_sgd(weights: list[Tensor], lr: float, wdecay: float) -> ASGD:
     return ASGD(weights, lr=lr, t0=0, lambd=0, weight_decay=wdecay, capturable=on_gpu)
 
 
+class AveragedAdam(torch.optim.Adam):
+    """torch's Adam, which also keeps the mean of each parameter over its steps; it moves nothing of what Adam does."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        found = super().step(closure)
+        for parameter, state in self.state.items():
+            mean = state.setdefault("ax", torch.zeros_like(parameter))
+            mean += (parameter - mean) / state["step"]
+        return found
+
+
 @contextmanager
 def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """The averaged weights inside, the raw ones again outside; no change for an optimizer that has no average."""
+    """Parameters that are their average inside, the raw ones again outside; no change where an optimizer has none."""
     raw = {}
     for parameter, state in optimizer.state.items():
         if "ax" in state:

@@ -83,8 +83,11 @@ class Diagnosis:
         kinds = ("finite", "exact") if hessian else ()
         self.by_product = {kind: architect_of(precise, self.rows, kind) for kind in kinds}
 
-    def measure(self, step: int, eta: float | Tensor, velocity: list[Tensor] | None = None) -> Signal:
-        """At the alpha step that would follow now; `step` seeds what is drawn, eta and velocity as in `Architect`."""
+    def measure(
+        self, step: int, genotype: Genotype, eta: float | Tensor, velocity: list[Tensor] | None = None
+    ) -> Signal:
+        """At the alpha step that would follow now; `step` seeds what is drawn, `genotype` is what the search would end
+        with, eta and velocity as in `Architect`."""
         cuda = [self.train.device] if self.train.is_cuda else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(self.seed + step)
@@ -95,7 +98,7 @@ class Diagnosis:
                 product_cosine = self.product_cosine(places, eta, velocity)
                 eigenvalue = dominant_eigenvalue(self.hessian_product(places), self.model.alphas)
                 change = sensitivity(self.model, self.batch(self.alphas_text, places, self.rows))
-            found = Signal(*agreement, product_cosine, eigenvalue, change, *self.gap())
+            found = Signal(*agreement, product_cosine, eigenvalue, change, *self.gap(genotype))
         return Signal(*(value if value is not None and math.isfinite(value) else None for value in found))
 
     def agreement(
@@ -135,13 +138,13 @@ class Diagnosis:
         [gradient] = torch.autograd.grad(loss.total, alphas, create_graph=True)
         return lambda v: torch.autograd.grad(gradient, alphas, v, retain_graph=True)[0]
 
-    def gap(self) -> tuple[float, float]:
-        """Loss (nats per word) of the relaxed model and of the one that its genotype makes of it, with the same weights
+    def gap(self, genotype: Genotype) -> tuple[float, float]:
+        """Loss (nats per word) of the relaxed model and of the one that a genotype makes of it, with the same weights
         and norm, over the beginning of the validation text. (Without a norm the mean over predecessors is left in, and
         shrinks the genotype's states.)"""
         text, alphas = self.valid[: SEGMENTS * self.bptt + 1], self.model.alphas
         relaxed = evaluate(self.model, text, self.bptt, "the relaxed model")
-        certain = logits(self.model.genotype()).to(alphas) - alphas.detach()
+        certain = logits(genotype).to(alphas) - alphas.detach()
         with moved([alphas], [certain]):
             return relaxed, evaluate(self.model, text, self.bptt, "the discretised model")
 

@@ -31,7 +31,8 @@ def number_faults(args: Namespace) -> list[str]:
     ranges = {
         "at least 1": (
             lambda x: x >= 1,
-            "epochs batch_size small_batch_size bptt emsize nhid nhidlast log_interval nonmono n_experts",
+            "epochs batch_size small_batch_size arch_batch_size bptt emsize nhid nhidlast log_interval nonmono"
+            " n_experts",
         ),
         "above 0": (lambda x: x > 0, "lr arch_lr power init_range"),
         "above 0 and at most 1": (lambda x: 0 < x <= 1, "backoff"),
@@ -86,6 +87,12 @@ def size_faults(args: Namespace) -> list[str]:
         )
     if args.batch_size >= 1 and args.small_batch_size >= 1 and args.batch_size % args.small_batch_size:
         faults.append(f"--small_batch_size {args.small_batch_size}: must divide --batch_size {args.batch_size} evenly")
+    arch_rows = getattr(args, "arch_batch_size", None)
+    if arch_rows not in (None, args.batch_size) and args.small_batch_size >= 1 and arch_rows % args.small_batch_size:
+        faults.append(
+            f"--arch_batch_size {arch_rows}: must be a multiple of --small_batch_size {args.small_batch_size}, which "
+            "is --batch_size where it is not given"
+        )
     if normalises_over_rows(args) and args.small_batch_size == 1:
         faults.append(
             "--small_batch_size 1: --norm batch normalises over the rows and needs at least 2 at a time; take more, or "
@@ -164,11 +171,17 @@ def rank_faults(args: Namespace, ranks: int, on_this_machine: int) -> list[str]:
         return []
     faults = []
     rows, rest = divmod(args.batch_size, ranks)
+    arch_rows, arch_rest = divmod(getattr(args, "arch_batch_size", args.batch_size), ranks)
     if rest or not rows:
         faults.append(f"--batch_size {args.batch_size}: must divide evenly among {ranks} ranks")
     elif rows % min(rows, args.small_batch_size):
         faults.append(
             f"--small_batch_size {args.small_batch_size}: must divide the {rows} rows that each of {ranks} ranks has"
+        )
+    elif arch_rest or arch_rows % min(rows, args.small_batch_size):
+        faults.append(
+            f"--arch_batch_size {args.arch_batch_size}: must divide evenly among {ranks} ranks, into multiples of the"
+            f" {min(rows, args.small_batch_size)} rows that each has at a time"
         )
     elif rows == 1 and normalises_over_rows(args):
         faults.append(

@@ -294,6 +294,8 @@ def complete(args: argparse.Namespace, kind: str) -> None:
         args.init_range = default_init_range(args.emsize)
     if "arch_start" in vars(args) and args.arch_start is None:
         args.arch_start = max(0, min(ARCH_START, args.epochs - 1))
+    if "arch_batch_size" in vars(args) and args.arch_batch_size is None:
+        args.arch_batch_size = args.batch_size
     args.nhid = args.emsize if args.nhid is None else args.nhid
     args.nhidlast = args.emsize if args.nhidlast is None else args.nhidlast
     args.small_batch_size = args.batch_size if args.small_batch_size is None else args.small_batch_size

@@ -88,10 +88,13 @@ def probe(job: Job, name: str) -> Job:
     """A run of a few steps of the same kind."""
     args = parse(job)
     held_out = train_search.HELD_OUT if getattr(args, "search_split", "valid") == "train" else 0.0
-    rows = max(PROBE_STEPS * args.bptt, 2 / (held_out or 1))  # at least the two that either text needs
-    tokens = int(args.batch_size * rows / (1 - held_out)) + 1
-    short = ("--epochs", "1", "--limit_tokens", str(tokens), "--log_interval", "1", "--checkpoint_minutes", "60",
-             "--cycle", "0")  # fmt: skip
+    tokens = args.batch_size * max(PROBE_STEPS * args.bptt, 2) / (1 - held_out)
+    if held_out:  # either text needs two rows
+        tokens = max(tokens, 2 * args.arch_batch_size / held_out)
+    short = ("--epochs", "1", "--limit_tokens", str(int(tokens) + 1), "--log_interval", "1", "--checkpoint_minutes",
+             "60", "--cycle", "0")  # fmt: skip
+    if job.script == "train_search.py":
+        short += ("--arch_start", "0")  # its steps are those that move the alphas
     return Job(name, job.script, (*job.flags, *short))
 
 

@@ -88,7 +88,20 @@ def build_parser() -> options.Parser:
         "more than word frequencies asks for other primitives than one that reads its context (default: 2, or what "
         "leaves one epoch to the alphas)",
     )
+    search.add_argument(
+        "--arch_batch_size",
+        type=int,
+        help="rows of the alphas' text read side by side, a multiple of --small_batch_size; more make the gradient of "
+        "the alphas less noisy, which batches of a thousand words need (default: batch_size)",
+    )
     search.add_argument("--arch_wdecay", type=float, default=1e-3, help="weight decay of the alphas")
+    search.add_argument(
+        "--derive_from",
+        choices=("mean", "last"),
+        default="mean",
+        help="which alphas the genotype is derived from: the mean over all steps that the alphas have taken, which is "
+        "steady where the alphas swing with the weights (docs/signal.md), or the last ones, as published",
+    )
     search.add_argument(
         "--stop_stable",
         type=int,
@@ -146,7 +159,7 @@ def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tens
     rows = eval_rows(args.norm)
     return {
         "train": (train, args.batch_size),
-        "the alphas": (alphas, args.batch_size),
+        "the alphas": (alphas, args.arch_batch_size),
         "valid": (corpus.valid, rows["valid"]),
         "test": (corpus.test, rows["test"]),
     }
@@ -159,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     device = ranks.device(choose_device(args.device, args.deterministic))
     rows = args.batch_size // ranks.size  # of the batch on this rank
     rows_at_once = min(args.small_batch_size, rows)
+    arch_rows = args.arch_batch_size // ranks.size
     torch.manual_seed(args.seed)
     bptt_rng = torch.Generator().manual_seed(args.seed)
     # (n, B) each; the alphas' text has a cursor of its own
@@ -186,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             weights, model.alphas, partial(regularised, model, **at_once), partial(SmallBatches, model, **at_once),
             partial(regularised, precise, **at_once), clip=args.clip, wdecay=args.wdecay, clip_value=args.clip_value,
             hessian=hessian, lr=args.arch_lr, arch_wdecay=args.arch_wdecay, average=ranks.average,
+            mean_alphas=args.derive_from == "mean",
         )  # fmt: skip
 
     architect = architect_of(model, rows_at_once, hessian)
@@ -201,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         held = model.draw_masks(rows)._replace(relu=HeldRelu() if hessian == "finite" else None)  # over every pass
         hidden_valid = architect.step(
             train=Batch(x, y, hidden, held),
-            valid=Batch(xv, yv, hidden_valid, model.draw_masks(rows)),
+            valid=Batch(xv, yv, hidden_valid, model.draw_masks(arch_rows)),
             eta=eta,
             velocity=velocity(optimizer) if args.unrolled else None,
         )
@@ -217,7 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     quick_gradient = model.engine.replayed(gradient, device)
     quick_weight_gradient = model.engine.replayed(weight_gradient, device)
 
-    hidden = hidden_valid = model.initial_hidden(rows)  # (B, H), of this rank's rows
+    # (B, H), of this rank's rows
+    hidden, hidden_valid = model.initial_hidden(rows), model.initial_hidden(arch_rows)
     best, stopped_by = float("inf"), ""  # validation loss; why the search ended
     history = []  # [epoch, genotype] at the end of each epoch
     watch = Watch(device, len(corpus.words))
@@ -231,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     def state() -> dict[str, Any]:
         return {
             **start.identity("search", args, corpus, ranks.size), "eval_rows": eval_rows(args.norm),
-            "genotype": to_json(model.genotype()), "history": history, "valid_position": valid_batches.position,
+            "genotype": to_json(derived()[0]), "history": history, "valid_position": valid_batches.position,
             "hidden": ranks.all_rows(hidden), "hidden_valid": ranks.all_rows(hidden_valid),
             **{name: part.state_dict() for name, part in parts.items()},
             "rng": ranks.gather(checkpoint.rng_state(device, bptt_rng)), "best": best, "stopped_by": stopped_by,
@@ -253,28 +269,37 @@ def main(argv: list[str] | None = None) -> int:
         start_of_text = train[: args.bptt + 1, :rows_at_once]
         watch.judge(ranks.same(lambda: evaluate(model, start_of_text, args.bptt, "train")))
 
-    def found(genotype: Genotype) -> dict[str, Any]:
-        """What the alphas are and point to, for a row of metrics.jsonl."""
-        probabilities = [[round(p, 5) for p in edge] for edge in model.alphas.softmax(-1).tolist()]
-        return {"genotype": to_json(genotype), "probabilities": probabilities}
+    def derived() -> tuple[Genotype, list[list[float]]]:
+        """The genotype that the search would end with now, and the probabilities (N(N+1)/2, K) that it follows from."""
+        with averaged(architect.optimizer):
+            return model.genotype(), model.alphas.softmax(-1).tolist()
+
+    def found() -> dict[str, Any]:
+        """What the search has found so far, for a row of metrics.jsonl."""
+        genotype, probabilities = derived()
+        return {
+            "genotype": to_json(genotype), "probabilities": [[round(p, 5) for p in edge] for edge in probabilities]
+        }  # fmt: skip
 
     def keep_genotype(epoch: int) -> None:
-        """The alphas of now, which are those of this epoch's end, to genotype.json."""
-        genotype = model.genotype()
+        """What the search has found at the end of this epoch, to genotype.json."""
+        genotype, probabilities = derived()
         run.write("genotype.json", {
-            "genotype": to_json(genotype), "text": str(genotype), "epoch": epoch,
-            "probabilities": model.alphas.softmax(-1).tolist(),
+            "genotype": to_json(genotype), "text": str(genotype), "epoch": epoch, "probabilities": probabilities,
         })  # fmt: skip
 
     if saved:
         with start.restoring(parser, run):
-            form = {**state(), "history": [[1, to_json(model.genotype())]]}
+            form = {**state(), "history": [[1, to_json(derived()[0])]]}
             start.check_state(saved, form, REASONS, {"optimizer": optimizer, "arch_optimizer": architect.optimizer})
             checkpoint.set_rng_state(saved["rng"][ranks.rank], device, bptt_rng)
             check_history(saved["history"], saved["progress"]["epoch"] - 1, saved["stopped_by"] == "identity")
             if ranks.first and saved["stopped_by"] == "patience":  # what the result is made from
                 chosen = checkpoint.load(run.folder / "best.pt")
-                checkpoint.check_form(chosen, {"model": model.state_dict(), "progress": {"epoch": 1}})
+                alphas = checkpoint.stepped(architect.optimizer)
+                checkpoint.check_form(
+                    chosen, {"model": model.state_dict(), "progress": {"epoch": 1}, "arch_optimizer": alphas}
+                )
                 if chosen["progress"]["epoch"] - 1 not in dict(saved["history"]):
                     raise ValueError("its best epoch is not in its history")
             restore(saved)
@@ -304,9 +329,9 @@ def main(argv: list[str] | None = None) -> int:
                         if progress.epoch <= args.arch_start:
                             nll, norm, hidden = quick_weight_gradient(x, y, hidden)
                         else:
-                            xv, yv, wrapped = valid_batches.take(seq_len)  # (T, B)
+                            xv, yv, wrapped = valid_batches.take(seq_len)  # (T, B) each
                             if wrapped:
-                                hidden_valid = model.initial_hidden(rows)
+                                hidden_valid = model.initial_hidden(arch_rows)
                             eta = torch.full((), lr, device=device)  # a number would be a graph of its own on CUDA
                             nll, norm, hidden, hidden_valid = quick_gradient(eta, x, y, hidden, xv, yv, hidden_valid)
                         optimizer.step()
@@ -316,13 +341,12 @@ def main(argv: list[str] | None = None) -> int:
 
                     if progress.step % args.log_interval == 0:
                         watch.check()
-                        genotype = model.genotype()
-                        progress.close_interval(lr, rate=optimizer.param_groups[0]["lr"], **found(genotype))
-                        run.log(str(genotype))
+                        progress.close_interval(lr, rate=optimizer.param_groups[0]["lr"], **found())
+                        run.log(str(derived()[0]))
                     if diagnosis and progress.step % args.diagnose_every == 0:
                         with progress.paused():
                             eta = optimizer.param_groups[0]["lr"]
-                            signal = diagnosis.measure(progress.step, eta, velocity(optimizer))
+                            signal = diagnosis.measure(progress.step, derived()[0], eta, velocity(optimizer))
                         progress.close_diagnosis(signal)
                     stopping, due = ranks.any(stop.requested, keeper.due())
                     if stopping or due:
@@ -334,8 +358,8 @@ def main(argv: list[str] | None = None) -> int:
                 judge()
                 with averaged(optimizer):
                     loss = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
-                    epoch, genotype = progress.epoch, model.genotype()
-                    progress.close_epoch(loss, optimizer.param_groups[0]["lr"], **found(genotype))
+                    epoch, genotype = progress.epoch, derived()[0]
+                    progress.close_epoch(loss, optimizer.param_groups[0]["lr"], **found())
                     hidden = model.initial_hidden(rows)
                     if loss < best:
                         best = loss
@@ -377,6 +401,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = checkpoint.load(run.folder / "best.pt")
         epoch = chosen["progress"]["epoch"] - 1
         model.load_state_dict(chosen["model"])
+        architect.load_state_dict(chosen["arch_optimizer"])
         optimizer.state.clear()  # an average of later weights
         keep_genotype(epoch)
     with averaged(optimizer):

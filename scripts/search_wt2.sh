@@ -24,6 +24,7 @@ run_python train_search.py \
   --beta 1e-3 \
   --arch_lr 3e-3 \
   --arch_wdecay 1e-3 \
+  --derive_from last \
   --norm batch \
   --init_range 0.04 \
   --arch_start 0 \

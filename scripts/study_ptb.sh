@@ -10,7 +10,7 @@ sizes="--emsize 64 --dropout 0.3 --dropoutx 0.2 --dropouth 0.1 --dropouti 0.1 --
 sizes+=" --log_interval 500 --device cpu --init_range 0.04"
 exec .venv/bin/python trials.py run --data penn \
   --train_flags "$sizes --batch_size 20" \
-  --search_flags "$sizes --batch_size 32 --lr 10 --norm batch --arch_lr 0.003 --arch_start 0" \
+  --search_flags "$sizes --batch_size 32 --lr 10 --norm batch --arch_lr 0.003 --arch_start 0 --derive_from last" \
   --baselines DARTS LSTM --full_epochs 12 \
   --proxy_cells DARTS_V1 DARTS_V2 ENAS random:1000 random:1001 random:1002 \
   --proxy_epochs 1 2 4 --proxy_reference 6 --proxy_seeds 2 \

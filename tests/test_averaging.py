@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from averaging import ASGD, NonMonotonicTrigger, averaged, averaging_sgd, saved_average
+from averaging import ASGD, AveragedAdam, NonMonotonicTrigger, averaged, averaging_sgd, saved_average
 from objective import scaled_lr
 
 
@@ -87,3 +87,26 @@ def test_a_decaying_step_size_is_refused():
     w.grad = torch.ones(2)
     with pytest.raises(ValueError, match="lambd"):
         ASGD([w], lr=1.0, lambd=1e-4).step()
+
+
+def test_averaged_adam_takes_adams_steps_and_keeps_their_mean():
+    torch.manual_seed(0)
+    plain, kept = (torch.nn.Parameter(torch.arange(6.0).view(2, 3)) for _ in range(2))
+    adam, averaging = (
+        optimizer([w], lr=0.1, weight_decay=0.01) for optimizer, w in ((torch.optim.Adam, plain), (AveragedAdam, kept))
+    )
+    with averaged(averaging):
+        assert torch.equal(kept, plain)  # no step is taken yet
+    path = []
+    for n in range(1, 8):
+        plain.grad = torch.randn(2, 3)
+        kept.grad = plain.grad.clone()
+        adam.step(), averaging.step()
+        path.append(plain.detach().clone())
+        if n == 4:  # it is resumed
+            state = averaging.state_dict()
+            averaging = AveragedAdam([kept], lr=0.1, weight_decay=0.01)
+            averaging.load_state_dict(state)
+        with averaged(averaging):
+            torch.testing.assert_close(kept.detach(), torch.stack(path).mean(0))
+        assert torch.equal(kept, plain)

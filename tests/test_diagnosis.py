@@ -24,6 +24,8 @@ from ranks import Ranks
 from recurrence import NORMS
 from utils import Run
 
+CELL = Genotype((("relu", 0), ("tanh", 1), ("identity", 0)), (1, 2, 3))
+
 
 def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0, norm="batch"):
     model = tiny.search_model(rates, norm=norm)
@@ -122,13 +124,13 @@ def discretised_loss(model, genotype, text):
 def test_the_gap_is_between_the_mixture_and_its_genotype():
     here = diagnosis()
     before = here.model.alphas.detach().clone()
-    relaxed, discrete = here.gap()
+    relaxed, discrete = here.gap(here.model.genotype())
     assert torch.equal(here.model.alphas, before)
     text = here.valid[: SEGMENTS * tiny.T + 1]
     assert discrete == pytest.approx(discretised_loss(here.model, here.model.genotype(), text), rel=1e-9)
     with torch.no_grad():  # a mixture that is its genotype
-        here.model.alphas.copy_(logits(Genotype((("relu", 0), ("tanh", 1), ("identity", 0)), (1, 2, 3))))
-    one, other = here.gap()
+        here.model.alphas.copy_(logits(CELL))
+    one, other = here.gap(here.model.genotype())
     assert one == other != relaxed
 
 
@@ -195,7 +197,7 @@ def test_the_finite_product_is_held_against_the_exact_one():
 
 
 def test_the_first_order_has_no_implicit_part():
-    signal = diagnosis(hessian=None).measure(4, 0.1)
+    signal = diagnosis(hessian=None).measure(4, CELL, 0.1)
     assert signal.cosine_implicit is signal.norm_ratio is signal.product_cosine is None
     assert signal.cosine_direct == signal.cosine_whole is not None
     assert "implicit" not in str(signal) and "cosine direct" in str(signal)
@@ -205,13 +207,13 @@ def test_a_measurement_repeats_and_what_is_no_number_is_none():
     here = diagnosis()
     torch.manual_seed(8)
     state = torch.get_rng_state()
-    first = here.measure(4, 0.1)
+    first = here.measure(4, CELL, 0.1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert here.measure(4, 0.1) == first != here.measure(5, 0.1)
+    assert here.measure(4, CELL, 0.1) == first != here.measure(5, CELL, 0.1)
     with torch.no_grad():
         here.model.alphas.fill_(math.nan)
-    assert here.measure(4, 0.1) == Signal(*[None] * 9)
+    assert here.measure(4, CELL, 0.1) == Signal(*[None] * 9)
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 9, 12])

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --checkpoint_minutes 0"
 RUNS = {
-    "search": ("train_search.py", "--lr 1 --epochs 1 --unrolled --diagnose_every 8"),
+    "search": ("train_search.py", "--lr 1 --epochs 1 --unrolled --diagnose_every 8 --arch_batch_size 8"),
     "retraining": ("train.py", "--arch DARTS_V1 --lr 20 --epochs 5 --nonmono 1 --dropoute 0.2"),
 }
 
@@ -133,6 +133,12 @@ def test_flags_that_ranks_cannot_share_are_refused_once(corpus, tmp_path):
             {"batch_size": 4, "norm": "batch"},
             "--batch_size 4: --norm batch normalises over the rows and needs at least 2 on each of 4 ranks",
         ),
+        ({"arch_batch_size": 32}, None),
+        (
+            {"arch_batch_size": 24},
+            "--arch_batch_size 24: must divide evenly among 4 ranks, into multiples of",
+        ),
+        ({"arch_batch_size": 18}, "--arch_batch_size 18: must divide evenly among 4 ranks"),
         ({"overfit": True}, "--overfit: is for one process"),
         ({"device": "cuda:1"}, "--device cuda:1: each rank takes a GPU of its own"),
     ],

@@ -18,12 +18,12 @@ SHARED = {
 }  # fmt: skip
 # Where the defaults differ from the published settings, for the reasons in docs/signal.md.
 PUBLISHED_RETRAINING = {"init_range": 0.04}
-PUBLISHED_SEARCH = {"norm": "batch", "init_range": 0.04, "arch_start": 0, "arch_lr": 3e-3}
+PUBLISHED_SEARCH = {"norm": "batch", "init_range": 0.04, "arch_start": 0, "arch_lr": 3e-3, "derive_from": "last"}
 SEARCH = {
     **SHARED, "emsize": 300, "batch_size": 256, "epochs": 50, "dropoute": 0.0, "wdecay": 5e-7, "seed": 3,
     "log_interval": 50, "bptt_std": 0.0, "arch_lr": 3e-2, "arch_wdecay": 1e-3, "unrolled": False,
     "search_split": "valid", "optimizer": "sgd", "stop_stable": 0, "max_identity": 8, "norm": "none", "arch_start": 2,
-    "init_range": 0.04 * (850 / 300) ** 0.5,
+    "init_range": 0.04 * (850 / 300) ** 0.5, "derive_from": "mean",
 }  # fmt: skip
 RETRAIN = {
     **SHARED, "emsize": 850, "batch_size": 64, "epochs": 8000, "dropoute": 0.1, "wdecay": 8e-7, "seed": 1267,

@@ -13,9 +13,11 @@ import checkpoint
 import options
 import train
 import train_search
-from data import load_corpus
+from architect import Architect
+from data import batchify, load_corpus
 from dropout import Rates
-from model_search import RNNModelSearch
+from genotypes import from_json
+from model_search import RNNModelSearch, derive
 from optimizers import OPTIMIZERS as OF_SEARCH
 from recurrence import NORMS
 from schedules import DECAYS, SHAPES
@@ -66,7 +68,7 @@ SEARCH = [
     "--unrolled --optimizer momentum --momentum 0.5 --lr 1 --clip_value 0.01 --warmup 7 --schedule cosine --epochs 2",
     "--schedule plateau --patience 1 --lr 20 --epochs 5", "--stop_stable 1 --arch_start 0 --epochs 4 --arch_lr 1e-4",
     "--max_identity 1 --norm batch --init_range 0.04 --arch_start 0 --seed 6 --arch_lr 0.1 --epochs 5",
-    "--limit_tokens 100 --search_split train",
+    "--limit_tokens 100 --search_split train", "--arch_batch_size 8 --unrolled --derive_from last --bptt 4",
     *(f"--norm {norm} --unrolled --arch_start 1 --epochs 3 --stop_stable 1" for norm in NORMS),
 ]  # fmt: skip
 
@@ -352,6 +354,53 @@ def test_the_alphas_begin_to_move_after_arch_start(corpus, tmp_path):
     assert [row["loss"] for row in rows(still) if row["epoch"] <= 2] == losses
 
 
+def test_the_genotype_is_derived_from_the_mean_of_the_alphas(corpus, tmp_path):
+    """The steps are those of a search that derives from the last alphas, whose probabilities p_t give the mean:
+    softmax(mean of alpha_t) = softmax(mean of log p_t), since what softmax takes away is a number for each edge."""
+    flags = "--epochs 3 --arch_start 1 --arch_lr 0.3 --lr 1 --log_interval 1"
+    last = run("search", corpus, tmp_path / "last", f"{flags} --derive_from last")
+    mean = run("search", corpus, tmp_path / "mean", flags)
+    assert [row["loss"] for row in rows(last)] == [row["loss"] for row in rows(mean)]
+    moved = [torch.tensor(row["probabilities"]) for row in rows(last, "interval") if row["epoch"] > 1]
+    of_mean = [torch.tensor(row["probabilities"]) for row in rows(mean, "interval") if row["epoch"] > 1]
+    for n, found in enumerate(of_mean, start=1):
+        torch.testing.assert_close(found, torch.stack(moved[:n]).log().mean(0).softmax(-1), atol=5e-5, rtol=0)
+    written = json.loads((mean / "genotype.json").read_text())
+    assert written["genotype"] == result(mean)["genotype"] == rows(mean)[-1]["genotype"]
+    assert derive(torch.tensor(written["probabilities"])) == from_json(written["genotype"])
+    assert max((a - b).abs().max() for a, b in zip(moved, of_mean, strict=True)) > 0.1
+
+
+def test_the_alphas_have_a_batch_of_their_own(corpus, tmp_path, monkeypatch):
+    """Of --arch_batch_size rows, the whole text side by side; that of the weights is as it is without the flag."""
+    batches = []
+    monkeypatch.setattr(train_search, "Architect", lambda *given, **named: Watched(batches, Architect(*given, **named)))
+    flags = "--epochs 2 --arch_start 0 --bptt 4 --norm layer --lr 1"
+    run("search", corpus, tmp_path / "as-many", flags)
+    as_many, batches[:] = batches[:], []
+    run("search", corpus, tmp_path / "more", f"{flags} --arch_batch_size 12 --small_batch_size 2")
+    text = batchify(load_corpus(str(corpus)).valid, 12)
+    assert len(batches) == len(as_many) > 4
+    for (weights, alphas), (before, _) in zip(batches, as_many, strict=True):
+        assert torch.equal(weights.x, before.x) and weights.hidden.shape == before.hidden.shape == (4, 8)
+        assert alphas.hidden.shape == (12, 8) and alphas.masks.hidden.shape == (12, 8)
+        assert any(torch.equal(alphas.x, text[i : i + len(alphas.x)]) for i in range(len(text)))
+
+
+class Watched:
+    """An architect that notes the batches of its steps."""
+
+    def __init__(self, batches, architect):
+        self.batches, self.architect = batches, architect
+
+    def __getattr__(self, name):
+        return getattr(self.architect, name)
+
+    def step(self, train, valid, **rest):
+        self.batches.append((train, valid))
+        return self.architect.step(train=train, valid=valid, **rest)
+
+
 def test_a_search_keeps_the_genotype_before_it_collapses(corpus, tmp_path, monkeypatch):
     """The third epoch's has too many copies."""
     counted = []
@@ -464,6 +513,9 @@ REFUSED = [
     ("search", "--stop_stable -1", "--stop_stable -1: must be at least 0"),
     ("search", "--arch_start 3 --epochs 3", "--arch_start 3: the alphas would never move in --epochs 3"),
     ("search", "--norm group", "invalid choice"),
+    ("search", "--arch_batch_size 6", "--arch_batch_size 6: must be a multiple of --small_batch_size 4"),
+    ("search", "--arch_batch_size 0", "--arch_batch_size 0: must be at least 1"),
+    ("search", "--arch_batch_size 400", "tokens for the alphas are too few for 400 rows"),
     ("search", "--norm batch --small_batch_size 1", "--norm batch normalises over the rows"),
     ("train", "--init_range 0", "--init_range 0.0: must be above 0"),
     ("train", "--norm layer", "unrecognized arguments"),

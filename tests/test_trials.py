@@ -16,9 +16,11 @@ import torch
 from made import wait_for, write_corpus
 
 import cluster
+import faults
 import leaderboard
 import plan
 import records
+import start
 import train
 import train_search
 import trials
@@ -286,6 +288,15 @@ def test_a_pace_is_read_from_a_probe(tmp_path):
     lines = [{"kind": "interval", "seconds": t} for t in times] + [{"kind": "epoch", "seconds": 17.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert plan.read(tmp_path) == (0.5, 2.0)
+
+
+def test_a_search_is_probed_on_a_text_that_is_long_enough(tmp_path):
+    """For the weights' batch and for the larger one of the alphas, with alphas that move."""
+    flags = "--data builtin --batch_size 4 --arch_batch_size 400 --search_split train --arch_start 3 --bptt 2".split()
+    job = plan.probe(Job("a", "train_search.py", tuple(flags)), "probe")
+    args = plan.parse(job)
+    assert args.arch_start == 0 and faults.strategy_faults(args) == []
+    assert start.length_faults(args, train_search.texts_to_read(load_corpus("builtin"), args)) == []
 
 
 def test_the_wall_clock_is_that_of_the_last_to_end():

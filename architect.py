@@ -45,7 +45,7 @@ class Architect:
         hessian: None for the first-order step, else "finite" or "exact".
         lr, arch_wdecay: of Adam on the alphas.
         average: puts the mean over all ranks into tensors, where the batch's rows are split (see ranks.py).
-        mean_alphas: whether the mean of the alphas over the steps is kept, for `averaged(architect.optimizer)`.
+        mean_alphas: whether a mean of the alphas over the steps is kept, for `averaged(architect.optimizer)`.
         radius: R of the central difference.
     """
 

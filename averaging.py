@@ -1,4 +1,4 @@
-"""Optimizers that average what they move over their steps (Polyak & Juditsky 1992), and the use of that average.
+"""Optimizers that average what they move over their steps, and the use of that average.
 
 NT-ASGD starts to average the weights when the validation loss has stopped falling (Merity et al. 2017, section 4):
 
@@ -70,14 +70,20 @@ def averaging_sgd(weights: list[Tensor], lr: float, wdecay: float) -> ASGD:
 
 
 class AveragedAdam(torch.optim.Adam):
-    """torch's Adam, which also keeps the mean of each parameter over its steps; it moves nothing of what Adam does."""
+    """torch's Adam, which also keeps a mean of each parameter over its steps and moves nothing of what Adam does.
+
+    The mean is one by polynomial decay (Shamir & Zhang, ICML 2013, section 4): step t weighs as t^DECAY, up to lower
+    powers, so that how the parameters began is forgotten while the last swings are still averaged out.
+    """
+
+    DECAY = 3  # measured in docs/signal.md
 
     @torch.no_grad()
     def step(self, closure=None):
         found = super().step(closure)
         for parameter, state in self.state.items():
             mean = state.setdefault("ax", torch.zeros_like(parameter))
-            mean += (parameter - mean) / state["step"]
+            mean += (parameter - mean) * ((self.DECAY + 1) / (state["step"] + self.DECAY))
         return found
 
 

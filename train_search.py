@@ -99,8 +99,9 @@ def build_parser() -> options.Parser:
         "--derive_from",
         choices=("mean", "last"),
         default="mean",
-        help="which alphas the genotype is derived from: the mean over all steps that the alphas have taken, which is "
-        "steady where the alphas swing with the weights (docs/signal.md), or the last ones, as published",
+        help="which alphas the genotype is derived from: a mean over the steps that they have taken, in which later "
+        "steps weigh more and which is steady where the alphas swing with the weights (docs/signal.md), or the last "
+        "ones, as published",
     )
     search.add_argument(
         "--stop_stable",

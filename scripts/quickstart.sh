@@ -39,7 +39,7 @@ if ((beside > 0)); then
 fi
 echo "== searching in $OUT/search"
 # shellcheck disable=SC2086
-.venv/bin/python train_search.py $COMMON --arch_batch_size 64 --epochs 4 --log_interval 30 --save "$OUT/search"
+.venv/bin/python train_search.py $COMMON --epochs 4 --log_interval 30 --save "$OUT/search"
 retrain found "$OUT/search"
 if ((beside > 0)); then wait $!; else retrain_others 1; fi
 

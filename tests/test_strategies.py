@@ -356,17 +356,20 @@ def test_the_alphas_begin_to_move_after_arch_start(corpus, tmp_path):
 
 def test_the_genotype_is_derived_from_the_mean_of_the_alphas(corpus, tmp_path):
     """The steps are those of a search that derives from the last alphas, whose probabilities p_t give the mean:
-    softmax(mean of alpha_t) = softmax(mean of log p_t), since what softmax takes away is a number for each edge."""
+    softmax(mean of alpha_t) = softmax(mean of log p_t), since what softmax takes away is a number for each edge. Step t
+    weighs t (t + 1) (t + 2)."""
     flags = "--epochs 3 --arch_start 1 --arch_lr 0.3 --lr 1 --log_interval 1"
     last = run("search", corpus, tmp_path / "last", f"{flags} --derive_from last")
-    mean = run("search", corpus, tmp_path / "mean", flags)
-    assert [row["loss"] for row in rows(last)] == [row["loss"] for row in rows(mean)]
+    averaged = run("search", corpus, tmp_path / "mean", flags)
+    assert [row["loss"] for row in rows(last)] == [row["loss"] for row in rows(averaged)]
     moved = [torch.tensor(row["probabilities"]) for row in rows(last, "interval") if row["epoch"] > 1]
-    of_mean = [torch.tensor(row["probabilities"]) for row in rows(mean, "interval") if row["epoch"] > 1]
+    of_mean = [torch.tensor(row["probabilities"]) for row in rows(averaged, "interval") if row["epoch"] > 1]
+    weights = torch.tensor([t * (t + 1) * (t + 2.0) for t in range(1, len(moved) + 1)])
     for n, found in enumerate(of_mean, start=1):
-        torch.testing.assert_close(found, torch.stack(moved[:n]).log().mean(0).softmax(-1), atol=5e-5, rtol=0)
-    written = json.loads((mean / "genotype.json").read_text())
-    assert written["genotype"] == result(mean)["genotype"] == rows(mean)[-1]["genotype"]
+        mean = torch.tensordot(weights[:n] / weights[:n].sum(), torch.stack(moved[:n]).log(), dims=1)
+        torch.testing.assert_close(found, mean.softmax(-1), atol=5e-5, rtol=0)
+    written = json.loads((averaged / "genotype.json").read_text())
+    assert written["genotype"] == result(averaged)["genotype"] == rows(averaged)[-1]["genotype"]
     assert derive(torch.tensor(written["probabilities"])) == from_json(written["genotype"])
     assert max((a - b).abs().max() for a, b in zip(moved, of_mean, strict=True)) > 0.1
 

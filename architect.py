@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from averaging import AveragedAdam
-from kernels import products_in
+from engine.matmul import products_in
 
 RADIUS = 1e-4
 Product = Callable[[list[Tensor]], Tensor]  # v -> d/d alpha (d/dw L_train . v), shape of the alphas
@@ -44,7 +43,8 @@ class Architect:
         clip, clip_value, wdecay: of the weight step, which the virtual step imitates.
         hessian: None for the first-order step, else "finite" or "exact".
         lr, arch_wdecay: of Adam on the alphas.
-        average: puts the mean over all ranks into tensors, where the batch's rows are split (see ranks.py).
+        average: puts the mean over all ranks into tensors, where the batch's rows are split
+            (experiment/distributed.py).
         mean_alphas: whether a mean of the alphas over the steps is kept, for `averaged(architect.optimizer)`.
         radius: R of the central difference.
     """
@@ -210,3 +210,21 @@ def moved(weights: list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
     finally:
         for w, old in zip(weights, before, strict=True):
             w.data = old
+
+
+class AveragedAdam(torch.optim.Adam):
+    """torch's Adam, which also keeps a mean of each parameter over its steps and moves nothing of what Adam does.
+
+    The mean is one by polynomial decay (Shamir & Zhang, ICML 2013, section 4): step t weighs as t^DECAY, up to lower
+    powers, so that how the parameters began is forgotten while the last swings are still averaged out.
+    """
+
+    DECAY = 3  # measured in docs/signal.md
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        found = super().step(closure)
+        for parameter, state in self.state.items():
+            mean = state.setdefault("ax", torch.zeros_like(parameter))
+            mean += (parameter - mean) * ((self.DECAY + 1) / (state["step"] + self.DECAY))
+        return found

@@ -11,24 +11,22 @@ import sys
 
 import torch
 
-import options
-import start
-from averaging import saved_average
-from checkpoint import UNREADABLE, CheckpointError, load
 from data import DataError, batchify, read_split
-from dropout import Rates
-from faults import device_faults
+from engine.dropout import Rates
+from engine.reference import NORMS
+from experiment import arguments, signals
+from experiment.checkpoint import UNREADABLE, CheckpointError, load
+from experiment.validate_arguments import device_faults
 from genotypes import cell_from_json
 from model import RNNModel, retrain_model
 from model_search import RNNModelSearch
-from objective import evaluate
-from progress import perplexity
-from recurrence import NORMS
+from training.evaluation import evaluate, perplexity
+from training.optimizers import saved_average
 from utils import choose_device
 
 
-def build_parser() -> options.Parser:
-    parser = options.Parser("evaluate.py", "Perplexity of a checkpoint on a split of a corpus.")
+def build_parser() -> arguments.Parser:
+    parser = arguments.Parser("evaluate.py", "Perplexity of a checkpoint on a split of a corpus.")
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
@@ -112,4 +110,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(start.run_script(main))
+    sys.exit(signals.run_script(main))

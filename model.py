@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import softmaxes
-from baselines import BaselineCell
-from dropout import Masks, Rates, draw_masks, drop
-from engine import Engine
+from engine import Engine, softmax_losses
+from engine.dropout import Masks, Rates, draw_masks, drop
 from genotypes import Genotype
 
 NO_MASKS = Masks()
@@ -65,7 +63,7 @@ class RNNModel(nn.Module):
         self.embedding = nn.Parameter(torch.empty(ntoken, nhid).uniform_(-init_range, init_range))  # (V, E)
         self.bias = nn.Parameter(torch.zeros(ntoken))  # (V,)
         self.cell = cell
-        self.mixture = softmaxes.Mixture(nhid, n_experts, init_range) if n_experts > 1 else None
+        self.mixture = softmax_losses.Mixture(nhid, n_experts, init_range) if n_experts > 1 else None
         self.engine = Engine()
 
     def using(self, engine: Engine) -> "RNNModel":
@@ -90,9 +88,9 @@ class RNNModel(nn.Module):
 
     def word_losses(self, passes: Sequence[Tensor], y: Tensor, rdrop: float = 0.0) -> tuple[Tensor, Tensor]:
         """See `softmaxes.losses`; passes are dropped outputs (T, B, H)."""
-        log_probs = softmaxes.tied if self.mixture is None else softmaxes.mixed
+        log_probs = softmax_losses.tied if self.mixture is None else softmax_losses.mixed
         weights = [self.embedding, self.bias, *([] if self.mixture is None else self.mixture.parameters())]
-        return softmaxes.losses(partial(log_probs, store=self.engine.store), weights, passes, y, rdrop)
+        return softmax_losses.losses(partial(log_probs, store=self.engine.store), weights, passes, y, rdrop)
 
     def draw_masks(self, batch_size: int) -> Masks:
         """New dropout masks for a batch, from torch's global generator."""
@@ -118,3 +116,37 @@ def retrain_model(
     init_range = default_init_range(nhid) if init_range is None else init_range
     built = BaselineCell(nhid, nhid, cell) if isinstance(cell, str) else DARTSCell(nhid, nhid, cell, init_range)
     return RNNModel(ntoken, nhid, rates, built, init_range, n_experts)
+
+
+class BaselineCell(nn.Module):
+    """An LSTM or a GRU of one layer.
+
+    torch computes the whole sequence in one call, in which the hidden state cannot be dropped: `dropouth` drops
+    connections instead, elements of the hidden-to-hidden matrix, which are then missing over the whole sequence and in
+    every row (Merity et al. 2017, section 2). `dropoutx` drops inputs as it does for other cells.
+    """
+
+    def __init__(self, ninp: int, nhid: int, name: str):
+        super().__init__()
+        self.name, self.rnn = name, {"LSTM": nn.LSTM, "GRU": nn.GRU}[name](ninp, nhid)
+        self.state_size = 2 * nhid if name == "LSTM" else nhid  # an LSTM's is [h, c]
+
+    @property
+    def connections(self) -> Tensor:
+        """The hidden-to-hidden matrix (G H, H)."""
+        return self.rnn.weight_hh_l0
+
+    def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
+        """x (T, B, E), state (B, S) -> hidden states (T, B, H), the state (B, S) after them.
+
+        The engine is not asked, and --precision bf16 is for the decoder alone: torch's kernel runs in fp32, or TF32.
+        """
+        rnn = self.rnn
+        weights = [rnn.weight_ih_l0, drop(self.connections, masks.connections), rnn.bias_ih_l0, rnn.bias_hh_l0]
+        how = (weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+        parts = tuple(part.contiguous()[None] for part in state.split(rnn.hidden_size, dim=-1))  # (1, B, H) each
+        if self.name == "LSTM":
+            hiddens, *parts = torch.lstm(drop(x, masks.x), parts, *how)
+        else:
+            hiddens, *parts = torch.gru(drop(x, masks.x), *parts, *how)
+        return hiddens, torch.cat(parts, dim=-1)[0]

@@ -6,8 +6,8 @@ Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives.
 import torch
 from torch import Tensor, nn
 
-from dropout import Masks, Rates
 from engine import Engine
+from engine.dropout import Masks, Rates
 from genotypes import PRIMITIVES, STEPS, Genotype
 from model import RNNModel, cell_weights, default_init_range
 

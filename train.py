@@ -8,7 +8,6 @@ perplexity of the weights that did best on the validation text.
 """
 
 import sys
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,95 +15,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import checkpoint
-import optimizers
-import options
-import start
-from averaging import NonMonotonicTrigger, averaged
-from data import Corpus, batchify, get_batch, segments
-from divergence import Watch, go_back
-from dropout import Rates
+from data import batchify, get_batch, segments
 from engine import Engine
+from engine.dropout import Rates
+from engine.matmul import products_in
+from experiment import arguments, checkpoint, resume, signals, startup
+from experiment.distributed import Ranks
+from experiment.divergence import Watch, go_back
+from experiment.progress import Progress
+from experiment.retrain_arguments import EVAL_ROWS, build_parser, texts_to_read
+from experiment.signals import StopSignal
 from genotypes import cell_to_json, resolve_cell
-from kernels import products_in
 from model import retrain_model
-from objective import (
-    TEST_ROWS,
-    VALID_ROWS,
-    Batch,
-    SmallBatches,
-    clipped_gradient,
-    evaluate,
-    scaled_lr,
-)
-from progress import Progress, perplexity, told
-from ranks import Ranks
-from sanity import overfit
-from stopping import Patience
-from utils import Diverged, StopSignal, choose_device
+from training import optimizers
+from training.early_stopping import Patience
+from training.evaluation import evaluate, perplexity, told
+from training.gradients import clipped_gradient, scaled_lr
+from training.losses import Batch, SmallBatches
+from training.optimizers import NonMonotonicTrigger, averaged
+from training.overfit import overfit
+from utils import Diverged, choose_device
 
 REASONS = ("patience", "nonmono")  # to stop before the last epoch
-EVAL_ROWS = {"valid": VALID_ROWS, "test": TEST_ROWS}
-
-
-def build_parser() -> options.Parser:
-    parser = options.Parser("train.py", "Retrain a recurrent cell for language modelling, from scratch.")
-    cell = parser.add_argument_group("cell")
-    cell.add_argument(
-        "--arch",
-        default="DARTS",
-        help="the cell: a name (DARTS, DARTS_V1, DARTS_V2, ENAS), a search's run directory, a genotype.json, the text "
-        "of a genotype, random:SEED, or LSTM or GRU, torch's own cells",
-    )
-    cell.add_argument(
-        "--n_experts", type=int, default=1, help="softmaxes that are mixed for each word (mixture of softmaxes)"
-    )
-    options.add_shared_flags(
-        parser, size=850, batch_size=64, epochs=8000, dropoute=0.1, wdecay=8e-7, bptt_std=5.0, seed=1267,
-        log_interval=200, optimizers=("ntasgd", *optimizers.OPTIMIZERS),
-    )  # fmt: skip
-    averaging = parser.add_argument_group("averaging (NT-ASGD)")
-    averaging.add_argument(
-        "--nonmono",
-        type=int,
-        default=5,
-        help="averaging starts when the validation loss is above the best of all but this many last epochs",
-    )
-    averaging.add_argument(
-        "--finetune",
-        metavar="RUN",
-        help="start from the best weights of that run, with its text, sizes, dropouts and regularisation where they "
-        "are not given anew, averaging from the first step on; what starts averaging elsewhere ends this",
-    )
-    twins = parser.add_argument_group("two passes over each batch, with different dropout masks")
-    twins.add_argument(
-        "--rdrop",
-        type=float,
-        default=0.0,
-        help="R-Drop: times the mean symmetric divergence (nats) of the two predictions",
-    )
-    twins.add_argument(
-        "--fraternal",
-        type=float,
-        default=0.0,
-        help="fraternal dropout: times the mean squared difference of the two dropped outputs",
-    )
-    return parser
-
-
-def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tensor, int]]:
-    """Word ids and the number of rows that they are cut into, by name."""
-    return {
-        "train": (corpus.train[: args.limit_tokens or None], args.batch_size),
-        "valid": (corpus.valid, EVAL_ROWS["valid"]),
-        "test": (corpus.test, EVAL_ROWS["test"]),
-    }
 
 
 def main(argv: list[str] | None = None) -> int:
     ranks = Ranks()
     parser = build_parser()
-    args, corpus, run, saved = start.begin("train", parser, argv, texts_to_read, ranks)
+    args, corpus, run, saved = startup.begin("train", parser, argv, texts_to_read, ranks)
+    if args.tensorboard and ranks.first:
+        from plots.tensorboard import Mirror  # needs more than the scripts do
+
+        run.mirror = Mirror(run.folder, vars(args))
     device = ranks.device(choose_device(args.device, args.deterministic))
     rows = args.batch_size // ranks.size  # of the batch on this rank
     rows_at_once = min(args.small_batch_size, rows)
@@ -130,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         return optimizers.new_optimizer(phase, weights, args.lr, args.wdecay, args.momentum)
 
     phase = "sgd" if args.optimizer == "ntasgd" else args.optimizer
-    optimizer, schedule = new_optimizer(phase), options.schedule(args)
+    optimizer, schedule = new_optimizer(phase), arguments.schedule(args)
     trigger, patience = NonMonotonicTrigger(args.nonmono), Patience(args.patience, args.min_delta)
 
     def gradient(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def state() -> dict[str, Any]:
         return {
-            **start.identity("train", args, corpus, ranks.size), "eval_rows": EVAL_ROWS,
+            **resume.identity("train", args, corpus, ranks.size), "eval_rows": EVAL_ROWS,
             "genotype": cell_to_json(cell), "phase": phase, "hidden": ranks.all_rows(hidden),
             **{name: part.state_dict() for name, part in parts().items()},
             "rng": ranks.gather(checkpoint.rng_state(device, bptt_rng)), "best": best, "stopped_by": stopped_by,
@@ -179,9 +121,9 @@ def main(argv: list[str] | None = None) -> int:
         watch.judge(ranks.same(lambda: evaluate(model, start_of_text, args.bptt, "train")))
 
     if saved:
-        with start.restoring(parser, run):
+        with resume.restoring(parser, run):
             form = {**state(), "trigger": {"losses": [1.0]}}
-            start.check_state(saved, form, REASONS, {"optimizer": new_optimizer(saved["phase"])})
+            resume.check_state(saved, form, REASONS, {"optimizer": new_optimizer(saved["phase"])})
             checkpoint.set_rng_state(saved["rng"][ranks.rank], device, bptt_rng)
             if ranks.first and saved["best"] < float("inf"):  # what the result is made from
                 checkpoint.check_form(
@@ -190,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             restore(saved)
     elif args.finetune:
         path = Path(args.finetune, "best.pt")
-        with start.restoring(parser, run, path):
+        with resume.restoring(parser, run, path):
             first = ranks.same(lambda: checkpoint.load(path))
             checkpoint.check_form(first, {"model": model.state_dict()})
             model.load_state_dict(first["model"])
@@ -201,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
         run.log(
-            f"retraining in {run.folder} on {device}: {params:,} weights, {start.describe(corpus, args.limit_tokens)}"
+            f"retraining in {run.folder} on {device}: {params:,} weights, {startup.describe(corpus, args.limit_tokens)}"
         )
         run.log(str(cell))
         if args.finetune:
@@ -210,11 +152,11 @@ def main(argv: list[str] | None = None) -> int:
         keeper.keep(state())
 
     if args.overfit:
-        with products_in(args.precision), start.memory_explained(args):
-            overfit(run, model, optimizer, train, args.bptt, rows_at_once, args.clip, args.clip_value)
+        with products_in(args.precision), startup.memory_explained(args):
+            run.log(overfit(model, optimizer, train, args.bptt, rows_at_once, args.clip, args.clip_value))
         return 0
 
-    with StopSignal() as stop, products_in(args.precision), start.memory_explained(args):
+    with StopSignal() as stop, products_in(args.precision), startup.memory_explained(args):
         while not finished():
             try:
                 lengths = segments(
@@ -285,4 +227,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(start.run_script(main))
+    sys.exit(signals.run_script(main))

@@ -8,7 +8,6 @@ end with a genotype in the run directory; `python train.py --arch RUN` retrains 
 """
 
 import sys
-from argparse import Namespace
 from functools import partial
 from shlex import quote
 from typing import Any
@@ -16,160 +15,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import checkpoint
-import options
-import start
-from architect import RADIUS, Architect
-from averaging import averaged
-from data import Corpus, Cursor, batchify, get_batch, segments
-from diagnosis import Diagnosis
-from divergence import Watch, go_back
-from dropout import HeldRelu, Rates
+from architect import Architect
+from data import Cursor, batchify, get_batch, segments
 from engine import Engine
-from genotypes import STEPS, Genotype, from_json, to_json
-from kernels import products_in
+from engine.dropout import HeldRelu, Rates
+from engine.matmul import products_in
+from experiment import arguments, checkpoint, resume, signals, startup
+from experiment.distributed import Ranks
+from experiment.divergence import Watch, go_back
+from experiment.progress import Progress
+from experiment.search_arguments import build_parser, eval_rows, texts_to_read
+from experiment.signals import StopSignal
+from genotypes import Genotype, from_json, to_json
 from model_search import RNNModelSearch
-from objective import TEST_ROWS, VALID_ROWS, Batch, SmallBatches, clipped_gradient, evaluate, scaled_lr
-from optimizers import OPTIMIZERS, new_optimizer, velocity
-from progress import Progress, perplexity, told
-from ranks import Ranks
-from recurrence import NORMS
-from sanity import overfit
-from stopping import Patience, check_history, identities, is_stable
-from utils import Diverged, StopSignal, choose_device
+from training.diagnostics import Diagnosis
+from training.early_stopping import Patience, check_history, identities, is_stable
+from training.evaluation import evaluate, perplexity, told
+from training.gradients import clipped_gradient, scaled_lr
+from training.losses import Batch, SmallBatches
+from training.optimizers import averaged, new_optimizer, velocity
+from training.overfit import overfit
+from utils import Diverged, choose_device
 
 REASONS = ("patience", "stable", "identity")  # to stop before the last epoch
-HELD_OUT = 0.1  # of train.txt, for the alphas, with --search_split train
-
-
-def build_parser() -> options.Parser:
-    parser = options.Parser(
-        "train_search.py", "Search a recurrent cell for language modelling by gradient descent (DARTS)."
-    )
-    search = parser.add_argument_group("search")
-    search.add_argument(
-        "--unrolled",
-        action="store_true",
-        help="second order: the alphas' gradient is taken at the weights that the next weight step "
-        "would give, not at the present ones",
-    )
-    search.add_argument(
-        "--hessian",
-        choices=("finite", "exact"),
-        default="finite",
-        help="with --unrolled, how the product with the mixed second derivative is formed, at the same cost: by a "
-        f"central difference at radius {RADIUS:g}, always in fp32 and with relu's active set held, or exact by "
-        "differentiating twice, in the --precision of all else (with --engine eager at its memory). Over 20 batches of "
-        "Penn Treebank the cosine of the two in fp32 has a median of 1.0000 and a lowest value of 0.9999; in bf16 the "
-        "exact one is faster, and in the odd batch far off (benchmarks/hessian.py)",
-    )
-    search.add_argument(
-        "--search_split",
-        choices=("valid", "train"),
-        default="valid",
-        help="text for the alphas: valid.txt, as published, or the last tenth of train.txt, which "
-        "leaves valid.txt unseen for choosing",
-    )
-    search.add_argument(
-        "--norm",
-        choices=NORMS,
-        default="none",
-        help="of the relaxed cell's states: none, with the mean over predecessors in the place of their sum; layer, "
-        "over the hidden units of each row; batch, the published one, over the batch. A norm hides from the alphas "
-        "what depth costs a discrete cell, which has none, and under batch the recurrence is chaotic (docs/signal.md)",
-    )
-    search.add_argument(
-        "--arch_lr", type=float, default=3e-2, help="learning rate of Adam on the alphas (published: 3e-3)"
-    )
-    search.add_argument(
-        "--arch_start",
-        type=int,
-        help="epochs in which only the weights are trained, before the alphas begin to move: a model that knows no "
-        "more than word frequencies asks for other primitives than one that reads its context (default: 2, or what "
-        "leaves one epoch to the alphas)",
-    )
-    search.add_argument(
-        "--arch_batch_size",
-        type=int,
-        help="rows of the alphas' text read side by side, a multiple of --small_batch_size; more make the gradient of "
-        "the alphas less noisy, which batches of a thousand words need (default: batch_size)",
-    )
-    search.add_argument("--arch_wdecay", type=float, default=1e-3, help="weight decay of the alphas")
-    search.add_argument(
-        "--derive_from",
-        choices=("mean", "last"),
-        default="mean",
-        help="which alphas the genotype is derived from: a mean over the steps that they have taken, in which later "
-        "steps weigh more and which is steady where the alphas swing with the weights (docs/signal.md), or the last "
-        "ones, as published",
-    )
-    search.add_argument(
-        "--stop_stable",
-        type=int,
-        default=0,
-        help="stop when the genotype has been the same for so many epochs; 0: never",
-    )
-    search.add_argument(
-        "--max_identity",
-        type=int,
-        default=STEPS,
-        help="stop when more than so many nodes of the genotype are identity, and keep the one of the epoch before",
-    )
-    search.add_argument(
-        "--diagnose_every",
-        type=int,
-        default=0,
-        help="every so many steps measure whether the alphas' gradient has a signal, for visualize.py search: how "
-        "alike those of independent batches are, the largest eigenvalue of the loss's Hessian in alpha, what the "
-        "finite product misses, what discretising costs. It takes as long as several steps and changes nothing of the "
-        "search; 0: never",
-    )
-    options.add_shared_flags(
-        parser,
-        size=300,
-        batch_size=256,
-        epochs=50,
-        dropoute=0.0,
-        wdecay=5e-7,
-        bptt_std=0.0,
-        seed=3,
-        log_interval=50,
-        optimizers=OPTIMIZERS,
-    )
-    return parser
-
-
-def eval_rows(norm: str) -> dict[str, int]:
-    """In how many rows the relaxed model reads a text. Batch normalisation needs several, since a batch of one has no
-    statistics; without it the test text is read in one row, as by a discrete cell."""
-    return {"valid": VALID_ROWS, "test": VALID_ROWS if norm == "batch" else TEST_ROWS}
-
-
-def search_texts(corpus: Corpus, split: str, limit: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Word ids for the weights and for the alphas."""
-    train = corpus.train[:limit] if limit else corpus.train
-    if split == "valid":
-        return train, corpus.valid
-    held_out = int(HELD_OUT * len(train))
-    return train[:-held_out], train[-held_out:]
-
-
-def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tensor, int]]:
-    """Word ids and the number of rows that they are cut into, by name."""
-    train, alphas = search_texts(corpus, args.search_split, args.limit_tokens)
-    rows = eval_rows(args.norm)
-    return {
-        "train": (train, args.batch_size),
-        "the alphas": (alphas, args.arch_batch_size),
-        "valid": (corpus.valid, rows["valid"]),
-        "test": (corpus.test, rows["test"]),
-    }
 
 
 def main(argv: list[str] | None = None) -> int:
     ranks = Ranks()
     parser = build_parser()
-    args, corpus, run, saved = start.begin("search", parser, argv, texts_to_read, ranks)
+    args, corpus, run, saved = startup.begin("search", parser, argv, texts_to_read, ranks)
+    if args.tensorboard and ranks.first:
+        from plots.tensorboard import Mirror  # needs more than the scripts do
+
+        run.mirror = Mirror(run.folder, vars(args))
     device = ranks.device(choose_device(args.device, args.deterministic))
     rows = args.batch_size // ranks.size  # of the batch on this rank
     rows_at_once = min(args.small_batch_size, rows)
@@ -190,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     weights = model.weights()
     params = sum(w.numel() for w in weights)
     optimizer = new_optimizer(args.optimizer, weights, args.lr, args.wdecay, args.momentum)
-    schedule, patience = options.schedule(args), Patience(args.patience, args.min_delta)
+    schedule, patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
     hessian = args.hessian if args.unrolled else None
     regularised = partial(SmallBatches, alpha=args.alpha, beta=args.beta)
 
@@ -206,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
 
     architect = architect_of(model, rows_at_once, hessian)
     diagnosis = Diagnosis(
-        model, architect_of, hessian, (train, valid_batches.source, valid), rows_at_once, args.bptt, args.seed, ranks
+        model, architect_of, hessian, (train, valid_batches.source, valid), rows_at_once, args.bptt, args.seed,
+        ranks.seed,
     ) if args.diagnose_every else None  # fmt: skip
 
     def gradient(
@@ -247,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def state() -> dict[str, Any]:
         return {
-            **start.identity("search", args, corpus, ranks.size), "eval_rows": eval_rows(args.norm),
+            **resume.identity("search", args, corpus, ranks.size), "eval_rows": eval_rows(args.norm),
             "genotype": to_json(derived()[0]), "history": history, "valid_position": valid_batches.position,
             "hidden": ranks.all_rows(hidden), "hidden_valid": ranks.all_rows(hidden_valid),
             **{name: part.state_dict() for name, part in parts.items()},
@@ -290,9 +169,9 @@ def main(argv: list[str] | None = None) -> int:
         })  # fmt: skip
 
     if saved:
-        with start.restoring(parser, run):
+        with resume.restoring(parser, run):
             form = {**state(), "history": [[1, to_json(derived()[0])]]}
-            start.check_state(saved, form, REASONS, {"optimizer": optimizer, "arch_optimizer": architect.optimizer})
+            resume.check_state(saved, form, REASONS, {"optimizer": optimizer, "arch_optimizer": architect.optimizer})
             checkpoint.set_rng_state(saved["rng"][ranks.rank], device, bptt_rng)
             check_history(saved["history"], saved["progress"]["epoch"] - 1, saved["stopped_by"] == "identity")
             if ranks.first and saved["stopped_by"] == "patience":  # what the result is made from
@@ -309,15 +188,15 @@ def main(argv: list[str] | None = None) -> int:
         run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
     else:
         run.log(f"search in {run.folder} on {device}: {params:,} weights, {model.alphas.numel()} alphas,"
-                f" {start.describe(corpus, args.limit_tokens)}")  # fmt: skip
+                f" {startup.describe(corpus, args.limit_tokens)}")  # fmt: skip
         keeper.keep(state())
 
     if args.overfit:
-        with products_in(args.precision), start.memory_explained(args):
-            overfit(run, model, optimizer, train, args.bptt, rows_at_once, args.clip, args.clip_value)
+        with products_in(args.precision), startup.memory_explained(args):
+            run.log(overfit(model, optimizer, train, args.bptt, rows_at_once, args.clip, args.clip_value))
         return 0
 
-    with StopSignal() as stop, products_in(args.precision), start.memory_explained(args):
+    with StopSignal() as stop, products_in(args.precision), startup.memory_explained(args):
         while not finished():
             try:
                 lengths = segments(
@@ -421,4 +300,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(start.run_script(main))
+    sys.exit(signals.run_script(main))

@@ -19,16 +19,14 @@ from tempfile import mkdtemp
 from typing import Any
 
 import data
-import faults
-import options
-import plan
-import records
-import start
+from experiment import arguments, metrics, resume, signals, startup, validate_arguments
+from experiment.lock import Locked
+from experiment.run_directory import Run, new_folder
 from genotypes import GenotypeError, random_genotype, resolve_cell
-from jobs import Job
-from lock import Locked
-from study import METHODS, RANDOM, Cell, Study, label
-from utils import Run, RunError, new_folder
+from study import cost
+from study.design import METHODS, RANDOM, Cell, Study, label
+from study.jobs import Job
+from utils import RunError
 
 # The flags that decide what a stage runs: they stay what they are once it has begun.
 SHAPED_BY = {
@@ -49,8 +47,8 @@ LEAST = {"proxy_reference": 0, "top": 1, "proxy_emsize": 1, "proxy_tokens": 1}
 INSTALL = "trials.py needs Ray, SciPy and rich: pip install -r requirements-cluster.txt"
 
 
-def build_parser() -> options.Parser:
-    parser = options.Parser("trials.py", "A study: searches, selection, retraining and a leaderboard.")
+def build_parser() -> arguments.Parser:
+    parser = arguments.Parser("trials.py", "A study: searches, selection, retraining and a leaderboard.")
     parser.add_argument("stage", choices=("run", *SHAPED_BY, "report"), help="run is all of them in this order")
     study = parser.add_argument_group("study")
     study.add_argument("--study", metavar="DIR", help="its directory (default: runs/study-YYYYMMDD-HHMMSS)")
@@ -143,7 +141,7 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def begin(parser: options.Parser, argv: list[str] | None) -> tuple[Namespace, data.Corpus, Run]:
+def begin(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, data.Corpus, Run]:
     """The flags, the corpus and the directory of a study, new or begun; ends the script with a line for each fault."""
     args, config = parser.parse_args(argv), None
     if args.study and (Path(args.study) / CONFIG).exists():
@@ -156,7 +154,7 @@ def begin(parser: options.Parser, argv: list[str] | None) -> tuple[Namespace, da
     if config is None:
         if args.resume or args.stage == "report":
             found.append(f"--study {args.study}: there is no study ({CONFIG} is missing); name another")
-        elif folder.is_dir() and any(map(faults.holds_work, folder.iterdir())):
+        elif folder.is_dir() and any(map(validate_arguments.holds_work, folder.iterdir())):
             found.append(f"--study {folder}: holds files already; take another")
     else:
         found += begun_faults(args, config, folder)
@@ -194,9 +192,9 @@ def asked(args: Namespace) -> list[str]:
     return [stage for stage in SHAPED_BY if args.stage in ("run", stage)]
 
 
-def read_config(parser: options.Parser, folder: Path) -> dict[str, Any]:
+def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
     """study.json: the flags of a study that has begun, and the checksums of its text."""
-    found = records.read_json(folder / CONFIG) or {}
+    found = metrics.read_json(folder / CONFIG) or {}
     flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in NOT_KEPT}
     if (
         not isinstance(flags, dict)
@@ -211,8 +209,8 @@ def read_config(parser: options.Parser, folder: Path) -> dict[str, Any]:
 def fits(action: Any, value: Any) -> bool:
     """Whether a value from a file could be that of a flag."""
     if action.nargs is None or action.nargs == 0:
-        return (value is None and action.default is None) or start.fits(action, value)
-    return isinstance(value, list) and all(start.fits(action, part) for part in value)
+        return (value is None and action.default is None) or resume.fits(action, value)
+    return isinstance(value, list) and all(resume.fits(action, part) for part in value)
 
 
 def number_faults(args: Namespace) -> list[str]:
@@ -221,8 +219,8 @@ def number_faults(args: Namespace) -> list[str]:
     for name, value in vars(args).items():
         least = LEAST.get(name, 1 if name.endswith(("epochs", "seeds", "top")) else 0)
         for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and not least <= number < faults.LARGEST:
-                found.append(f"--{name} {number}: must be at least {least} and below {faults.LARGEST:,}")
+            if type(number) in (int, float) and not least <= number < validate_arguments.LARGEST:
+                found.append(f"--{name} {number}: must be at least {least} and below {validate_arguments.LARGEST:,}")
     if args.converged == 1:
         found.append("--converged 1: one trial has no spread; take at least 2, or 0 for never")
     if args.select_seeds > 1 and (args.converged or args.halving):
@@ -260,7 +258,7 @@ def text_faults(args: Namespace) -> list[str]:
             found.append(f"--{name}: {error}; close the quotes")
             continue
         given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-        found += [f"--{name}: --{taken} is the study's to set; leave it out" for taken in plan.TAKEN if taken in given]
+        found += [f"--{name}: --{taken} is the study's to set; leave it out" for taken in cost.TAKEN if taken in given]
         if name == "search_flags" and args.search_split == "train":
             found += [
                 f"--search_flags: --{word} looks at valid.txt, which --search_split train keeps for selecting"
@@ -291,7 +289,7 @@ def missing_faults(study: Study) -> list[str]:
 
 
 def job_faults(
-    parser: options.Parser, study: Study, stages: Sequence[str], corpus: data.Corpus | None = None
+    parser: arguments.Parser, study: Study, stages: Sequence[str], corpus: data.Corpus | None = None
 ) -> list[str]:
     """What the scripts would find wrong with the jobs of these stages, a line for each fault; with a corpus, with its
     length alone."""
@@ -299,15 +297,15 @@ def job_faults(
     for stage in stages:
         flag = QUOTED[stage]
         for job in planned(study, stage):
-            script = plan.SCRIPTS[job.script]
+            script = cost.SCRIPTS[job.script]
             of_script = script.build_parser()
             of_script.prog = f"{parser.prog}: --{flag}"
             args = of_script.parse_args([*job.flags, "--save", str(study.folder / "new")])
-            options.complete(args, stage)
+            arguments.complete(args, stage)
             if corpus is not None:
-                wrong = start.length_faults(args, script.texts_to_read(corpus, args))
+                wrong = startup.length_faults(args, script.texts_to_read(corpus, args))
             else:
-                wrong = faults.validate(args, of_script.get_default)
+                wrong = validate_arguments.validate(args, of_script.get_default)
                 if stage == "proxy" and args.schedule in ("cosine", "polynomial"):
                     wrong.append(f"--schedule {args.schedule}: under it a short training is not the beginning of a long"
                                  " one, as proxy takes it to be; leave it out")  # fmt: skip
@@ -334,9 +332,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     parser.parse_args(argv)  # --help needs no Ray
     try:
-        import cluster
-        import leaderboard
-        from crew import Crew
+        from study import leaderboard, ray_backend
+        from study.runner import Crew
     except ImportError as error:
         raise RunError(f"{INSTALL} ({error.name} is missing)") from error
     args, corpus, run = begin(parser, argv)
@@ -344,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     stages = asked(args)
     if stages:
         try:
-            with cluster.connected(args.address):
+            with ray_backend.connected(args.address):
                 crew = Crew(run, args, corpus)
                 whole = study.training("plan", "whole", "DARTS", args.full_epochs, 1)[0]
                 run.log(crew.plan({stage: planned(study, stage) for stage in stages}, whole))
@@ -369,4 +366,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(start.run_script(main))
+    sys.exit(signals.run_script(main))

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from genotypes import GenotypeError, resolve
-from pictures.cell import cell_dot, cell_figure
-from pictures.formation import draw_formation
-from pictures.history import History
-from pictures.search import whole_figure
-from pictures.study import selection_figure
-from pictures.style import FORMATS, PictureError, plain_style, save
-from pictures.train import train_figure
+from plots.animation import draw_formation
+from plots.cell_graph import cell_dot, cell_figure
+from plots.run_history import History
+from plots.search_curves import whole_figure
+from plots.study_curves import selection_figure
+from plots.style import FORMATS, PictureError, plain_style, save
+from plots.train_curves import train_figure
 
 LOOK = 5  # seconds between two looks at a live run, at least
 ENDINGS = ", ".join(FORMATS)
@@ -85,8 +85,8 @@ def draw(args: argparse.Namespace) -> Path:
 
 def report(args: argparse.Namespace) -> Path:
     """Write the page; with --watch again and again, until the run is over or Ctrl-C."""
-    from pictures.page import is_over  # these alone need jinja2
-    from pictures.report import write
+    from plots.html.page import is_over
+    from plots.html.report import write
 
     if not args.watch:
         return write(args.what, args.out)

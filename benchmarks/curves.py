@@ -22,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from step import BETA, CLIP, search_parts
 
-import start
 from data import Cursor, batchify, load_corpus
-from dropout import HeldRelu, Rates
 from engine import Engine
+from engine.dropout import HeldRelu, Rates
+from experiment import signals
 from model_search import RNNModelSearch
-from objective import Batch, clipped_gradient, losses
+from training.gradients import clipped_gradient
+from training.losses import Batch, losses
 
 ENGINES = {"eager fp32": Engine(), "fused fp32": Engine("fused"), "fused bf16": Engine("fused", "bf16")}
 RATES = Rates(dropout=0.3, dropouth=0.1, dropoutx=0.3, dropouti=0.1)
@@ -100,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(start.run_script(main))
+    sys.exit(signals.run_script(main))

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hessian import Agreement
 
-import start
 from architect import Architect, clip_coefficient, total_norm
-from diagnosis import cosine
+from experiment import signals
 from genotypes import PRIMITIVES
+from training.diagnostics import cosine
 
 
 def parts_of(agreement: Agreement) -> tuple[dict[str, Tensor], float, float]:
@@ -66,4 +66,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(start.run_script(main))
+    sys.exit(signals.run_script(main))

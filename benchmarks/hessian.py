@@ -23,15 +23,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import start
 from architect import RADIUS, Architect, Product
 from data import Cursor, batchify, load_corpus
-from dropout import HeldRelu, Rates
 from engine import PRECISIONS, Engine
+from engine.dropout import HeldRelu, Rates
+from experiment import checkpoint, signals
+from experiment.search_arguments import search_texts
 from model_search import RNNModelSearch
-from objective import Batch, SmallBatches
-from train_search import search_texts
+from training.losses import Batch, SmallBatches
 
 RADII = [RADIUS / 3, RADIUS, 3 * RADIUS, 10 * RADIUS]
 
@@ -149,4 +148,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(start.run_script(main))
+    sys.exit(signals.run_script(main))

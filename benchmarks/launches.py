@@ -26,11 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import decoder
-import fused
-import kernels
 from benchmarks import step
-from engine import Engine
+from engine import Engine, fused, inductor, linear_cross_entropy, matmul
 
 H100 = SimpleNamespace(
     name="H100", major=9, minor=0, multi_processor_count=132, warp_size=32, total_memory=80 << 30,
@@ -44,7 +41,7 @@ PART = r"(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str"
 
 
 class Recorded:
-    """In the place of `kernels.Compiled`: runs the function as it stands and keeps its largest call."""
+    """In the place of `inductor.Compiled`: runs the function as it stands and keeps its largest call."""
 
     calls: ClassVar[dict[str, list]] = {}  # by name: how many, the function, its arguments before and after
 
@@ -112,7 +109,7 @@ def code_of(function: Callable[..., None], arguments: list) -> str:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with FakeTensorMode(), config.patch(kernels.ONE_PASS):
+    with FakeTensorMode(), config.patch(inductor.ONE_PASS):
         given = [
             torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda:0")
             for a in arguments if isinstance(a, Tensor)
@@ -206,9 +203,12 @@ def main() -> int:
     if torch.version.cuda is None or torch.cuda.is_available():
         print("launches.py: is for torch's build for CUDA on a machine without a GPU", file=sys.stderr)
         return 2
-    kernels.Compiled = Recorded
-    decoder.worth_skipping, fused.sum_after_loop = (lambda mask, store: None), (lambda h: True)  # as on CUDA
-    fused.columns_to_add = decoder.columns_to_add = lambda rows, store: -rows.size(-1) % kernels.ROW
+    inductor.Compiled = Recorded
+    linear_cross_entropy.worth_skipping, fused.sum_after_loop = (
+        (lambda mask, store: None),
+        (lambda h: True),
+    )  # as on CUDA
+    fused.columns_to_add = linear_cross_entropy.columns_to_add = lambda rows, store: -rows.size(-1) % matmul.ROW
     print(f"{'step':16}{'kernel':>22}{'':>6}{'calls':>7}{'launches':>10}  {'bytes' if args.compile else 'difference'}")
     with TemporaryDirectory() as folder:
         for precision in ("fp32", "bf16"):

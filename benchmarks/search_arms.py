@@ -30,7 +30,7 @@ from tempfile import mkdtemp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import records
+from experiment import metrics
 from genotypes import PRIMITIVES, from_json, resolve_cell, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ class Results:
 
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
-        self.by_key = {key(line): line for line in records.lines(path)}
+        self.by_key = {key(line): line for line in metrics.lines(path)}
 
     def add(self, line: dict) -> None:
         with self.lock:
@@ -84,10 +84,10 @@ def search(results: Results, arm: str, flags: str, seed: int) -> dict:
     line = results.by_key.get(key({"kind": "search", "flags": flags, "seed": seed}))
     if line is None:
         folder = run_script("train_search.py", flags, seed)
-        epochs, diagnoses = records.epochs(folder), [row for row in records.rows(folder) if row["kind"] == "diagnosis"]
+        epochs, diagnoses = metrics.epochs(folder), [row for row in metrics.rows(folder) if row["kind"] == "diagnosis"]
         line = {
             "kind": "search", "arm": arm, "flags": flags, "seed": seed,
-            "genotype": records.read_json(folder / "genotype.json")["genotype"],
+            "genotype": metrics.read_json(folder / "genotype.json")["genotype"],
             "genotypes": [epoch["genotype"] for epoch in epochs],
             "valid_ppl": [round(epoch["valid_ppl"], 2) for epoch in epochs],
             "signal": [{name: found[name] for name in SIGNAL} for found in diagnoses],
@@ -104,7 +104,7 @@ def train(results: Results, genotype: dict, flags: str) -> dict:
     line = results.by_key.get(("train", json.dumps(genotype), flags, TRAIN_SEED))
     if line is None:
         folder = run_script("train.py", f"{flags} --arch {shlex.quote(str(from_json(genotype)))}", TRAIN_SEED)
-        ppl = [round(epoch["valid_ppl"], 3) for epoch in records.epochs(folder)]
+        ppl = [round(epoch["valid_ppl"], 3) for epoch in metrics.epochs(folder)]
         line = {"kind": "train", "genotype": genotype, "flags": flags, "seed": TRAIN_SEED, "valid_ppl": ppl}
         rmtree(folder)
         results.add(line)
@@ -182,7 +182,7 @@ def row(
     signal: Sequence[dict] = (),
 ) -> str:
     """A row of the table: of these cells, and of what was measured in the searches that found them."""
-    from ranking import permutation_test  # which needs SciPy
+    from study.stats import permutation_test
 
     ppl = [trained[json.dumps(cell)] for cell in cells]
     sd = f"{stdev(ppl):.2f}" if len(ppl) > 1 else ""

@@ -36,14 +36,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from architect import Architect
-from dropout import HeldRelu, Rates
 from engine import PRECISIONS, Engine
+from engine.dropout import HeldRelu, Rates
+from engine.matmul import onednn, products_in
+from engine.reference import NORMS
 from genotypes import DARTS
-from kernels import onednn, products_in
 from model import retrain_model
 from model_search import RNNModelSearch
-from objective import VALID_ROWS, Batch, SmallBatches, clipped_gradient
-from recurrence import NORMS
+from training.evaluation import VALID_ROWS
+from training.gradients import clipped_gradient
+from training.losses import Batch, SmallBatches
 from utils import choose_device
 
 SEARCH = {"T": 35, "B": 256, "H": 300, "V": 10_000, "N": 8}

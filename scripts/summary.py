@@ -14,9 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import load_corpus
+from experiment.signals import run_script
 from genotypes import from_json
-from progress import perplexity
-from start import run_script
+from training.evaluation import perplexity
 
 
 def unigram_perplexity(train: torch.Tensor, test: torch.Tensor, words: int) -> float:

@@ -12,11 +12,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from architect import Architect
-from dropout import HeldRelu, Masks, Rates
 from engine import Engine
+from engine.dropout import HeldRelu, Masks, Rates
+from experiment.distributed import Ranks, leave
 from model_search import RNNModelSearch
-from objective import Batch, SmallBatches, clipped_gradient
-from ranks import Ranks, leave
+from training.gradients import clipped_gradient
+from training.losses import Batch, SmallBatches
 
 V, H, B, T = 50, 12, 8, 4
 

@@ -5,8 +5,8 @@ import math
 import random
 import time
 
-from diagnosis import Signal
 from genotypes import PRIMITIVES
+from training.diagnostics import Signal
 
 TIMES = {"seconds", "tokens_per_s"}  # of what is compared, all that may differ
 

@@ -9,9 +9,10 @@ from torch.func import functional_call
 
 import train_search
 from architect import Architect, clip_coefficient, moved
-from dropout import HeldRelu
-from objective import SmallBatches, clipped_gradient, losses
-from optimizers import LIKE_SGD, new_optimizer, velocity
+from engine.dropout import HeldRelu
+from training.gradients import clipped_gradient
+from training.losses import SmallBatches, losses
+from training.optimizers import LIKE_SGD, new_optimizer, velocity
 
 ETA, CLIP, WDECAY, AR, TAR = 0.7, 0.25, 1e-2, 0.4, 0.9
 

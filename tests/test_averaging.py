@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from averaging import ASGD, AveragedAdam, NonMonotonicTrigger, averaged, averaging_sgd, saved_average
-from objective import scaled_lr
+from architect import AveragedAdam
+from training.gradients import scaled_lr
+from training.optimizers import ASGD, NonMonotonicTrigger, averaged, averaging_sgd, saved_average
 
 
 @given(losses=st.lists(st.floats(0, 10), max_size=30), nonmono=st.integers(1, 6))

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-import checkpoint
 import evaluate
 import train
 import train_search
+from experiment import checkpoint
 
 SMALL = "--emsize 8 --batch_size 4 --bptt 6 --epochs 1 --lr 1".split()
 

@@ -5,11 +5,13 @@ import pytest
 import tiny
 import torch
 
-from dropout import Rates
 from engine import Engine
+from engine.dropout import Rates
 from genotypes import GenotypeError, cell_from_json, cell_to_json, resolve, resolve_cell
 from model import retrain_model
-from objective import SmallBatches, accumulate_gradients, evaluate
+from training.evaluation import evaluate
+from training.gradients import accumulate_gradients
+from training.losses import SmallBatches
 
 NAMES = ("LSTM", "GRU")
 

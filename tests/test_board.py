@@ -5,10 +5,10 @@ from statistics import median
 
 import pytest
 
-from board import Board, Rules, sparks
-from jobs import Job
-from records import EVENTS, events
-from utils import Run
+from experiment.metrics import EVENTS, events
+from experiment.run_directory import Run
+from study.jobs import Job
+from study.monitor import Board, Rules, sparks
 
 FALLING = [9.0, 7.0, 5.0, 4.0, 3.0, 2.0]
 STILL = [2.0, 9.0, 5.0, 4.0, 4.1, 4.2]

@@ -15,8 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import start
+from experiment import checkpoint, resume
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -302,7 +301,7 @@ def test_a_state_of_another_device_has_the_form_of_this_one_s():
             "stopped_by": ""}  # fmt: skip
     there = {**here, "rng": [{**here["rng"][0], "cuda": torch.zeros(16, dtype=torch.uint8)}]}
     for saved, form in ((here, there), (there, here)):
-        start.check_state(saved, form, ("patience",), {"optimizer": optimizer})
+        resume.check_state(saved, form, ("patience",), {"optimizer": optimizer})
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from resource import RLIMIT_FSIZE, setrlimit
 import pytest
 from made import finish, outcome, wait_for, write_corpus
 
-import checkpoint
-from utils import StopSignal
+from experiment import checkpoint
+from experiment.signals import StopSignal
 
 ROOT = Path(__file__).parent.parent
 # A checkpoint at every step, so that most kills fall into the writing of one.

@@ -27,13 +27,10 @@ from test_fused import (
 )
 from test_recurrence import oracle_masks
 
-import decoder
-import fused
-import recurrence
 from architect import Architect
-from dropout import HeldRelu
-from engine import Engine
-from objective import SmallBatches, losses
+from engine import Engine, fused, linear_cross_entropy, reference
+from engine.dropout import HeldRelu
+from training.losses import SmallBatches, losses
 
 NAMES = ("x", "h0", "W0", "Ws")
 
@@ -65,10 +62,10 @@ def test_fused_is_eager_in_float64(size, row, norm):
     along = directions(leaves, size["seed"])
     with in_rows_of(row):
         found = mixed(fused, leaves, masks, R, along, norm=norm)
-    assert_equal(*numbered(found, mixed(recurrence, leaves, masks, R, along, norm=norm)), 1e-9)
+    assert_equal(*numbered(found, mixed(reference, leaves, masks, R, along, norm=norm)), 1e-9)
 
 
-@pytest.mark.parametrize("norm", recurrence.NORMS)
+@pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("size", [(3, 3, 2, 3, 3), (1, 2, 2, 2, 2), (2, 1, 2, 2, 2)])
 def test_it_is_the_derivative_of_the_equations_by_loops(size, masked, norm):
@@ -101,13 +98,13 @@ def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(T, B, H, seed, norm):
     largest of either over four places counts, since at one alone either may be lucky."""
     leaves, masks, R = problem(T, B, H, H, 8, seed, masked=True, scale=0.2)
     along = directions(leaves, seed)
-    errors = {recurrence: [], fused: []}
+    errors = {reference: [], fused: []}
     for away in (0, 0.001, 0.002, 0.003):
         there = {name: (1 + away) * leaf for name, leaf in leaves.items()}
         held = HeldRelu()  # as in float64: at a kink the last digit decides
-        exact = mixed(recurrence, there, masks, R, along, held, norm=norm)
+        exact = mixed(reference, there, masks, R, along, held, norm=norm)
         short = {name: leaf.float() for name, leaf in there.items()}, [mask.float() for mask in masks], R.float()
-        for module, relu in ((recurrence, held), (fused, widened(held))):
+        for module, relu in ((reference, held), (fused, widened(held))):
             errors[module].append(relative_errors(*numbered(mixed(module, *short, along, relu, norm=norm), exact)))
     eager, found = ({i: max(e[i] for e in places) for i in places[0]} for places in errors.values())
     assert all(found[i] <= max(2e-5, 5 * eager[i]) for i in found), (found, eager)
@@ -118,7 +115,7 @@ def test_relu_is_held_where_eager_holds_it():
     along = directions(leaves, 2)
     elsewhere = {name: leaf + 0.3 for name, leaf in leaves.items()}
     found = []
-    for module in (fused, recurrence):
+    for module in (fused, reference):
         held = HeldRelu()
         run(module, "relaxed", leaves, masks, held=held)
         found.append(mixed(module, elsewhere, masks, R, along, held))
@@ -165,7 +162,7 @@ def test_what_is_not_formed_is_no_number_or_refused():
 def test_of_a_loss_that_is_linear_in_the_hidden_states_along_one_weight_alone(wanted):
     leaves, masks, R = problem(3, 4, 3, 4, 4, seed=7, masked=True)
     found = []
-    for module in (fused, recurrence):
+    for module in (fused, reference):
         here = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
         [first] = torch.autograd.grad((R * run(module, "relaxed", here, masks)).sum(), here[wanted], create_graph=True)
         found.append(torch.autograd.grad(first.sin().sum(), here["alpha"]))
@@ -219,12 +216,12 @@ def test_a_model_behind_either_engine_has_the_same_product(fraternal):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("norm", recurrence.NORMS)
+@pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("copied", [True, False])
 def test_bf16_is_within_its_rounding_of_fp32(monkeypatch, copied, norm):
     """And not equal to it; however the decoder lies. (With weights under which no norm makes the model steep.)"""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: copied)
-    monkeypatch.setattr(decoder, "COPY_FROM", 1)
+    monkeypatch.setattr(linear_cross_entropy, "COPY_FROM", 1)
     model = tiny.search_model(seed=7, norm=norm).float()
     batch = tiny.batch(model, 1)
     batch = batch._replace(hidden=batch.hidden.float())
@@ -233,7 +230,7 @@ def test_bf16_is_within_its_rounding_of_fp32(monkeypatch, copied, norm):
     assert 1e-5 < ((narrow - wide).norm() / wide.norm()).item() < 0.05
 
 
-@pytest.mark.parametrize("norm", recurrence.NORMS)
+@pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("small", [6, 3, 2])
 def test_an_architect_finds_the_same_gradient_with_either_engine(small, norm):
     """In one part, whose graph is kept from the first pass, and in parts that are passed over again."""

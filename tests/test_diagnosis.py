@@ -11,18 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import rows, write_corpus
 
-import checkpoint
-import progress
 import train_search
 from architect import Architect
-from diagnosis import ROWS, SEGMENTS, Diagnosis, Signal, cosine, dominant_eigenvalue, logits, sensitivity
-from dropout import Rates
+from engine.dropout import Rates
+from engine.reference import NORMS
+from experiment import checkpoint, progress
+from experiment.run_directory import Run
 from genotypes import Genotype, random_genotype
 from model_search import derive
-from objective import SmallBatches
-from ranks import Ranks
-from recurrence import NORMS
-from utils import Run
+from training.diagnostics import ROWS, SEGMENTS, Diagnosis, Signal, cosine, dominant_eigenvalue, logits, sensitivity
+from training.losses import SmallBatches
 
 CELL = Genotype((("relu", 0), ("tanh", 1), ("identity", 0)), (1, 2, 3))
 
@@ -36,7 +34,7 @@ def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0, norm="batch
 
     if text is None:
         text = torch.randint(tiny.V, (80, tiny.B), generator=torch.Generator().manual_seed(seed))
-    return Diagnosis(model, architect_of, hessian, (text, text.flip(0), text), tiny.B, tiny.T, 3, Ranks())
+    return Diagnosis(model, architect_of, hessian, (text, text.flip(0), text), tiny.B, tiny.T, 3, lambda seed: None)
 
 
 def test_the_eigenvalue_is_the_one_of_largest_magnitude_of_the_whole_hessian():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence import LEAP, MEMORY, RECENT, Watch
+from experiment.divergence import LEAP, MEMORY, RECENT, Watch
 from utils import Diverged, RunError
 
 CPU = torch.device("cpu")

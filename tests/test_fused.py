@@ -9,19 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import decoder
-import fused
-import kernels
-import recurrence
-from dropout import HeldRelu
-from engine import Engine
+from engine import Engine, fused, linear_cross_entropy, matmul, reference
+from engine.dropout import HeldRelu
 from genotypes import DARTS_V1, PRIMITIVES, random_genotype
-from objective import losses
+from training.losses import losses
 
 CELLS = ("relaxed", "discrete")
-NORMED_CELLS = [*(("relaxed", norm) for norm in recurrence.NORMS), ("discrete", "batch")]  # which has no norm
+NORMED_CELLS = [*(("relaxed", norm) for norm in reference.NORMS), ("discrete", "batch")]  # which has no norm
 normed = pytest.mark.parametrize(("cell", "norm"), NORMED_CELLS)
-norms = st.sampled_from(recurrence.NORMS)
+norms = st.sampled_from(reference.NORMS)
 sizes = st.fixed_dictionaries(
     {
         "T": st.integers(1, 4), "B": st.integers(1, 5), "E": st.integers(1, 4), "H": st.integers(1, 5),
@@ -87,13 +83,13 @@ def test_fused_is_eager_in_float64(cell, norm, size, row):
     leaves, masks, R = problem(**size)
     with in_rows_of(row):
         found = values_and_gradients(fused, cell, leaves, masks, R, size["seed"], norm=norm)
-    assert_equal(found, values_and_gradients(recurrence, cell, leaves, masks, R, size["seed"], norm=norm), 1e-9)
+    assert_equal(found, values_and_gradients(reference, cell, leaves, masks, R, size["seed"], norm=norm), 1e-9)
 
 
 def widened(held):
     """The same set for the fused engine, whose hidden states have zeros behind."""
     other = HeldRelu()
-    other.active = {place: F.pad(active, (0, -active.size(-1) % kernels.ROW)) for place, active in held.active.items()}
+    other.active = {place: F.pad(active, (0, -active.size(-1) % matmul.ROW)) for place, active in held.active.items()}
     return other
 
 
@@ -111,12 +107,12 @@ def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(cell, norm, T, B, H, se
     relu active where it is in float64: at a kink the last digit decides, and neither engine is nearer."""
     held = HeldRelu() if cell == "relaxed" else None
     exact_leaves, masks, R = problem(T, B, H, H, 8, seed, masked, scale=0.2)
-    exact = values_and_gradients(recurrence, cell, exact_leaves, masks, R, seed, held, norm)
+    exact = values_and_gradients(reference, cell, exact_leaves, masks, R, seed, held, norm)
     leaves = {name: leaf.float() for name, leaf in exact_leaves.items()}
     masks, R = [None if mask is None else mask.float() for mask in masks], R.float()
     eager, found = (
         relative_errors(values_and_gradients(m, cell, leaves, masks, R, seed, relu, norm), exact)
-        for m, relu in ((recurrence, held), (fused, held and widened(held)))
+        for m, relu in ((reference, held), (fused, held and widened(held)))
     )
     assert all(found[name] <= max(1e-5, 4 * eager[name]) for name in found), (found, eager)
 
@@ -132,10 +128,10 @@ def test_hidden_states_are_filled_up(cell):
 
 def test_rows_are_filled_up_where_products_gain_by_it():
     rows = torch.empty(2, 300)
-    assert kernels.columns_to_add(rows, torch.bfloat16) == 4
-    assert kernels.columns_to_add(rows[:, :288], torch.bfloat16) == 0
-    assert kernels.columns_to_add(rows, torch.float32) == 0
-    assert kernels.columns_to_add(rows.to("meta"), torch.float32) == 4  # as on any device but a CPU
+    assert matmul.columns_to_add(rows, torch.bfloat16) == 4
+    assert matmul.columns_to_add(rows[:, :288], torch.bfloat16) == 0
+    assert matmul.columns_to_add(rows, torch.float32) == 0
+    assert matmul.columns_to_add(rows.to("meta"), torch.float32) == 4  # as on any device but a CPU
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -163,14 +159,14 @@ def test_held_relu_takes_and_holds_the_same_set_as_eager():
     leaves, masks, R = problem(3, 4, 3, 4, 4, seed=2, masked=True)
     elsewhere = {name: leaf + 0.3 for name, leaf in leaves.items()}
     found = {}
-    for module in (fused, recurrence):
+    for module in (fused, reference):
         held = HeldRelu()
         found[module] = [
             values_and_gradients(module, "relaxed", where, masks, R, held=held) for where in (leaves, elsewhere)
         ]
-    for one, other in zip(found[fused], found[recurrence], strict=True):
+    for one, other in zip(found[fused], found[reference], strict=True):
         assert_equal(one, other, 1e-9)
-    free = values_and_gradients(recurrence, "relaxed", elsewhere, masks, R)
+    free = values_and_gradients(reference, "relaxed", elsewhere, masks, R)
     assert not torch.allclose(free["hiddens"], found[fused][1]["hiddens"])
 
 
@@ -237,10 +233,10 @@ def in_pieces(chunk, more=0):
     """Columns are skipped where much is dropped, however few there are; so many bytes of logits are held at once, and
     so many zeros put behind the outputs; a few rows are copied at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "CHUNK", chunk)
-        patch.setattr(decoder, "SKIP_FROM", 1)
-        patch.setattr(decoder, "BLOCK", 5)
-        patch.setattr(decoder, "columns_to_add", lambda rows, store: more)
+        patch.setattr(linear_cross_entropy, "CHUNK", chunk)
+        patch.setattr(linear_cross_entropy, "SKIP_FROM", 1)
+        patch.setattr(linear_cross_entropy, "BLOCK", 5)
+        patch.setattr(linear_cross_entropy, "columns_to_add", lambda rows, store: more)
         yield
 
 
@@ -260,14 +256,14 @@ def test_the_loss_is_cross_entropy_of_the_dropped_outputs(size, chunk, more):
 def test_the_loss_in_bf16_is_within_its_rounding(monkeypatch, amx, copied, chunk):
     """Whether a processor multiplies bf16 in tiles, and skips no columns, or does not; and however the weight lies."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(decoder, "COPY_FROM", 48 if copied else 49)
+    monkeypatch.setattr(linear_cross_entropy, "COPY_FROM", 48 if copied else 49)
     *floats, y = decoder_problem(6, 8, 13, 30, 0, 0.75)
     hiddens, mask, embedding, bias = (a.float() for a in floats)
     arguments = 0.3 * hiddens, mask, 0.3 * embedding, bias, y
     with in_pieces(chunk, more=3):
-        skipped = decoder.worth_skipping(mask, torch.bfloat16)
+        skipped = linear_cross_entropy.worth_skipping(mask, torch.bfloat16)
         assert (skipped is None) == amx
-        outputs, weight = decoder.factors(hiddens, embedding, skipped, torch.bfloat16)
+        outputs, weight = linear_cross_entropy.factors(hiddens, embedding, skipped, torch.bfloat16)
         assert weight.is_contiguous() == copied
         assert outputs.size(-1) == len(weight) == (13 if copied else 16)
         found = loss_and_gradients(Engine("fused", "bf16"), *arguments)

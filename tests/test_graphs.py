@@ -8,14 +8,15 @@ import pytest
 import tiny
 import torch
 
-import engine
 import utils
 from architect import Architect, moved
-from dropout import HeldRelu, Masks
-from engine import Engine
+from engine import Engine, dispatch
+from engine.cuda_graphs import Capture, Graphs
+from engine.dropout import HeldRelu, Masks
 from genotypes import DARTS_V1
-from graphs import Capture, Graphs
-from objective import Batch, SmallBatches, accumulate_gradients, evaluate, losses
+from training.evaluation import evaluate
+from training.gradients import accumulate_gradients
+from training.losses import Batch, SmallBatches, losses
 
 MODELS = [
     tiny.search_model,
@@ -83,10 +84,10 @@ def test_a_gpu_that_is_asked_for_by_number_is_the_one_where_graphs_are_captured(
 
 
 def test_only_the_fast_engine_on_one_gpu_is_replayed(monkeypatch):
-    monkeypatch.setattr(engine, "Capture", PlainCapture)
+    monkeypatch.setattr(dispatch, "Capture", PlainCapture)
     x, counts = torch.ones(2), {}
     for name, device, ranks in product(("fused", "eager"), ("cuda", "cpu"), (1, 2)):
-        monkeypatch.setattr(engine.distributed, "is_initialized", lambda ranks=ranks: ranks > 1)
+        monkeypatch.setattr(dispatch.distributed, "is_initialized", lambda ranks=ranks: ranks > 1)
         graphs = Engine(name).replayed(lambda x: (x + 1,), torch.device(device))
         assert all(graphs(x)[0].tolist() == [2, 2] for _ in range(3))
         counts[name, device, ranks] = graphs.capture.replays if graphs.capture else 0
@@ -98,7 +99,7 @@ def test_only_the_fast_engine_on_one_gpu_is_replayed(monkeypatch):
 def test_evaluation_is_replayed_with_the_weights_of_now(monkeypatch, model_of):
     captures = []
 
-    def replayed(engine, step, device):
+    def replayed(dispatch, step, device):
         captures.append(PlainCapture())
         return Graphs(step, captures[-1])
 

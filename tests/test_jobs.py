@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from made import outcome, write_corpus
 
-import jobs
-import records
-from jobs import Job, TrialFailed
+from experiment import metrics
+from study import jobs
+from study.jobs import Job, TrialFailed
 
 ROOT = Path(__file__).parent.parent
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --arch DARTS_V1 --lr 1 --engine eager"
@@ -31,7 +31,7 @@ def test_a_trial_is_run_told_of_and_not_run_again(job, tmp_path):
     folder = tmp_path / "study" / job.name
     assert [row["epoch"] for row in told] == [1, 2, 3]
     assert job.decided(tmp_path / "study")
-    assert records.result(folder)["test_ppl"] is None  # the test text stays unread
+    assert metrics.result(folder)["test_ppl"] is None  # the test text stays unread
     before, again = outcome(folder), []
     jobs.run(job, tmp_path / "study", tmp_path, 1, again.append)
     assert again == told
@@ -41,7 +41,7 @@ def test_a_trial_is_run_told_of_and_not_run_again(job, tmp_path):
     assert not test.decided(tmp_path / "study")
     jobs.run(test, tmp_path / "study", tmp_path, 1, again.append)
     assert test.decided(tmp_path / "study")
-    after = records.result(folder)
+    after = metrics.result(folder)
     assert after["test_ppl"] > 1
     assert after["valid_ppl"] == before["result.json"]["valid_ppl"]
 
@@ -60,7 +60,7 @@ def test_a_trial_goes_on_from_its_own_checkpoint(job, tmp_path):
     told = []
     jobs.run(job._replace(flags=("--not_a_flag",)), cut, tmp_path, 1, told.append)
     assert [row["epoch"] for row in told] == [1, 2, 3]
-    assert records.result(cut / job.name)["valid_ppl"] == records.result(whole / job.name)["valid_ppl"]
+    assert metrics.result(cut / job.name)["valid_ppl"] == metrics.result(whole / job.name)["valid_ppl"]
 
 
 def test_a_trial_that_cannot_run_fails_with_its_last_line(job, tmp_path):
@@ -71,7 +71,7 @@ def test_a_trial_that_cannot_run_fails_with_its_last_line(job, tmp_path):
 def test_a_trial_ends_with_the_process_that_started_it(job, tmp_path):
     """Else it would hold its directory against the next attempt."""
     job = job._replace(flags=(*job.flags, "--epochs", "5000"))
-    code = f"import jobs; jobs.run(jobs.{job!r}, jobs.Path({str(tmp_path)!r}), {str(tmp_path)!r}, 1, list)"
+    code = f"from study import jobs; jobs.run(jobs.{job!r}, jobs.Path({str(tmp_path)!r}), {str(tmp_path)!r}, 1, list)"
     lock = tmp_path / job.name / "lock"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
         while not (tmp_path / job.name / "metrics.jsonl").exists():

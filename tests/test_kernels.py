@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from made import write_corpus
 
 import evaluate
-import kernels
 import train
 import train_search
 from architect import Architect
-from kernels import add_product, add_rows, products_in
+from engine import elementwise, matmul
+from engine.matmul import add_product, add_rows, products_in
 from model import RNNModel
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +37,11 @@ COMPARE = """
 import os
 import sys
 sys.path[:0] = ["tests", "."]
-import torch, cells, curvature, decoder, fused, kernels, recurrence
+import torch
+from engine import cell_kernels, fused, linear_cross_entropy, matmul, reference, second_derivative
 from test_curvature import directions, mixed, numbered, of_the_loss
 from test_fused import NORMED_CELLS, decoder_problem, problem, relative_errors, values_and_gradients
-from dropout import HeldRelu
+from engine.dropout import HeldRelu
 from engine import Engine
 
 device = os.environ["ON"]
@@ -57,12 +58,12 @@ def compare():
         held, (leaves, masks, R) = cell == "relaxed", cell_problem(3 if cell == "relaxed" else 4)
         check(*(
             values_and_gradients(m, cell, leaves, masks, R, 3, HeldRelu() if held else None, norm).values()
-            for m in (fused, recurrence)
+            for m in (fused, reference)
         ))
     leaves, masks, R = cell_problem(3)
-    for norm in recurrence.NORMS:
-        check(*(mixed(m, leaves, masks, R, directions(leaves, 1), norm=norm) for m in (fused, recurrence)), bound=2e-5)
-    decoder.SKIP_FROM = 1
+    for norm in reference.NORMS:
+        check(*(mixed(m, leaves, masks, R, directions(leaves, 1), norm=norm) for m in (fused, reference)), bound=2e-5)
+    linear_cross_entropy.SKIP_FROM = 1
     *floats, y = decoder_problem(3, 6, 20, 50, 1, 0.75)
     hiddens, mask, embedding, bias = (a.float().to(device) for a in floats)
     y = y.to(device)
@@ -73,7 +74,7 @@ def compare():
         ), bound)
 
 compare()
-modules = cells, curvature, decoder, kernels
+modules = cell_kernels, second_derivative, linear_cross_entropy, matmul
 functions = [f for m in modules for f in vars(m).values() if hasattr(f, "compiled")]
 used = [f.compiled() for f in functions if f.compiled.cache_info().currsize]
 assert len(used) > 10
@@ -94,7 +95,7 @@ def test_compiled_kernels_are_the_definition(device):
 
 KINDS = """
 import torch
-from kernels import kernel
+from engine.inductor import kernel
 
 @kernel
 def both(x, factor, product, total):
@@ -135,8 +136,8 @@ sys.path[:0] = ["tests", "."]
 import torch, tiny
 from engine import Engine
 from genotypes import DARTS_V1
-from graphs import Graphs
-from objective import evaluate
+from engine.cuda_graphs import Graphs
+from training.evaluation import evaluate
 
 for build in (tiny.search_model, lambda: tiny.discrete_model(DARTS_V1)):
     model, source = build().float().cuda(), torch.randint(tiny.V, (24, 2)).cuda()
@@ -155,7 +156,7 @@ def test_on_cuda_compiled_kernels_are_replayed():
 
 VIEWS = """
 import torch
-from kernels import kernel
+from engine.inductor import kernel
 
 @kernel
 def doubled(x, out):
@@ -178,7 +179,7 @@ def test_code_that_wants_the_storage_of_two_views_is_not_kept():
 THREADS = """
 import threading
 import torch
-from kernels import kernel
+from engine.inductor import kernel
 
 @kernel
 def named(x, name, out):
@@ -204,7 +205,8 @@ def test_a_kernel_that_one_thread_has_made_is_compiled_in_another():
 
 
 def test_without_a_compiler_one_line_says_so_and_the_functions_run():
-    code = "import kernels, torch; f = kernels.kernel(lambda x, out: out.copy_(x + 1)); o = torch.zeros(2)\n"
+    code = "import torch\nfrom engine.inductor import kernel\n"
+    code += "f = kernel(lambda x, out: out.copy_(x + 1)); o = torch.zeros(2)\n"
     code += "f(o, o); f(o, o); print(o.tolist())"
     done = run_compiling(code, CXX="no-such")
     assert done.stdout.strip() == "[2.0, 2.0]"
@@ -217,7 +219,7 @@ def test_without_a_compiler_one_line_says_so_and_the_functions_run():
 def test_sigmoid_and_tanh(x):
     x = torch.tensor(x, dtype=torch.float64)
     for found, expected in zip(
-        (kernels.sigmoid(x), *kernels.sigmoid_tanh(x)), (x.sigmoid(), x.sigmoid(), x.tanh()), strict=True
+        (elementwise.sigmoid(x), *elementwise.sigmoid_tanh(x)), (x.sigmoid(), x.sigmoid(), x.tanh()), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
 
@@ -226,7 +228,7 @@ def test_sigmoid_and_tanh(x):
 @given(st.floats(2**-100, 20, width=32), st.booleans())
 def test_tanh_in_float32_is_relatively_right_however_small(x, negative):
     x = torch.tensor(-x if negative else x, dtype=torch.float32)
-    torch.testing.assert_close(kernels.sigmoid_tanh(x)[1].double(), x.double().tanh(), rtol=3e-6, atol=0)
+    torch.testing.assert_close(elementwise.sigmoid_tanh(x)[1].double(), x.double().tanh(), rtol=3e-6, atol=0)
 
 
 @settings(deadline=None)
@@ -234,17 +236,17 @@ def test_tanh_in_float32_is_relatively_right_however_small(x, negative):
 def test_sigmoid_and_tanh_of_what_is_kept_in_bf16_are_wide(x):
     x = torch.tensor(x).bfloat16()
     wide = x.float()
-    for found, expected in zip(kernels.sigmoid_tanh(x, wide.dtype), (wide.sigmoid(), wide.tanh()), strict=True):
+    for found, expected in zip(elementwise.sigmoid_tanh(x, wide.dtype), (wide.sigmoid(), wide.tanh()), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=3e-7)
 
 
 @pytest.mark.parametrize("quicker", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_product_is_the_product_by_either_library(monkeypatch, quicker, transposed):
-    monkeypatch.setattr(kernels, "onednn_is_quicker", lambda: quicker)
+    monkeypatch.setattr(matmul, "onednn_is_quicker", lambda: quicker)
     a, b, out = torch.randn(7, 400), torch.randn(400, 350), torch.empty(7, 350)
     b = b.t().contiguous().t() if transposed else b
-    kernels.product(a, b, out)
+    matmul.product(a, b, out)
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
 
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 # The script's own loop, asked at each epoch's end how much is resident.
 ASK = """
 import sys
-import progress, {script}
+from experiment import progress
+import {script}
 
 def resident():
     [line] = [line for line in open("/proc/self/status") if line.startswith("VmRSS")]

@@ -7,12 +7,11 @@ import pytest
 from made import rows, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
-import faults
 import train
 import train_search
-from mirror import FOLDER, OF_ROW, Mirror
-from utils import Run
+from experiment import checkpoint, validate_arguments
+from experiment.run_directory import Run
+from plots.tensorboard import FOLDER, OF_ROW, Mirror
 
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --tensorboard".split()
 
@@ -92,7 +91,7 @@ def test_odd_rows_are_shown_as_far_as_they_go(tmp_path):
 
 
 def test_without_tensorboard_a_line_says_what_to_install(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(faults, "find_spec", lambda name: None)
+    monkeypatch.setattr(validate_arguments, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
         train.main([*SIZES, "--data", str(corpus), "--save", str(tmp_path / "run")])
     assert end.value.code == 2

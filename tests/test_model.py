@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dropout import Rates
+from engine.dropout import Rates
 from genotypes import DARTS, ENAS, PRIMITIVES, validate
 from model import default_init_range, retrain_model
 from model_search import RNNModelSearch, derive

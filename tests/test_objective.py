@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import recurrence
-from dropout import Masks, Rates, draw_mask
-from engine import Engine
+from engine import Engine, reference
+from engine.dropout import Masks, Rates, draw_mask
 from genotypes import DARTS_V1
-from objective import SmallBatches, accumulate_gradients, evaluate, losses, scaled_lr
+from training.evaluation import evaluate
+from training.gradients import accumulate_gradients, scaled_lr
+from training.losses import SmallBatches, losses
 
 
 def plain_nll(model, outputs, y):
@@ -66,7 +67,7 @@ def test_every_mask_acts_at_its_place():
     masks = batch.masks
     embedded = (model.embedding * masks.word)[batch.x] * masks.embedding
     cell = model.cell
-    expected = recurrence.discrete(embedded, batch.hidden, cell.W0, cell.Ws, *DARTS_V1, masks.x, masks.hidden)
+    expected = reference.discrete(embedded, batch.hidden, cell.W0, cell.Ws, *DARTS_V1, masks.x, masks.hidden)
     hiddens, last = model(batch.x, batch.hidden, masks)
     assert torch.equal(last, hiddens[-1])
     torch.testing.assert_close(hiddens, expected)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genotypes import DARTS_V1
-from objective import Losses, clipped_gradient, scaled_lr
-from optimizers import OPTIMIZERS, new_optimizer, velocity
+from training.gradients import clipped_gradient, scaled_lr
+from training.losses import Losses
+from training.optimizers import OPTIMIZERS, new_optimizer, velocity
 
 DECAY, MOMENTUM = 0.01, 0.8
 

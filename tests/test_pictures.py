@@ -17,11 +17,11 @@ from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 
 from genotypes import PRIMITIVES, from_json
-from pictures import formation, search
-from pictures.cell import cell_dot
-from pictures.history import History, edges
-from pictures.style import COLOURS, PictureError, plain_style
-from pictures.train import ANCHORS, train_figure
+from plots import animation, search_curves
+from plots.cell_graph import cell_dot
+from plots.run_history import History, edges
+from plots.style import COLOURS, PictureError, plain_style
+from plots.train_curves import ANCHORS, train_figure
 from visualize import main
 
 EPOCHS = 12
@@ -40,7 +40,7 @@ def run(rows, tmp_path_factory):
 @pytest.fixture(scope="module")
 def drawn(run):
     with plain_style():
-        return search.figures(History(run))
+        return search_curves.figures(History(run))
 
 
 def last(rows, kind, name):
@@ -150,7 +150,7 @@ def test_stretches_tile_the_time_and_neighbours_differ(seeds):
     rows = [(float(k), from_json(search_rows(1, 0, nodes=3, seed=seed)[0]["genotype"]))
             for k, seed in enumerate(seeds, start=1)]  # fmt: skip
     for node in (1, 2, 3):
-        found = [s for s in search.stretches(rows) if s.node == node]
+        found = [s for s in search_curves.stretches(rows) if s.node == node]
         assert (found[0].start, found[-1].stop) == (0.0, rows[-1][0])
         for a, b in itertools.pairwise(found):
             assert a.stop == b.start and (a.op, a.predecessor) != (b.op, b.predecessor)
@@ -163,7 +163,7 @@ def test_stretches_tile_the_time_and_neighbours_differ(seeds):
 
 
 def test_each_moment_of_the_formation_is_its_most_likely_cell(rows, run):
-    when, states = formation.frames(History(run))
+    when, states = animation.frames(History(run))
     taken = [row for row in rows if "probabilities" in row]
     assert len(states) == len(when) == len(taken) and when[-1] == EPOCHS
     for row, state in zip(taken, states, strict=True):
@@ -182,27 +182,27 @@ def test_what_the_search_kept_is_shown_where_rounded_probabilities_tie(tmp_path)
     [row] = search_rows(1, 0, nodes=2, diagnosed=False)
     tie = [[0.2, 0.2, 0.2, 0.2, 0.2]] * 3
     kept = {"recurrent": [["sigmoid", 0], ["identity", 1]], "concat": [1, 2]}
-    _, [state] = formation.frames(History(write_rows(tmp_path, [{**row, "probabilities": tie, "genotype": kept}])))
+    _, [state] = animation.frames(History(write_rows(tmp_path, [{**row, "probabilities": tie, "genotype": kept}])))
     assert {gid for gid in state if gid.startswith("label-")} == {"label-0-1-sigmoid", "label-1-2-identity"}
     assert [gid for gid, seen in state.items() if gid.startswith("arc-") and seen == 1] == [
         "arc-0-1-sigmoid", "arc-1-2-identity"]  # fmt: skip
 
 
 def test_an_edge_is_the_fainter_the_less_likely_it_is(rows, run):
-    _, states = formation.frames(History(run))
+    _, states = animation.frames(History(run))
     seen = []
     for row, state in zip([row for row in rows if "probabilities" in row], states, strict=True):
         arcs = [opacity for gid, opacity in state.items() if gid.startswith("arc-")]
         seen += [(max(p[1:]), opacity) for p, opacity in zip(row["probabilities"], arcs, strict=True) if opacity < 1]
     seen.sort()
     assert all(a[1] <= b[1] + 1e-9 for a, b in itertools.pairwise(seen))
-    assert formation.FAINT <= seen[0][1] < seen[-1][1] <= formation.FULL
+    assert animation.FAINT <= seen[0][1] < seen[-1][1] <= animation.FULL
 
 
 def test_nodes_stay_and_labels_never_meet():
-    every = [f"label-{j}-{i}-{op}" for j, i in edges(8) for op in formation.OPS]
+    every = [f"label-{j}-{i}-{op}" for j, i in edges(8) for op in animation.OPS]
     with plain_style():
-        figure, parts = formation.build(8, every)
+        figure, parts = animation.build(8, every)
     figure.canvas.draw()
     boxes = {}
     for gid in every:
@@ -238,11 +238,11 @@ def test_an_mp4_has_as_many_frames_and_a_rest(run, tmp_path):
     assert main(["formation", str(run), "--out", str(out)]) == 0
     probe = ["ffprobe", "-v", "error", "-count_frames", "-show_entries", "stream=nb_read_frames", "-of", "csv=p=0"]
     told = subprocess.run([*probe, out], capture_output=True, text=True, check=True).stdout
-    assert int(told) == 3 * EPOCHS + formation.REST * formation.PER_SECOND
+    assert int(told) == 3 * EPOCHS + animation.REST * animation.PER_SECOND
 
 
 def test_without_ffmpeg_a_line_says_so(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(formation.shutil, "which", lambda name: None)
+    monkeypatch.setattr(animation.shutil, "which", lambda name: None)
     with pytest.raises(SystemExit) as end:
         main(["formation", str(run), "--out", str(tmp_path / "f.mp4")])
     assert end.value.code == 2 and "needs the program ffmpeg" in capsys.readouterr().err
@@ -331,7 +331,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 def made(rows, tmp_path, **changes):
     run = write_rows(tmp_path / "run", [{**row, **changes} for row in rows])
     with plain_style():
-        return search.figures(History(run))
+        return search_curves.figures(History(run))
 
 
 def titles(figure):
@@ -362,7 +362,7 @@ def test_a_run_without_probabilities_has_the_other_pictures(rows, tmp_path):
     kept = {"probabilities": rows[-2]["probabilities"], "genotype": rows[-2]["genotype"]}
     (tmp_path / "run" / "genotype.json").write_text(json.dumps(kept))  # the last ones, which every search keeps
     with plain_style():
-        assert "edges" in search.figures(History(tmp_path / "run"))
+        assert "edges" in search_curves.figures(History(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("changes", [
@@ -416,9 +416,9 @@ def test_a_run_that_went_back_to_its_beginning_has_nothing_to_draw(tmp_path, cap
 def test_cells_of_more_nodes_than_an_eye_takes_in_are_left_out(tmp_path):
     write_rows(tmp_path, search_rows(2, nodes=17))
     with plain_style():
-        assert list(search.figures(History(tmp_path))) == ["curves", "genotype", "signal"]
+        assert list(search_curves.figures(History(tmp_path))) == ["curves", "genotype", "signal"]
     with pytest.raises(PictureError):
-        formation.frames(History(tmp_path))
+        animation.frames(History(tmp_path))
 
 
 @pytest.mark.parametrize("command", ["search", "formation", "train", "report"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ranking
+from study import stats
 
 PAIRS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=8)
 
@@ -36,23 +36,23 @@ def rho(x, y):
 @settings(max_examples=60, deadline=None)
 def test_the_correlations_are_their_definitions(pairs):
     x, y = zip(*pairs, strict=True)
-    assert ranking.kendall(x, y) == pytest.approx(tau_b(x, y), nan_ok=True)
-    assert ranking.spearman(x, y) == pytest.approx(rho(x, y), nan_ok=True)
+    assert stats.kendall(x, y) == pytest.approx(tau_b(x, y), nan_ok=True)
+    assert stats.spearman(x, y) == pytest.approx(rho(x, y), nan_ok=True)
 
 
 def test_an_interval_is_narrow_where_cells_are_many_and_seeds_agree():
     rng = np.random.default_rng(0)
     quality = np.arange(12.0)
     alike = [[q + noise for noise in 0.01 * rng.normal(size=2)] for q in quality]
-    value, low, high = ranking.agreement(ranking.kendall, alike, [[q] for q in quality], resamples=200)
+    value, low, high = stats.agreement(stats.kendall, alike, [[q] for q in quality], resamples=200)
     assert value == pytest.approx(1.0)
     assert 0.9 < low <= high < 1.001
 
     both = [[[q + noise for noise in 0.01 * rng.normal(size=2)] for q in quality] for _ in range(2)]
-    assert ranking.agreement(ranking.kendall, *both, resamples=200).low > 0.99  # a cell drawn twice ties with itself
+    assert stats.agreement(stats.kendall, *both, resamples=200).low > 0.99  # a cell drawn twice ties with itself
 
     noisy = [[q + noise for noise in 20 * rng.normal(size=2)] for q in quality]
-    value, low, high = ranking.agreement(ranking.kendall, noisy, [[q] for q in quality], resamples=200)
+    value, low, high = stats.agreement(stats.kendall, noisy, [[q] for q in quality], resamples=200)
     assert low < value < high
     assert high - low > 0.4
 
@@ -60,12 +60,12 @@ def test_an_interval_is_narrow_where_cells_are_many_and_seeds_agree():
 def test_seeds_are_drawn_anew_too():
     """Two cells whose seeds overlap: half of the draws rank them the other way."""
     x, y = [[0.0, 3.0], [1.0, 2.0]], [[0.0], [1.0]]
-    _, low, high = ranking.agreement(ranking.kendall, x, y, resamples=200)
+    _, low, high = stats.agreement(stats.kendall, x, y, resamples=200)
     assert (low, high) == (-1.0, 1.0)
 
 
 def test_an_agreement_without_different_cells_is_none():
-    assert all(math.isnan(v) for v in ranking.agreement(ranking.kendall, [[1.0], [1.0]], [[2.0], [3.0]], resamples=50))
+    assert all(math.isnan(v) for v in stats.agreement(stats.kendall, [[1.0], [1.0]], [[2.0], [3.0]], resamples=50))
 
 
 @given(st.lists(st.lists(st.floats(-9, 9), min_size=1, max_size=4), min_size=1, max_size=4))
@@ -74,7 +74,7 @@ def test_the_spread_between_seeds_is_pooled(values):
     squares = sum((v - sum(cell) / len(cell)) ** 2 for cell in values for v in cell)
     freedom = sum(len(cell) - 1 for cell in values)
     expected = math.sqrt(squares / freedom) if freedom else math.nan
-    assert ranking.seed_spread(values) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+    assert stats.seed_spread(values) == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
 @given(st.lists(st.integers(0, 30), min_size=4, max_size=8, unique=True), st.integers(2, 6))
@@ -91,11 +91,11 @@ def test_the_permutation_test_counts_every_split(values, n):
     found = [difference(chosen) for chosen in combinations(range(len(values)), n)]
     here = difference(range(n))
     below, above = (sum(s * d <= s * here + 1e-9 for d in found) / len(found) for s in (1, -1))
-    assert ranking.permutation_test(x, y) == pytest.approx(min(1.0, 2 * min(below, above)))
+    assert stats.permutation_test(x, y) == pytest.approx(min(1.0, 2 * min(below, above)))
 
 
 def test_one_value_is_no_sample():
-    assert math.isnan(ranking.permutation_test([1.0], [2.0, 3.0]))
+    assert math.isnan(stats.permutation_test([1.0], [2.0, 3.0]))
 
 
 def test_the_level_is_the_share_of_draws_inside():
@@ -104,6 +104,6 @@ def test_the_level_is_the_share_of_draws_inside():
     hits = 0
     for seed in range(100):
         sample = rng.normal(size=(12, 2))
-        _, low, high = ranking.agreement(lambda x, y: float(np.mean(x)), sample, sample, seed, resamples=100)
+        _, low, high = stats.agreement(lambda x, y: float(np.mean(x)), sample, sample, seed, resamples=100)
         hits += low <= 0 <= high
     assert 75 <= hits <= 99

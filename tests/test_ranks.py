@@ -13,11 +13,11 @@ import torch
 from gradients import B, gradients
 from made import finish, outcome, rows, wait_for, write_corpus
 
-import checkpoint
 import train
-from faults import rank_faults
-from ranks import Ranks
-from recurrence import NORMS
+from engine.reference import NORMS
+from experiment import checkpoint
+from experiment.distributed import Ranks
+from experiment.validate_arguments import rank_faults
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

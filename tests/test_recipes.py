@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import options
 import train
 import train_search
+from experiment import arguments
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SHARED = {
@@ -36,7 +36,7 @@ WT2 = {"data": "wikitext-2", "emsize": 700, "dropouth": 0.15, "wdecay": 5e-7}
 def flags_of(script, flags):
     """As the script takes them, with what depends on other flags filled in."""
     args = script.build_parser().parse_args(flags)
-    options.complete(args, "train")
+    arguments.complete(args, "train")
     return args
 
 

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-import records
+from experiment import metrics
 
 
 def test_what_is_half_written_is_not_there_yet(tmp_path):
     row = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 2.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"kind": "epo')
-    assert records.epochs(tmp_path) == [row]
-    assert records.seconds(tmp_path) == 2.5
-    assert records.seconds(tmp_path / "nowhere") == 0
-    assert records.result(tmp_path) is None
+    assert metrics.epochs(tmp_path) == [row]
+    assert metrics.seconds(tmp_path) == 2.5
+    assert metrics.seconds(tmp_path / "nowhere") == 0
+    assert metrics.result(tmp_path) is None
 
 
 DAMAGED = (
@@ -25,7 +25,7 @@ DAMAGED = (
 @pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_result_is_none(text, tmp_path):
     (tmp_path / "result.json").write_text(text)
-    assert records.result(tmp_path) is None
+    assert metrics.result(tmp_path) is None
 
 
 ODD = (
@@ -38,10 +38,10 @@ ODD = (
 def test_odd_lines_are_passed_over(line, tmp_path):
     good = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 1.0}
     (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps(good)}\n")
-    assert records.epochs(tmp_path) == [good]
+    assert metrics.epochs(tmp_path) == [good]
     enormous = json.dumps({**good, "valid_ppl": 10**400})
     (tmp_path / "metrics.jsonl").write_text(f"{enormous}\n{json.dumps(good)}\n")
-    assert records.epochs(tmp_path) == [good]
+    assert metrics.epochs(tmp_path) == [good]
     event = {"trial": "select/a/1", "event": "done", "valid_ppl": 3.0}
-    (tmp_path / records.EVENTS).write_text(f"{line}\n{json.dumps(event)}\n")
-    assert records.events(tmp_path) == [event]
+    (tmp_path / metrics.EVENTS).write_text(f"{line}\n{json.dumps(event)}\n")
+    assert metrics.events(tmp_path) == [event]

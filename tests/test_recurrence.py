@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import recurrence
+from engine import reference
 from genotypes import PRIMITIVES, random_genotype
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
@@ -37,7 +37,7 @@ def torch_masks(masks):
 
 def relaxed(arrays, masks, norm):
     def run(x, h0, W0, Ws, alpha):
-        return recurrence.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *torch_masks(masks), norm=norm)
+        return reference.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *torch_masks(masks), norm=norm)
 
     def by_loops(x, h0, W0, Ws, alpha):
         return oracle.relaxed_sequence(x, h0, W0, Ws, alpha, *oracle_masks(arrays, masks), norm)
@@ -47,7 +47,7 @@ def relaxed(arrays, masks, norm):
 
 def discrete(arrays, masks, genotype):
     def run(x, h0, W0, Ws):
-        return recurrence.discrete(x, h0, W0, list(Ws), *genotype, *torch_masks(masks))
+        return reference.discrete(x, h0, W0, list(Ws), *genotype, *torch_masks(masks))
 
     def by_loops(x, h0, W0, Ws):
         return oracle.discrete_sequence(x, h0, W0, Ws, *genotype, *oracle_masks(arrays, masks))
@@ -70,7 +70,7 @@ sizes = st.fixed_dictionaries(
 
 
 @settings(max_examples=120, deadline=None)
-@given(sizes, st.sampled_from(recurrence.NORMS))
+@given(sizes, st.sampled_from(reference.NORMS))
 def test_the_relaxed_cell_is_the_equations(size, norm):
     arrays, masks, _ = problem(**size)
     run, by_loops = relaxed(arrays, masks, norm)
@@ -88,7 +88,7 @@ def test_the_discrete_cell_is_the_equations(size):
     np.testing.assert_allclose(found.numpy(), by_loops(**arrays), **TOLERANCE)
 
 
-@pytest.mark.parametrize("norm", recurrence.NORMS)
+@pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("size", [(3, 3, 2, 3, 3), (1, 2, 2, 2, 2), (2, 1, 2, 2, 2)])
 def test_gradients_of_the_relaxed_cell(size, masked, norm):

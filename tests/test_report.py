@@ -14,10 +14,11 @@ import pytest
 from made import search_rows, train_rows, write_rows
 
 from genotypes import DARTS_V1, ENAS, random_genotype, to_json
-from pictures import formation, report
-from pictures.history import History
-from pictures.page import IN_THE_DARK
-from pictures.style import COLOURS
+from plots import animation
+from plots.html import report
+from plots.html.page import IN_THE_DARK
+from plots.run_history import History
+from plots.style import COLOURS
 from visualize import main
 
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -326,7 +327,7 @@ def test_a_run_s_page_has_no_error_and_its_formation_plays(run, browser):
         if (opacity > 0) found[name] = Math.round(100 * opacity) / 100;
       }
       return found"""
-    _, states = formation.frames(History(run))
+    _, states = animation.frames(History(run))
     rounded = [{name: round(value, 2) for name, value in state.items()} for state in states]
     assert page.execute_script(seen) == rounded[-1]
     for moment in (len(states) // 3, 0):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from schedules import Decay, Schedule, WarmUp
+from training.lr_schedule import Decay, Schedule, WarmUp
 
 LR, EPOCHS, STEPS = 4.0, 6, 10  # steps of an epoch
 

@@ -201,13 +201,13 @@ def test_the_four_forms_of_arch_are_one_cell(searched, corpus, tmp_path):
 
 def test_the_held_out_tenth_is_never_trained_on_and_valid_is_not_searched_on(corpus):
     import data
-    import train_search
+    from experiment.search_arguments import search_texts
 
     loaded = data.load_corpus(str(corpus))
-    weights, alphas = train_search.search_texts(loaded, "train")
+    weights, alphas = search_texts(loaded, "train")
     assert torch.equal(torch.cat([weights, alphas]), loaded.train)
     assert len(alphas) == len(loaded.train) // 10
-    assert train_search.search_texts(loaded, "valid") == (loaded.train, loaded.valid)
+    assert search_texts(loaded, "valid") == (loaded.train, loaded.valid)
 
 
 def test_help_names_every_flag_of_the_contract():

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-import softmaxes
-from dropout import Rates
-from engine import Engine
+from engine import Engine, softmax_losses
+from engine.dropout import Rates
 from genotypes import DARTS_V1
 from model import retrain_model
-from objective import Batch, SmallBatches, accumulate_gradients, losses
+from training.gradients import accumulate_gradients
+from training.losses import Batch, SmallBatches, losses
 
 
 def softmax(scores):
@@ -55,7 +55,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_softmaxes(experts):
     batch = tiny.batch(model, 1)
     hiddens, _ = model(batch.x, batch.hidden, batch.masks)
     outputs = (hiddens * batch.masks.output).detach().flatten(0, 1)  # (TB, H)
-    found = softmaxes.mixed(outputs, model.embedding, model.bias, *model.mixture.parameters())
+    found = softmax_losses.mixed(outputs, model.embedding, model.bias, *model.mixture.parameters())
     expected = [mixture_of(model, output) for output in outputs]
     torch.testing.assert_close(found.exp(), torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
     nll = -sum(math.log(p[y]) for p, y in zip(expected, batch.y.flatten().tolist(), strict=True)) / len(expected)
@@ -73,7 +73,7 @@ def test_probabilities_sum_to_one(seed, experts, hidden, words, scale):
     def draw(*shape):
         return scale * torch.randn(*shape, dtype=torch.float64)
 
-    log_probs = softmaxes.mixed(
+    log_probs = softmax_losses.mixed(
         draw(7, hidden), draw(words, hidden), draw(words), draw(hidden, experts), draw(hidden, experts * hidden),
         draw(experts * hidden),
     )  # fmt: skip
@@ -130,7 +130,7 @@ def test_the_gradient_formed_in_pieces_is_that_of_the_whole(build):
     found = torch.autograd.grad(losses(model, batch, 0.3, 0.7, 0.9, 1.7).total, weights)
 
     head = [] if model.mixture is None else list(model.mixture.parameters())
-    log_probs = softmaxes.mixed if head else softmaxes.tied
+    log_probs = softmax_losses.mixed if head else softmax_losses.tied
     hiddens = [model(batch.x, batch.hidden, masks)[0] for masks in (batch.masks, batch.twin)]
     outputs = [h * masks.output for h, masks in zip(hiddens, (batch.masks, batch.twin), strict=True)]
     p, q = (log_probs(o.flatten(0, 1), model.embedding, model.bias, *head) for o in outputs)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genotypes import DARTS_V1, DARTS_V2, Genotype
-from stopping import Patience, identities, is_stable
+from training.early_stopping import Patience, identities, is_stable
 
 
 @given(losses=st.lists(st.integers(0, 12), min_size=1, max_size=30), epochs=st.integers(1, 5), delta=st.integers(0, 3))

@@ -9,18 +9,17 @@ import pytest
 import torch
 from made import outcome, rows, write_corpus
 
-import checkpoint
-import options
 import train
 import train_search
 from architect import Architect
 from data import batchify, load_corpus
-from dropout import Rates
+from engine.dropout import Rates
+from engine.reference import NORMS
+from experiment import arguments, checkpoint
 from genotypes import from_json
 from model_search import RNNModelSearch, derive
-from optimizers import OPTIMIZERS as OF_SEARCH
-from recurrence import NORMS
-from schedules import DECAYS, SHAPES
+from training.lr_schedule import DECAYS, SHAPES
+from training.optimizers import OPTIMIZERS as OF_SEARCH
 
 OPTIMIZERS = ("ntasgd", *OF_SEARCH)
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu".split()
@@ -154,7 +153,7 @@ def test_a_flag_makes_another_run(kind, flags, losses):
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_a_schedule_hears_of_every_epoch(kind, corpus, tmp_path, monkeypatch):
     heard = []
-    monkeypatch.setattr(options.Schedule, "close_epoch", lambda self, loss: heard.append(loss))
+    monkeypatch.setattr(arguments.Schedule, "close_epoch", lambda self, loss: heard.append(loss))
     folder = run(kind, corpus, tmp_path / "run", "--lr 1 --epochs 2")
     assert heard == [row["valid_loss"] for row in rows(folder, "epoch")]
 
@@ -208,14 +207,14 @@ def test_the_virtual_step_of_a_search_has_its_momentum_and_its_limit(corpus, tmp
 def test_the_flags_of_a_schedule_are_its_own(flags, position, rate):
     """In a run of four epochs of a hundred steps."""
     args = train.build_parser().parse_args([*flags.split(), "--epochs", "4"])
-    options.complete(args, "train")
-    assert options.schedule(args).rate(round(100 * position), position) == pytest.approx(rate)
+    arguments.complete(args, "train")
+    assert arguments.schedule(args).rate(round(100 * position), position) == pytest.approx(rate)
 
 
 def test_the_patience_of_a_plateau_is_its_own():
     args = train.build_parser().parse_args("--schedule plateau --plateau_patience 1 --gamma 0.1".split())
-    options.complete(args, "train")
-    schedule, found = options.schedule(args), []
+    arguments.complete(args, "train")
+    schedule, found = arguments.schedule(args), []
     for loss in (3, 3, 3, 3):
         schedule.close_epoch(loss)
         found.append(schedule.rate(5, 1.0))
@@ -239,9 +238,9 @@ TABLE = [
 
 
 def test_the_table_has_every_pair():
-    options = (OPTIMIZERS, DECAYS, WARMUPS, PASSES, ROWS, ENGINES)
+    arguments = (OPTIMIZERS, DECAYS, WARMUPS, PASSES, ROWS, ENGINES)
     for a, b in itertools.combinations(range(6), 2):
-        assert {(row[a], row[b]) for row in TABLE} == set(itertools.product(options[a], options[b]))
+        assert {(row[a], row[b]) for row in TABLE} == set(itertools.product(arguments[a], arguments[b]))
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: " ".join(part for part in row if part))
@@ -457,7 +456,7 @@ def test_one_batch_is_learned_by_heart_or_the_script_says_so(kind, corpus, tmp_p
     flags = f"--data {corpus} --save {tmp_path / 'other'} --overfit --lr 1e-9 {start}"
     argv = [*SIZES, *flags.split()]
     monkeypatch.setattr("sys.argv", [kind, *argv])
-    monkeypatch.setattr("sanity.STEPS", 20)
+    monkeypatch.setattr("training.overfit.STEPS", 20)
     assert train.start.run_script(SCRIPTS[kind].main) == 1
     assert "one batch is at perplexity 8" in capsys.readouterr().err
 

@@ -15,21 +15,17 @@ import pytest
 import torch
 from made import wait_for, write_corpus
 
-import cluster
-import faults
-import leaderboard
-import plan
-import records
-import start
 import train
 import train_search
 import trials
 from data import load_corpus, segments
+from experiment import metrics, startup, validate_arguments
+from experiment.metrics import EVENTS, events
 from genotypes import random_genotype
-from jobs import Job
-from ranking import kendall
-from records import EVENTS, events
-from study import Study, distinct
+from study import cost, leaderboard, ray_backend
+from study.design import Study, distinct
+from study.jobs import Job
+from study.stats import kendall
 from utils import RunError
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +68,7 @@ class Alone:
                 script, *given = job.command(study)
                 assert SCRIPTS[Path(script).name].main(given) == 0
                 self.ran.append(job.name)
-            for row in records.epochs(study / job.name):
+            for row in metrics.epochs(study / job.name):
                 board.epoch(job, row["epoch"], row["valid_ppl"], row["seconds"])
             board.ended(job)
 
@@ -82,10 +78,10 @@ def in_the_place_of_ray():
     """With one thread, as a trial has."""
     threads, stand_in = torch.get_num_threads(), Alone()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "connected", lambda address: nullcontext())
-        patch.setattr(cluster, "room", lambda share: 2)
-        patch.setattr(cluster, "has_gpus", lambda: False)
-        patch.setattr(cluster, "run_all", stand_in.run_all)
+        patch.setattr(ray_backend, "connected", lambda address: nullcontext())
+        patch.setattr(ray_backend, "room", lambda share: 2)
+        patch.setattr(ray_backend, "has_gpus", lambda: False)
+        patch.setattr(ray_backend, "run_all", stand_in.run_all)
         torch.set_num_threads(1)
         yield stand_in
     torch.set_num_threads(threads)
@@ -198,7 +194,7 @@ def test_a_study_goes_on_where_it_was_left(whole, left, alone):
 
 def test_an_interrupted_study_says_how_to_go_on(left, alone, monkeypatch, capsys):
     """Ray obeys Ctrl-C by ending its trials, and returns."""
-    monkeypatch.setattr(cluster, "run_all", lambda *_: None)
+    monkeypatch.setattr(ray_backend, "run_all", lambda *_: None)
     assert trials.main(["run", "--resume", "--study", str(left)]) == 130
     assert f"python trials.py run --resume --study {left}" in capsys.readouterr().out
 
@@ -265,44 +261,44 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(corpus, tmp_path, alone, c
 def test_the_steps_that_are_foreseen_are_taken_on_average(corpus, script):
     name, *more = script.split()
     job = Job("x", name, (*SIZES.split(), "--bptt", "12", "--epochs", "40", "--data", str(corpus), *more))
-    args = plan.parse(job)
+    args = cost.parse(job)
     text, rows = SCRIPTS[name].texts_to_read(load_corpus(str(corpus)), args)["train"]
     rng = torch.Generator().manual_seed(0)
     taken = sum(
         1 for _ in range(40) for _ in segments(len(text) // rows, 12, rng, args.bptt_std, args.max_seq_len_delta)
     )
-    assert plan.steps(job, load_corpus(str(corpus))) == pytest.approx(taken, rel=0.15)
+    assert cost.steps(job, load_corpus(str(corpus))) == pytest.approx(taken, rel=0.15)
 
 
 def test_jobs_that_differ_in_seed_and_genotype_alone_are_of_one_kind():
     a = Job("a", "train.py", ("--arch", "DARTS", "--seed", "1", "--epochs", "5"))
-    assert plan.kind(a) == plan.kind(
+    assert cost.kind(a) == cost.kind(
         Job("b", "train.py", ("--arch", "random:7", "--seed", "2", "--limit_tokens", "99"))
     )
-    assert plan.kind(a) != plan.kind(Job("c", "train.py", ("--arch", "LSTM")))
-    assert plan.kind(a) != plan.kind(Job("d", "train.py", ("--emsize", "100")))
+    assert cost.kind(a) != cost.kind(Job("c", "train.py", ("--arch", "LSTM")))
+    assert cost.kind(a) != cost.kind(Job("d", "train.py", ("--emsize", "100")))
 
 
 def test_a_pace_is_read_from_a_probe(tmp_path):
     times = [9.0, 12.0, 13.0, 13.5, 14.0, 14.5, 15.0, 15.5]  # the first steps compile
     lines = [{"kind": "interval", "seconds": t} for t in times] + [{"kind": "epoch", "seconds": 17.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert plan.read(tmp_path) == (0.5, 2.0)
+    assert cost.read(tmp_path) == (0.5, 2.0)
 
 
 def test_a_search_is_probed_on_a_text_that_is_long_enough(tmp_path):
     """For the weights' batch and for the larger one of the alphas, with alphas that move."""
     flags = "--data builtin --batch_size 4 --arch_batch_size 400 --search_split train --arch_start 3 --bptt 2".split()
-    job = plan.probe(Job("a", "train_search.py", tuple(flags)), "probe")
-    args = plan.parse(job)
-    assert args.arch_start == 0 and faults.strategy_faults(args) == []
-    assert start.length_faults(args, train_search.texts_to_read(load_corpus("builtin"), args)) == []
+    job = cost.probe(Job("a", "train_search.py", tuple(flags)), "probe")
+    args = cost.parse(job)
+    assert args.arch_start == 0 and validate_arguments.strategy_faults(args) == []
+    assert startup.length_faults(args, train_search.texts_to_read(load_corpus("builtin"), args)) == []
 
 
 def test_the_wall_clock_is_that_of_the_last_to_end():
-    assert plan.makespan([3, 3, 3], 2) == 6
-    assert plan.makespan([1, 1, 1, 5], 2) == 6
-    assert plan.makespan([], 2) == 0
+    assert cost.makespan([3, 3, 3], 2) == 6
+    assert cost.makespan([1, 1, 1, 5], 2) == 6
+    assert cost.makespan([], 2) == 0
 
 
 # --- the cells ---
@@ -348,8 +344,8 @@ def test_a_proxy_is_not_held_against_itself(whole):
     """The short training of full size is read from one seed, the long one from the other."""
     args = trials.build_parser().parse_args(["run", *flags("penn", whole)])
     [row] = leaderboard.proxies(Study(whole, args))
-    short = [records.epochs(whole / f"proxy/full/{cell}/1")[0]["valid_ppl"] for cell in args.proxy_cells]
-    long = [min(r["valid_ppl"] for r in records.epochs(whole / f"proxy/full/{c}/2")) for c in args.proxy_cells]
+    short = [metrics.epochs(whole / f"proxy/full/{cell}/1")[0]["valid_ppl"] for cell in args.proxy_cells]
+    long = [min(r["valid_ppl"] for r in metrics.epochs(whole / f"proxy/full/{c}/2")) for c in args.proxy_cells]
     assert row["tau"][0] == kendall(short, long)
     assert row["cells"] == 2
 
@@ -363,7 +359,7 @@ def test_a_proxy_is_not_held_against_itself(whole):
     ],
 )  # fmt: skip
 def test_how_many_trials_fit_on_a_machine(there, cpus, gpus, fit):
-    assert cluster.fitting(there, cluster.Share(cpus, gpus)) == fit
+    assert ray_backend.fitting(there, ray_backend.Share(cpus, gpus)) == fit
 
 
 # --- what is refused ---
@@ -449,7 +445,10 @@ def test_a_damaged_study_is_refused(whole, tmp_path, capsys):
 
 
 def test_without_ray_one_line_says_how_to_get_it(corpus, tmp_path):
-    code = "import sys; sys.modules['ray'] = None; import start, trials; sys.exit(start.run_script(trials.main))"
+    code = (
+        "import sys; sys.modules['ray'] = None; import trials; from experiment.signals import run_script; "
+        "sys.exit(run_script(trials.main))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code, "run", *flags(corpus, tmp_path / "study")],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -460,7 +459,7 @@ def test_without_ray_one_line_says_how_to_get_it(corpus, tmp_path):
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "no such host:6379", "127.0.0.1:x"])
 def test_a_cluster_that_is_not_there_is_told_in_a_line(address):
-    with pytest.raises(RunError, match=f"--address {address}: cannot reach Ray there"), cluster.connected(address):
+    with pytest.raises(RunError, match=f"--address {address}: cannot reach Ray there"), ray_backend.connected(address):
         pass
 
 

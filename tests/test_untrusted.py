@@ -16,11 +16,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import evaluate
 import train
 import train_search
 import utils
+from experiment import checkpoint
 
 SIZES = "--emsize 6 --batch_size 2 --bptt 4 --lr 1 --epochs 1 --device cpu --engine eager --log_interval 9".split()
 SCRIPTS = {"train": train, "search": train_search}

@@ -15,9 +15,9 @@ from matplotlib.image import imread
 from matplotlib.patches import PathPatch
 
 from genotypes import PRIMITIVES, PUBLISHED, Genotype, GenotypeError, random_genotype, to_json
-from pictures.cell import cell_figure, layout_cell
-from pictures.study import study_figure
-from pictures.style import COLOURS, PictureError, plain_style, save
+from plots.cell_graph import cell_figure, layout_cell
+from plots.study_curves import study_figure
+from plots.style import COLOURS, PictureError, plain_style, save
 from visualize import main
 
 # 20 random cells of 1 to 20 nodes, every third of them with only its even nodes in the output.
@@ -236,7 +236,7 @@ def test_only_pictures_of_valid_cells_are_written(tmp_path):
 
 
 def test_neither_a_window_system_nor_torch_is_loaded():
-    code = "import sys, visualize, pictures.report; print(sorted({'matplotlib.pyplot', 'torch'} & set(sys.modules)))"
+    code = "import sys, visualize, plots.html.report; print(sorted({'matplotlib.pyplot', 'torch'} & set(sys.modules)))"
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dropout import Rates
+from engine.dropout import Rates
 from model import retrain_model
 from model_search import RNNModelSearch
-from objective import Batch
+from training.losses import Batch
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

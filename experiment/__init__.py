@@ -1,0 +1,1 @@
+"""One run: its flags, its start, its directory, its checkpoints."""

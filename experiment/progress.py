@@ -1,0 +1,163 @@
+"""Where a run stands and what its user sees of it: a bar, a log line at each interval, rows of metrics."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from experiment.run_directory import Run
+from training.evaluation import perplexity
+from utils import Diverged
+
+
+class Progress:
+    """Counts epochs, steps and tokens, and averages the training loss.
+
+    The running sums stay on the device; they are read once a second at most for the bar, and at the log
+    interval, so that a GPU is not waited for at every step.
+    """
+
+    def __init__(self, run: Run, device: torch.device, epochs: int, epoch_rows: int):
+        self.run, self.epochs, self.epoch_rows = run, epochs, epoch_rows
+        self.epoch, self.row, self.step = 1, 0, 0  # row: where the next segment of the text starts
+        self.seconds = 0.0  # of all processes that worked on this run, as far as metrics.jsonl has them
+        self.interval = Sum(device)
+        self.norm = Sum(device)  # of the gradient, step by step
+        self.whole = Sum(device)  # since the epoch began
+        self.clock = self.shown = time.perf_counter()
+
+    def track(self, segments: Iterable[tuple[int, int]], columns: int) -> Iterator[tuple[int, int]]:
+        """The segments, behind a bar that counts tokens."""
+        self.bar = tqdm(
+            desc=f"epoch {self.epoch}/{self.epochs}", total=self.epoch_rows * columns, initial=self.row * columns,
+            unit="tok", unit_scale=True, leave=False, disable=self.run.bars, dynamic_ncols=True,
+        )  # fmt: skip
+        self.tick = (time.perf_counter(), self.interval.tokens)
+        with self.bar:
+            yield from segments
+
+    def advance(self, nll: Tensor, norm: Tensor, shape: tuple[int, int], lr: float) -> None:
+        """One weight step was taken on a (T, B) segment with this loss (nats per word) and norm of the gradient."""
+        rows, columns = shape
+        self.norm.add(norm, 1)
+        self.interval.add(nll, rows * columns)
+        self.whole.add(nll, rows * columns)
+        self.row += rows
+        self.step += 1
+        self.bar.update(rows * columns)
+        if not self.bar.disable and time.perf_counter() - self.shown > 1:
+            self.shown = time.perf_counter()
+            loss = self.interval.mean()
+            self.bar.set_postfix_str(f"loss {loss:.3f}, ppl {perplexity(loss):.1f}, lr {lr:.3g}")
+
+    def close_interval(self, lr: float, **extra: Any) -> None:
+        """Log the mean loss and norm of the gradient since the last time, with extra columns for metrics.jsonl."""
+        loss, norm, seconds = self.interval.mean(), self.norm.mean(), self.elapsed()
+        since, tokens = self.tick
+        speed = (self.interval.tokens - tokens) / (time.perf_counter() - since)
+        self.run.log(
+            f"epoch {self.epoch} | {100 * self.row / self.epoch_rows:3.0f}% | step {self.step} | lr {lr:.4g}"
+            f" | loss {loss:.3f} | ppl {perplexity(loss):.2f} | norm {norm:.3g} | {speed:,.0f} tok/s"
+        )
+        self.run.record(
+            kind="interval", epoch=self.epoch, step=self.step, loss=loss, ppl=perplexity(loss), lr=lr,
+            norm=norm, tokens_per_s=speed, seconds=seconds, **extra,
+        )  # fmt: skip
+        self.interval.reset()
+        self.norm.reset()
+        self.tick = (time.perf_counter(), 0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside does not count as time that steps took, for the tokens per second."""
+        clock = time.perf_counter()
+        yield
+        since, tokens = self.tick
+        self.tick = (since + time.perf_counter() - clock, tokens)
+
+    def close_diagnosis(self, signal: NamedTuple) -> None:
+        """Log what a search was found to follow, and record it by its names."""
+        self.run.log(str(signal))
+        self.run.record(
+            kind="diagnosis", epoch=self.epoch, step=self.step, seconds=self.elapsed(), **signal._asdict()
+        )  # fmt: skip
+
+    def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
+        """Log the epoch's training loss and the validation loss, and go on to the next epoch."""
+        loss, valid_ppl = self.whole.mean(), perplexity(valid_loss)
+        if not math.isfinite(valid_ppl):
+            raise Diverged(f"the validation loss is {valid_loss:.4g}")
+        seconds = self.elapsed()
+        left = seconds / self.epoch * (self.epochs - self.epoch)
+        self.run.log(
+            f"epoch {self.epoch}/{self.epochs} done | train ppl {perplexity(loss):.2f} | valid loss {valid_loss:.4f}"
+            f" | valid ppl {valid_ppl:.2f}{note} | {tqdm.format_interval(seconds)} gone,"
+            f" {tqdm.format_interval(left)} left"
+        )
+        self.run.record(
+            kind="epoch", epoch=self.epoch, step=self.step, loss=loss, ppl=perplexity(loss), valid_loss=valid_loss,
+            valid_ppl=valid_ppl, lr=lr, seconds=seconds, **extra,
+        )  # fmt: skip
+        self.whole.reset()
+        self.epoch, self.row = self.epoch + 1, 0
+
+    def position(self) -> float:
+        """Epochs behind, the present one by the share of its text that has been read."""
+        return self.epoch - 1 + self.row / self.epoch_rows
+
+    def elapsed(self) -> float:
+        """Seconds of work on this run so far."""
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        return self.seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "row": self.row,
+            "step": self.step,
+            "interval": self.interval.state_dict(),
+            "norm": self.norm.state_dict(),
+            "whole": self.whole.state_dict(),
+            "metrics_rows": self.run.rows,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; rows of metrics that were written after it are cut off, to be written again."""
+        self.epoch, self.row, self.step = (state[key] for key in ("epoch", "row", "step"))
+        self.interval.load_state_dict(state["interval"])
+        self.norm.load_state_dict(state["norm"])
+        self.whole.load_state_dict(state["whole"])
+        self.seconds = self.run.cut_metrics(state["metrics_rows"])
+
+
+class Sum:
+    """A loss summed over tokens (or a norm over steps); the sum stays on the device until its mean is asked for."""
+
+    def __init__(self, device: torch.device):
+        self.total, self.tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+
+    def add(self, nll: Tensor, tokens: int) -> None:
+        """A mean over so many tokens."""
+        self.total += nll.double() * tokens
+        self.tokens += tokens
+
+    def mean(self) -> float:
+        """Loss per token; 0 before the first."""
+        return self.total.item() / max(self.tokens, 1)
+
+    def reset(self) -> None:
+        self.total.zero_()
+        self.tokens = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "tokens": self.tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total.copy_(state["total"])
+        self.tokens = state["tokens"]

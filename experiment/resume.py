@@ -1,0 +1,176 @@
+"""What a run takes over from an earlier one: its flags and state, checked, for --resume and --finetune."""
+
+import json
+import math
+import reprlib
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import data
+from experiment import arguments, checkpoint
+from experiment.run_directory import Run
+from training.optimizers import RATES
+
+# What may differ between a run and its continuation; every other flag belongs to the run. The data may lie
+# elsewhere, but must be the same text.
+RESUMABLE = {
+    "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "backoff", "max_rollbacks",
+    "test", "diagnose_every", "tensorboard",
+}  # fmt: skip
+# What --finetune takes over from the run whose weights it starts from, where it is not given anew.
+TUNED_WITH = {
+    "data", "limit_tokens", "batch_size", "bptt", "bptt_std", "max_seq_len_delta",
+    "emsize", "arch", "n_experts", "dropout", "dropouth", "dropoutx", "dropouti", "dropoute",
+    "alpha", "beta", "rdrop", "fraternal", "wdecay", "nonmono", "seed", "engine", "precision",
+}  # fmt: skip
+MAX_CONFIG = 1_000_000  # bytes
+
+
+def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
+    """The flags that a fine-tuning run takes over from the run whose weights it starts from."""
+    names = set(TUNED_WITH)
+    if RATES[first["optimizer"]] == RATES["asgd"]:  # that of another says nothing of what averaged SGD needs
+        names.add("lr")
+    if first["small_batch_size"] != first["batch_size"]:
+        names.add("small_batch_size")
+    if args.clip is None and not args.clip_value:
+        names |= {"clip", "clip_value"}
+    return {name: first[name] for name in names}
+
+
+def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> list[str]:
+    """Why the weights of a run with the flags `first` cannot be what this one starts from."""
+    found = [
+        f"--{name} {value}: the weights of --finetune {args.finetune} are for {first[name]}; leave it out"
+        for name in ("emsize", "arch", "n_experts")
+        if (value := getattr(args, name)) != first[name]
+    ]
+    if not rate_given:
+        found.append(f"--lr: give one for averaged SGD; that of --finetune {args.finetune} is of {first['optimizer']}")
+    if not checkpoint.is_whole(Path(args.finetune, "best.pt")):
+        found.append(f"--finetune {args.finetune}: best.pt is missing or damaged; name another run")
+    return found
+
+
+def identity(kind: str, args: Namespace, corpus: data.Corpus, ranks: int) -> dict[str, Any]:
+    """What a checkpoint says of its run: all that tells it from another, and not where it lies."""
+    flags = {name: value for name, value in vars(args).items() if name not in RESUMABLE or name == "data"}
+    return {"kind": kind, "flags": flags, "words": corpus.words, "sha256": corpus.sha256, "ranks": ranks}
+
+
+@contextmanager
+def restoring(parser: arguments.Parser, run: Run, path: Path | None = None) -> Iterator[None]:
+    """Ends the script with a line if what a checkpoint holds cannot be put in its place: the run's, or that at `path`,
+    for --finetune."""
+    try:
+        yield
+    except (*checkpoint.UNREADABLE, checkpoint.CheckpointError) as error:
+        if checkpoint.out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        run.release()
+        if path is not None:
+            parser.refuse([f"--finetune: {path} has no weights for this model ({reason}); name another run"])
+        parser.refuse([f"{run.folder}: its checkpoint is not the state of this run ({reason}); start a new run"])
+
+
+def check_state(
+    saved: dict[str, Any],
+    form: dict[str, Any],
+    reasons: Sequence[str],
+    optimizers: dict[str, torch.optim.Optimizer],
+) -> None:
+    """Raises ValueError unless what was saved has the form of this run's state, a step of each optimizer taken, and was
+    stopped for one of the reasons, if at all.
+
+    What a run on another kind of device has of its own, the state of a generator, is left out of it.
+    """
+    form = {**form, **{name: checkpoint.stepped(optimizer) for name, optimizer in optimizers.items()}}
+    form["rng"] = [{name: part for name, part in rng.items() if name != "cuda"} for rng in form["rng"]]
+    checkpoint.check_form(saved, form)
+    if saved["stopped_by"] not in ("", *reasons):
+        raise ValueError("it was stopped by nothing that is known")
+
+
+def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[str, Any]:
+    """config.json of the run in `save`, which this flag is for and `parser`'s script wrote; ends the script without."""
+    if save is None:
+        parser.refuse([f"{flag}: say which run to continue with --save DIR"])
+    path = Path(save) / "config.json"
+    try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise ValueError("too long")
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+        script, flags = config["script"], dict(config["flags"])
+        if not isinstance(config.get("resumed", []), list):
+            raise ValueError("resumed")
+    except OSError:
+        parser.refuse([f"{flag}: there is no run in {save} ({path.name} cannot be read)"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        parser.refuse([f"{flag}: {path} is damaged; start a new run"])
+    if script != parser.prog:
+        parser.refuse([f"{flag}: {save} is a run of {script}"])
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "resume")}
+    if lost := actions.keys() - flags.keys():
+        parser.refuse([f"{flag}: {path} is damaged or of an earlier version (no {min(lost)}); start a new run"])
+    wrong = [name for name, action in actions.items() if not fits(action, flags[name])]
+    if wrong or flags.keys() - actions.keys():
+        parser.refuse([f"{flag}: {path} is damaged at {', '.join(wrong) or 'its flags'}; start a new run"])
+    return config
+
+
+def refuse_constant(name: str) -> None:
+    """For NaN and infinity, which JSON does not have and Python reads."""
+    raise ValueError(name)
+
+
+def fits(action: Any, value: Any) -> bool:
+    """Whether a value from a file could be that of a flag."""
+    if isinstance(action.default, bool):
+        return isinstance(value, bool)
+    kinds = {int: (int,), float: (int, float)}.get(action.type, (str,))
+    return isinstance(value, kinds) and not isinstance(value, bool) and value in (action.choices or [value])
+
+
+def changed_flags(args: Namespace, before: dict[str, Any], where: str) -> list[str]:
+    """A fault for each flag that belongs to a run and is another now."""
+    return [
+        f"--{name} {value}: {where} has {before[name]}; leave the flag out, or start a new run"
+        for name, value in vars(args).items()
+        if name in before and name not in RESUMABLE and before[name] != value
+    ]
+
+
+def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[str, Any], ranks: int) -> list[str]:
+    """Why a run with these flags in its config.json cannot go on from the state in its directory."""
+    path = Path(args.save, "last.pt")
+    try:
+        other = {name: saved["flags"][name] for name in flags.keys() - RESUMABLE if saved["flags"][name] != flags[name]}
+        begun = saved["progress"]["epoch"] - (saved["progress"]["row"] == 0)
+        if saved["kind"] != kind:
+            return [f"{path}: the state of another kind of run ({reprlib.repr(saved['kind'])}); start a new run"]
+        if saved["ranks"] != ranks:
+            before = int(saved["ranks"])
+            how = f"with torchrun and {before} processes in all" if before > 1 else "without torchrun"
+            return [f"--resume: the run in {args.save} is one of {before} ranks, not {ranks}; start it {how}"]
+        best = path.with_name("best.pt")
+        needed = saved["best"] < math.inf if kind == "train" else saved["stopped_by"] == "patience"
+        if needed and not checkpoint.is_whole(best):
+            return [f"{best}: missing or damaged, and the result is made from it; put a copy there, or start a new run"]
+        if saved["stopped_by"] and args.epochs != flags["epochs"]:
+            return [
+                f"--epochs {args.epochs}: the run in {args.save} was stopped by {saved['stopped_by']}; start a new run"
+            ]
+        if args.epochs < begun:
+            return [f"--epochs {args.epochs}: the run in {args.save} is in epoch {begun} already"]
+    except checkpoint.UNREADABLE:
+        return [f"{path}: not the state of a run; start a new run"]
+    return [
+        f"--{name} {flags[name]}: {path} was written with {reprlib.repr(there)}; it is the state of another run"
+        for name, there in sorted(other.items())
+    ]

@@ -1,0 +1,189 @@
+"""A run's directory: log.txt for people, metrics.jsonl for programs, whole JSON files beside them."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from argparse import Namespace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from experiment.lock import Lock
+
+
+def new_folder(kind: str) -> Path:
+    """A run directory that does not exist yet: runs/KIND-YYYYMMDD-HHMMSS, numbered if that second is taken."""
+    name = Path("runs", f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+    number, folder = 1, name
+    while folder.exists():
+        number += 1
+        folder = name.with_name(f"{name.name}-{number}")
+    return folder
+
+
+def git_commit() -> str | None:
+    """The commit that the scripts stand at, with a + if files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    try:
+        run = [subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+               for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run[0] + ("+" if run[1] else "")
+
+
+class Run:
+    """A run directory: log.txt for people, metrics.jsonl for programs, and whole JSON files beside them.
+
+    It is this process's alone. Raises `lock.Locked`.
+    """
+
+    bars = None  # what tqdm takes for `disable`: none where there is no terminal
+
+    def __init__(self, folder: str | Path):
+        self.folder = folder = Path(folder)
+        self.metrics = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = Lock(folder)
+        self.mirror = None  # a `plots.tensorboard.Mirror` for --tensorboard
+        self.rows = 0  # of metrics
+
+    def release(self) -> None:
+        """Let others write."""
+        self.lock.release()
+
+    def configure(
+        self,
+        script: str,
+        args: Namespace,
+        device: torch.device,
+        sha256: dict[str, str],
+        finished: bool = False,
+        ranks: int = 1,
+    ) -> None:
+        """Write config.json: all that is needed to start the run again, with a line for each time it went on.
+
+        What processes left half written is removed, and so is the result of a run that is not `finished` any more.
+        """
+        cuda = device.type == "cuda"
+        surroundings = {
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": str(device),
+            "hardware": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "ranks": ranks,
+            "git_commit": git_commit(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        flags = {name: value for name, value in vars(args).items() if name != "resume"}
+        if args.resume:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            config["flags"] = flags
+            config.setdefault("resumed", []).append(surroundings)
+        else:
+            config = {"script": script, "flags": flags, "sha256": sha256, **surroundings}
+        self.write("config.json", config)
+        if not finished:
+            (self.folder / "result.json").unlink(missing_ok=True)
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def log(self, text: str) -> None:
+        """Print a line (above a progress bar, if there is one) and add it to log.txt with the time."""
+        tqdm.write(text)
+        append(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def interrupted(self, command: str) -> int:
+        """Say how to go on; gives the exit code of an interrupted run."""
+        self.log(f"interrupted; continue with: {command} --resume --save {quote(str(self.folder))}")
+        return 130
+
+    def record(self, **row: Any) -> None:
+        """Add an object to metrics.jsonl."""
+        append(self.metrics, json.dumps(row) + "\n")
+        self.rows += 1
+        if self.mirror is not None:
+            self.mirror.add(row)
+
+    def cut_metrics(self, rows: int) -> float:
+        """Drop all but the first rows of metrics.jsonl, as their steps will be taken again; gives the seconds that
+        the last row left tells of."""
+        self.rows, size, last = 0, 0, b""
+        try:
+            with open(self.metrics, "r+b") as file:
+                while self.rows < rows and (line := file.readline()).endswith(b"\n"):
+                    self.rows, size, last = self.rows + 1, size + len(line), line
+                file.truncate(size)
+        except FileNotFoundError:
+            pass
+        if self.mirror is not None:
+            self.mirror.restart()
+        try:
+            return float(json.loads(last)["seconds"])
+        except (ValueError, LookupError, TypeError):
+            return 0.0
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file, whole or not at all."""
+        path = self.folder / name
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise named(error, path) from error
+
+
+class Onlooker(Run):
+    """For a rank that leaves it to the first one to write."""
+
+    bars = True
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.rows = Path(folder), 0
+
+    def configure(self, *_: Any) -> None:
+        pass
+
+    def log(self, text: str) -> None:
+        pass
+
+    def record(self, **row: Any) -> None:
+        pass
+
+    def cut_metrics(self, rows: int) -> float:
+        return 0.0
+
+    def write_text(self, name: str, text: str) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a file, on the disk when this returns. Raises OSError that names it."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise named(error, path) from error
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The error with the file that it is about, which one of a full disk does not tell."""
+    return OSError(error.errno, error.strerror, str(path))

@@ -1,0 +1,255 @@
+"""What cannot be used of a script's flags: one check that reports every fault at once, each as a line for a person."""
+
+import math
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiment import lock
+from genotypes import GenotypeError, resolve_cell
+from training.optimizers import LIKE_SGD
+
+LARGEST = 2**31  # of a flag that is a whole number
+LARGEST_NUMBER = 1e38  # of any other: that float32 holds
+
+
+def validate(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
+    """Every fault of the flags, one line each; an empty list if they can be used. `defaults` gives that of a flag."""
+    return [
+        *number_faults(args), *size_faults(args), *strategy_faults(args), *idle_faults(args, defaults),
+        *device_faults(args.device), *run_faults(args), *precision_faults(args),
+    ]  # fmt: skip
+
+
+def number_faults(args: Namespace) -> list[str]:
+    """Numbers out of their range."""
+    ranges = {
+        "at least 1": (
+            lambda x: x >= 1,
+            "epochs batch_size small_batch_size arch_batch_size bptt emsize nhid nhidlast log_interval nonmono"
+            " n_experts",
+        ),
+        "above 0": (lambda x: x > 0, "lr arch_lr power init_range"),
+        "above 0 and at most 1": (lambda x: 0 < x <= 1, "backoff"),
+        "above 0 and below 1": (lambda x: 0 < x < 1, "gamma"),
+        "at least 0.01": (lambda x: x >= 0.01, "step_size"),
+        "at least 0": (
+            lambda x: x >= 0,
+            "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes max_rollbacks clip"
+            " clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop fraternal"
+            " stop_stable max_identity diagnose_every arch_start",
+        ),
+        "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start"),
+        "at least 0 and below 1": (
+            lambda x: 0 <= x < 1,
+            "dropout dropouth dropoutx dropouti dropoute momentum",
+        ),
+    }
+    faults = [
+        f"--{name} {value}: must be {words}"
+        for words, (holds, names) in ranges.items()
+        for name in names.split()
+        if (value := getattr(args, name, None)) is not None
+        and not (holds(value) and (isinstance(value, int) or math.isfinite(value)))
+    ]
+    return (
+        faults
+        + [
+            f"--{name} {value}: must be below {LARGEST:,}"
+            for name, value in vars(args).items()
+            if type(value) is int and value >= LARGEST
+        ]
+        + [
+            f"--{name} {value}: must be at most {LARGEST_NUMBER:g}"
+            for name, value in vars(args).items()
+            if type(value) is float and LARGEST_NUMBER < value < math.inf
+        ]
+    )
+
+
+def normalises_over_rows(args: Namespace) -> bool:
+    """Whether these are the flags of a search whose cell has batch normalisation."""
+    return getattr(args, "norm", None) == "batch"
+
+
+def size_faults(args: Namespace) -> list[str]:
+    """Sizes that do not fit together."""
+    faults = []
+    if not args.emsize == args.nhid == args.nhidlast:
+        faults.append(
+            f"--emsize {args.emsize} --nhid {args.nhid} --nhidlast {args.nhidlast}: must be equal, since the "
+            "decoder shares the embedding's matrix; give --emsize alone"
+        )
+    if args.batch_size >= 1 and args.small_batch_size >= 1 and args.batch_size % args.small_batch_size:
+        faults.append(f"--small_batch_size {args.small_batch_size}: must divide --batch_size {args.batch_size} evenly")
+    arch_rows = getattr(args, "arch_batch_size", None)
+    if arch_rows not in (None, args.batch_size) and args.small_batch_size >= 1 and arch_rows % args.small_batch_size:
+        faults.append(
+            f"--arch_batch_size {arch_rows}: must be a multiple of --small_batch_size {args.small_batch_size}, which "
+            "is --batch_size where it is not given"
+        )
+    if normalises_over_rows(args) and args.small_batch_size == 1:
+        faults.append(
+            "--small_batch_size 1: --norm batch normalises over the rows and needs at least 2 at a time; take more, or "
+            "--norm layer"
+        )
+    return faults
+
+
+# What has no effect but with other flags: named in the message, and whether they are given.
+IDLE = {
+    "momentum": ("--optimizer momentum", lambda a: a.optimizer == "momentum"),
+    "nonmono": ("--optimizer ntasgd or --finetune", lambda a: a.optimizer == "ntasgd" or a.finetune),
+    "min_delta": ("--patience", lambda a: a.patience > 0),
+    "warmup_shape": ("--warmup", lambda a: a.warmup > 0),
+    "warmup_start": ("--warmup", lambda a: a.warmup > 0),
+    "step_size": ("--schedule step", lambda a: a.schedule == "step"),
+    "gamma": (
+        "--schedule step, exponential or plateau", lambda a: a.schedule in ("step", "exponential", "plateau")
+    ),
+    "final_lr": ("--schedule cosine or polynomial", lambda a: a.schedule in ("cosine", "polynomial")),
+    "power": ("--schedule polynomial", lambda a: a.schedule == "polynomial"),
+    "cycle": ("--schedule cosine or polynomial", lambda a: a.schedule in ("cosine", "polynomial")),
+    "plateau_patience": ("--schedule plateau", lambda a: a.schedule == "plateau"),
+    "hessian": ("--unrolled", lambda a: a.unrolled),
+}  # fmt: skip
+
+
+def idle_faults(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
+    """Flags that were given and would have no effect."""
+    return [
+        f"--{name} {getattr(args, name)}: is for {needs}; add that or leave it out"
+        for name, (needs, is_given) in IDLE.items()
+        if name in vars(args) and getattr(args, name) != defaults(name) and not is_given(args)
+    ]
+
+
+def strategy_faults(args: Namespace) -> list[str]:
+    """Strategies that do not go together."""
+    faults = []
+    if args.warmup and args.warmup_shape == "exponential" and args.warmup_start == 0:
+        faults.append("--warmup_start 0: an exponential warm-up starts above 0; give one, or --warmup_shape linear")
+    if args.final_lr > args.lr > 0:
+        faults.append(f"--final_lr {args.final_lr:g}: is above --lr {args.lr:g}, and a rate falls; take a smaller one")
+    if args.overfit:
+        faults += [
+            f"--{name} {value}: has no part in --overfit; leave it out"
+            for name in ("rdrop", "fraternal", "alpha", "warmup", "schedule", "patience")
+            if (value := getattr(args, name, 0)) not in (0, "constant")
+        ]
+    if args.cycle > args.epochs:
+        faults.append(f"--cycle {args.cycle}: longer than --epochs {args.epochs}; take a smaller one, or 0")
+    if "unrolled" in vars(args):
+        if 0 < args.epochs <= args.arch_start:
+            faults.append(
+                f"--arch_start {args.arch_start}: the alphas would never move in --epochs {args.epochs}; take a smaller"
+                " one, or more epochs"
+            )
+        if args.unrolled and args.optimizer not in LIKE_SGD:
+            faults.append(
+                f"--unrolled: its virtual step is one of SGD, which --optimizer {args.optimizer} does not take; use "
+                f"{', '.join(LIKE_SGD)}, or leave --unrolled out"
+            )
+        return faults
+    rates = (args.dropout, args.dropouth, args.dropoutx, args.dropouti, args.dropoute)
+    for name in ("rdrop", "fraternal"):
+        if getattr(args, name) > 0 and not any(rates):
+            faults.append(f"--{name}: compares two passes with other dropout masks, and nothing is dropped")
+    if args.finetune and args.optimizer != "asgd":
+        faults.append(f"--finetune: averages from its first step on; leave out --optimizer {args.optimizer}")
+    return faults
+
+
+def rank_faults(args: Namespace, ranks: int, on_this_machine: int) -> list[str]:
+    """What so many processes cannot share."""
+    if ranks == 1 or args.batch_size < 1 or args.small_batch_size < 1:
+        return []
+    faults = []
+    rows, rest = divmod(args.batch_size, ranks)
+    arch_rows, arch_rest = divmod(getattr(args, "arch_batch_size", args.batch_size), ranks)
+    if rest or not rows:
+        faults.append(f"--batch_size {args.batch_size}: must divide evenly among {ranks} ranks")
+    elif rows % min(rows, args.small_batch_size):
+        faults.append(
+            f"--small_batch_size {args.small_batch_size}: must divide the {rows} rows that each of {ranks} ranks has"
+        )
+    elif arch_rest or arch_rows % min(rows, args.small_batch_size):
+        faults.append(
+            f"--arch_batch_size {args.arch_batch_size}: must divide evenly among {ranks} ranks, into multiples of the"
+            f" {min(rows, args.small_batch_size)} rows that each has at a time"
+        )
+    elif rows == 1 and normalises_over_rows(args):
+        faults.append(
+            f"--batch_size {args.batch_size}: --norm batch normalises over the rows and needs at least 2 on each of"
+            f" {ranks} ranks; take more, or --norm layer"
+        )
+    if args.overfit:
+        faults.append("--overfit: is for one process; start it without torchrun")
+    if args.device.startswith("cuda:"):
+        faults.append(f"--device {args.device}: each rank takes a GPU of its own; use --device cuda")
+    elif args.device != "cpu" and 0 < torch.cuda.device_count() < on_this_machine:
+        faults.append(
+            f"--device {args.device}: {on_this_machine} ranks on this machine with {torch.cuda.device_count()} GPUs;"
+            " start as many as there are"
+        )
+    return faults
+
+
+def device_faults(name: str) -> list[str]:
+    """A device that is not there."""
+    if name in ("auto", "cpu"):
+        return []
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (":" in name and not index.isdecimal()):
+        return [f"--device {name}: must be auto, cpu, cuda or cuda:N"]
+    count = torch.cuda.device_count()
+    if int(index or 0) >= count:
+        return [f"--device {name}: this machine has {count} CUDA devices; use --device auto or cpu"]
+    return []
+
+
+def precision_faults(args: Namespace) -> list[str]:
+    """A precision that the engine or the device does not have."""
+    if args.precision == "bf16" and args.engine == "eager":
+        return ["--precision bf16: is for --engine fused; --engine eager computes in fp32 or tf32"]
+    if args.precision == "tf32" and (args.device == "cpu" or not torch.cuda.is_available()):
+        return ["--precision tf32: is for CUDA; on a CPU take fp32 or bf16"]
+    return []
+
+
+def holds_work(path: Path) -> bool:
+    """Whether a file in a run directory is more than what an end before the first step leaves behind."""
+    return path.name != lock.NAME and not path.name.endswith(".tmp")
+
+
+def run_faults(args: Namespace) -> list[str]:
+    """A run directory or an architecture that cannot be used."""
+    folder, faults = Path(args.save), []
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            faults.append(f"--save {folder}: {there} is a file; name a directory")
+        elif not os.access(there, os.W_OK | os.X_OK):
+            faults.append(f"--save {folder}: {there} cannot be written to; take another")
+        elif not args.resume and (process := lock.owner(folder)):
+            faults.append(f"--save {folder}: in use by {process}; take another")
+        elif not args.resume and there == folder and any(holds_work(path) for path in folder.iterdir()):
+            faults.append(f"--save {folder}: holds files already; add --resume to continue a run, or take another")
+    except OSError as error:  # a folder that may not be looked into, or a name that no folder can have
+        faults.append(f"--save {folder}: cannot be used ({error.strerror})")
+    if "arch" in vars(args):
+        try:
+            resolve_cell(args.arch)
+        except GenotypeError as error:
+            faults.append(f"--arch: {error}")
+    if args.tensorboard:
+        missing = [name for name in ("tensorboard", "matplotlib") if find_spec(name) is None]
+        faults += [
+            f"--tensorboard: needs {name}; pip install {name}, or go without (--no-tensorboard)" for name in missing
+        ]
+    return faults

@@ -1,0 +1,186 @@
+"""The formation of a cell: every edge as an arc that fades with its probability, the most likely cell in full colour.
+
+Nodes stand in a row and stay where they are. The arc from node j to node i is i - j lanes high, so that no two labels
+ever lie on each other: their places are the points of a triangular grid.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from matplotlib import patches
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.path import Path as Curve
+from PIL import Image
+
+from genotypes import PRIMITIVES, Genotype
+from plots.run_history import History, edges, node_count
+from plots.style import COLOURS, GREY, INK, PAPER, POINT, SMALL, SOFT, WIDTH, PictureError, whole
+
+OPS = PRIMITIVES[1:]
+MOST = 60  # frames
+PER_SECOND = 8
+REST = 2  # seconds of the last frame
+LANE = 32  # pixels
+RADIUS = 15
+FAINT, FULL = 0.06, 0.45  # opacity of the least and the most likely edge that is not kept
+
+
+def states(alphas: np.ndarray, cells: Sequence[Genotype]) -> list[dict[str, float]]:
+    """For each (N(N+1)/2, K) of alphas (R, N(N+1)/2, K) and its most likely cell the opacity of what is to be seen, by
+    gid: `arc-0-1-tanh`, and `label-0-1-tanh` too for what is kept."""
+    strength = alphas[..., 1:].max(-1)  # (R, edges)
+    low, high = strength.min(), strength.max()
+    share = (strength - low) / (high - low) if high > low else np.zeros_like(strength)
+    places = list(edges(node_count(alphas.shape[1])))
+    found = []
+    for row, shares, cell in zip(alphas, share, cells, strict=True):
+        state = {}
+        for (j, i), probabilities, part in zip(places, row, shares, strict=True):
+            op, kept = cell.recurrent[i - 1]
+            if j == kept:
+                state[f"arc-{j}-{i}-{op}"] = state[f"label-{j}-{i}-{op}"] = 1.0
+            else:
+                strongest = OPS[probabilities[1:].argmax()]
+                state[f"arc-{j}-{i}-{strongest}"] = FAINT + (FULL - FAINT) * float(part)
+        found.append(state)
+    return found
+
+
+def build(nodes: int, labels: Collection[str] = ()) -> tuple[Figure, dict[str, list[Artist]]]:
+    """The picture with every part that may be seen in it, and those parts by gid; only labels of these gids."""
+    spacing = (WIDTH - 120) / nodes
+    height = LANE * nodes + 120
+    figure = Figure(figsize=(WIDTH / 96, height / 96), dpi=96, facecolor=PAPER)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-60, WIDTH - 60), ylim=(-50, height - 50))
+    axes.set_axis_off()
+    parts: dict[str, list[Artist]] = {}
+    for (j, i), op in product(edges(nodes), OPS):
+        start, end, top = j * spacing, i * spacing, LANE * (i - j) + 14
+        points = [(start, 0), (start, top * 4 / 3), (end, top * 4 / 3), (end, 0)]
+        curve = Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
+        arc = patches.PathPatch(
+            curve, fill=False, edgecolor=COLOURS[op], linewidth=2.2 * POINT, gid=f"arc-{j}-{i}-{op}"
+        )
+        parts[arc.get_gid()] = [axes.add_patch(arc)]
+    for (j, i), op in product(edges(nodes), OPS):
+        if (gid := f"label-{j}-{i}-{op}") in labels:
+            x, y, wide = (i + j) / 2 * spacing, LANE * (i - j) + 14, len(op) * SMALL * 0.58 + 12
+            shape = patches.BoxStyle("Round", pad=0, rounding_size=9)
+            look = {"facecolor": PAPER, "edgecolor": COLOURS[op], "linewidth": 1.5 * POINT}
+            box = patches.FancyBboxPatch((x - wide / 2, y - 9), wide, 18, shape, gid=gid, zorder=3, **look)
+            word = axes.text(x, y, op, ha="center", va="center_baseline", fontsize=SMALL * POINT, zorder=4,
+                             color=INK, gid=f"{gid}-text")  # fmt: skip
+            parts[gid] = [axes.add_patch(box), word]
+    for i in range(nodes + 1):
+        outline = {"facecolor": PAPER, "edgecolor": INK, "linewidth": 1.5 * POINT}
+        axes.add_patch(patches.Circle((i * spacing, 0), RADIUS, zorder=5, gid=f"node-{i}", **outline))
+        axes.text(i * spacing, 0, node_name(i), ha="center", va="center_baseline", fontsize=(SMALL + 2) * POINT,
+                  style="italic", color=INK, zorder=6)  # fmt: skip
+    note = {"ha": "center", "color": SOFT}
+    axes.text(0, -34, "from xₜ and hₜ₋₁", **note)
+    axes.text(nodes / 2 * spacing, -34, f"hₜ is the mean of {node_name(1)} to {node_name(nodes)}", **note)
+    return figure, parts
+
+
+def node_name(i: int) -> str:
+    """With a subscript of its own letters: the formula of each would be parsed again for every frame."""
+    return "s" + str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+
+
+def show(parts: Mapping[str, Sequence[Artist]], state: Mapping[str, float]) -> None:
+    """Let just that be seen."""
+    for gid, artists in parts.items():
+        for artist in artists:
+            artist.set(visible=gid in state, alpha=state.get(gid, 0.0))
+
+
+def frames(history: History) -> tuple[list[float], list[dict[str, float]]]:
+    """When, and what is to be seen then; of many rows every so many, the last among them. Raises `PictureError`."""
+    x, alphas = history.probabilities
+    cells = dict(history.genotypes)
+    both = [k for k, when in enumerate(x) if when in cells and len(cells[when].recurrent) == history.nodes]
+    if not both:
+        raise PictureError(f"{history.folder}: no alphas of a search to animate; train_search.py writes them down")
+    few = np.array(both)[np.unique(np.linspace(0, len(both) - 1, MOST).round().astype(int))]
+    when = [x[k] for k in few]
+    return when, states(alphas[few], [cells[x] for x in when])
+
+
+def draw_formation(folder: str | Path, path: str | Path) -> None:
+    """Write the animation of a search. Raises `PictureError`, for an ending that is not of `WRITERS` too, and
+    `OSError`."""
+    ending = Path(path).suffix.lower()
+    if ending not in WRITERS:
+        raise PictureError(f"an animation's name ends in {' or '.join(WRITERS)}, unlike {str(path)!r}")
+    if ending == ".mp4" and shutil.which("ffmpeg") is None:
+        raise PictureError(f"{path}: needs the program ffmpeg; install it, or take a name that ends in .gif")
+    history = History(folder)
+    x, found = frames(history)
+    figure, parts = build(history.nodes, {gid for state in found for gid in state})
+    axes, canvas = figure.axes[0], FigureCanvasAgg(figure)
+    left, top = axes.get_xlim()[0], axes.get_ylim()[1]
+    clock = axes.text(left + 20, top - 30, "", fontsize=(SMALL + 4) * POINT, weight="bold")
+    [bar] = axes.plot([], [], color=GREY, linewidth=3 * POINT, solid_capstyle="butt")
+
+    def images() -> Iterator[Image.Image]:
+        for now, state in zip(x, found, strict=True):
+            show(parts, state)
+            clock.set_text(f"{now:.1f} epochs" if history.unit == "epochs" else f"{now:.0f} steps")
+            bar.set_data([left, left + WIDTH * now / (x[-1] or 1)], [top - 2, top - 2])
+            canvas.draw()
+            yield Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+    with whole(path) as temporary:
+        WRITERS[ending](images(), temporary)
+
+
+def write_gif(images: Iterable[Image.Image], path: Path) -> None:
+    """For ever from the beginning, with a rest at the end."""
+    first, *others = map(in_palette, images)
+    durations = [1000 // PER_SECOND] * len(others) + [1000 * REST]
+    first.save(path, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
+
+
+@cache
+def palette() -> np.ndarray:
+    """(168, 3) of 0 to 255: all colours on their way to the paper's. Chosen from a frame, those of a few pixels would
+    be lost."""
+    paper = np.array(to_rgb(PAPER))
+    inks = [np.array(to_rgb(colour)) for colour in (INK, SOFT, GREY, *(COLOURS[op] for op in OPS))]
+    return 255 * np.array([ink + (paper - ink) * share for ink in inks for share in np.linspace(0, 1, 24)])
+
+
+def in_palette(image: Image.Image) -> Image.Image:
+    """Each pixel in the nearest colour of the palette."""
+    flat = np.asarray(image).reshape(-1, 3)
+    packed = flat.astype(np.int32) @ (65536, 256, 1)
+    colours, place = np.unique(packed, return_inverse=True)
+    colours = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], -1)
+    nearest = np.square(colours[:, None] - palette()).sum(-1).argmin(-1)
+    found = Image.fromarray(nearest[place].reshape(image.size[::-1]).astype(np.uint8), "P")
+    found.putpalette(palette().round().astype(np.uint8).tobytes())
+    return found
+
+
+def write_mp4(images: Iterable[Image.Image], path: Path) -> None:
+    """Once, with a rest at the end, by ffmpeg. Raises `PictureError` with what that says if it fails."""
+    frames = list(images)
+    wide, high = (size // 2 * 2 for size in frames[0].size)  # as the codec has them
+    command = ["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{wide}x{high}",
+               "-r", str(PER_SECOND), "-i", "-", "-pix_fmt", "yuv420p", os.path.abspath(path)]  # fmt: skip
+    raw = [frame.crop((0, 0, wide, high)).tobytes() for frame in [*frames, *[frames[-1]] * (REST * PER_SECOND)]]
+    done = subprocess.run(command, input=b"".join(raw), capture_output=True)
+    if done.returncode:
+        raise PictureError(f"{path}: ffmpeg failed ({done.stderr.decode(errors='replace').strip()[-200:]})")
+
+
+WRITERS = {".gif": write_gif, ".mp4": write_mp4}

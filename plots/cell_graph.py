@@ -1,0 +1,205 @@
+"""One recurrent cell: inputs on the left, nodes in columns by depth, each edge with its activation, and grey lines from
+the nodes that the output averages."""
+
+from itertools import chain
+from statistics import median
+from typing import NamedTuple
+
+from matplotlib import patches
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.path import Path as Curve
+
+from genotypes import Genotype, validate
+from plots.style import BOXES, COLOURS, GREY, INK, PAPER, POINT, SOFT
+
+# Lengths are CSS pixels, 96 to the inch: one unit is one pixel of a page that shows the picture unscaled.
+RADIUS = 16  # of a node
+ROW = 46  # height of a leaf's row
+LANE = 18  # height of a row that holds nothing but a grey line
+PILL = 22  # height of an activation's label
+HEAD = 9  # length of an arrow's head
+STUB = 3  # straight piece of an edge beside its label
+BOX = (46, 32)  # of x_t, h_{t-1} and h_t
+INPUT, OUTPUT = 82, 90  # from x_t to s_0, and from the mean to h_t
+MARGIN = 16
+FONT = 13
+
+ENDS = {"input": "$x_t$", "previous": "$h_{t{-}1}$", "output": "$h_t$"}
+
+Point = tuple[float, float]
+Name = int | str  # 0..N for s_0..s_N, or one of ENDS
+
+
+class Edge(NamedTuple):
+    """A line that bends from `start` to the height of `end` within `bend` pixels, then runs straight."""
+
+    source: Name
+    target: Name
+    op: str | None  # None for an input and for a grey line
+    start: Point
+    bend: float
+    end: Point
+
+
+class Layout(NamedTuple):
+    """Where everything is drawn; y grows downwards."""
+
+    nodes: dict[Name, Point]  # centres
+    edges: list[Edge]
+    labels: dict[int, Point]  # centre of the label on the edge into a node
+    mean: tuple[Point, Point]  # the bar that gathers the grey lines
+    frame: tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def layout_cell(genotype: Genotype) -> Layout:
+    """Place a cell so that no lines cross and none runs under a node or a label. Raises `GenotypeError`.
+
+    Every node has one predecessor, so a cell is a tree with root s_0. Each subtree has a band of rows to
+    itself: a row for each leaf, and a narrow one for the grey line of an inner node, among its children.
+    """
+    validate(genotype)
+    ops, parents = zip(("", 0), *genotype.recurrent, strict=True)  # s_0 at index 0 has neither
+    nodes = range(len(ops))
+    children = [[child for child in nodes[1:] if parents[child] == i] for i in nodes]
+    depth = [0]
+    for i in nodes[1:]:
+        depth.append(depth[parents[i]] + 1)
+
+    def band(i: int) -> list[int]:
+        """The nodes that own the rows of i's subtree, from the top; the largest child is in the middle."""
+        if not children[i]:
+            return [i]
+        bands = [band(child) for child in children[i]]
+        middle = len(bands) // 2
+        largest = max(range(len(bands)), key=lambda b: (len(bands[b]), b == middle))
+        bands.insert(middle, bands.pop(largest))
+        if i in genotype.concat:  # with an only child: above it or below it, in turn
+            bands.insert(middle or depth[i] % 2, [i])
+        return list(chain.from_iterable(bands))
+
+    row, y, bottom = {}, {}, 0.0
+    for i in band(0):
+        height = LANE if children[i] else ROW
+        row[i] = bottom + height / 2
+        bottom += height
+    for i in reversed(nodes):  # a child's number is above its parent's
+        y[i] = median(y[child] for child in children[i]) if children[i] else row[i]
+
+    x, bends = [0.0], []
+    for d in range(1, max(depth) + 1):
+        column = [i for i in nodes if depth[i] == d]
+        bends.append(min(16 + 0.25 * max(abs(y[i] - y[parents[i]]) for i in column), 50))
+        widest = max(pill_width(ops[i]) for i in column)
+        x.append(x[-1] + RADIUS + bends[-1] + STUB + widest + STUB + HEAD + RADIUS)
+    bends.append(0)  # the last column holds leaves only: their grey lines are straight
+
+    bar = x[-1] + RADIUS + 30
+    low, high = (pick(row[i] for i in genotype.concat) for pick in (min, max))
+    centres: dict[Name, Point] = {i: (x[depth[i]], y[i]) for i in nodes}
+    centres["input"] = (-INPUT, y[0] - 30)
+    centres["previous"] = (-INPUT, y[0] + 30)
+    centres["output"] = (bar + OUTPUT, (low + high) / 2)
+
+    edges, labels = [], {}
+    for name in ("input", "previous"):
+        start = (-INPUT + BOX[0] / 2, centres[name][1])
+        edges.append(Edge(name, 0, None, start, -RADIUS - HEAD - start[0], (-RADIUS, y[0])))
+    for i in nodes[1:]:
+        j, start, end = parents[i], x[depth[i] - 1] + RADIUS, x[depth[i]] - RADIUS
+        bend = bends[depth[i] - 1]
+        edges.append(Edge(j, i, ops[i], (start, y[j]), bend, (end, y[i])))
+        labels[i] = ((start + bend + end - HEAD) / 2, y[i])
+    for i in genotype.concat:
+        edges.append(Edge(i, "output", None, (x[depth[i]] + RADIUS, y[i]), bends[depth[i]], (bar, row[i])))
+
+    heights = [height for _, height in centres.values()] + [low, high]
+    across, down = BOX[0] / 2 + MARGIN, BOX[1] / 2 + MARGIN
+    frame = (-INPUT - across, min(heights) - down, bar + OUTPUT + across, max(heights) + down)
+    return Layout(centres, edges, labels, ((bar, low - 12), (bar, high + 12)), frame)
+
+
+def pill_width(op: str) -> float:
+    """Pixels, from the number of letters: the layout needs no renderer, and a test holds the text inside."""
+    return len(op) * FONT * 0.58 + 16
+
+
+def cell_figure(genotype: Genotype) -> Figure:
+    """The drawing. A part's gid names it: `node-2`, `edge-1-2-relu`, `label-2-relu`, `edge-2-output`.
+
+    Raises `GenotypeError`.
+    """
+    layout = layout_cell(genotype)
+    left, top, right, bottom = layout.frame
+    figure = Figure(figsize=((right - left) / 96, (bottom - top) / 96), dpi=96, facecolor="none")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
+    axes.set_axis_off()
+    # The page may be dark, so the picture brings its own paper.
+    paper = ((left + right) / 2, (top + bottom) / 2)
+    _box(axes, paper, right - left, bottom - top, 14, facecolor=PAPER, gid="paper")
+
+    (bar, low), (_, high) = layout.mean
+    x, y = layout.nodes["output"]
+    arrow = Edge("mean", "output", None, (bar, y), 0, (x - BOX[0] / 2, y))
+    for edge in sorted([*layout.edges, arrow], key=lambda edge: edge.end[0] != bar):  # grey ones lie below
+        if edge.end[0] == bar:
+            _line(axes, edge, GREY, 1.2, 0)
+        else:
+            _line(axes, edge, COLOURS.get(edge.op, INK), 1.8, HEAD)
+    _box(axes, (bar, (low + high) / 2), 7, high - low, 3.5, facecolor=GREY, gid="mean")
+    _text(axes, (bar + (OUTPUT - BOX[0] / 2 - HEAD) / 2 + 2, y - 11), "mean", FONT - 1, SOFT)
+
+    for i, point in layout.labels.items():
+        op, _ = genotype.recurrent[i - 1]
+        pill = {"facecolor": PAPER, "edgecolor": COLOURS[op], "linewidth": 1.5 * POINT}
+        _box(axes, point, pill_width(op), PILL, PILL / 2, gid=f"label-{i}-{op}", **pill)
+        _text(axes, point, op, FONT)
+    outline = {"edgecolor": INK, "linewidth": 1.5 * POINT}
+    for name, point in layout.nodes.items():
+        if name in ENDS:
+            _box(axes, point, *BOX, 7, facecolor=BOXES, gid=f"node-{name}", **outline)
+            _text(axes, point, ENDS[name], FONT + 4)
+        else:
+            axes.add_patch(patches.Circle(point, RADIUS, facecolor=PAPER, gid=f"node-{name}", **outline))
+            _text(axes, point, f"$s_{{{name}}}$", FONT + 3)
+    for order, artist in enumerate(axes.get_children()):
+        artist.set_zorder(order)  # later covers earlier, whatever its kind
+    return figure
+
+
+def cell_dot(genotype: Genotype) -> str:
+    """The same as text for graphviz. Raises `GenotypeError`."""
+    validate(genotype)
+    lines = [
+        "digraph cell {",
+        '  rankdir=LR; node [shape=circle, fontname="sans-serif"]; edge [fontname="sans-serif"];',
+        '  input [label="x(t)", shape=box]; previous [label="h(t-1)", shape=box]; output [label="h(t)", shape=box];',
+        "  input -> 0; previous -> 0;",
+    ]
+    lines += [f'  {i} [label="s{i}"];' for i in range(len(genotype.recurrent) + 1)]
+    for i, (op, j) in enumerate(genotype.recurrent, start=1):
+        lines.append(f'  {j} -> {i} [label="{op}", color="{COLOURS[op]}"];')
+    lines += [f'  {i} -> output [color="{GREY}"];' for i in genotype.concat]
+    return "\n".join([*lines, "}", ""])
+
+
+def _line(axes: Axes, edge: Edge, colour: str, width: float, head: float) -> None:
+    (x0, y0), (x1, y1), middle = edge.start, edge.end, edge.start[0] + edge.bend / 2
+    points = [(x0, y0), (middle, y0), (middle, y1), (x0 + edge.bend, y1), (x1 - head, y1)]
+    gid = "-".join(str(part) for part in ("edge", *edge[:3]) if part is not None)
+    curve = Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4, Curve.LINETO])
+    axes.add_patch(patches.PathPatch(curve, fill=False, edgecolor=colour, linewidth=width * POINT, gid=gid))
+    if head:
+        triangle = [(x1, y1), (x1 - head, y1 - head / 2), (x1 - head, y1 + head / 2)]
+        axes.add_patch(patches.Polygon(triangle, facecolor=colour, linewidth=0))
+
+
+def _box(axes: Axes, centre: Point, width: float, height: float, rounding: float, **look) -> None:
+    corner = (centre[0] - width / 2, centre[1] - height / 2)
+    shape = patches.BoxStyle("Round", pad=0, rounding_size=rounding)
+    axes.add_patch(patches.FancyBboxPatch(corner, width, height, shape, **{"linewidth": 0, **look}))
+
+
+def _text(axes: Axes, centre: Point, text: str, size: float, colour: str = INK) -> None:
+    look = {"color": colour, "ha": "center", "va": "center_baseline", "math_fontfamily": "stix"}
+    axes.text(*centre, text, fontsize=size * POINT, **look)

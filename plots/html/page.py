@@ -1,0 +1,79 @@
+"""What the pages of runs and of studies are made from."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from experiment import metrics
+from plots.style import BOXES, GREY, INK, PAPER, SOFT, svg
+
+IN_THE_DARK = {INK: "var(--ink)", SOFT: "var(--soft)", GREY: "var(--line)", PAPER: "var(--paper)", BOXES: "var(--page)"}
+
+Link = Callable[[Path], str]  # from the page to a file
+
+
+class Field(NamedTuple):
+    """What a table, or a list of facts, has in one place."""
+
+    text: str
+    href: str = ""
+    value: float | str = ""  # to sort by
+
+
+def is_study(folder: Path) -> bool:
+    return (folder / "study.json").exists() or (folder / metrics.EVENTS).exists()
+
+
+def is_over(folder: Path) -> bool:
+    """A run that has its result, or a study whose leaderboard is of after its last event."""
+    if not is_study(folder):
+        return metrics.result(folder) is not None
+    try:
+        return (folder / "leaderboard.json").stat().st_mtime >= (folder / metrics.EVENTS).stat().st_mtime
+    except OSError:
+        return False
+
+
+def inline(figure: Figure, prefix: str) -> Markup:
+    """A picture for a page that has others: its ids begin with the prefix, and its ink is the page's."""
+    seen: Counter[str] = Counter()
+
+    def own(found: re.Match) -> str:
+        """A curve's name may be that of another panel's."""
+        seen[found[1]] += 1
+        return f'id="{prefix}{found[1]}' + (f'-again-{seen[found[1]]}"' if seen[found[1]] > 1 else '"')
+
+    text = re.sub(r'\bid="([^"]*)"', own, svg(figure))
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", text)
+    for colour, variable in IN_THE_DARK.items():
+        text = re.sub(colour, variable, text, flags=re.IGNORECASE)
+    return Markup(text)  # matplotlib has escaped what it was given
+
+
+def picture(name: str, title: str, note: str, figure: Figure, **more: Any) -> dict[str, Any]:
+    return {"name": name, "title": title, "note": note, "svg": inline(figure, f"{name}-"), "frames": None, "code": "",
+            **more}  # fmt: skip
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """As one reads it; a dash for what is none."""
+    if not metrics.is_number(value):
+        return "-"
+    return f"{value:,}" if type(value) is int else f"{value:,.{digits}f}"
+
+
+def since(path: Path) -> str:
+    """When a file was last written to."""
+    try:
+        seconds = max(0, time.time() - path.stat().st_mtime)
+    except OSError:
+        return "never"
+    size, unit = next((s, u) for s, u in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+                      if seconds >= 2 * s or s == 1)  # fmt: skip
+    return f"{seconds / size:.0f} {unit} ago"

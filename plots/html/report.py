@@ -1,0 +1,36 @@
+"""One page for a run or a study: a file that opens offline, with its pictures inside."""
+
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from plots.html.page import is_over, is_study
+from plots.html.run_page import run_page
+from plots.html.study_page import study_page
+from plots.style import PictureError, plain_style, whole
+
+NAME = "report.html"
+
+
+def write(folder: str | Path, path: str | Path | None = None, refresh: int = 0) -> Path:
+    """Write the page of a run, or of a study, by default into its directory. Until that is over the page loads itself
+    again every `refresh` seconds, if any. Raises `PictureError` and `OSError`."""
+    folder = Path(folder)
+    path = folder / NAME if path is None else Path(path)
+    if path.suffix.lower() != ".html":
+        raise PictureError(f"a page's name ends in .html, unlike {str(path)!r}")
+
+    def link(target: Path) -> str:
+        return quote(os.path.relpath(target, path.parent), errors="replace")
+
+    with plain_style():
+        page = study_page(folder, link) if is_study(folder) else run_page(folder, link)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    text = environment.get_template(NAME).render(page | {"refresh": 0 if is_over(folder) else refresh})
+    with whole(path) as temporary:  # a browser may be reading
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+    return path

@@ -1,0 +1,107 @@
+"""What the page of a run says: how far it is, what it found, and every picture that can be made of it."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from experiment import metrics
+from genotypes import Genotype, GenotypeError, cell_from_json, parse
+from plots import animation, search_curves, train_curves
+from plots.cell_graph import cell_figure
+from plots.html.page import Link, number, picture, since
+from plots.run_history import History
+from plots.style import PictureError
+
+
+def run_page(folder: Path, link: Link) -> dict[str, Any]:
+    """What the page of a run says. Raises `PictureError` if there is nothing to say."""
+    history = History(folder)
+    result = history.result()
+    config = metrics.read_json(folder / "config.json")
+    flags = (config or {}).get("flags")
+    flags = flags if isinstance(flags, dict) else {}
+    notes = [] if config else ["config.json is missing or damaged, so the flags of this run are not known."]
+    stopped = "" if result is None else f"over, stopped by {result.get('stopped_by', '?')}"
+    return {
+        "title": folder.resolve().name,
+        "status": stopped or f"no result yet; metrics.jsonl was last written to {since(folder / 'metrics.jsonl')}",
+        "notes": notes, "facts": facts(history, result, flags, link), "board": None, "tables": [],
+        "pictures": run_pictures(history, result, flags),
+        "flags": [(name, str(value)) for name, value in sorted(flags.items())],
+    }  # fmt: skip
+
+
+def facts(history: History, result: dict | None, flags: dict, link: Link) -> list[dict[str, str]]:
+    """Each with the file that it is from."""
+    folder, found = history.folder, []
+
+    def add(name: str, text: str, file: str) -> None:
+        found.append({"name": name, "value": text, "href": link(folder / file)})
+
+    rows = [row for rows in history.rows.values() for row in rows]
+    last = max(rows, key=lambda row: row["step"])
+    _, valid = history.curve("epoch", "valid_ppl", 0)
+    if valid:
+        add("validation perplexity, last", number(valid[-1]), "metrics.jsonl")
+        add("best", number(min(valid)), "metrics.jsonl")
+    if result is not None:
+        add("test perplexity", number(result.get("test_ppl")), "result.json")
+        if "params" in result:
+            add("weights", number(result["params"]), "result.json")
+    add("epoch", f"{last['epoch']} of {flags['epochs']}" if "epochs" in flags else str(last["epoch"]), "metrics.jsonl")
+    add("weight steps", number(last["step"]), "metrics.jsonl")
+    add("hours", number(max(row["seconds"] for row in rows) / 3600), "metrics.jsonl")
+    for name in ("data", "seed", "device"):
+        if name in flags:
+            add(name, str(flags[name]), "config.json")
+    add("what it said", "log.txt", "log.txt")
+    return found
+
+
+def run_pictures(history: History, result: dict | None, flags: dict) -> list[dict[str, Any]]:
+    """Those that can be made."""
+    found = []
+    cell = cell_of(history, result, flags)
+    if cell is not None:
+        cells = history.genotypes
+        title = "The cell" if not cells else "The cell that was found" if result else "The most likely cell so far"
+        found.append(picture("cell", title, "", cell_figure(cell), code=str(cell)))
+    with suppress(PictureError):  # of a retraining
+        found.append(formation_picture(history))
+    for name, figure in search_curves.figures(history).items():
+        title, note, *_ = search_curves.PICTURES[name]
+        found.append(picture(name, title, note, figure))
+    if not history.genotypes and history.curve("epoch", "valid_ppl", 0)[0]:
+        found.append(picture("training", "Validation", "", train_curves.train_figure([history])))
+    return found
+
+
+def cell_of(history: History, result: dict | None, flags: dict) -> Genotype | None:
+    """The result's, else the last that a search pointed to, else the one that is trained; None for torch's own."""
+    if history.genotypes and not result:
+        return history.genotypes[-1][1]
+    try:
+        cell = cell_from_json(result["genotype"]) if result else parse(str(flags.get("arch")))
+    except GenotypeError:
+        return None
+    return cell if isinstance(cell, Genotype) else None
+
+
+def formation_picture(history: History) -> dict[str, Any]:
+    """With what to show at each moment, for the page's script; without one the last moment is seen."""
+    when, states = animation.frames(history)
+    figure, _ = animation.build(history.nodes, {gid for state in states for gid in state})
+    found = picture("formation", "The formation", "Every edge fades with its probability; the most likely cell has "
+                    "labels.", figure)  # fmt: skip
+
+    def seen(part: re.Match) -> str:
+        opacity = states[-1].get(part[1].removesuffix("-text"), 0)
+        return f'{part[0]} style="opacity: {opacity:.2f}"'
+
+    found["svg"] = Markup(re.sub(r'id="formation-((?:arc|label)-[^"]*)"', seen, found["svg"]))
+    rounded = [{gid: round(value, 2) for gid, value in state.items()} for state in states]
+    found["frames"] = {"when": when, "unit": history.unit, "states": rounded, "prefix": "formation-"}
+    return found

@@ -1,0 +1,136 @@
+"""What a run wrote down, ready to be drawn: curves over epochs, the alphas' probabilities, the genotypes."""
+
+from collections.abc import Iterable
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiment import metrics
+from genotypes import PRIMITIVES, Genotype, GenotypeError, from_json
+from plots.style import PictureError
+
+MOST_NODES = 16  # of a cell whose edges are all drawn
+LARGEST = 1e100  # of a number that has a place on an axis
+KINDS = ("interval", "epoch", "diagnosis", "rollback")
+
+
+class History:
+    """The rows of a run's metrics.jsonl that can be used, by kind and in the order of their steps.
+
+    Raises `PictureError` if there is none.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        for row in metrics.rows(self.folder):
+            if row["kind"] in KINDS and is_count(row.get("step")) and is_count(row.get("epoch")):
+                self.rows[row["kind"]].append(row)
+        for rows in self.rows.values():
+            rows.sort(key=lambda row: row["step"])
+        if not any(self.rows.values()):
+            raise PictureError(
+                f"{self.folder}: no metrics.jsonl with a row of a run; name a directory of train_search.py or train.py"
+            )
+        ends = {row["epoch"]: row["step"] for row in self.rows["epoch"] if row["step"] > 0}
+        self.ends = [(0, 0), *sorted((step, epoch) for epoch, step in ends.items())]
+        self.unit = "epochs" if len(self.ends) > 1 else "weight steps"
+
+        self.end = self.when(max(row["step"] for row in chain(*self.rows.values())))
+
+    def when(self, step: int) -> float:
+        """In epochs, even within one and after the last; in steps, as long as no epoch is over."""
+        if len(self.ends) == 1:
+            return float(step)
+        (*_, before, last) = self.ends
+        if step > last[0]:
+            return last[1] + (step - last[0]) * (last[1] - before[1]) / max(last[0] - before[0], 1)
+        return float(np.interp(step, *zip(*self.ends, strict=True)))
+
+    def curve(self, kind: str, name: str, least: float = -LARGEST) -> tuple[list[float], list[float]]:
+        """When, and what: one column of the rows of a kind, where it holds a number above `least`."""
+        points = [
+            (self.when(row["step"]), value) for row in self.rows[kind] if is_between(value := row.get(name), least)
+        ]
+        return tuple(map(list, zip(*points, strict=True))) if points else ([], [])
+
+    def of_search(self) -> list[dict[str, Any]]:
+        """The rows of intervals and epochs together, one for each step."""
+        rows = {row["step"]: row for row in chain(self.rows["interval"], self.rows["epoch"])}
+        return [rows[step] for step in sorted(rows)]
+
+    @cached_property
+    def probabilities(self) -> tuple[list[float], np.ndarray]:
+        """When, and the softmaxed alphas (R, N(N+1)/2, K); of all that are of the last one's shape. R may be 0."""
+        found = [(self.when(row["step"]), alphas) for row in self.of_search()
+                 if (alphas := as_probabilities(row.get("probabilities"))) is not None]  # fmt: skip
+        if not found:
+            kept = metrics.read_json(self.folder / "genotype.json") or {}  # of a run that wrote down no others
+            alphas = as_probabilities(kept.get("probabilities"))
+            if alphas is None:
+                return [], np.zeros((0, 0, len(PRIMITIVES)))
+            found = [(self.end, alphas)]
+        found = [(x, alphas) for x, alphas in found if alphas.shape == found[-1][1].shape]
+        return [x for x, _ in found], np.stack([alphas for _, alphas in found])
+
+    @cached_property
+    def nodes(self) -> int:
+        """N of the alphas; 0 where there are none, or more edges than an eye takes in."""
+        nodes = node_count(self.probabilities[1].shape[1])
+        return nodes if nodes <= MOST_NODES else 0
+
+    @cached_property
+    def genotypes(self) -> list[tuple[float, Genotype]]:
+        """When, and which; of intervals and epochs."""
+        return self.cells_of(self.of_search())
+
+    def cells_of(self, rows: Iterable[dict[str, Any]]) -> list[tuple[float, Genotype]]:
+        """When, and which; of all that have as many nodes as the last."""
+        found = [(self.when(row["step"]), cell) for row in rows if (cell := as_genotype(row.get("genotype")))]
+        return [(x, cell) for x, cell in found if len(cell.recurrent) == len(found[-1][1].recurrent)]
+
+    def result(self) -> dict[str, Any] | None:
+        """result.json, once the run is over."""
+        return metrics.result(self.folder)
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def as_probabilities(value: Any) -> np.ndarray | None:
+    """(N(N+1)/2, K), or None for what is no such thing."""
+    if not isinstance(value, list) or not value or not all(isinstance(edge, list) for edge in value):
+        return None
+    if not all(len(edge) == len(PRIMITIVES) and all(map(is_share, edge)) for edge in value):
+        return None
+    nodes = node_count(len(value))
+    return np.array(value, dtype=float) if nodes * (nodes + 1) // 2 == len(value) else None
+
+
+def is_between(value: Any, least: float) -> bool:
+    return metrics.is_number(value) and least < value < LARGEST
+
+
+def is_share(value: Any) -> bool:
+    return metrics.is_number(value) and 0 <= value <= 1
+
+
+def node_count(edges: int) -> int:
+    """N of N(N+1)/2."""
+    return int(((8 * edges + 1) ** 0.5 - 1) / 2)
+
+
+def as_genotype(value: Any) -> Genotype | None:
+    try:
+        return from_json(value)
+    except GenotypeError:
+        return None
+
+
+def edges(nodes: int) -> Iterable[tuple[int, int]]:
+    """(predecessor, node) in the order of the alphas' rows."""
+    return ((j, i) for i in range(1, nodes + 1) for j in range(i))

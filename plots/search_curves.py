@@ -1,0 +1,341 @@
+"""A search: its losses, what became of its alphas, and whether they followed a signal.
+
+Each picture is a function that draws into a figure of the height that it says, or says 0 where nothing was recorded for
+it.
+"""
+
+from collections.abc import Callable, Sequence
+from math import ceil, log
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
+
+from genotypes import PRIMITIVES, Genotype
+from plots.run_history import LARGEST, History, edges
+from plots.style import (
+    COLOURS,
+    GREY,
+    INK,
+    ON_COLOUR,
+    POINT,
+    SERIES,
+    SMALL,
+    SOFT,
+    WIDTH,
+    PictureError,
+    key,
+    legend,
+    log_scale,
+    new_figure,
+    plot,
+)
+
+BLUE, RED, GREEN, *_ = SERIES
+MOST = 150  # points of a curve of the small multiples
+LANE = 24  # pixels of a node's lane
+PANEL = 215  # height of a row of panels
+
+Panel = tuple[str, str, Callable[[Axes, History], None]]  # title, unit of y, what draws it
+
+
+class Picture(NamedTuple):
+    """One part of what there is to see."""
+
+    title: str
+    note: str  # how to read it
+    height: Callable[[History], float]  # in pixels; 0: there is nothing to draw
+    draw: Callable[[Figure | SubFigure, History], None]
+
+
+# --- losses ---
+
+
+def perplexities(axes: Axes, history: History) -> None:
+    plot(axes, *history.curve("interval", "ppl", 0), "training", GREY)
+    plot(axes, *history.curve("epoch", "valid_ppl", 0), "validation", BLUE, markevery=1, markersize=2.5)
+    log_scale(axes)
+    legend(axes)
+
+
+def entropy(axes: Axes, history: History) -> None:
+    x, alphas = history.probabilities
+    each = -(alphas * np.log(np.maximum(alphas, 1e-12))).sum(-1)  # (R, edges), nats
+    axes.fill_between(x, each.min(1), each.max(1), color=BLUE, alpha=0.18, linewidth=0, label="least to most")
+    plot(axes, x, each.mean(1), "mean of edges", BLUE)
+    axes.axhline(log(len(PRIMITIVES)), color=GREY, linestyle=":", linewidth=POINT, label="all alike, ln 5")
+    legend(axes)
+
+
+def mean_probabilities(axes: Axes, history: History) -> None:
+    x, alphas = history.probabilities
+    for name, y in zip(PRIMITIVES, alphas.mean(1).T, strict=True):
+        plot(axes, x, y, name, COLOURS[name])
+
+
+def shares(axes: Axes, history: History) -> None:
+    found = history.genotypes
+    x = [0.0, *(x for x, _ in found)]
+    counts = [[sum(op == name for op, _ in cell.recurrent) for _, cell in found] for name in PRIMITIVES[1:]]
+    colours = [COLOURS[name] for name in PRIMITIVES[1:]]
+    axes.stackplot(x, [[y[0], *y] for y in counts], colors=colours, labels=PRIMITIVES[1:], step="pre", linewidth=0)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+
+
+def norms(axes: Axes, history: History) -> None:
+    plot(axes, *history.curve("interval", "norm", 0), "gradient norm", BLUE)
+    log_scale(axes)
+
+
+def rate(history: History) -> tuple[list[float], list[float]]:
+    """Of the schedule; of an earlier version's runs what is known of it. (A step's own, `lr`, is scaled by the length
+    of its segment.)"""
+    return next((curve for column in (("interval", "rate"), ("epoch", "lr"), ("interval", "lr"))
+                 if (curve := history.curve(*column))[0]), ([], []))  # fmt: skip
+
+
+def rates(axes: Axes, history: History) -> None:
+    plot(axes, *rate(history), "learning rate", BLUE)
+    axes.set_ylim(bottom=0)
+
+
+def run_panels(history: History) -> list[Panel]:
+    """Those for which something was recorded."""
+    panels: list[Panel] = []
+    if history.curve("interval", "ppl", 0)[0] or history.curve("epoch", "valid_ppl", 0)[0]:
+        panels.append(("Perplexity", "per word", perplexities))
+    if history.probabilities[0]:
+        panels.append(("Entropy of the alphas", "nats", entropy))
+        panels.append(("Mean probability", "over all edges", mean_probabilities))
+    if history.genotypes:
+        panels.append(("Primitives in the genotype", "nodes", shares))
+    if history.curve("interval", "norm", 0)[0]:
+        panels.append(("Gradient of the weights", "norm, before clipping", norms))
+    if rate(history)[0]:
+        panels.append(("Learning rate", "of a full segment", rates))
+    return panels
+
+
+def panels_height(panels: Sequence[Panel]) -> float:
+    return PANEL * ceil(len(panels) / 3)
+
+
+def draw_panels(figure: Figure | SubFigure, history: History, panels: Sequence[Panel]) -> None:
+    """Three to a row, all over the same time."""
+    columns = min(3, len(panels))
+    grid = figure.subplots(ceil(len(panels) / columns), columns, squeeze=False, sharex=True)
+    for axes, (title, unit, draw) in zip(grid.flat, panels, strict=False):
+        draw(axes, history)
+        axes.set_title(title)
+        axes.set_ylabel(unit)
+        axes.set_xlabel(history.unit)
+        axes.set_xlim(0, 1.02 * history.end)
+        axes.tick_params(labelbottom=True)
+        for row in history.rows["rollback"]:
+            axes.axvline(history.when(row["step"]), color=RED, linestyle="--", linewidth=POINT, gid="rollback")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+
+
+def draw_run(figure: Figure | SubFigure, history: History) -> None:
+    panels = run_panels(history)
+    draw_panels(figure, history, panels)
+    if any(draw in (mean_probabilities, shares) for *_, draw in panels):
+        key(figure, PRIMITIVES, loc="outside lower center")
+
+
+# --- the genotype ---
+
+
+def strip_rows(history: History) -> list[tuple[float, Genotype]]:
+    """Epoch by epoch, or, where there are few, every row."""
+    by_epoch = history.cells_of(history.rows["epoch"])
+    return by_epoch if len(by_epoch) >= 8 else history.genotypes
+
+
+class Stretch(NamedTuple):
+    """What a node was for a while."""
+
+    node: int
+    op: str
+    predecessor: int
+    start: float
+    stop: float
+
+
+def stretches(rows: Sequence[tuple[float, Genotype]]) -> list[Stretch]:
+    """Of each node; what was found at a time holds since the time before."""
+    found = []
+    for node in range(1, len(rows[-1][1].recurrent) + 1):
+        start, now = 0.0, rows[0][1].recurrent[node - 1]
+        for (before, _), (_, cell) in zip([(0.0, None), *rows], rows, strict=False):
+            if cell.recurrent[node - 1] != now:
+                found.append(Stretch(node, *now, start, before))
+                start, now = before, cell.recurrent[node - 1]
+        found.append(Stretch(node, *now, start, rows[-1][0]))
+    return found
+
+
+def strip_height(history: History) -> float:
+    rows = strip_rows(history)
+    return LANE * len(rows[-1][1].recurrent) + 95 if rows else 0
+
+
+def draw_strip(figure: Figure | SubFigure, history: History) -> None:
+    rows = strip_rows(history)
+    axes = figure.subplots()
+    end, nodes = rows[-1][0], len(rows[-1][1].recurrent)
+    pixel = end / (WIDTH - 60)
+    for s in stretches(rows):
+        bar = {"height": 0.8, "color": COLOURS[s.op], "linewidth": 0}
+        axes.barh(s.node, s.stop - s.start, left=s.start, gid=f"stretch-{s.node}-{s.op}-{s.predecessor}", **bar)
+        if s.start > 0:
+            axes.plot([s.start] * 2, [s.node - 0.43, s.node + 0.43], color=INK, linewidth=1.6 * POINT, gid="change")
+        if s.stop - s.start > 12 * pixel:
+            look = {"fontsize": SMALL * POINT, "color": ON_COLOUR, "va": "center_baseline", "weight": "bold"}
+            axes.text(s.start + 5 * pixel, s.node, str(s.predecessor), **look)
+    axes.set_xlim(0, end)
+    axes.set_ylim(nodes + 0.6, 0.4)
+    axes.set_yticks(range(1, nodes + 1), [f"$s_{i}$" for i in range(1, nodes + 1)])
+    axes.tick_params(left=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(history.unit)
+    axes.set_ylabel("node")
+    axes.set_title("The genotype over time")
+    key(figure, PRIMITIVES[1:], loc="outside lower center")
+
+
+# --- every edge ---
+
+
+def edges_height(history: History) -> float:
+    return 80 + 68 * history.nodes if history.nodes else 0
+
+
+def draw_edges(figure: Figure | SubFigure, history: History) -> None:
+    if isinstance(figure, Figure):
+        figure.set_layout_engine("none")  # every place is said below
+    x, alphas = history.probabilities
+    few = np.unique(np.linspace(0, len(x) - 1, MOST).round().astype(int))  # the last one among them
+    x, alphas = np.array(x)[few], alphas[few]
+    nodes = history.nodes
+    found = history.genotypes
+    kept = {} if not found else {(j, i): op for i, (op, j) in enumerate(found[-1][1].recurrent, start=1)}
+    if len(kept) != nodes:
+        kept = {}
+    room = 0.08 * np.ptp(alphas) + 1e-4
+    limits = alphas.min() - room, alphas.max() + room
+    height = edges_height(history)
+    left, bottom, head = 56 / WIDTH, 46 / height, 30 / height
+    wide, high = (1 - left - 8 / WIDTH) / nodes, (1 - bottom - head) / nodes
+    for edge, (j, i) in enumerate(edges(nodes)):
+        place = (left + j * wide, bottom + (nodes - i) * high, wide - 6 / WIDTH, high - 6 / height)
+        axes = figure.add_axes(place, xlim=(0, x[-1]), ylim=limits, gid=f"edge-{j}-{i}")
+        op = kept.get((j, i))
+        if op:
+            axes.patch.set(facecolor=COLOURS[op], alpha=0.13)
+        for spine in axes.spines.values():
+            spine.set(visible=True, color=COLOURS[op] if op else GREY, linewidth=(2 if op else 0.6) * POINT)
+        axes.axhline(1 / len(PRIMITIVES), color=GREY, linewidth=0.6 * POINT)
+        for name, y in zip(PRIMITIVES, alphas[:, edge].T, strict=True):
+            plot(axes, x, y, name, COLOURS[name], markersize=2, linewidth=(1.8 if name == op else 1.2) * POINT)
+        axes.tick_params(labelsize=(SMALL - 1) * POINT, length=2, left=j == 0, labelleft=j == 0, labelbottom=i == nodes)
+        axes.tick_params(bottom=i == nodes)
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
+        if j == 0:
+            axes.set_ylabel(f"$s_{i}$", rotation=0, ha="right", va="center", color=INK, fontsize=(SMALL + 2) * POINT)
+        if i == nodes:
+            axes.set_xlabel(f"from $s_{j}$", color=INK)
+    figure.text(left + 2.4 * wide, 1 - 34 / height, "Probability of each primitive on every edge", weight="bold",
+                fontsize=(SMALL + 2) * POINT)  # fmt: skip
+    note = f"over {history.unit}, all on one scale; the line is 1/{len(PRIMITIVES)}; what the genotype keeps is framed"
+    figure.text(left + 2.4 * wide, 1 - 54 / height, note, color=SOFT)
+    key(figure, PRIMITIVES, loc="upper left", bbox_to_anchor=(left + 2.4 * wide - 6 / WIDTH, 1 - 60 / height))
+
+
+# --- the signal ---
+
+
+def cosines(axes: Axes, history: History) -> None:
+    for name, colour in (("whole", INK), ("direct", BLUE), ("implicit", RED)):
+        x, y = history.curve("diagnosis", f"cosine_{name}")
+        if x:
+            plot(axes, x, y, name, colour)
+    axes.axhline(0, color=GREY, linewidth=POINT)
+    legend(axes)
+
+
+def one_of(name: str, log: bool = False) -> Callable[[Axes, History], None]:
+    def draw(axes: Axes, history: History) -> None:
+        plot(axes, *history.curve("diagnosis", name, 0 if log else -LARGEST), name.replace("_", " "), BLUE)
+        if log:
+            log_scale(axes)
+        else:
+            axes.ticklabel_format(useOffset=False)
+
+    return draw
+
+
+def gap(axes: Axes, history: History) -> None:
+    for name, colour in (("discrete", RED), ("relaxed", BLUE)):
+        plot(axes, *history.curve("diagnosis", f"{name}_loss"), name, colour)
+    legend(axes)
+
+
+def signal_panels(history: History) -> list[Panel]:
+    panels: list[tuple[str, Panel]] = [
+        ("cosine_whole", ("Independent batches agree", "cosine of alpha gradients", cosines)),
+        ("norm_ratio", ("Implicit to direct part", "ratio of norms", one_of("norm_ratio", log=True))),
+        ("sensitivity", ("What becomes of a small change", "growth over a segment", one_of("sensitivity", log=True))),
+        ("product_cosine", ("Finite to exact product", "cosine", one_of("product_cosine"))),
+        ("eigenvalue", ("Largest eigenvalue", "of the Hessian in alpha", one_of("eigenvalue"))),
+        ("relaxed_loss", ("What discretising costs", "validation loss, nats", gap)),
+    ]
+    return [panel for name, panel in panels if history.curve("diagnosis", name)[0]]
+
+
+PICTURES = {
+    "curves": Picture(
+        "The run", "The relaxed model's perplexities say that it learns, not how good the cell is.",
+        lambda history: (height := panels_height(run_panels(history))) and height + 30, draw_run,
+    ),
+    "genotype": Picture(
+        "The genotype", "Colour is the activation, the number the node that it is applied to; a dark line is a change.",
+        strip_height, draw_strip,
+    ),
+    "edges": Picture(
+        "The alphas", "A node keeps the edge whose strongest primitive other than none is the most probable.",
+        edges_height, draw_edges,
+    ),
+    "signal": Picture(
+        "The signal", "From --diagnose_every: whether the alphas' gradient says the same on one batch and on another.",
+        lambda history: panels_height(signal_panels(history)),
+        lambda figure, history: draw_panels(figure, history, signal_panels(history)),
+    ),
+}  # fmt: skip
+
+
+def figures(history: History) -> dict[str, Figure]:
+    """By name, those for which something was recorded."""
+    found = {}
+    for name, picture in PICTURES.items():
+        if height := picture.height(history):
+            found[name] = new_figure(height)
+            picture.draw(found[name], history)
+    return found
+
+
+def whole_figure(history: History) -> Figure:
+    """All of them, one below the other. Raises `PictureError` if there is none."""
+    heights = {name: height for name, picture in PICTURES.items() if (height := picture.height(history))}
+    if not heights:
+        raise PictureError(f"{history.folder}: nothing to draw yet; its metrics.jsonl has no interval and no epoch")
+    figure = new_figure(sum(heights.values()))
+    parts = figure.subfigures(len(heights), 1, height_ratios=list(heights.values()), squeeze=False)[:, 0]
+    for part, name in zip(parts, heights, strict=True):
+        part.set_facecolor("none")
+        PICTURES[name].draw(part, history)
+    return figure

@@ -1,0 +1,53 @@
+"""A study: every cell's short training, in the order in which they ended."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from matplotlib.figure import Figure
+
+from experiment import metrics
+from plots.run_history import LARGEST
+from plots.style import GREY, INK, SERIES, PictureError, new_figure
+
+BLUE, RED, GREEN, *_ = SERIES
+METHODS = {"first": (BLUE, "o"), "unrolled": (RED, "s"), "random": (GREEN, "^")}  # colour, mark
+
+
+def selected(folder: Path) -> dict[str, float]:
+    """By trial ("first-1/1") the validation perplexity of its short training, in the order in which they ended."""
+    done = {}
+    for event in metrics.events(folder):
+        stage, _, cell = event["trial"].partition("/")
+        if stage == "select" and event["event"] in ("done", "halved") and 0 < event["valid_ppl"] < LARGEST:
+            done[cell] = event["valid_ppl"]
+    return done
+
+
+def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
+    """The short trainings of a study: (cell, validation perplexity), in the order in which they ended."""
+    figure = new_figure(345)
+    axes = figure.add_subplot()
+    values, order = [value for _, value in done], range(1, len(done) + 1)
+    for name, of, look in (("best so far", min, "-"), ("median so far", median, "--")):
+        curve = [of(values[:i]) for i in order]
+        axes.step(order, curve, look, where="post", color=INK if of is min else GREY, linewidth=1.5, label=name)
+    for method, (colour, mark) in METHODS.items():
+        here = [(i, value) for i, (cell, value) in zip(order, done, strict=True) if cell.startswith(f"{method}-")]
+        if here:
+            axes.plot(*zip(*here, strict=True), mark, color=colour, markersize=7, label=method)
+    axes.set_xlabel("short trainings that ended")
+    axes.set_ylabel("validation perplexity, per word")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def selection_figure(folder: Path) -> Figure:
+    """The selection so far. Raises `PictureError` if no trial of it is done."""
+    done = selected(folder)
+    if not done:
+        raise PictureError(
+            f"no short training of a study is done in {str(folder)!r}; python trials.py select makes some"
+        )
+    return study_figure(list(done.items()))

@@ -1,0 +1,64 @@
+"""metrics.jsonl once more, for TensorBoard: scalars, the cell that a search points to, and the flags.
+
+What is in that file is what TensorBoard finds: when a run goes on, or back to a checkpoint, all of it is written again,
+in the place of what was written before. (A TensorBoard that is open meanwhile may show both until it is started again.)
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from experiment import metrics
+from genotypes import GenotypeError, from_json
+from plots.cell_graph import cell_figure
+from plots.style import plain_style
+
+FOLDER = "tensorboard"
+OF_ROW = ("epoch", "step", "seconds")  # where a row stands, and no measurement
+JUDGED_BY = "epoch/valid_ppl"  # what TensorBoard compares runs with these flags by
+
+
+class Mirror:
+    """Of the run in this directory."""
+
+    def __init__(self, folder: Path, flags: dict[str, Any]):
+        self.folder = folder
+        self.flags = {name: value for name, value in flags.items() if isinstance(value, bool | int | float | str)}
+        self.writer: SummaryWriter | None = None
+        self.cell: Any = None  # the last that was drawn
+
+    def restart(self) -> None:
+        """Write everything that is in metrics.jsonl, in the place of what was written before."""
+        if self.writer is not None:
+            self.writer.close()
+        for path in (self.folder / FOLDER).glob("events.out.tfevents.*"):
+            path.unlink()
+        self.writer, self.cell = SummaryWriter(str(self.folder / FOLDER), purge_step=0), None
+        for summary in hparams(self.flags, {JUDGED_BY: 0.0}):
+            self.writer.file_writer.add_summary(summary)
+        for row in metrics.rows(self.folder):
+            self.write(row)
+        self.writer.flush()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a row that was just added to metrics.jsonl."""
+        if self.writer is None:
+            self.restart()
+        else:
+            self.write(row)
+            self.writer.flush()
+
+    def write(self, row: dict[str, Any]) -> None:
+        kind, step = row["kind"], row.get("step")
+        for name, value in row.items():
+            if name not in OF_ROW and metrics.is_number(value):
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        if kind == "epoch" and "genotype" in row and row["genotype"] != self.cell:
+            self.cell = row["genotype"]
+            try:
+                with plain_style():
+                    self.writer.add_figure("cell", cell_figure(from_json(self.cell)), step)
+            except GenotypeError:
+                pass  # of a file that somebody has written into

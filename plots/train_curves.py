@@ -1,0 +1,99 @@
+"""Retraining: validation curves of many runs on one axis, beside those that were published."""
+
+from collections.abc import Sequence
+from math import log
+from pathlib import Path
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiment import metrics
+from plots.run_history import History
+from plots.style import GREY, INK, POINT, SERIES, SMALL, SOFT, PictureError, log_scale, new_figure, plot
+
+# Validation perplexity of the published cell on Penn Treebank after so many epochs (Li & Talwalkar, UAI 2019).
+ANCHORS = {300: 64.0, 500: 61.9, 1600: 59.5, 2600: 58.5, 3600: 58.2}
+HEIGHT, LINE = 400, 17  # pixels of the picture, and of a line of text
+LOOKS = ("-", "--", ":", "-.")
+
+
+def on_penn(folder: Path) -> bool:
+    """Whether the run says that it read the whole of Penn Treebank."""
+    flags = (metrics.read_json(folder / "config.json") or {}).get("flags")
+    return isinstance(flags, dict) and flags.get("data") == "penn" and flags.get("limit_tokens") == 0
+
+
+def switch(history: History) -> float | None:
+    """When averaging began (NT-ASGD): the end of the last epoch before it; None without one."""
+    rows = history.rows["epoch"]
+    first = next((k for k, row in enumerate(rows) if row.get("phase") == "asgd"), 0)
+    return history.when(rows[first - 1]["step"]) if first else None
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """What tells them apart: as much of the end of each path as that takes."""
+    for depth in range(1, 6):
+        found = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
+        if len(set(found)) == len(found):
+            return found
+    return [str(folder) for folder in folders]
+
+
+def train_figure(histories: Sequence[History]) -> Figure:
+    """Raises `PictureError` if no epoch of any run is over."""
+    histories = [history for history in histories if history.curve("epoch", "valid_ppl", 0)[0]]
+    if not histories:
+        raise PictureError("no epoch of these runs is over yet, so there is no validation perplexity to draw")
+    figure = new_figure(HEIGHT + 16 * max(0, len(histories) - 8))
+    axes = figure.subplots()
+    values, switched = [], False
+    for k, (history, name) in enumerate(zip(histories, names([h.folder for h in histories]), strict=True)):
+        x, y = history.curve("epoch", "valid_ppl", 0)
+        values += y
+        colour, look = SERIES[k % len(SERIES)], LOOKS[k // len(SERIES) % len(LOOKS)]
+        plot(axes, x, y, f"{name}: {min(y):.2f}", colour, look)
+        when = switch(history)
+        if when is not None and (after := [value for time, value in zip(x, y, strict=True) if time >= when]):
+            axes.plot([when], after[:1], "D", color=colour, markersize=6, markeredgecolor=INK, gid=f"switch-{name}")
+            switched = True
+    end = max(history.end for history in histories)
+    if all(on_penn(history.folder) for history in histories):
+        draw_anchors(axes, end, (min(values), max(values)))
+        values += ANCHORS.values()
+    axes.set_xlim(0, 1.02 * end)
+    if max(values) > 1.5 * min(values):
+        log_scale(axes)
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("validation perplexity, per word")
+    if switched:
+        axes.plot([], [], "D", color="none", markeredgecolor=INK, markersize=6, label="averaging from here on")
+    lines = [line for line in axes.lines if line.get_label() != f"_child{axes.lines.index(line)}"]
+    found = axes.legend(lines, [line.get_label() for line in lines], title="run: best", loc="upper left",
+                        bbox_to_anchor=(1.01, 1), alignment="left")  # fmt: skip
+    for text in found.get_texts():
+        text.set_parse_math(False)  # a directory may have a $ in its name
+    return figure
+
+
+def draw_anchors(axes: Axes, end: float, limits: tuple[float, float]) -> None:
+    """Lines that are named at their right end, those that lie close together in one place; and a cross where the runs
+    are as long. `limits`: of the runs' perplexities."""
+    for epochs, value in ANCHORS.items():
+        axes.axhline(value, gid=f"anchor-{epochs}", color=GREY, linestyle=":", linewidth=POINT)
+        if epochs <= end:
+            axes.plot([epochs], [value], "x", color=SOFT, markersize=6, gid=f"reached-{epochs}")
+    least, most = min(limits[0], *ANCHORS.values()), max(limits[1], *ANCHORS.values())
+    line = 1.05 * (log(most) - log(least)) * LINE / HEIGHT  # of text, on a log axis, in nats; more than on a linear one
+    groups: list[list[int]] = []
+    for epochs, value in ANCHORS.items():  # from the highest to the lowest
+        last = groups[-1] if groups else []
+        if last and log(ANCHORS[last[0]]) - log(value) < line * (len(last) + 1):
+            last.append(epochs)
+        else:
+            groups.append([epochs])
+    for group in groups:
+        words = "\n".join(f"{ANCHORS[epochs]} after {epochs:,}" for epochs in group)
+        place = (1.01, mean(ANCHORS[epochs] for epochs in group))
+        axes.annotate(words, place, xycoords=("axes fraction", "data"), va="center", color=SOFT, annotation_clip=False,
+                      fontsize=(SMALL - 1) * POINT)  # fmt: skip

@@ -1,0 +1,156 @@
+"""What a study will cost: every job's steps, times what a step of its kind takes on the machine that runs it."""
+
+import heapq
+import shlex
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+import data
+from experiment import arguments, metrics, retrain_arguments, search_arguments
+from genotypes import BASELINES
+from study.jobs import Job
+
+SCRIPTS = {"train.py": retrain_arguments, "train_search.py": search_arguments}
+# Of a study's own making: what a user gives to the scripts beside them must leave them alone.
+TAKEN = ("save", "resume", "data", "arch", "epochs", "seed", "test", "overfit", "finetune", "search_split", "unrolled")
+PROBE_STEPS = 12  # of the run that measures a kind of job
+WARM = 4  # of them, in which functions are compiled and memory is taken
+NOT_OF_THE_KIND = {"epochs", "seed", "save", "resume", "limit_tokens", "test", "log_interval"}
+
+
+class Share(NamedTuple):
+    """What one trial takes of a machine."""
+
+    cpus: float = 1
+    gpus: float = 0
+
+    @property
+    def devices(self) -> float:
+        """What its time costs: GPUs where it has some, else cores."""
+        return self.gpus or self.cpus
+
+    @property
+    def unit(self) -> str:
+        """In which that is told."""
+        return "GPU" if self.gpus else "core"
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+
+class Pace(NamedTuple):
+    """Seconds on the machine at hand."""
+
+    step: float
+    evaluation: float  # of the validation text
+
+
+class Entry(NamedTuple):
+    """A line of the plan."""
+
+    stage: str
+    trials: int
+    done: int
+    steps: int  # still to be taken
+    seconds: float  # of work for them
+    wall: float  # seconds, so many at a time
+
+
+@cache
+def parse(job: Job) -> Namespace:
+    """A job's flags, as its script would take them; not to be written to."""
+    args = SCRIPTS[job.script].build_parser().parse_args([*job.flags, "--save", job.name])
+    arguments.complete(args, "")
+    return args
+
+
+def kind(job: Job) -> str:
+    """Jobs of the same kind take the same time for a step, whatever their genotypes."""
+    flags = {name: value for name, value in vars(parse(job)).items() if name not in NOT_OF_THE_KIND}
+    if "arch" in flags:
+        arch = flags["arch"].upper()
+        flags["arch"] = arch if arch in BASELINES else "a genotype"
+    return f"{job.script} " + shlex.join(f"{name}={value}" for name, value in sorted(flags.items()))
+
+
+def probe(job: Job, name: str) -> Job:
+    """A run of a few steps of the same kind."""
+    args = parse(job)
+    held_out = search_arguments.HELD_OUT if getattr(args, "search_split", "valid") == "train" else 0.0
+    tokens = args.batch_size * max(PROBE_STEPS * args.bptt, 2) / (1 - held_out)
+    if held_out:  # either text needs two rows
+        tokens = max(tokens, 2 * args.arch_batch_size / held_out)
+    short = ("--epochs", "1", "--limit_tokens", str(int(tokens) + 1), "--log_interval", "1", "--checkpoint_minutes",
+             "60", "--cycle", "0")  # fmt: skip
+    if job.script == "train_search.py":
+        short += ("--arch_start", "0")  # its steps are those that move the alphas
+    return Job(name, job.script, (*job.flags, *short))
+
+
+def read(folder: Path) -> Pace:
+    """What a probe says."""
+    rows = list(metrics.rows(folder))
+    times = [row["seconds"] for row in rows if row["kind"] == "interval"]
+    [whole] = [row["seconds"] for row in rows if row["kind"] == "epoch"]
+    steps = [after - before for before, after in pairwise(times)]
+    return Pace(median(steps[WARM:] or steps or times), whole - times[-1])
+
+
+def steps(job: Job, corpus: data.Corpus) -> int:
+    """How many a job takes, on average over the lengths that are drawn."""
+    args = parse(job)
+    ids, rows = SCRIPTS[job.script].texts_to_read(corpus, args)["train"]
+    length = 0.95 * args.bptt + 0.05 * max(1, args.bptt // 2)
+    return round(args.epochs * (len(ids) // rows - 1) / length)
+
+
+def seconds(job: Job, corpus: data.Corpus, paces: Mapping[str, Pace]) -> float:
+    """Of work on a whole job."""
+    pace = paces[kind(job)]
+    return steps(job, corpus) * pace.step + (parse(job).epochs + 1) * pace.evaluation
+
+
+def makespan(durations: Iterable[float], parallel: int) -> float:
+    """Seconds until the last is done, where the next begins as soon as there is room."""
+    ends = [0.0] * parallel
+    for duration in durations:
+        heapq.heappush(ends, heapq.heappop(ends) + duration)
+    return max(ends)
+
+
+def entry(stage: str, todo: Sequence[Job], study: Path, corpus: data.Corpus, paces: Mapping, parallel: int) -> Entry:
+    """The line of a stage; of what is done or begun, only the rest counts."""
+    left, total = [], 0
+    for job in todo:
+        if not job.decided(study):
+            whole = seconds(job, corpus, paces)
+            rest = max(0.0, whole - metrics.seconds(study / job.name))
+            left.append(rest)
+            total += round(steps(job, corpus) * rest / whole) if whole else 0
+    return Entry(stage, len(todo), len(todo) - len(left), total, sum(left), makespan(left, parallel))
+
+
+def text(entries: Sequence[Entry], parallel: int, share: Share, full: float) -> str:
+    """The plan for a person. `full`: seconds of one training in full."""
+    hours = f"{share.unit}-hours"
+    lines = [f"{'stage':<10}{'trials':>8}{'done':>6}{'steps':>12}{'s/step':>9}{hours:>12}{'wall clock':>13}"]
+    for e in entries:
+        pace = f"{e.seconds / e.steps:.3g}" if e.steps else ""
+        lines.append(
+            f"{e.stage:<10}{e.trials:>8}{e.done:>6}{e.steps:>12,}{pace:>9}{e.seconds * share.devices / 3600:>12.2f}"
+            f"{tqdm.format_interval(e.wall):>13}"
+        )
+    work, wall = sum(e.seconds for e in entries), sum(e.wall for e in entries)
+    multiple = f", {work / full:.1f} times one training in full" if full else ""
+    return "\n".join(lines) + (
+        f"\nin all {work * share.devices / 3600:.2f} {hours}{multiple}; {tqdm.format_interval(wall)} with {parallel}"
+        f" trial{'s' if parallel > 1 else ''} at a time (without starting processes and compiling)"
+    )

@@ -1,0 +1,323 @@
+"""What a study found: leaderboard.md for people, leaderboard.csv and leaderboard.json for programs.
+
+Whether searching beat drawing at random is judged by the short trainings alone, in which every cell had the same
+budget; those that were retrained in full were picked by them.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from experiment import metrics
+from experiment.run_directory import Run
+from study import stats
+from study.cost import Share
+from study.design import RANDOM, STAGES, Cell, Proxy, Study
+from study.jobs import Job
+
+SHARE = "share.json"  # what a trial takes of a machine
+AGREES = 0.7  # Kendall's tau of a proxy that is recommended, whose interval must lie above 0
+
+
+def write(study: Study, run: Run) -> str:
+    """All three files; returns the text of the first."""
+    found = summary(study)
+    text = as_markdown(found)
+    run.write("leaderboard.json", found)
+    run.write_text("leaderboard.csv", as_csv(found["cells"]))
+    run.write_text("leaderboard.md", text)
+    return text
+
+
+def summary(study: Study) -> dict[str, Any]:
+    """Everything that follows from the study's run directories, as plain values; None where there is none."""
+    cells = [cell_row(study, cell) for cell in study.cells()]
+    cells.sort(
+        key=lambda row: (not row["retrained"], row["retrain"] or math.inf, row["select"] or math.inf, row["cell"])
+    )
+    chosen = study.chosen()
+    test = metrics.result(study.folder / chosen[1].name) if chosen else None
+    fair = not any(row["halved"] for row in cells)
+    return {
+        "cells": cells,
+        "methods": methods(cells) if fair else [],
+        "searched_against_random": against_random(cells) if fair else None,
+        "agreement": stages(study, cells),
+        "chosen": None if test is None else {
+            "cell": chosen[0].label, "run": chosen[1].name,
+            "valid_ppl": test["valid_ppl"], "test_ppl": test["test_ppl"],
+        },
+        "baselines": [baseline(study, job) for job in study.baseline()],
+        "proxies": proxies(study),
+        "cost": cost(study),
+        "failures": failures(study),
+        "stopped": stopped(study),
+    }  # fmt: skip
+
+
+def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
+    """A candidate: its perplexities on the validation text, mean and standard deviation over seeds."""
+    short, full = study.select([cell]), study.retrain([cell])
+    selected, retrained = study.values(short), study.values(full)
+    halved = [metrics.read_json(study.folder / job.name / "halved.json") for job in short]
+    return {
+        "cell": cell.label,
+        "found_by": list(cell.found_by),
+        "select": average(selected),
+        "select_sd": spread(selected),
+        "select_n": len(selected),
+        "halved": any(halved),
+        "retrain": average(retrained),
+        "retrain_sd": spread(retrained),
+        "retrained": len(retrained),
+        "genotype": str(cell.genotype),
+    }
+
+
+def methods(cells: Sequence[dict]) -> list[dict[str, Any]]:
+    """For each method the short trainings of the cells that it found, a cell that was found twice counted twice."""
+    found: dict[str, list[float]] = {}
+    for row in cells:
+        for name in row["found_by"] if row["select"] is not None else ():
+            found.setdefault(name.rpartition("-")[0], []).append(row["select"])
+    return sorted(
+        (
+            {"method": name, "n": len(values), "mean": mean(values), "sd": spread(values), "best": min(values)}
+            for name, values in found.items()
+        ),
+        key=lambda row: row["mean"],
+    )
+
+
+def against_random(cells: Sequence[dict]) -> dict[str, Any] | None:
+    """Distinct searched cells against random ones: the difference of the means, and its p under permutation."""
+    known = [row for row in cells if row["select"] is not None]
+    drawn = [row["select"] for row in known if row["cell"].startswith(f"{RANDOM}-")]
+    searched = [row["select"] for row in known if not row["cell"].startswith(f"{RANDOM}-")]
+    if not drawn or not searched:
+        return None
+    return {
+        "searched": len(searched),
+        "random": len(drawn),
+        "left_out": [row["cell"] for row in cells if row["select"] is None],
+        "difference": mean(searched) - mean(drawn),
+        "p": number(stats.permutation_test(searched, drawn)),
+        "best_searched": min(searched),
+        "best_random": min(drawn),
+    }
+
+
+def stages(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
+    """Whether what one stage ranks high, the next does."""
+    relaxed = {name: result["valid_ppl"] for name, result in study.searched().items()}
+    short = {name: row["select"] for row in cells for name in row["found_by"] if row["select"] is not None}
+    full = {row["cell"]: row["retrain"] for row in cells if row["retrain"] is not None}
+    found = []
+    for name, before, after in (("search, select", relaxed, short), ("select, retrain", short, full)):
+        both = sorted(before.keys() & after.keys())
+        x, y = [before[key] for key in both], [after[key] for key in both]
+        found.append({
+            "between": name, "n": len(both),
+            "tau": number(stats.kendall(x, y)), "rho": number(stats.spearman(x, y)),
+        })  # fmt: skip
+    return found
+
+
+def baseline(study: Study, job: Job) -> dict[str, Any]:
+    """A training in full, and its validation perplexity epoch by epoch."""
+    _, cell, seed = job.name.split("/")
+    result = metrics.result(study.folder / job.name)
+    return {
+        "cell": cell,
+        "seed": int(seed),
+        "valid_ppl": None if result is None else result["valid_ppl"],
+        "curve": [row["valid_ppl"] for row in metrics.epochs(study.folder / job.name)],
+    }
+
+
+def proxies(study: Study) -> list[dict[str, Any]]:
+    """How well each short training ranks the reference cells as the long one does; cheapest first.
+
+    A short training of full size is the beginning of a long one: then it is read from the runs of every second seed and
+    held against those of the others, so that no run is compared with itself.
+    """
+    runs: dict[str, dict[str, list[Job]]] = {}  # by folder and cell, one for each seed
+    for job in study.proxy():
+        _, folder, cell, _ = job.name.split("/")
+        runs.setdefault(folder, {}).setdefault(cell, []).append(job)
+
+    def curves(proxy: Proxy, seeds: slice) -> dict[str, list[tuple[float, float]]]:
+        """For each cell, by seed, (best perplexity, seconds) after so many epochs, or at an earlier end."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for cell, of_cell in runs.get(proxy.folder, {}).items():
+            for job in of_cell[seeds]:
+                rows = metrics.epochs(study.folder / job.name)[: proxy.epochs]
+                if rows and (len(rows) == proxy.epochs or job.decided(study.folder)):
+                    found.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
+        return found
+
+    reference, found = study.reference(), []
+    for proxy in study.proxies():
+        apart = proxy.folder == reference.folder
+        short = curves(proxy, slice(0, None, 2) if apart else slice(None))
+        long = curves(reference, slice(1, None, 2) if apart else slice(None))
+        cells = [cell for cell in runs.get(proxy.folder, {}) if cell in short and cell in long]
+        if len(cells) < 2:
+            continue
+        x, y = ([[ppl for ppl, _ in side[cell]] for cell in cells] for side in (short, long))
+        whole = mean(s for cell in cells for _, s in long[cell]) * study.args.full_epochs / reference.epochs
+        tau, rho = stats.agreement(stats.kendall, x, y), stats.agreement(stats.spearman, x, y)
+        every = [[ppl for ppl, _ in of_cell] for of_cell in curves(proxy, slice(None)).values()]
+        found.append({
+            "proxy": str(proxy), "epochs": proxy.epochs, "emsize": proxy.emsize, "tokens": proxy.tokens,
+            "cost": mean(s for cell in cells for _, s in short[cell]) / whole,
+            "tau": [number(v) for v in tau], "rho": [number(v) for v in rho],
+            "seed_sd": number(stats.seed_spread(every)), "cell_sd": spread([mean(v) for v in every]),
+            "cells": len(cells),
+        })  # fmt: skip
+    found.sort(key=lambda row: row["cost"])
+    good = [row for row in found if (row["tau"][0] or 0) >= AGREES and (row["tau"][1] or 0) > 0]
+    for row in found:
+        row["recommended"] = bool(good) and row is good[0]
+    return found
+
+
+def cost(study: Study) -> list[dict[str, Any]]:
+    """Device time by stage, of every run there is, where a trial takes what it did when they last ran."""
+    kept = (metrics.read_json(study.folder / SHARE) or {}).items()
+    share, found = (
+        Share(**{name: value for name, value in kept if name in Share._fields and metrics.is_number(value)}),
+        [],
+    )
+    for stage in STAGES:
+        folders = [path.parent for path in sorted((study.folder / stage).glob("**/metrics.jsonl"))]
+        total = sum(map(metrics.seconds, folders))
+        found.append({"stage": stage, "runs": len(folders), f"{share.unit}_hours": total * share.devices / 3600})
+    return found
+
+
+def failures(study: Study) -> list[dict[str, Any]]:
+    """Trials that were given up, and not done later."""
+    last = {
+        event["trial"]: event
+        for event in metrics.events(study.folder)
+        if event["event"] in ("failed", "done", "halved")
+    }
+    return [{"trial": name, "reason": event["reason"]} for name, event in last.items() if event["event"] == "failed"]
+
+
+def stopped(study: Study) -> dict[str, str]:
+    """Why stages ended before their last trial, those that did."""
+    last = {event["trial"]: event for event in metrics.events(study.folder) if event["event"] in ("stopped", "over")}
+    return {stage: event["reason"] for stage, event in last.items() if event["event"] == "stopped"}
+
+
+# --- numbers ---
+
+
+def average(values: Sequence[float]) -> float | None:
+    return mean(values) if values else None
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """The standard deviation; None of fewer than two."""
+    return stdev(values) if len(values) > 1 else None
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+# --- text ---
+
+
+def as_csv(cells: Iterable[dict]) -> str:
+    """A line for each cell."""
+    file = io.StringIO()
+    rows = [{**row, "found_by": " ".join(row["found_by"])} for row in cells]
+    if rows:
+        table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    return file.getvalue()
+
+
+def shown(value: Any) -> str:
+    """A number of a table; a dash for none."""
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def with_spread(value: float | None, sd: float | None) -> str:
+    return shown(value) + ("" if sd is None else f" ± {sd:.2f}")
+
+
+def table(head: str, rows: Iterable[Sequence[Any]]) -> str:
+    """In markdown; the head's columns are parted by |."""
+    lines = [f"| {' | '.join(shown(value) for value in row)} |" for row in rows]
+    return "\n".join([f"| {head} |", "|" + "---|" * (head.count("|") + 1), *lines])
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """leaderboard.md."""
+    parts = ["# Leaderboard", "Perplexities on the validation text, ± the standard deviation between seeds."]
+    if found["chosen"]:
+        c = found["chosen"]
+        parts.append(
+            f"Chosen: **{c['cell']}** ({c['run']}), {c['valid_ppl']:.2f} valid, "
+            + ("test not read yet." if c["test_ppl"] is None else f"{c['test_ppl']:.2f} test, read once.")
+        )
+    parts.append(table("cell | found by | short training | in full", [
+        (row["cell"], ", ".join(row["found_by"]),
+         "halved" if row["halved"] else with_spread(row["select"], row["select_sd"]),
+         with_spread(row["retrain"], row["retrain_sd"]))
+        for row in found["cells"]
+    ]))  # fmt: skip
+    if found["methods"]:
+        parts += ["## By method (short trainings)", table("method | n | mean | sd | best", [
+            (m["method"], m["n"], m["mean"], m["sd"], m["best"]) for m in found["methods"]
+        ])]  # fmt: skip
+    if t := found["searched_against_random"]:
+        p = "too few for a test" if t["p"] is None else f"p = {t['p']:.3f}, two-sided permutation test"
+        parts.append(
+            f"Searched minus random: {t['difference']:+.2f} in the mean, over {t['searched']} and {t['random']}"
+            f" distinct cells ({p}); the best {t['best_searched']:.2f} and {t['best_random']:.2f}."
+            + (f" Left out, as no short training of theirs ended: {', '.join(t['left_out'])}." if t["left_out"] else "")
+        )
+    parts += ["## Agreement between stages", table("between | cells | Kendall's tau | Spearman's rho", [
+        (a["between"], a["n"], a["tau"], a["rho"]) for a in found["agreement"]
+    ])]  # fmt: skip
+    if any(b["curve"] for b in found["baselines"]):
+        parts += ["## Baselines, in full", table("cell | seed | valid ppl | epochs", [
+            (b["cell"], b["seed"], b["valid_ppl"], len(b["curve"])) for b in found["baselines"]
+        ])]  # fmt: skip
+    if found["proxies"]:
+        columns = "short training | cost, of one in full | cells | tau | rho | sd of seeds | of cells | recommended"
+        parts += ["## Proxies", "tau and rho against the long training, with 90% intervals of the bootstrap.", table(
+            columns, [
+                (p["proxy"], f"{100 * p['cost']:.1f}%", p["cells"], interval(p["tau"]), interval(p["rho"]),
+                 p["seed_sd"], p["cell_sd"], "yes" if p["recommended"] else "")
+                for p in found["proxies"]
+            ])]  # fmt: skip
+        if not any(p["recommended"] for p in found["proxies"]):
+            parts.append(f"None has a tau of {AGREES} with an interval above 0: train longer, or rank more cells.")
+    parts += ["## Cost", table("stage | runs | device time", [
+        (c["stage"], c["runs"], f"{value:.2f} {key.replace('_', '-')}")
+        for c in found["cost"] for key, value in c.items() if key.endswith("hours")
+    ])]  # fmt: skip
+    parts += [f"The stage {stage} was stopped: {reason}." for stage, reason in found["stopped"].items()]
+    if found["failures"]:
+        parts += [
+            "## Failures",
+            table("trial | its last words", [(f["trial"], f["reason"]) for f in found["failures"]]),
+        ]
+    parts += ["## Genotypes", "\n".join(f"- {row['cell']}: `{row['genotype']}`" for row in found["cells"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def interval(estimate: Sequence[float | None]) -> str:
+    value, low, high = map(shown, estimate)
+    return f"{value} ({low} to {high})"

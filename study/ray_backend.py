@@ -1,0 +1,163 @@
+"""Many trials at once, by Ray Tune, which schedules them, starts a trial that died again, and halves.
+
+What Ray writes down of a study is not read again: a trial's run directory says all that its continuation needs
+(see jobs.py), on whichever machine that is. So the machines of a cluster must see the study under the same path.
+"""
+
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+from study import jobs
+from study.cost import Share
+from study.jobs import Job
+from study.monitor import Board
+from utils import RunError
+
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: the study has one (monitor.py)
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default, which it warns of
+
+WATCH = 3.0  # seconds between two looks at whether Ray is there
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A Ray of this machine's own inside, or the cluster at the address. Raises `RunError` if there is none."""
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the board says what became of a trial
+    own = {} if address else {"include_dashboard": False, "object_store_memory": 128 << 20}
+    try:
+        if address and address != "auto":  # for a silent address Ray would wait for many minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        where = f"--address {address}: cannot reach Ray there; a cluster that has a token wants RAY_AUTH_MODE=token"
+        raise RunError(f"{where} ({reason})" if address else f"Ray does not start ({reason})") from error
+    over = threading.Event()
+    threading.Thread(target=watch, args=(over,), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        ray.shutdown()
+
+
+def watch(over: threading.Event) -> None:
+    """Ends this process when Ray is gone, for which Tune would wait for ever. Whatever is to be kept is on the disk."""
+    while not over.wait(WATCH):
+        try:
+            gone = not any(node["Alive"] for node in ray.nodes())
+        except (ray.exceptions.RayError, ConnectionError, RuntimeError):
+            gone = True
+        if gone and not over.is_set():
+            print("error: Ray is gone; go on with --resume", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def room(share: Share) -> int:
+    """How many trials fit at the same time, each on one machine, and a part of a GPU on one GPU."""
+    return sum(fitting(node["Resources"], share) for node in ray.nodes() if node["Alive"])
+
+
+def fitting(there: Mapping[str, float], share: Share) -> int:
+    """How many fit on a machine that has this."""
+    by_cpus = int(there.get("CPU", 0) / share.cpus)
+    if not share.gpus:
+        return by_cpus
+    gpus = there.get("GPU", 0)
+    return min(by_cpus, int(gpus / share.gpus) if share.gpus >= 1 else int(gpus) * int(1 / share.gpus))
+
+
+def has_gpus() -> bool:
+    """Whether any machine has one."""
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def run_all(
+    todo: Sequence[Job], study: Path, share: Share, parallel: int, retries: int, board: Board, halving: int = 0
+) -> None:
+    """Run the jobs, `parallel` at a time, each again up to `retries` times if its process or machine dies. `halving`:
+    the epochs of each, of which most are to be spared by successive halving (ASHA, Li et al. 2020); 0 for none."""
+    # max_t is never reached: a trial there would be ended before its result is written
+    scheduler = ASHAScheduler("epoch", "valid_ppl", "min", max_t=halving + 1, reduction_factor=3) if halving else None
+    study = study.absolute()  # Ray's processes stand elsewhere
+    one = partial(run_one, todo, study, Path.cwd(), share, halving)
+    trial = tune.with_resources(one, {"cpu": share.cpus, "gpu": share.gpus})
+    with TemporaryDirectory(prefix="tune-", dir=study) as storage:
+        tune.Tuner(
+            trial,
+            param_space={"index": tune.grid_search(list(range(len(todo))))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=parallel, scheduler=scheduler, reuse_actors=False),
+            run_config=tune.RunConfig(
+                name="trials", storage_path=storage, verbose=0, callbacks=[Told(todo, board)], stop=Stop(board),
+                failure_config=tune.FailureConfig(max_failures=retries),
+            ),
+        ).fit()  # fmt: skip
+
+
+def run_one(todo: Sequence[Job], study: Path, directory: Path, share: Share, halving: int, config: dict) -> None:
+    """In a process of Ray's."""
+    if not share.gpus:  # else a trial would take the first GPU, if its machine has some, as would all others
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    def report(row: dict) -> None:
+        if row["epoch"] != halving:  # the last epoch is behind: nothing is left to be spared
+            tune.report({"epoch": row["epoch"], "valid_ppl": row["valid_ppl"], "work_seconds": row["seconds"]})
+
+    jobs.run(todo[config["index"]], study, directory, share.threads, report)
+
+
+class Told(tune.Callback):
+    """Tells the board what becomes of trials."""
+
+    def __init__(self, todo: Sequence[Job], board: Board):
+        self.todo, self.board = todo, board
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        self.board.started(self.job(trial))
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        if "epoch" in result:
+            self.board.epoch(self.job(trial), result["epoch"], result["valid_ppl"], result["work_seconds"])
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        self.board.ended(self.job(trial))
+
+    def on_trial_recover(self, iteration, trials, trial, **info):
+        self.board.retried(self.job(trial))
+
+    def on_trial_error(self, iteration, trials, trial, **info):
+        self.board.failed(self.job(trial))
+
+    def on_step_end(self, iteration, trials, **info):
+        self.board.refresh()
+
+    def job(self, trial) -> Job:
+        return self.todo[trial.config["index"]]
+
+
+class Stop(tune.Stopper):
+    """Ends all trials when the board says so."""
+
+    def __init__(self, board: Board):
+        self.board = board
+
+    def __call__(self, trial_id, result) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self.board.reason())

@@ -1,0 +1,1 @@
+"""What moves the weights: losses, gradients, optimizers, schedules, evaluation, diagnostics."""

@@ -8,221 +8,205 @@ perplexity of the weights that did best on the validation text.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data import batchify, get_batch, segments
 from engine import Engine
 from engine.dropout import Rates
-from engine.matmul import products_in
-from experiment import arguments, checkpoint, resume, signals, startup
-from experiment.distributed import Ranks
-from experiment.divergence import Watch, go_back
-from experiment.progress import Progress
+from experiment import checkpoint, resume, signals, startup
+from experiment.experiment import Experiment
 from experiment.retrain_arguments import EVAL_ROWS, build_parser, texts_to_read
-from experiment.signals import StopSignal
 from genotypes import cell_to_json, resolve_cell
 from model import retrain_model
-from training import optimizers
-from training.early_stopping import Patience
-from training.evaluation import evaluate, perplexity, told
+from training.evaluation import perplexity, told
 from training.gradients import clipped_gradient, scaled_lr
 from training.losses import Batch, SmallBatches
-from training.optimizers import NonMonotonicTrigger, averaged
-from training.overfit import overfit
-from utils import Diverged, choose_device
+from training.optimizers import NonMonotonicTrigger, averaged, new_optimizer
 
 REASONS = ("patience", "nonmono")  # to stop before the last epoch
 
 
+class RetrainState:
+    """What retraining trains: the weights of one cell, by SGD and then by averaged SGD."""
+
+    def __init__(self, experiment: Experiment):
+        args, ranks = experiment.args, experiment.ranks
+        self.args, self.ranks, self.run, self.patience = args, ranks, experiment.run, experiment.patience
+        self.batch_size, self.micro_batch_size = experiment.local_batch_size, experiment.micro_batch_size
+        self.train_text, self.valid_text = experiment.sharded("train"), experiment.texts["valid"]  # (n, B) each
+
+        self.cell = resolve_cell(args.arch)
+        rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
+        model = retrain_model(
+            len(experiment.corpus.words), args.emsize, rates, self.cell, args.n_experts, args.init_range
+        ).to(experiment.device)  # fmt: skip
+        self.model = model.using(Engine(args.engine, args.precision))
+        ranks.seed(args.seed)
+        self.weights = self.model.weights()
+        self.phase = "sgd" if args.optimizer == "ntasgd" else args.optimizer
+        self.optimizer, self.trigger = self.new_optimizer(self.phase), NonMonotonicTrigger(args.nonmono)
+        self.start_epoch()
+        self.capture()
+
+    def new_optimizer(self, phase: str) -> torch.optim.Optimizer:
+        return new_optimizer(phase, self.weights, self.args.lr, self.args.wdecay, self.args.momentum)
+
+    def capture(self) -> None:
+        """On CUDA, the gradient becomes a graph that is replayed."""
+        self.replayed_gradient = self.model.engine.replayed(self.gradient, self.train_text.device)
+
+    # --- the step ---
+
+    def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (nats per word), hidden state (B, S) and gradient norm of a training batch; the gradient is in .grad."""
+        args, masks = self.args, self.model.draw_masks(self.batch_size)
+        two_passes = args.rdrop > 0 or args.fraternal > 0
+        batch = Batch(x, y, hidden, masks, self.model.draw_masks(self.batch_size) if two_passes else None)
+        losses = SmallBatches(
+            self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta, rdrop=args.rdrop,
+            fraternal=args.fraternal,
+        )  # fmt: skip
+        return clipped_gradient(losses, self.weights, args.clip, args.clip_value, self.ranks.average)
+
+    def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss (nats per word) and gradient norm of a training batch; the gradient is in .grad."""
+        nll, self.hidden, norm = self.replayed_gradient(x, y, self.hidden)
+        return nll, norm
+
+    # --- at an epoch's end ---
+
+    def interval_record(self) -> dict[str, Any]:
+        return {}
+
+    def epoch_record(self) -> dict[str, Any]:
+        return {"note": " (averaged)" if self.phase == "asgd" else "", "phase": self.phase}
+
+    def describe(self) -> str:
+        return ""
+
+    def reason_to_stop(self, valid_loss: float) -> str:
+        """Why training should end after an epoch with this loss; with --finetune, what starts averaging elsewhere."""
+        if self.patience.is_over(valid_loss):
+            return "patience"
+        return "nonmono" if self.args.finetune and self.trigger.fires(valid_loss) else ""
+
+    def switches_to_averaging(self, valid_loss: float) -> bool:
+        """Whether NT-ASGD is to average the weights from here on."""
+        return self.phase == "sgd" and self.args.optimizer == "ntasgd" and self.trigger.fires(valid_loss)
+
+    def switch_to_averaging(self) -> None:
+        self.phase, self.optimizer = "asgd", self.new_optimizer("asgd")
+        self.run.log("the validation loss has stopped falling: averaging the weights from here on")
+
+    # --- a checkpoint ---
+
+    def start_epoch(self) -> None:
+        self.hidden = self.model.initial_hidden(self.batch_size)  # (B, S)
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "trigger": self.trigger}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "eval_rows": EVAL_ROWS, "genotype": cell_to_json(self.cell), "phase": self.phase,
+            "hidden": self.ranks.all_rows(self.hidden),
+            **{name: part.state_dict() for name, part in self.parts().items()},
+        }  # fmt: skip
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.phase, self.optimizer = saved["phase"], self.new_optimizer(saved["phase"])
+        self.hidden = self.ranks.rows(saved["hidden"]).to(self.train_text.device)
+        for name, part in self.parts().items():
+            part.load_state_dict(saved[name])
+        self.capture()
+
+    def template(self, saved: dict[str, Any]) -> dict[str, Any]:
+        optimizer = self.new_optimizer(saved["phase"])
+        return {"trigger": {"losses": [1.0]}, "optimizer": checkpoint.stepped(optimizer)}
+
+    def validate(self, saved: dict[str, Any]) -> None:
+        if self.ranks.first and saved["best"] < float("inf"):  # what the result is made from
+            best = checkpoint.load(self.run.folder / "best.pt")
+            checkpoint.check_form(best, {"model": self.model.state_dict(), "best": 1.0})
+
+    def load_best(self) -> float:
+        """Puts back the weights of best.pt, averaged ones if it has them, and returns their validation loss."""
+        best = checkpoint.load(self.run.folder / "best.pt")
+        self.model.load_state_dict(best["model"])
+        return best["best"]
+
+
+def retrain(experiment: Experiment, state: RetrainState) -> None:
+    """SGD, then averaged SGD from the epoch on in which the validation loss stops falling (NT-ASGD)."""
+    args = experiment.args
+    for _ in experiment.epochs():
+        with experiment.rollback_on_divergence(state):
+            for x, y in experiment.segments(state.train_text):  # (T, B) each
+                experiment.set_lr(state.optimizer)
+                with scaled_lr(state.optimizer, len(x) / args.bptt) as lr:
+                    nll, norm = state.weight_gradient(x, y)
+                    state.optimizer.step()
+                experiment.after_step(state, nll, norm, lr, len(x))
+                experiment.save_if_due(state)
+
+            experiment.check_weights(state)
+            with averaged(state.optimizer):
+                valid_loss = experiment.evaluate(state.model, state.valid_text, "valid")
+                experiment.close_epoch(state, valid_loss)
+            reason = state.reason_to_stop(valid_loss)
+            if not reason and state.switches_to_averaging(valid_loss):
+                state.switch_to_averaging()
+            experiment.end_epoch(state, valid_loss, reason)
+
+
+def load_finetuned(experiment: Experiment, state: RetrainState) -> None:
+    """Starts from the best weights of the run that --finetune names, and only a lower validation loss is better."""
+    path = Path(experiment.args.finetune, "best.pt")
+    with resume.restoring(experiment.parser, experiment.run, path):
+        first = experiment.ranks.same(lambda: checkpoint.load(path))
+        checkpoint.check_form(first, {"model": state.model.state_dict()})
+        state.model.load_state_dict(first["model"])
+        experiment.best = experiment.evaluate(state.model, state.valid_text, "valid")
+        checkpoint.check_form(experiment.best, 1.0, "its validation loss")  # a number
+
+
 def main(argv: list[str] | None = None) -> int:
-    ranks = Ranks()
-    parser = build_parser()
-    args, corpus, run, saved = startup.begin("train", parser, argv, texts_to_read, ranks)
-    if args.tensorboard and ranks.first:
+    experiment = Experiment("train", build_parser(), argv, texts_to_read, REASONS)
+    args, corpus, run = experiment.args, experiment.corpus, experiment.run
+    if args.tensorboard and experiment.ranks.first:
         from plots.tensorboard import Mirror  # needs more than the scripts do
 
         run.mirror = Mirror(run.folder, vars(args))
-    device = ranks.device(choose_device(args.device, args.deterministic))
-    rows = args.batch_size // ranks.size  # of the batch on this rank
-    rows_at_once = min(args.small_batch_size, rows)
-    torch.manual_seed(args.seed)
-    bptt_rng = torch.Generator().manual_seed(args.seed)
-    train, valid, test = (batchify(ids, n).to(device) for ids, n in texts_to_read(corpus, args).values())
-    train = ranks.rows(train, dim=1)
-
-    cell = resolve_cell(args.arch)
-    rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
-    model = retrain_model(len(corpus.words), args.emsize, rates, cell, args.n_experts, args.init_range).to(device)
-    model = model.using(Engine(args.engine, args.precision))
-    ranks.seed(args.seed)
-    weights = model.weights()
-    params = sum(w.numel() for w in weights)
-    train_loss = partial(
-        SmallBatches, model, small_batch_size=rows_at_once, alpha=args.alpha, beta=args.beta,
-        rdrop=args.rdrop, fraternal=args.fraternal,
-    )  # fmt: skip
-    two_passes = args.rdrop > 0 or args.fraternal > 0
-
-    def new_optimizer(phase: str) -> torch.optim.Optimizer:
-        return optimizers.new_optimizer(phase, weights, args.lr, args.wdecay, args.momentum)
-
-    phase = "sgd" if args.optimizer == "ntasgd" else args.optimizer
-    optimizer, schedule = new_optimizer(phase), arguments.schedule(args)
-    trigger, patience = NonMonotonicTrigger(args.nonmono), Patience(args.patience, args.min_delta)
-
-    def gradient(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """That of a segment, for a step of the weights."""
-        masks = model.draw_masks(rows)
-        twin = model.draw_masks(rows) if two_passes else None
-        return clipped_gradient(
-            train_loss(Batch(x, y, hidden, masks, twin)), weights, args.clip, args.clip_value, ranks.average
-        )
-
-    quick_gradient = model.engine.replayed(gradient, device)
-
-    hidden = model.initial_hidden(rows)  # (B, S), of this rank's rows
-    best, stopped_by = float("inf"), ""  # validation loss; why the run ended
-    watch = Watch(device, len(corpus.words))
-    progress = Progress(run, device, args.epochs, len(train) - 1)
-    keeper = checkpoint.Keeper(run.folder, args.checkpoint_minutes, writes=ranks.first)
-
-    def parts() -> dict[str, Any]:
-        return {
-            "model": model, "optimizer": optimizer, "schedule": schedule, "trigger": trigger, "patience": patience,
-            "watch": watch, "progress": progress,
-        }  # fmt: skip
-
-    def state() -> dict[str, Any]:
-        return {
-            **resume.identity("train", args, corpus, ranks.size), "eval_rows": EVAL_ROWS,
-            "genotype": cell_to_json(cell), "phase": phase, "hidden": ranks.all_rows(hidden),
-            **{name: part.state_dict() for name, part in parts().items()},
-            "rng": ranks.gather(checkpoint.rng_state(device, bptt_rng)), "best": best, "stopped_by": stopped_by,
-        }  # fmt: skip
-
-    def restore(saved: dict[str, Any]) -> None:
-        nonlocal hidden, best, phase, optimizer, stopped_by
-        phase, best, stopped_by = saved["phase"], saved["best"], saved["stopped_by"]
-        hidden, optimizer = ranks.rows(saved["hidden"]).to(device), new_optimizer(phase)
-        for name, part in parts().items():
-            part.load_state_dict(saved[name])
-
-    def finished() -> bool:
-        return progress.epoch > args.epochs or bool(stopped_by)
-
-    def judge() -> None:
-        """Raises Diverged unless the present weights are fit to be kept."""
-        start_of_text = train[: args.bptt + 1, :rows_at_once]
-        watch.judge(ranks.same(lambda: evaluate(model, start_of_text, args.bptt, "train")))
-
-    if saved:
-        with resume.restoring(parser, run):
-            form = {**state(), "trigger": {"losses": [1.0]}}
-            resume.check_state(saved, form, REASONS, {"optimizer": new_optimizer(saved["phase"])})
-            checkpoint.set_rng_state(saved["rng"][ranks.rank], device, bptt_rng)
-            if ranks.first and saved["best"] < float("inf"):  # what the result is made from
-                checkpoint.check_form(
-                    checkpoint.load(run.folder / "best.pt"), {"model": model.state_dict(), "best": 1.0}
-                )
-            restore(saved)
-    elif args.finetune:
-        path = Path(args.finetune, "best.pt")
-        with resume.restoring(parser, run, path):
-            first = ranks.same(lambda: checkpoint.load(path))
-            checkpoint.check_form(first, {"model": model.state_dict()})
-            model.load_state_dict(first["model"])
-            best = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
-            checkpoint.check_form(best, 1.0, "its validation loss")  # a number
-    run.configure(parser.prog, args, device, corpus.sha256, finished(), ranks.size)
-    if saved:
-        run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
-    else:
-        run.log(
-            f"retraining in {run.folder} on {device}: {params:,} weights, {startup.describe(corpus, args.limit_tokens)}"
-        )
-        run.log(str(cell))
-        if args.finetune:
-            run.log(f"from the best weights of {args.finetune}: valid ppl {perplexity(best):.2f}")
-            keeper.keep_best(state())
-        keeper.keep(state())
-
+    state = RetrainState(experiment)
+    params = sum(w.numel() for w in state.weights)
+    lines = [
+        f"retraining in {run.folder} on {experiment.device}: {params:,} weights,"
+        f" {startup.describe(corpus, args.limit_tokens)}",
+        str(state.cell),
+    ]
+    if args.finetune and not experiment.saved:
+        load_finetuned(experiment, state)
+        lines.append(f"from the best weights of {args.finetune}: valid ppl {perplexity(experiment.best):.2f}")
+    experiment.start(state, *lines)
     if args.overfit:
-        with products_in(args.precision), startup.memory_explained(args):
-            run.log(overfit(model, optimizer, train, args.bptt, rows_at_once, args.clip, args.clip_value))
+        experiment.overfit(state)
+        return 0
+    with experiment.running():
+        retrain(experiment, state)
+    if experiment.interrupted:
+        return experiment.exit_interrupted()
+    if not experiment.ranks.first:
         return 0
 
-    with StopSignal() as stop, products_in(args.precision), startup.memory_explained(args):
-        while not finished():
-            try:
-                lengths = segments(
-                    len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row
-                )
-                for i, seq_len in progress.track(lengths, columns=args.batch_size):
-                    x, y = get_batch(train, i, seq_len)  # (T, B)
-                    schedule.set_rate(optimizer, progress.step, progress.position())
-                    with scaled_lr(optimizer, seq_len / args.bptt) as lr:
-                        nll, hidden, norm = quick_gradient(x, y, hidden)
-                        optimizer.step()
-                    optimizer.zero_grad(set_to_none=device.type == "cpu")  # on CUDA they stay where graphs write them
-                    progress.advance(nll, norm, (len(x), args.batch_size), lr)
-                    watch.add(nll, norm)
-
-                    if progress.step % args.log_interval == 0:
-                        watch.check()
-                        progress.close_interval(lr, rate=optimizer.param_groups[0]["lr"])
-                    stopping, due = ranks.any(stop.requested, keeper.due())
-                    if stopping or due:
-                        judge()
-                        keeper.keep(state())
-                    if stopping:
-                        return run.interrupted(ranks.command(parser.prog))
-
-                judge()
-                with averaged(optimizer):
-                    loss = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
-                    note = " (averaged)" if phase == "asgd" else ""
-                    progress.close_epoch(loss, optimizer.param_groups[0]["lr"], note=note, phase=phase)
-                    hidden = model.initial_hidden(rows)
-                    if loss < best:
-                        best = loss
-                        keeper.keep_best(state())
-            except Diverged as fault:
-                go_back(
-                    fault, run, ranks, keeper, watch, schedule, progress, state, restore, args.backoff,
-                    args.max_rollbacks,
-                )  # fmt: skip
-                continue
-            schedule.close_epoch(loss)
-            if patience.is_over(loss):
-                stopped_by = "patience"
-            elif phase == "sgd" and args.optimizer == "ntasgd" and trigger.fires(loss):
-                phase, optimizer = "asgd", new_optimizer("asgd")
-                run.log("the validation loss has stopped falling: averaging the weights from here on")
-            elif args.finetune and trigger.fires(loss):
-                stopped_by = "nonmono"
-            if stopped_by:
-                run.log(f"stopped by {stopped_by}")
-            keeper.keep(state())
-            if ranks.any(stop.requested)[0]:
-                return run.interrupted(ranks.command(parser.prog))
-
-    if not ranks.first:
-        return 0
-    chosen = checkpoint.load(run.folder / "best.pt")
-    model.load_state_dict(chosen["model"])
-    best = chosen["best"]
-    test_ppl = perplexity(evaluate(model, test, args.bptt, "test")) if args.test == "read" else None
-    run.write("result.json", {
-        "kind": "train", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
-        "params": params, "valid_ppl": perplexity(best), "test_ppl": test_ppl, "genotype": cell_to_json(cell),
-        "stopped_by": stopped_by or "epochs",
-    })  # fmt: skip
-    run.log(f"best weights: valid ppl {perplexity(best):.2f} | {told(test_ppl)}")
+    valid_ppl = perplexity(state.load_best())
+    test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
+    experiment.write_result(
+        params=params, valid_ppl=valid_ppl, test_ppl=test_ppl, genotype=cell_to_json(state.cell)
+    )  # fmt: skip
+    run.log(f"best weights: valid ppl {valid_ppl:.2f} | {told(test_ppl)}")
     return 0
 
 

@@ -16,283 +16,269 @@ import torch
 from torch import Tensor
 
 from architect import Architect
-from data import Cursor, batchify, get_batch, segments
+from data import Cursor
 from engine import Engine
 from engine.dropout import HeldRelu, Rates
-from engine.matmul import products_in
-from experiment import arguments, checkpoint, resume, signals, startup
-from experiment.distributed import Ranks
-from experiment.divergence import Watch, go_back
-from experiment.progress import Progress
+from experiment import checkpoint, signals, startup
+from experiment.experiment import Experiment
 from experiment.search_arguments import build_parser, eval_rows, texts_to_read
-from experiment.signals import StopSignal
 from genotypes import Genotype, from_json, to_json
 from model_search import RNNModelSearch
 from training.diagnostics import Diagnosis
-from training.early_stopping import Patience, check_history, identities, is_stable
-from training.evaluation import evaluate, perplexity, told
+from training.early_stopping import check_history, identities, is_stable
+from training.evaluation import perplexity, told
 from training.gradients import clipped_gradient, scaled_lr
 from training.losses import Batch, SmallBatches
 from training.optimizers import averaged, new_optimizer, velocity
-from training.overfit import overfit
-from utils import Diverged, choose_device
 
 REASONS = ("patience", "stable", "identity")  # to stop before the last epoch
 
 
-def main(argv: list[str] | None = None) -> int:
-    ranks = Ranks()
-    parser = build_parser()
-    args, corpus, run, saved = startup.begin("search", parser, argv, texts_to_read, ranks)
-    if args.tensorboard and ranks.first:
-        from plots.tensorboard import Mirror  # needs more than the scripts do
+class SearchState:
+    """What a search trains: the weights and the alphas, and where it reads either text."""
 
-        run.mirror = Mirror(run.folder, vars(args))
-    device = ranks.device(choose_device(args.device, args.deterministic))
-    rows = args.batch_size // ranks.size  # of the batch on this rank
-    rows_at_once = min(args.small_batch_size, rows)
-    arch_rows = args.arch_batch_size // ranks.size
-    torch.manual_seed(args.seed)
-    bptt_rng = torch.Generator().manual_seed(args.seed)
-    # (n, B) each; the alphas' text has a cursor of its own
-    train, alphas_text, valid, test = (batchify(ids, n).to(device) for ids, n in texts_to_read(corpus, args).values())
-    train = ranks.rows(train, dim=1)
-    valid_batches = Cursor(ranks.rows(alphas_text, dim=1))
+    def __init__(self, experiment: Experiment):
+        args, ranks = experiment.args, experiment.ranks
+        self.args, self.ranks, self.run, self.patience = args, ranks, experiment.run, experiment.patience
+        self.batch_size, self.micro_batch_size = experiment.local_batch_size, experiment.micro_batch_size
+        self.arch_batch_size = args.arch_batch_size // ranks.size
+        self.train_text, self.valid_text = experiment.sharded("train"), experiment.texts["valid"]  # (n, B) each
+        self.valid_batches = Cursor(experiment.sharded("the alphas"))
 
-    rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
-    model = RNNModelSearch(
-        len(corpus.words), args.emsize, rates, norm=args.norm, init_range=args.init_range
-    ).to(device)  # fmt: skip
-    model = model.using(Engine(args.engine, args.precision))
-    ranks.seed(args.seed)
-    weights = model.weights()
-    params = sum(w.numel() for w in weights)
-    optimizer = new_optimizer(args.optimizer, weights, args.lr, args.wdecay, args.momentum)
-    schedule, patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
-    hessian = args.hessian if args.unrolled else None
-    regularised = partial(SmallBatches, alpha=args.alpha, beta=args.beta)
+        rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
+        model = RNNModelSearch(
+            len(experiment.corpus.words), args.emsize, rates, norm=args.norm, init_range=args.init_range
+        ).to(experiment.device)  # fmt: skip
+        self.model = model.using(Engine(args.engine, args.precision))
+        ranks.seed(args.seed)
+        self.weights = self.model.weights()
+        self.optimizer = new_optimizer(args.optimizer, self.weights, args.lr, args.wdecay, args.momentum)
+        self.hessian = args.hessian if args.unrolled else None
+        self.architect = self.architect_of(self.model, self.micro_batch_size, self.hessian)
+        self.diagnosis = Diagnosis(
+            self.model, self.architect_of, self.hessian, (self.train_text, self.valid_batches.source, self.valid_text),
+            self.micro_batch_size, args.bptt, args.seed, ranks.seed,
+        ) if args.diagnose_every else None  # fmt: skip
+        self.history: list[list[Any]] = []  # [epoch, genotype] at the end of each epoch
+        self.start_epoch()
+        self.hidden_valid = self.model.initial_hidden(self.arch_batch_size)  # (B, H)
+        self.capture()
 
-    def architect_of(model: RNNModelSearch, rows_at_once: int, hessian: str | None) -> Architect:
+    def architect_of(self, model: RNNModelSearch, micro_batch_size: int, hessian: str | None) -> Architect:
+        """The alphas' optimizer, by the losses that a model behind some engine has of so many rows at a time."""
+        args, at_once = self.args, {"small_batch_size": micro_batch_size}
         precise = model.using(Engine(args.engine))  # a difference of nearby weights needs every digit
-        at_once = {"small_batch_size": rows_at_once}
+        regularised = {**at_once, "alpha": args.alpha, "beta": args.beta}
         return Architect(
-            weights, model.alphas, partial(regularised, model, **at_once), partial(SmallBatches, model, **at_once),
-            partial(regularised, precise, **at_once), clip=args.clip, wdecay=args.wdecay, clip_value=args.clip_value,
-            hessian=hessian, lr=args.arch_lr, arch_wdecay=args.arch_wdecay, average=ranks.average,
-            mean_alphas=args.derive_from == "mean",
+            self.weights, model.alphas, partial(SmallBatches, model, **regularised),
+            partial(SmallBatches, model, **at_once), partial(SmallBatches, precise, **regularised), clip=args.clip,
+            wdecay=args.wdecay, clip_value=args.clip_value, hessian=hessian, lr=args.arch_lr,
+            arch_wdecay=args.arch_wdecay, average=self.ranks.average, mean_alphas=args.derive_from == "mean",
         )  # fmt: skip
 
-    architect = architect_of(model, rows_at_once, hessian)
-    diagnosis = Diagnosis(
-        model, architect_of, hessian, (train, valid_batches.source, valid), rows_at_once, args.bptt, args.seed,
-        ranks.seed,
-    ) if args.diagnose_every else None  # fmt: skip
+    def capture(self) -> None:
+        """On CUDA, the two steps become graphs that are replayed."""
+        engine, device = self.model.engine, self.train_text.device
+        self.replayed_gradient = engine.replayed(self.gradient, device)
+        self.replayed_alpha_step = engine.replayed(self.step_alphas, device, beside=self.replayed_gradient)
 
-    def gradient(
-        eta: Tensor, x: Tensor, y: Tensor, hidden: Tensor, xv: Tensor, yv: Tensor, hidden_valid: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A step of the alphas on validation text (DARTS, algorithm 1), and the gradient of training text, for one of
-        the weights."""
-        held = model.draw_masks(rows)._replace(relu=HeldRelu() if hessian == "finite" else None)  # over every pass
-        hidden_valid = architect.step(
-            train=Batch(x, y, hidden, held),
-            valid=Batch(xv, yv, hidden_valid, model.draw_masks(arch_rows)),
-            eta=eta,
-            velocity=velocity(optimizer) if args.unrolled else None,
+    # --- the two steps ---
+
+    def step_alphas(
+        self, eta: Tensor, x: Tensor, y: Tensor, hidden: Tensor, x_valid: Tensor, y_valid: Tensor, hidden_valid: Tensor
+    ) -> tuple[Tensor]:
+        """The hidden state (B, H) that the validation batch ends in."""
+        masks = self.model.draw_masks(self.batch_size)  # the same in every pass over the training batch
+        masks = masks._replace(relu=HeldRelu() if self.hessian == "finite" else None)
+        valid_masks = self.model.draw_masks(self.arch_batch_size)
+        return (
+            self.architect.step(
+                train=Batch(x, y, hidden, masks),
+                valid=Batch(x_valid, y_valid, hidden_valid, valid_masks),
+                eta=eta,
+                velocity=velocity(self.optimizer) if self.args.unrolled else None,
+            ),
         )
-        return *weight_gradient(x, y, hidden), hidden_valid
 
-    def weight_gradient(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient of training text, for a step of the weights."""
-        batch = Batch(x, y, hidden, model.draw_masks(rows))
-        parts = regularised(model, batch, rows_at_once)
-        nll, hidden, norm = clipped_gradient(parts, weights, args.clip, args.clip_value, ranks.average)
-        return nll, norm, hidden
+    def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (nats per word), hidden state (B, H) and gradient norm of a training batch; the gradient is in .grad."""
+        args, batch = self.args, Batch(x, y, hidden, self.model.draw_masks(self.batch_size))
+        losses = SmallBatches(self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta)
+        return clipped_gradient(losses, self.weights, args.clip, args.clip_value, self.ranks.average)
 
-    quick_gradient = model.engine.replayed(gradient, device)
-    quick_weight_gradient = model.engine.replayed(weight_gradient, device)
+    def alpha_step(self, lr: float, x: Tensor, y: Tensor) -> None:
+        """Moves the alphas down the gradient of the next validation batch's loss at the weights that the next weight
+        step would give (with --unrolled) or at the present ones."""
+        x_valid, y_valid, wrapped = self.valid_batches.take(len(x))  # (T, B) each
+        if wrapped:
+            self.hidden_valid = self.model.initial_hidden(self.arch_batch_size)
+        eta = torch.full((), lr, device=x.device)  # a number would be a graph of its own on CUDA
+        [self.hidden_valid] = self.replayed_alpha_step(eta, x, y, self.hidden, x_valid, y_valid, self.hidden_valid)
 
-    # (B, H), of this rank's rows
-    hidden, hidden_valid = model.initial_hidden(rows), model.initial_hidden(arch_rows)
-    best, stopped_by = float("inf"), ""  # validation loss; why the search ended
-    history = []  # [epoch, genotype] at the end of each epoch
-    watch = Watch(device, len(corpus.words))
-    progress = Progress(run, device, args.epochs, len(train) - 1)
-    keeper = checkpoint.Keeper(run.folder, args.checkpoint_minutes, writes=ranks.first)
-    parts = {
-        "model": model, "optimizer": optimizer, "arch_optimizer": architect, "schedule": schedule,
-        "patience": patience, "watch": watch, "progress": progress,
-    }  # fmt: skip
+    def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss (nats per word) and gradient norm of a training batch; the gradient is in .grad."""
+        nll, self.hidden, norm = self.replayed_gradient(x, y, self.hidden)
+        return nll, norm
 
-    def state() -> dict[str, Any]:
-        return {
-            **resume.identity("search", args, corpus, ranks.size), "eval_rows": eval_rows(args.norm),
-            "genotype": to_json(derived()[0]), "history": history, "valid_position": valid_batches.position,
-            "hidden": ranks.all_rows(hidden), "hidden_valid": ranks.all_rows(hidden_valid),
-            **{name: part.state_dict() for name, part in parts.items()},
-            "rng": ranks.gather(checkpoint.rng_state(device, bptt_rng)), "best": best, "stopped_by": stopped_by,
-        }  # fmt: skip
+    # --- what it has found ---
 
-    def restore(saved: dict[str, Any]) -> None:
-        nonlocal hidden, hidden_valid, best, history, stopped_by
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        hidden, hidden_valid = (ranks.rows(saved[name]).to(device) for name in ("hidden", "hidden_valid"))
-        valid_batches.position, best, history = saved["valid_position"], saved["best"], saved["history"]
-        stopped_by = saved["stopped_by"]
-
-    def finished() -> bool:
-        return progress.epoch > args.epochs or bool(stopped_by)
-
-    def judge() -> None:
-        """Raises Diverged unless the present weights are fit to be kept."""
-        start_of_text = train[: args.bptt + 1, :rows_at_once]
-        watch.judge(ranks.same(lambda: evaluate(model, start_of_text, args.bptt, "train")))
-
-    def derived() -> tuple[Genotype, list[list[float]]]:
+    def derived(self) -> tuple[Genotype, list[list[float]]]:
         """The genotype that the search would end with now, and the probabilities (N(N+1)/2, K) that it follows from."""
-        with averaged(architect.optimizer):
-            return model.genotype(), model.alphas.softmax(-1).tolist()
+        with averaged(self.architect.optimizer):
+            return self.model.genotype(), self.model.alphas.softmax(-1).tolist()
 
-    def found() -> dict[str, Any]:
-        """What the search has found so far, for a row of metrics.jsonl."""
-        genotype, probabilities = derived()
+    def interval_record(self) -> dict[str, Any]:
+        genotype, probabilities = self.derived()
         return {
             "genotype": to_json(genotype), "probabilities": [[round(p, 5) for p in edge] for edge in probabilities]
         }  # fmt: skip
 
-    def keep_genotype(epoch: int) -> None:
+    def epoch_record(self) -> dict[str, Any]:
+        return self.interval_record()
+
+    def describe(self) -> str:
+        return str(self.derived()[0])
+
+    def diagnose(self, progress: Any) -> None:
+        """With --diagnose_every, measures whether the alphas' gradient has a signal."""
+        if self.diagnosis and progress.step % self.args.diagnose_every == 0:
+            with progress.paused():
+                eta = self.optimizer.param_groups[0]["lr"]
+                signal = self.diagnosis.measure(progress.step, self.derived()[0], eta, velocity(self.optimizer))
+            progress.close_diagnosis(signal)
+
+    def write_genotype(self, epoch: int) -> None:
         """What the search has found at the end of this epoch, to genotype.json."""
-        genotype, probabilities = derived()
-        run.write("genotype.json", {
+        genotype, probabilities = self.derived()
+        self.run.write("genotype.json", {
             "genotype": to_json(genotype), "text": str(genotype), "epoch": epoch, "probabilities": probabilities,
         })  # fmt: skip
 
-    if saved:
-        with resume.restoring(parser, run):
-            form = {**state(), "history": [[1, to_json(derived()[0])]]}
-            resume.check_state(saved, form, REASONS, {"optimizer": optimizer, "arch_optimizer": architect.optimizer})
-            checkpoint.set_rng_state(saved["rng"][ranks.rank], device, bptt_rng)
-            check_history(saved["history"], saved["progress"]["epoch"] - 1, saved["stopped_by"] == "identity")
-            if ranks.first and saved["stopped_by"] == "patience":  # what the result is made from
-                chosen = checkpoint.load(run.folder / "best.pt")
-                alphas = checkpoint.stepped(architect.optimizer)
-                checkpoint.check_form(
-                    chosen, {"model": model.state_dict(), "progress": {"epoch": 1}, "arch_optimizer": alphas}
-                )
-                if chosen["progress"]["epoch"] - 1 not in dict(saved["history"]):
-                    raise ValueError("its best epoch is not in its history")
-            restore(saved)
-    run.configure(parser.prog, args, device, corpus.sha256, finished(), ranks.size)
-    if saved:
-        run.log(f"resumed at epoch {progress.epoch}, step {progress.step}")
-    else:
-        run.log(f"search in {run.folder} on {device}: {params:,} weights, {model.alphas.numel()} alphas,"
-                f" {startup.describe(corpus, args.limit_tokens)}")  # fmt: skip
-        keeper.keep(state())
+    def reason_to_stop(self, epoch: int, valid_loss: float) -> str:
+        """Puts the genotype of this epoch on record, and says why the search should end with it, if it should."""
+        args, genotype = self.args, self.derived()[0]
+        collapsed = epoch > args.arch_start and identities(genotype) > args.max_identity
+        if collapsed and self.history:
+            return "identity"
+        self.history.append([epoch, to_json(genotype)])
+        self.write_genotype(epoch)
+        if collapsed:
+            self.run.log("the genotype of the first epoch is over --max_identity; there is none before it to keep")
+            return "identity"
+        if is_stable(self.history[args.arch_start :], args.stop_stable):
+            return "stable"
+        return "patience" if self.patience.is_over(valid_loss) else ""
 
+    # --- a checkpoint ---
+
+    def start_epoch(self) -> None:
+        self.hidden = self.model.initial_hidden(self.batch_size)  # (B, H)
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "arch_optimizer": self.architect}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "eval_rows": eval_rows(self.args.norm), "genotype": to_json(self.derived()[0]), "history": self.history,
+            "valid_position": self.valid_batches.position,
+            "hidden": self.ranks.all_rows(self.hidden), "hidden_valid": self.ranks.all_rows(self.hidden_valid),
+            **{name: part.state_dict() for name, part in self.parts().items()},
+        }  # fmt: skip
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for name, part in self.parts().items():
+            part.load_state_dict(saved[name])
+        self.valid_batches.position, self.history = saved["valid_position"], saved["history"]
+        device = self.train_text.device
+        self.hidden, self.hidden_valid = (
+            self.ranks.rows(saved[name]).to(device) for name in ("hidden", "hidden_valid")
+        )
+        self.capture()  # what was captured holds the old state of the alphas' optimizer
+
+    def template(self, saved: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "history": [[1, to_json(self.derived()[0])]], "optimizer": checkpoint.stepped(self.optimizer),
+            "arch_optimizer": checkpoint.stepped(self.architect.optimizer),
+        }  # fmt: skip
+
+    def validate(self, saved: dict[str, Any]) -> None:
+        check_history(saved["history"], saved["progress"]["epoch"] - 1, saved["stopped_by"] == "identity")
+        if self.ranks.first and saved["stopped_by"] == "patience":  # what the result is made from
+            best = checkpoint.load(self.run.folder / "best.pt")
+            form = {"model": self.model.state_dict(), "progress": {"epoch": 1}}
+            checkpoint.check_form(best, {**form, "arch_optimizer": checkpoint.stepped(self.architect.optimizer)})
+            if best["progress"]["epoch"] - 1 not in dict(saved["history"]):
+                raise ValueError("its best epoch is not in its history")
+
+    def load_best(self) -> int:
+        """Puts back the weights and alphas of best.pt, and returns their epoch."""
+        best = checkpoint.load(self.run.folder / "best.pt")
+        self.model.load_state_dict(best["model"])
+        self.architect.load_state_dict(best["arch_optimizer"])
+        self.optimizer.state.clear()  # an average of later weights
+        epoch = best["progress"]["epoch"] - 1
+        self.write_genotype(epoch)
+        return epoch
+
+
+def search(experiment: Experiment, state: SearchState) -> None:
+    """DARTS, algorithm 1: a step of the alphas, then a step of the weights, until the search ends."""
+    args = experiment.args
+    for epoch in experiment.epochs():
+        with experiment.rollback_on_divergence(state):
+            for x, y in experiment.segments(state.train_text):  # (T, B) each
+                experiment.set_lr(state.optimizer)
+                with scaled_lr(state.optimizer, len(x) / args.bptt) as lr:
+                    # 1. alphas down the gradient of L_valid(w - lr grad_w L_train(w, alpha), alpha)
+                    if epoch > args.arch_start:
+                        state.alpha_step(lr, x, y)
+                    # 2. weights down the gradient of L_train(w, alpha)
+                    nll, norm = state.weight_gradient(x, y)
+                    state.optimizer.step()
+                experiment.after_step(state, nll, norm, lr, len(x))
+                state.diagnose(experiment.progress)
+                experiment.save_if_due(state)
+
+            experiment.check_weights(state)
+            with averaged(state.optimizer):
+                valid_loss = experiment.evaluate(state.model, state.valid_text, "valid")
+                experiment.close_epoch(state, valid_loss)
+            experiment.end_epoch(state, valid_loss, state.reason_to_stop(epoch, valid_loss))
+
+
+def main(argv: list[str] | None = None) -> int:
+    experiment = Experiment("search", build_parser(), argv, texts_to_read, REASONS)
+    args, corpus, run = experiment.args, experiment.corpus, experiment.run
+    if args.tensorboard and experiment.ranks.first:
+        from plots.tensorboard import Mirror  # needs more than the scripts do
+
+        run.mirror = Mirror(run.folder, vars(args))
+    state = SearchState(experiment)
+    params = sum(w.numel() for w in state.weights)
+    experiment.start(
+        state,
+        f"search in {run.folder} on {experiment.device}: {params:,} weights,"
+        f" {state.model.alphas.numel()} alphas, {startup.describe(corpus, args.limit_tokens)}",
+    )
     if args.overfit:
-        with products_in(args.precision), startup.memory_explained(args):
-            run.log(overfit(model, optimizer, train, args.bptt, rows_at_once, args.clip, args.clip_value))
+        experiment.overfit(state)
+        return 0
+    with experiment.running():
+        search(experiment, state)
+    if experiment.interrupted:
+        return experiment.exit_interrupted()
+    if not experiment.ranks.first:
         return 0
 
-    with StopSignal() as stop, products_in(args.precision), startup.memory_explained(args):
-        while not finished():
-            try:
-                lengths = segments(
-                    len(train), args.bptt, bptt_rng, args.bptt_std, args.max_seq_len_delta, start=progress.row
-                )
-                for i, seq_len in progress.track(lengths, columns=args.batch_size):
-                    x, y = get_batch(train, i, seq_len)  # (T, B)
-                    schedule.set_rate(optimizer, progress.step, progress.position())
-                    with scaled_lr(optimizer, seq_len / args.bptt) as lr:
-                        if progress.epoch <= args.arch_start:
-                            nll, norm, hidden = quick_weight_gradient(x, y, hidden)
-                        else:
-                            xv, yv, wrapped = valid_batches.take(seq_len)  # (T, B) each
-                            if wrapped:
-                                hidden_valid = model.initial_hidden(arch_rows)
-                            eta = torch.full((), lr, device=device)  # a number would be a graph of its own on CUDA
-                            nll, norm, hidden, hidden_valid = quick_gradient(eta, x, y, hidden, xv, yv, hidden_valid)
-                        optimizer.step()
-                    optimizer.zero_grad(set_to_none=device.type == "cpu")  # on CUDA they stay where graphs write them
-                    progress.advance(nll, norm, (len(x), args.batch_size), lr)
-                    watch.add(nll, norm)
-
-                    if progress.step % args.log_interval == 0:
-                        watch.check()
-                        progress.close_interval(lr, rate=optimizer.param_groups[0]["lr"], **found())
-                        run.log(str(derived()[0]))
-                    if diagnosis and progress.step % args.diagnose_every == 0:
-                        with progress.paused():
-                            eta = optimizer.param_groups[0]["lr"]
-                            signal = diagnosis.measure(progress.step, derived()[0], eta, velocity(optimizer))
-                        progress.close_diagnosis(signal)
-                    stopping, due = ranks.any(stop.requested, keeper.due())
-                    if stopping or due:
-                        judge()
-                        keeper.keep(state())
-                    if stopping:
-                        return run.interrupted(ranks.command(parser.prog))
-
-                judge()
-                with averaged(optimizer):
-                    loss = ranks.same(lambda: evaluate(model, valid, args.bptt, "valid"))
-                    epoch, genotype = progress.epoch, derived()[0]
-                    progress.close_epoch(loss, optimizer.param_groups[0]["lr"], **found())
-                    hidden = model.initial_hidden(rows)
-                    if loss < best:
-                        best = loss
-                        keeper.keep_best(state())
-            except Diverged as fault:
-                go_back(
-                    fault, run, ranks, keeper, watch, schedule, progress, state, restore, args.backoff,
-                    args.max_rollbacks,
-                )  # fmt: skip
-                # what was captured holds the old state of the alphas' optimizer
-                quick_gradient = model.engine.replayed(gradient, device)
-                continue
-            run.log(str(genotype))
-            schedule.close_epoch(loss)
-            alphas_move = epoch > args.arch_start
-            collapsed = alphas_move and identities(genotype) > args.max_identity
-            if collapsed and history:
-                stopped_by = "identity"
-            else:
-                history.append([epoch, to_json(genotype)])
-                keep_genotype(epoch)
-                if collapsed:
-                    stopped_by = "identity"
-                    run.log("the genotype of the first epoch is over --max_identity; there is none before it to keep")
-                elif is_stable(history[args.arch_start :], args.stop_stable):
-                    stopped_by = "stable"
-                elif patience.is_over(loss):
-                    stopped_by = "patience"
-            if stopped_by:
-                run.log(f"stopped by {stopped_by}")
-            keeper.keep(state())
-            if ranks.any(stop.requested)[0]:
-                return run.interrupted(ranks.command(parser.prog))
-
-    if not ranks.first:
-        return 0
-    epoch = history[-1][0]
-    if stopped_by == "patience":
-        chosen = checkpoint.load(run.folder / "best.pt")
-        epoch = chosen["progress"]["epoch"] - 1
-        model.load_state_dict(chosen["model"])
-        architect.load_state_dict(chosen["arch_optimizer"])
-        optimizer.state.clear()  # an average of later weights
-        keep_genotype(epoch)
-    with averaged(optimizer):
-        valid_ppl = perplexity(evaluate(model, valid, args.bptt, "valid"))
-        test_ppl = perplexity(evaluate(model, test, args.bptt, "test")) if args.test == "read" else None
-    genotype = dict(history)[epoch]
-    run.write("result.json", {
-        "kind": "search", "epochs": progress.epoch - 1, "steps": progress.step, "seconds": progress.elapsed(),
-        "params": params, "valid_ppl": valid_ppl, "test_ppl": test_ppl, "best_valid_ppl": perplexity(best),
-        "genotype": genotype, "stopped_by": stopped_by or "epochs",
-    })  # fmt: skip
+    epoch = state.load_best() if experiment.stopped_by == "patience" else state.history[-1][0]
+    genotype = dict(state.history)[epoch]
+    with averaged(state.optimizer):
+        valid_ppl = experiment.perplexity(state.model, "valid")
+        test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
+    experiment.write_result(
+        params=params, valid_ppl=valid_ppl, test_ppl=test_ppl, best_valid_ppl=perplexity(experiment.best),
+        genotype=genotype,
+    )  # fmt: skip
     run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | {told(test_ppl)}")
     run.log(f"found {from_json(genotype)}")
     run.log(f"retrain it with: python train.py --data {quote(args.data)} --arch {quote(str(run.folder))}")

@@ -30,25 +30,28 @@ class Engine(NamedTuple):
         return torch.bfloat16 if self.precision == "bf16" else None
 
     def relaxed(self, *args) -> Tensor:
-        """See `recurrence.relaxed`."""
+        """See `reference.relaxed`."""
         return fused.relaxed(*args, store=self.store) if self.name == "fused" else reference.relaxed(*args)
 
     def discrete(self, *args) -> Tensor:
-        """See `recurrence.discrete`."""
+        """See `reference.discrete`."""
         return fused.discrete(*args, store=self.store) if self.name == "fused" else reference.discrete(*args)
 
     def nll(self, hiddens: Tensor, mask: Tensor | None, embedding: Tensor, bias: Tensor, y: Tensor) -> Tensor:
-        """See `decoder.nll`."""
+        """See `linear_cross_entropy.nll`."""
         if self.name == "fused":
             return linear_cross_entropy.nll(hiddens, mask, embedding, bias, y, self.store)
         logits = F.linear(drop(hiddens, mask).flatten(0, 1), embedding, bias)  # (TB, V)
         return F.cross_entropy(logits, y.flatten())
 
-    def replayed(self, step: Step, device: torch.device) -> Graphs:
-        """`step`, to be taken again and again in a few shapes; the fast engine replays it on CUDA.
+    def replayed(self, step: Step, device: torch.device, beside: Graphs | None = None) -> Graphs:
+        """`step`, to be taken again and again in a few shapes; the fast engine replays it on CUDA, by graphs that share
+        a pool of memory with those of the step `beside` it, which never runs at the same time.
 
         Not among several ranks: no graph holds what goes between them, nor may it be captured while NCCL's threads ask
         how far that is.
         """
+        if beside is not None:
+            return Graphs(step, beside.capture)
         alone = not (distributed.is_available() and distributed.is_initialized())
         return Graphs(step, Capture() if self.name == "fused" and device.type == "cuda" and alone else None)

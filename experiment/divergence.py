@@ -1,17 +1,11 @@
 """When a run has gone astray, and how often it may start again from its last checkpoint."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiment import checkpoint
-from experiment.distributed import Ranks
-from experiment.progress import Progress
-from experiment.run_directory import Run
-from training.lr_schedule import Schedule
 from utils import Diverged, RunError
 
 LEAP = 3.0  # times its running mean: a loss above that has leapt
@@ -76,29 +70,3 @@ class Watch:
         self.recent.copy_(state["recent"])
         self.steps, self.rollbacks = state["steps"], state["rollbacks"]
         self.astray.zero_()
-
-
-def go_back(
-    fault: Diverged,
-    run: Run,
-    ranks: Ranks,
-    keeper: checkpoint.Keeper,
-    watch: Watch,
-    schedule: Schedule,
-    progress: Progress,
-    state: Callable[[], dict[str, Any]],
-    restore: Callable[[dict[str, Any]], None],
-    factor: float,
-    most: int,
-) -> None:
-    """To the last checkpoint, and on from there with `factor` times the learning rate and other random numbers than led
-    here; raises RunError if that were more than `most` times."""
-    attempt = watch.count(fault, most, progress.step)
-    restore(ranks.same(lambda: checkpoint.load_last(run.folder)[0]))
-    watch.rollbacks = attempt
-    schedule.scale *= factor
-    lr = schedule.rate(progress.step, progress.position())
-    run.log(f"diverged ({fault}): back to epoch {progress.epoch}, step {progress.step}, with lr {lr:.4g}")
-    run.record(kind="rollback", epoch=progress.epoch, step=progress.step, lr=lr, reason=str(fault),
-               seconds=progress.elapsed())  # fmt: skip
-    keeper.replace(state())

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import data
 from experiment import arguments, checkpoint
 from experiment.run_directory import Run
@@ -79,19 +77,13 @@ def restoring(parser: arguments.Parser, run: Run, path: Path | None = None) -> I
         parser.refuse([f"{run.folder}: its checkpoint is not the state of this run ({reason}); start a new run"])
 
 
-def check_state(
-    saved: dict[str, Any],
-    form: dict[str, Any],
-    reasons: Sequence[str],
-    optimizers: dict[str, torch.optim.Optimizer],
-) -> None:
-    """Raises ValueError unless what was saved has the form of this run's state, a step of each optimizer taken, and was
-    stopped for one of the reasons, if at all.
+def check_state(saved: dict[str, Any], form: dict[str, Any], reasons: Sequence[str]) -> None:
+    """Raises ValueError unless what was saved has the form of this run's state, and was stopped for one of the reasons,
+    if at all.
 
     What a run on another kind of device has of its own, the state of a generator, is left out of it.
     """
-    form = {**form, **{name: checkpoint.stepped(optimizer) for name, optimizer in optimizers.items()}}
-    form["rng"] = [{name: part for name, part in rng.items() if name != "cuda"} for rng in form["rng"]]
+    form = {**form, "rng": [{name: part for name, part in rng.items() if name != "cuda"} for rng in form["rng"]]}
     checkpoint.check_form(saved, form)
     if saved["stopped_by"] not in ("", *reasons):
         raise ValueError("it was stopped by nothing that is known")

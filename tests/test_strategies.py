@@ -18,6 +18,7 @@ from engine.reference import NORMS
 from experiment import arguments, checkpoint
 from genotypes import from_json
 from model_search import RNNModelSearch, derive
+from training import evaluation
 from training.lr_schedule import DECAYS, SHAPES
 from training.optimizers import OPTIMIZERS as OF_SEARCH
 
@@ -90,7 +91,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(kind, flags, corpus, f
     flags = f"{base} {flags}"
     expected = outcome(run(kind, corpus, tmp_path / "whole", flags))
 
-    clipped_gradient, evaluate = script.clipped_gradient, script.evaluate
+    clipped_gradient, evaluate = script.clipped_gradient, evaluation.evaluate
     steps = result(tmp_path / "whole")["steps"]
     epochs = len(rows(tmp_path / "whole", "epoch"))
     calls = {"step": 0, "valid": 0}
@@ -112,10 +113,10 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(kind, flags, corpus, f
     with pytest.raises(Kill):
         run(kind, corpus, again, flags)
     monkeypatch.setattr(script, "clipped_gradient", clipped_gradient)
-    monkeypatch.setattr(script, "evaluate", dying_evaluation)
+    monkeypatch.setattr("experiment.experiment.evaluate", dying_evaluation)
     with pytest.raises(Kill):
         script.main(["--resume", "--save", str(again), "--data", str(corpus)])
-    monkeypatch.setattr(script, "evaluate", evaluate)
+    monkeypatch.setattr("experiment.experiment.evaluate", evaluate)
     assert script.main(["--resume", "--save", str(again)]) == 0
     found = outcome(again)
     assert [name for name in expected if found[name] != expected[name]] == []
@@ -457,7 +458,7 @@ def test_one_batch_is_learned_by_heart_or_the_script_says_so(kind, corpus, tmp_p
     argv = [*SIZES, *flags.split()]
     monkeypatch.setattr("sys.argv", [kind, *argv])
     monkeypatch.setattr("training.overfit.STEPS", 20)
-    assert train.start.run_script(SCRIPTS[kind].main) == 1
+    assert train.signals.run_script(SCRIPTS[kind].main) == 1
     assert "one batch is at perplexity 8" in capsys.readouterr().err
 
 

@@ -323,7 +323,7 @@ def test_no_memory_ends_with_the_sizes_and_what_needs_less(kind, error, says, ho
     monkeypatch.setattr(SCRIPTS[kind], "clipped_gradient", fail)
     flags = ["--data", home / "corpus", "--save", tmp_path / "run", *SIZES, "--batch_size", 4]
     monkeypatch.setattr("sys.argv", [kind, *map(str, flags)])
-    assert train.start.run_script(SCRIPTS[kind].main) == 1
+    assert train.signals.run_script(SCRIPTS[kind].main) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert says in last
     assert "--emsize 6, --bptt 4 and 4 rows of --batch_size 4" in last

@@ -1,0 +1,274 @@
+"""Keeps one run going, whatever it trains: its flags and texts, progress, checkpoints, and why it ends."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data import Corpus, batchify, get_batch, segments
+from engine.matmul import products_in
+from experiment import arguments, checkpoint, resume, startup
+from experiment.distributed import Ranks
+from experiment.divergence import Watch
+from experiment.progress import Progress
+from experiment.signals import StopSignal
+from training.early_stopping import Patience
+from training.evaluation import evaluate, perplexity
+from training.overfit import overfit
+from utils import Diverged, choose_device
+
+
+class TrainingState(Protocol):
+    """What a run trains: model, optimizer, and all else that a checkpoint must hold to resume bit-identically."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    train_text: Tensor  # (n, B), this rank's columns
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes, the same on every rank."""
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave; captured CUDA graphs are dropped."""
+
+    def template(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Those parts of a `state_dict` that have another form once training has begun."""
+
+    def validate(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError for a state that has the right form and that no run can have."""
+
+    def start_epoch(self) -> None:
+        """Forgets the hidden states of the epoch before."""
+
+    def interval_record(self) -> dict[str, Any]:
+        """What a log interval's record in metrics.jsonl has besides the loss."""
+
+    def epoch_record(self) -> dict[str, Any]:
+        """What an epoch's record in metrics.jsonl has besides the losses."""
+
+    def describe(self) -> str:
+        """A line for the log at each interval and epoch; empty for none."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+
+class Experiment:
+    """One run, from its flags to its last checkpoint.
+
+    Args:
+        kind: "search" or "train".
+        parser: of the script's flags.
+        argv: the flags, None for those of the command line.
+        texts_to_read: corpus, flags -> word ids (n,) and batch size of each text, by name.
+        reasons: what the run may be stopped by before its last epoch.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        parser: arguments.Parser,
+        argv: list[str] | None,
+        texts_to_read: Callable[[Corpus, Namespace], startup.Texts],
+        reasons: Sequence[str],
+    ):
+        self.kind, self.parser, self.reasons = kind, parser, reasons
+        self.ranks = Ranks()
+        self.args, self.corpus, self.run, self.saved = startup.begin(kind, parser, argv, texts_to_read, self.ranks)
+        args = self.args
+        self.device = self.ranks.device(choose_device(args.device, args.deterministic))
+        self.local_batch_size = args.batch_size // self.ranks.size
+        self.micro_batch_size = min(args.small_batch_size, self.local_batch_size)
+        torch.manual_seed(args.seed)
+        self.bptt_rng = torch.Generator().manual_seed(args.seed)
+        self.texts = {  # (n, B) each
+            name: batchify(ids, batch_size).to(self.device)
+            for name, (ids, batch_size) in texts_to_read(self.corpus, args).items()
+        }
+        self.schedule, self.patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
+        self.watch = Watch(self.device, len(self.corpus.words))
+        self.progress = Progress(self.run, self.device, args.epochs, len(self.texts["train"]) - 1)
+        self.keeper = checkpoint.Keeper(self.run.folder, args.checkpoint_minutes, writes=self.ranks.first)
+        self.best, self.stopped_by, self.interrupted = float("inf"), "", False  # `best` is a validation loss
+
+    def sharded(self, name: str) -> Tensor:
+        """This rank's columns (n, B / ranks) of a text."""
+        return self.ranks.rows(self.texts[name], dim=1)
+
+    # --- state ---
+
+    def parts(self) -> dict[str, Any]:
+        return {
+            "schedule": self.schedule, "patience": self.patience, "watch": self.watch, "progress": self.progress,
+        }  # fmt: skip
+
+    def state_dict(self, state: TrainingState) -> dict[str, Any]:
+        """A checkpoint: what is trained, where the run stands, and what tells it from another run."""
+        return {
+            **resume.identity(self.kind, self.args, self.corpus, self.ranks.size), **state.state_dict(),
+            **{name: part.state_dict() for name, part in self.parts().items()},
+            "rng": self.ranks.gather(checkpoint.rng_state(self.device, self.bptt_rng)),
+            "best": self.best, "stopped_by": self.stopped_by,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: TrainingState, saved: dict[str, Any]) -> None:
+        state.load_state_dict(saved)
+        for name, part in self.parts().items():
+            part.load_state_dict(saved[name])
+        self.best, self.stopped_by = saved["best"], saved["stopped_by"]
+
+    def start(self, state: TrainingState, *first_lines: str) -> None:
+        """Resumes from the state that was saved, or begins with these lines in the log; then config.json is written."""
+        if self.saved:
+            with resume.restoring(self.parser, self.run):
+                template = {**self.state_dict(state), **state.template(self.saved)}
+                resume.check_state(self.saved, template, self.reasons)
+                checkpoint.set_rng_state(self.saved["rng"][self.ranks.rank], self.device, self.bptt_rng)
+                state.validate(self.saved)
+                self.load_state_dict(state, self.saved)
+        self.run.configure(
+            self.parser.prog, self.args, self.device, self.corpus.sha256, self.is_finished(), self.ranks.size
+        )
+        if self.saved:
+            self.run.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}")
+            return
+        for line in first_lines:
+            self.run.log(line)
+        if self.best < float("inf"):  # of weights that another run trained
+            self.keeper.keep_best(self.state_dict(state))
+        self.keeper.keep(self.state_dict(state))
+
+    # --- the loop ---
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Trains inside: signals are obeyed, products have the --precision, running out of memory is explained."""
+        with StopSignal() as self.signal, products_in(self.args.precision), startup.memory_explained(self.args):
+            try:
+                yield
+            except Interrupted:
+                self.interrupted = True
+
+    def is_finished(self) -> bool:
+        return self.progress.epoch > self.args.epochs or bool(self.stopped_by)
+
+    def epochs(self) -> Iterator[int]:
+        """The number of each epoch that is left, the present one again after a rollback."""
+        while not self.is_finished():
+            yield self.progress.epoch
+
+    def segments(self, text: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets (T, B) of each segment of a text (n, B) that is left of this epoch, behind a bar."""
+        args = self.args
+        lengths = segments(
+            len(text), args.bptt, self.bptt_rng, args.bptt_std, args.max_seq_len_delta, start=self.progress.row
+        )
+        for i, seq_len in self.progress.track(lengths, columns=args.batch_size):
+            yield get_batch(text, i, seq_len)
+
+    def set_lr(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives the optimizer the learning rate of the next step."""
+        self.schedule.set_rate(optimizer, self.progress.step, self.progress.position())
+
+    def after_step(self, state: TrainingState, nll: Tensor, norm: Tensor, lr: float, seq_len: int) -> None:
+        """Counts a step with this loss (nats per word), gradient norm and scaled learning rate, and logs it when it is
+        time. Raises `Diverged`."""
+        state.optimizer.zero_grad(set_to_none=self.device.type == "cpu")  # on CUDA they stay where graphs write them
+        self.progress.advance(nll, norm, (seq_len, self.args.batch_size), lr)
+        self.watch.add(nll, norm)
+        if self.progress.step % self.args.log_interval == 0:
+            self.watch.check()
+            self.progress.close_interval(lr, rate=state.optimizer.param_groups[0]["lr"], **state.interval_record())
+            if line := state.describe():
+                self.run.log(line)
+
+    def save_if_due(self, state: TrainingState) -> None:
+        """Saves the state after --checkpoint_minutes and when the run is asked to stop, then raising `Interrupted`."""
+        stopping, due = self.ranks.any(self.signal.requested, self.keeper.due())
+        if stopping or due:
+            self.check_weights(state)
+            self.keeper.keep(self.state_dict(state))
+        if stopping:
+            raise Interrupted
+
+    def check_weights(self, state: TrainingState) -> None:
+        """Raises `Diverged` unless the present weights are fit to be saved."""
+        beginning = state.train_text[: self.args.bptt + 1, : self.micro_batch_size]
+        self.watch.judge(self.evaluate(state.model, beginning, "train"))
+
+    def evaluate(self, model: nn.Module, text: Tensor, name: str) -> float:
+        """Nats per word of a text (n, B), the same on every rank."""
+        return self.ranks.same(lambda: evaluate(model, text, self.args.bptt, name))
+
+    def close_epoch(self, state: TrainingState, valid_loss: float) -> None:
+        """Logs the epoch, and saves the weights as best.pt if no epoch before had a lower validation loss."""
+        lr = state.optimizer.param_groups[0]["lr"]
+        self.progress.close_epoch(valid_loss, lr, **state.epoch_record())
+        state.start_epoch()
+        if valid_loss < self.best:
+            self.best = valid_loss
+            self.keeper.keep_best(self.state_dict(state))
+        if line := state.describe():
+            self.run.log(line)
+
+    def end_epoch(self, state: TrainingState, valid_loss: float, reason: str) -> None:
+        """Saves the state at an epoch's end, and ends the run if there is a reason to. Raises `Interrupted` where the
+        run is asked to stop."""
+        self.schedule.close_epoch(valid_loss)
+        self.stopped_by = reason
+        if reason:
+            self.run.log(f"stopped by {reason}")
+        self.keeper.keep(self.state_dict(state))
+        if self.ranks.any(self.signal.requested)[0]:
+            raise Interrupted
+
+    @contextmanager
+    def rollback_on_divergence(self, state: TrainingState) -> Iterator[None]:
+        """When training diverges inside, goes back to the last checkpoint with --backoff times the learning rate and
+        other random numbers; raises RunError after --max_rollbacks of them."""
+        try:
+            yield
+        except Diverged as fault:
+            attempt = self.watch.count(fault, self.args.max_rollbacks, self.progress.step)
+            saved = self.ranks.same(lambda: checkpoint.load_last(self.run.folder)[0])
+            self.load_state_dict(state, saved)
+            self.watch.rollbacks = attempt
+            self.schedule.scale *= self.args.backoff
+            progress = self.progress
+            lr = self.schedule.rate(progress.step, progress.position())
+            self.run.log(f"diverged ({fault}): back to epoch {progress.epoch}, step {progress.step}, with lr {lr:.4g}")
+            self.run.record(
+                kind="rollback", epoch=progress.epoch, step=progress.step, lr=lr, reason=str(fault),
+                seconds=progress.elapsed(),
+            )  # fmt: skip
+            self.keeper.replace(self.state_dict(state))
+
+    # --- the end ---
+
+    def overfit(self, state: TrainingState) -> None:
+        """Trains on one batch alone, for --overfit."""
+        args = self.args
+        with products_in(args.precision), startup.memory_explained(args):
+            self.run.log(overfit(
+                state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size, args.clip,
+                args.clip_value,
+            ))  # fmt: skip
+
+    def exit_interrupted(self) -> int:
+        """Says how to resume; returns the exit code of an interrupted run."""
+        return self.run.interrupted(self.ranks.command(self.parser.prog))
+
+    def perplexity(self, model: nn.Module, name: str) -> float:
+        """Of a text by its name, measured by this process alone."""
+        return perplexity(evaluate(model, self.texts[name], self.args.bptt, name))
+
+    def write_result(self, **result: Any) -> None:
+        """Writes result.json."""
+        self.run.write("result.json", {
+            "kind": self.kind, "epochs": self.progress.epoch - 1, "steps": self.progress.step,
+            "seconds": self.progress.elapsed(), **result, "stopped_by": self.stopped_by or "epochs",
+        })  # fmt: skip

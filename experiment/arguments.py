@@ -59,6 +59,17 @@ def add_shared_flags(
     optimizers: Sequence[str],
 ) -> None:
     """The flags that searching and retraining have in common, with the defaults in which they differ."""
+    add_text_flags(parser, batch_size, bptt_std)
+    add_model_flags(parser, size)
+    add_regularisation_flags(parser, dropoute, wdecay)
+    add_optimisation_flags(parser, epochs, optimizers)
+    add_schedule_flags(parser)
+    add_speed_flags(parser)
+    add_run_flags(parser, seed, log_interval)
+
+
+def add_text_flags(parser: Parser, batch_size: int, bptt_std: float) -> None:
+    """Which text is read, and how it is cut into batches."""
     text = parser.add_argument_group("text")
     text.add_argument(
         "--data",
@@ -99,6 +110,9 @@ def add_shared_flags(
         help="with --bptt_std, segments are at most bptt plus this long",
     )
 
+
+def add_model_flags(parser: Parser, size: int) -> None:
+    """Sizes and initial weights."""
     model = parser.add_argument_group("model")
     model.add_argument("--emsize", type=int, default=size, help="size of the word embeddings")
     model.add_argument(
@@ -119,6 +133,9 @@ def add_shared_flags(
         "the published 0.04 at the published size of retraining; torch's own LSTM and GRU keep theirs)",
     )
 
+
+def add_regularisation_flags(parser: Parser, dropoute: float, wdecay: float) -> None:
+    """Dropout, activation regularisation and weight decay."""
     regularisation = parser.add_argument_group("regularisation")
     for name, p, meaning in (
         ("dropout", 0.75, "of the cell's output"),
@@ -142,6 +159,9 @@ def add_shared_flags(
     )
     regularisation.add_argument("--wdecay", type=float, default=wdecay, help="weight decay of the weights")
 
+
+def add_optimisation_flags(parser: Parser, epochs: int, optimizers: Sequence[str]) -> None:
+    """What moves the weights, and for how long."""
     optimisation = parser.add_argument_group("optimisation of the weights")
     optimisation.add_argument(
         "--optimizer",
@@ -177,6 +197,9 @@ def add_shared_flags(
         "--min_delta", type=float, default=0.0, help="with --patience, how much lower (nats) counts as lower"
     )
 
+
+def add_schedule_flags(parser: Parser) -> None:
+    """The learning rate over the run."""
     schedule = parser.add_argument_group("schedule of the learning rate")
     schedule.add_argument("--warmup", type=int, default=WarmUp().steps, help="steps in which the rate rises to --lr")
     schedule.add_argument("--warmup_shape", choices=SHAPES, default=WarmUp().shape, help="how it rises")
@@ -209,6 +232,9 @@ def add_shared_flags(
         help="plateau: it falls after more than this many epochs without a lower validation loss",
     )
 
+
+def add_speed_flags(parser: Parser) -> None:
+    """Engine and precision."""
     speed = parser.add_argument_group("speed")
     speed.add_argument(
         "--engine",
@@ -224,6 +250,9 @@ def add_shared_flags(
         "normalisation, softmax and optimizer stay in fp32, and so does a finite --hessian",
     )
 
+
+def add_run_flags(parser: Parser, seed: int, log_interval: int) -> None:
+    """The run directory, checkpoints, device and seed."""
     run = parser.add_argument_group("run")
     run.add_argument("--save", metavar="DIR", help="run directory (default: runs/KIND-YYYYMMDD-HHMMSS)")
     run.add_argument(

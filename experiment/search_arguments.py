@@ -1,5 +1,6 @@
 """The flags of a search, and the texts that it reads."""
 
+import argparse
 from argparse import Namespace
 
 import torch
@@ -51,6 +52,24 @@ def build_parser() -> arguments.Parser:
         "over the hidden units of each row; batch, the published one, over the batch. A norm hides from the alphas "
         "what depth costs a discrete cell, which has none, and under batch the recurrence is chaotic (docs/signal.md)",
     )
+    add_alpha_flags(search)
+    arguments.add_shared_flags(
+        parser,
+        size=300,
+        batch_size=256,
+        epochs=50,
+        dropoute=0.0,
+        wdecay=5e-7,
+        bptt_std=0.0,
+        seed=3,
+        log_interval=50,
+        optimizers=OPTIMIZERS,
+    )
+    return parser
+
+
+def add_alpha_flags(search: argparse._ArgumentGroup) -> None:
+    """How the alphas move, and when a search ends because of where they point."""
     search.add_argument(
         "--arch_lr", type=float, default=3e-2, help="learning rate of Adam on the alphas (published: 3e-3)"
     )
@@ -97,19 +116,6 @@ def build_parser() -> arguments.Parser:
         "finite product misses, what discretising costs. It takes as long as several steps and changes nothing of the "
         "search; 0: never",
     )
-    arguments.add_shared_flags(
-        parser,
-        size=300,
-        batch_size=256,
-        epochs=50,
-        dropoute=0.0,
-        wdecay=5e-7,
-        bptt_std=0.0,
-        seed=3,
-        log_interval=50,
-        optimizers=OPTIMIZERS,
-    )
-    return parser
 
 
 def eval_rows(norm: str) -> dict[str, int]:

@@ -22,7 +22,7 @@ from data import load_corpus, segments
 from experiment import metrics, startup, validate_arguments
 from experiment.metrics import EVENTS, events
 from genotypes import random_genotype
-from study import cost, leaderboard, ray_backend
+from study import arguments, cost, leaderboard, ray_backend
 from study.design import Study, distinct
 from study.jobs import Job
 from study.stats import kendall
@@ -250,7 +250,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(corpus, tmp_path, alone, c
     assert list((tmp_path / "runs").iterdir()) == []
     out = capsys.readouterr().out
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
-    assert {name: int(lines[name][0]) for name in trials.SHAPED_BY} == {
+    assert {name: int(lines[name][0]) for name in arguments.SHAPED_BY} == {
         "baseline": 1, "proxy": 4, "search": 4, "select": 6, "retrain": 2,
     }  # fmt: skip
     assert "times one training in full" in out
@@ -311,7 +311,7 @@ def test_a_cell_that_two_searches_found_is_trained_once():
 
 
 def test_searched_and_random_cells_take_turns(whole):
-    args = trials.build_parser().parse_args(["run", *flags("penn", whole)])
+    args = arguments.build_parser().parse_args(["run", *flags("penn", whole)])
     assert [cell.label.split("-")[0] for cell in Study(whole, args).cells()][:4:2] == ["first", "unrolled"]
     assert [cell.label for cell in Study(whole, args).cells()][1:4:2] == ["random-1", "random-2"]
 
@@ -342,7 +342,7 @@ def test_the_choice_stays_once_it_has_read_the_test_text(whole, left, alone):
 
 def test_a_proxy_is_not_held_against_itself(whole):
     """The short training of full size is read from one seed, the long one from the other."""
-    args = trials.build_parser().parse_args(["run", *flags("penn", whole)])
+    args = arguments.build_parser().parse_args(["run", *flags("penn", whole)])
     [row] = leaderboard.proxies(Study(whole, args))
     short = [metrics.epochs(whole / f"proxy/full/{cell}/1")[0]["valid_ppl"] for cell in args.proxy_cells]
     long = [min(r["valid_ppl"] for r in metrics.epochs(whole / f"proxy/full/{c}/2")) for c in args.proxy_cells]
@@ -427,7 +427,7 @@ def test_a_stage_without_the_one_before_it_is_refused(stage, said, corpus, tmp_p
 
 def test_another_text_under_the_same_name_is_refused(whole, tmp_path, capsys):
     other = write_corpus(tmp_path, train=41, valid=16, test=16)
-    study = shutil.copytree(whole, tmp_path / "study", ignore=shutil.ignore_patterns(*trials.SHAPED_BY))
+    study = shutil.copytree(whole, tmp_path / "study", ignore=shutil.ignore_patterns(*arguments.SHAPED_BY))
     with pytest.raises(SystemExit) as end:
         trials.main(["run", "--study", str(study), "--data", str(other)])
     assert end.value.code == 2

@@ -1,0 +1,159 @@
+"""What cannot be used of a study's flags, and what does not go with the stages that have begun."""
+
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import data
+from experiment import arguments, metrics, resume, startup, validate_arguments
+from genotypes import GenotypeError, random_genotype, resolve_cell
+from study import cost
+from study.arguments import SHAPED_BY, asked
+from study.design import METHODS, RANDOM, Cell, Study, label
+from study.jobs import Job
+
+QUOTED = {
+    "baseline": "train_flags", "proxy": "train_flags", "search": "search_flags", "select": "select_flags",
+    "retrain": "train_flags",
+}  # fmt: skip
+CONFIG = "study.json"
+NOT_KEPT = {"help", "stage", "study", "resume", "dry_run", "address"}
+LEAST = {"proxy_reference": 0, "top": 1, "proxy_emsize": 1, "proxy_tokens": 1}
+
+
+def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
+    """study.json: the flags of a study that has begun, and the checksums of its text."""
+    found = metrics.read_json(folder / CONFIG) or {}
+    flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in NOT_KEPT}
+    if (
+        not isinstance(flags, dict)
+        or flags.keys() != actions.keys()
+        or not all(fits(actions[name], flags[name]) for name in flags)
+        or "sha256" not in found
+    ):
+        parser.refuse([f"--study: {folder / CONFIG} is damaged or of an earlier version; start another study"])
+    return found
+
+
+def fits(action: Any, value: Any) -> bool:
+    """Whether a value from a file could be that of a flag."""
+    if action.nargs is None or action.nargs == 0:
+        return (value is None and action.default is None) or resume.fits(action, value)
+    return isinstance(value, list) and all(resume.fits(action, part) for part in value)
+
+
+def number_faults(args: Namespace) -> list[str]:
+    """Numbers out of their range."""
+    found = []
+    for name, value in vars(args).items():
+        least = LEAST.get(name, 1 if name.endswith(("epochs", "seeds", "top")) else 0)
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float) and not least <= number < validate_arguments.LARGEST:
+                found.append(f"--{name} {number}: must be at least {least} and below {validate_arguments.LARGEST:,}")
+    if args.converged == 1:
+        found.append("--converged 1: one trial has no spread; take at least 2, or 0 for never")
+    if args.select_seeds > 1 and (args.converged or args.halving):
+        rule = "--halving" if args.halving else "--converged"
+        found.append(f"--select_seeds {args.select_seeds}: {rule} takes every short training for a cell; use 1 seed")
+    if args.proxy_seeds < 2 and args.stage in ("run", "proxy"):
+        found.append(f"--proxy_seeds {args.proxy_seeds}: at least 2, since no run is to be compared with itself")
+    if RANDOM in args.methods and not args.random_cells and not METHODS.keys() & set(args.methods):
+        found.append("--random_cells 0: as many as are found, and no method finds any; say how many")
+    if args.cpus_per_trial == 0:
+        found.append("--cpus_per_trial 0: a trial needs a processor; take at least a part of one")
+    return found
+
+
+def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[str]:
+    """Flags that a stage which has begun was shaped by and that are others now; and a stage to go on with, unasked."""
+    begun = [stage for stage in SHAPED_BY if (folder / stage).exists()]
+    again = [stage for stage in asked(args) if stage in begun]
+    found = []
+    if again and not args.resume and not args.dry_run:
+        found.append(f"--study {folder}: its {again[0]} has begun; add --resume to go on, or take another")
+    for name in dict.fromkeys(name for stage in begun for name in SHAPED_BY[stage].split()):
+        if getattr(args, name) != (before := config["flags"][name]):
+            found.append(f"--{name}: the study in {folder} has begun with {before}; leave it out, or start another")
+    return found
+
+
+def text_faults(args: Namespace) -> list[str]:
+    """Flags in quotes that cannot be read, or that the study sets; cells that there are not."""
+    found = []
+    for name in ("train_flags", "search_flags", "select_flags"):
+        try:
+            words = shlex.split(getattr(args, name))
+        except ValueError as error:
+            found.append(f"--{name}: {error}; close the quotes")
+            continue
+        given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+        found += [f"--{name}: --{taken} is the study's to set; leave it out" for taken in cost.TAKEN if taken in given]
+        if name == "search_flags" and args.search_split == "train":
+            found += [
+                f"--search_flags: --{word} looks at valid.txt, which --search_split train keeps for selecting"
+                for word in ("patience", "schedule") if word in given and (word != "schedule" or "plateau" in words)
+            ]  # fmt: skip
+    for name in ("methods", "baselines", "proxy_cells"):
+        names = [label(value) for value in getattr(args, name)]
+        found += [f"--{name}: {twice} is named twice" for twice in sorted({n for n in names if names.count(n) > 1})]
+    for name in ("baselines", "proxy_cells"):
+        for arch in getattr(args, name):
+            try:
+                resolve_cell(arch)
+            except GenotypeError as error:
+                found.append(f"--{name}: {error}")
+    if len(args.proxy_cells) < 2:
+        found.append("--proxy_cells: a ranking needs two cells at least")
+    return found
+
+
+def missing_faults(study: Study) -> list[str]:
+    """A stage that is asked for alone and has nothing to begin with."""
+    stage = study.args.stage
+    if stage == "select" and not study.cells():
+        return ["select: no cell has been found yet; run python trials.py search first"]
+    if stage == "retrain" and not study.selected():
+        return ["retrain: no cell has been selected yet; run python trials.py select first"]
+    return []
+
+
+def job_faults(
+    parser: arguments.Parser, study: Study, stages: Sequence[str], corpus: data.Corpus | None = None
+) -> list[str]:
+    """What the scripts would find wrong with the jobs of these stages, a line for each fault; with a corpus, with its
+    length alone."""
+    found: dict[str, None] = {}
+    for stage in stages:
+        flag = QUOTED[stage]
+        for job in planned(study, stage):
+            script = cost.SCRIPTS[job.script]
+            of_script = script.build_parser()
+            of_script.prog = f"{parser.prog}: --{flag}"
+            args = of_script.parse_args([*job.flags, "--save", str(study.folder / "new")])
+            arguments.complete(args, stage)
+            if corpus is not None:
+                wrong = startup.length_faults(args, script.texts_to_read(corpus, args))
+            else:
+                wrong = validate_arguments.validate(args, of_script.get_default)
+                if stage == "proxy" and args.schedule in ("cosine", "polynomial"):
+                    wrong.append(f"--schedule {args.schedule}: under it a short training is not the beginning of a long"
+                                 " one, as proxy takes it to be; leave it out")  # fmt: skip
+            found.update(dict.fromkeys(f"{stage}: {line} (--{flag})" for line in wrong))
+    return list(found)
+
+
+def planned(study: Study, stage: str) -> list[Job]:
+    """The jobs of a stage; as long as the cells are not known, of as many others."""
+    args, searches = study.args, study.search()
+    if stage == "select" and not all(job.decided(study.folder) for job in searches):
+        return study.select(unknown(len(searches) + len(study.random_cells(len(searches)))))
+    if stage == "retrain" and len(study.selected()) < args.top:
+        return study.retrain(unknown(args.top))
+    return getattr(study, stage)()
+
+
+def unknown(number: int) -> list[Cell]:
+    """So many cells, which stand for others."""
+    return [Cell(random_genotype(i), (f"unknown-{i}",)) for i in range(number)]

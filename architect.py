@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.matmul import products_in
+from engine.matmul import matmul_precision
 
 RADIUS = 1e-4
 Product = Callable[[list[Tensor]], Tensor]  # v -> d/d alpha (d/dw L_train . v), shape of the alphas
@@ -104,7 +104,7 @@ class Architect:
             [direct], hidden = self.gradients(self.valid_loss(valid), [self.alphas])
             return direct, None, hidden
 
-        g, product = self.exactly(train) if self.hessian == "exact" else self.by_difference(train)
+        g, product = self.exact_hvp(train) if self.hessian == "exact" else self.finite_difference_hvp(train)
         limited = self.clip_value < math.inf
         if limited:
             free = [g_i.abs() <= self.clip_value for g_i in g]
@@ -114,7 +114,7 @@ class Architect:
         if velocity is not None:
             steps = [step - eta * kept for step, kept in zip(steps, velocity, strict=True)]
         del g
-        with moved(self.weights, steps):
+        with perturbed(self.weights, steps):
             (direct, *v), hidden = self.gradients(self.valid_loss(valid), [self.alphas, *self.weights])
         if limited:
             v = [v_i * free_i for v_i, free_i in zip(v, free, strict=True)]
@@ -123,7 +123,7 @@ class Architect:
     def gradients(self, parts: Iterable, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Gradient of the sum of the parts with respect to the inputs alone, and the hidden states (B, H)."""
         totals, hidden = None, []
-        with only(inputs, of=[*self.weights, self.alphas]):
+        with requires_grad_only(inputs, of=[*self.weights, self.alphas]):
             for part in parts:
                 found = torch.autograd.grad(part.total, inputs)
                 totals = list(found) if totals is None else [a.add_(b) for a, b in zip(totals, found, strict=True)]
@@ -132,7 +132,7 @@ class Architect:
         self.average(totals)
         return totals, torch.cat(hidden)
 
-    def exactly(self, train: Any) -> tuple[list[Tensor], Product]:
+    def exact_hvp(self, train: Any) -> tuple[list[Tensor], Product]:
         """d/dw L_train, and its product by differentiating that gradient in turn.
 
         A single part's graph is kept from one to the other; several parts are passed over once more.
@@ -157,7 +157,7 @@ class Architect:
         self.average(g)
         return g, product
 
-    def by_difference(self, train: Any) -> tuple[list[Tensor], Product]:
+    def finite_difference_hvp(self, train: Any) -> tuple[list[Tensor], Product]:
         """d/dw L_train, and its product by a central difference."""
         return self.gradients(self.train_loss(train), self.weights)[0], partial(self.finite_product, train)
 
@@ -166,7 +166,7 @@ class Architect:
         scale = self.radius / total_norm(v).clamp(min=1e-30)  # all of v may be 0, and the product then is
         ends = []
         for sign in (1, -1):
-            with moved(self.weights, [sign * scale * v_i for v_i in v]), products_in("fp32"):
+            with perturbed(self.weights, [sign * scale * v_i for v_i in v]), matmul_precision("fp32"):
                 [end], _ = self.gradients(self.precise_loss(train), [self.alphas])
             ends.append(end)
         return (ends[0] - ends[1]) / (2 * scale)
@@ -183,7 +183,7 @@ def clip_coefficient(gradient: list[Tensor], clip: float) -> Tensor:
 
 
 @contextmanager
-def only(inputs: list[Tensor], of: list[Tensor]) -> Iterator[None]:
+def requires_grad_only(inputs: list[Tensor], of: list[Tensor]) -> Iterator[None]:
     """Of these tensors none but the inputs wants a gradient inside, so that none is formed for nothing."""
     others = [tensor for tensor in of if not any(tensor is wanted for wanted in inputs)]
     for tensor in others:
@@ -196,7 +196,7 @@ def only(inputs: list[Tensor], of: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def moved(weights: list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
+def perturbed(weights: list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
     """The weights plus the deltas inside; outside, the very tensors that they were before.
 
     They are put elsewhere and not written over: a graph that is kept of them is still right afterwards.

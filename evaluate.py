@@ -12,7 +12,7 @@ import sys
 import torch
 
 from data import DataError, batchify, read_split
-from engine.dropout import Rates
+from engine.dropout import DropoutRates
 from engine.reference import NORMS
 from experiment import arguments, signals
 from experiment.checkpoint import UNREADABLE, CheckpointError, load
@@ -58,10 +58,10 @@ def build_model(saved: dict) -> RNNModel:
             norm = saved["flags"].get("norm", "batch")  # before there was the flag
             if norm not in NORMS:
                 raise ValueError("a norm that no run has")
-            model = RNNModelSearch(vocabulary, size, Rates(), norm=norm)
+            model = RNNModelSearch(vocabulary, size, DropoutRates(), norm=norm)
         else:
             cell = cell_from_json(saved["genotype"])
-            model = retrain_model(vocabulary, size, Rates(), cell, saved["flags"]["n_experts"])
+            model = retrain_model(vocabulary, size, DropoutRates(), cell, saved["flags"]["n_experts"])
     if any(weight.dtype != torch.float32 for weight in saved["model"].values()):
         raise TypeError("weights that no run has")
     model.load_state_dict(saved["model"], assign=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import Engine, softmax_losses
-from engine.dropout import Masks, Rates, draw_masks, drop
+from engine.dropout import DropoutRates, Masks, drop, sample_masks
 from genotypes import Genotype
 
 NO_MASKS = Masks()
@@ -52,12 +52,14 @@ def cell_weights(ninp: int, nhid: int, nodes: int, init_range: float) -> tuple[n
 class RNNModel(nn.Module):
     """Word ids to the cell's outputs, and those to log-probabilities of the next word.
 
-    Every mask that a training pass needs comes in from outside (`draw_masks`), so the module has no training
+    Every mask that a training pass needs comes in from outside (`sample_masks`), so the module has no training
     mode: called without masks it drops nothing. `init_range` bounds the uniform initial weights of the embedding and
     of a mixture; the cell comes with weights of its own.
     """
 
-    def __init__(self, ntoken: int, nhid: int, rates: Rates, cell: nn.Module, init_range: float, n_experts: int = 1):
+    def __init__(
+        self, ntoken: int, nhid: int, rates: DropoutRates, cell: nn.Module, init_range: float, n_experts: int = 1
+    ):
         super().__init__()
         self.ntoken, self.nhid, self.rates = ntoken, nhid, rates
         self.embedding = nn.Parameter(torch.empty(ntoken, nhid).uniform_(-init_range, init_range))  # (V, E)
@@ -66,7 +68,7 @@ class RNNModel(nn.Module):
         self.mixture = softmax_losses.Mixture(nhid, n_experts, init_range) if n_experts > 1 else None
         self.engine = Engine()
 
-    def using(self, engine: Engine) -> "RNNModel":
+    def with_engine(self, engine: Engine) -> "RNNModel":
         """The same parameters behind another engine."""
         other = copy(self)
         other.engine = engine
@@ -87,14 +89,16 @@ class RNNModel(nn.Module):
         return self.word_losses([drop(hiddens, masks.output)], y)[0]
 
     def word_losses(self, passes: Sequence[Tensor], y: Tensor, rdrop: float = 0.0) -> tuple[Tensor, Tensor]:
-        """See `softmaxes.losses`; passes are dropped outputs (T, B, H)."""
+        """See `softmax_losses.losses`; passes are dropped outputs (T, B, H)."""
         log_probs = softmax_losses.tied if self.mixture is None else softmax_losses.mixed
         weights = [self.embedding, self.bias, *([] if self.mixture is None else self.mixture.parameters())]
-        return softmax_losses.losses(partial(log_probs, store=self.engine.store), weights, passes, y, rdrop)
+        return softmax_losses.losses(
+            partial(log_probs, compute_dtype=self.engine.compute_dtype), weights, passes, y, rdrop
+        )
 
-    def draw_masks(self, batch_size: int) -> Masks:
+    def sample_masks(self, batch_size: int) -> Masks:
         """New dropout masks for a batch, from torch's global generator."""
-        return draw_masks(self.rates, batch_size, self.embedding, self.nhid, getattr(self.cell, "connections", None))
+        return sample_masks(self.rates, batch_size, self.embedding, self.nhid, getattr(self.cell, "connections", None))
 
     def initial_hidden(self, batch_size: int) -> Tensor:
         """The state before a text's first word: zeros, (B, S)."""
@@ -106,7 +110,12 @@ class RNNModel(nn.Module):
 
 
 def retrain_model(
-    ntoken: int, nhid: int, rates: Rates, cell: Genotype | str, n_experts: int = 1, init_range: float | None = None
+    ntoken: int,
+    nhid: int,
+    rates: DropoutRates,
+    cell: Genotype | str,
+    n_experts: int = 1,
+    init_range: float | None = None,
 ) -> RNNModel:
     """The language model around the cell of a genotype, or a baseline of that name, with so many softmaxes.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import Engine
-from engine.dropout import Masks, Rates
+from engine.dropout import DropoutRates, Masks
 from genotypes import PRIMITIVES, STEPS, Genotype
 from model import RNNModel, cell_weights, default_init_range
 
@@ -15,7 +15,7 @@ from model import RNNModel, cell_weights, default_init_range
 class DARTSCellSearch(nn.Module):
     """The continuous relaxation of the cell (DARTS, section 2.2), with its architecture parameters.
 
-    `norm` is that of its states, one of `recurrence.NORMS`.
+    `norm` is that of its states, one of `reference.NORMS`.
     """
 
     def __init__(self, ninp: int, nhid: int, norm: str, init_range: float, steps: int = STEPS):
@@ -40,7 +40,7 @@ class RNNModelSearch(RNNModel):
         self,
         ntoken: int,
         nhid: int,
-        rates: Rates,
+        rates: DropoutRates,
         steps: int = STEPS,
         norm: str = "none",
         init_range: float | None = None,

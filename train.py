@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from engine import Engine
-from engine.dropout import Rates
+from engine.dropout import DropoutRates
 from experiment import checkpoint, resume, signals, startup
 from experiment.experiment import Experiment
 from experiment.retrain_arguments import EVAL_ROWS, build_parser, texts_to_read
 from genotypes import cell_to_json, resolve_cell
 from model import retrain_model
-from training.evaluation import perplexity, told
+from training.evaluation import format_perplexity, perplexity
 from training.gradients import clipped_gradient, scaled_lr
-from training.losses import Batch, SmallBatches
+from training.losses import Batch, MicroBatches
 from training.optimizers import NonMonotonicTrigger, averaged, new_optimizer
 
 REASONS = ("patience", "nonmono")  # to stop before the last epoch
@@ -39,11 +39,11 @@ class RetrainState:
         self.train_text, self.valid_text = experiment.sharded("train"), experiment.texts["valid"]  # (n, B) each
 
         self.cell = resolve_cell(args.arch)
-        rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
+        rates = DropoutRates(**{name: getattr(args, name) for name in DropoutRates._fields})
         model = retrain_model(
             len(experiment.corpus.words), args.emsize, rates, self.cell, args.n_experts, args.init_range
         ).to(experiment.device)  # fmt: skip
-        self.model = model.using(Engine(args.engine, args.precision))
+        self.model = model.with_engine(Engine(args.engine, args.precision))
         ranks.seed(args.seed)
         self.weights = self.model.weights()
         self.phase = "sgd" if args.optimizer == "ntasgd" else args.optimizer
@@ -56,20 +56,20 @@ class RetrainState:
 
     def capture(self) -> None:
         """On CUDA, the gradient becomes a graph that is replayed."""
-        self.replayed_gradient = self.model.engine.replayed(self.gradient, self.train_text.device)
+        self.replayed_gradient = self.model.engine.with_cuda_graphs(self.gradient, self.train_text.device)
 
     # --- the step ---
 
     def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (nats per word), hidden state (B, S) and gradient norm of a training batch; the gradient is in .grad."""
-        args, masks = self.args, self.model.draw_masks(self.batch_size)
+        args, masks = self.args, self.model.sample_masks(self.batch_size)
         two_passes = args.rdrop > 0 or args.fraternal > 0
-        batch = Batch(x, y, hidden, masks, self.model.draw_masks(self.batch_size) if two_passes else None)
-        losses = SmallBatches(
+        batch = Batch(x, y, hidden, masks, self.model.sample_masks(self.batch_size) if two_passes else None)
+        losses = MicroBatches(
             self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta, rdrop=args.rdrop,
             fraternal=args.fraternal,
         )  # fmt: skip
-        return clipped_gradient(losses, self.weights, args.clip, args.clip_value, self.ranks.average)
+        return clipped_gradient(losses, self.weights, args.clip, args.clip_value, self.ranks.all_reduce_mean)
 
     def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Loss (nats per word) and gradient norm of a training batch; the gradient is in .grad."""
@@ -89,13 +89,13 @@ class RetrainState:
 
     def reason_to_stop(self, valid_loss: float) -> str:
         """Why training should end after an epoch with this loss; with --finetune, what starts averaging elsewhere."""
-        if self.patience.is_over(valid_loss):
+        if self.patience.step(valid_loss):
             return "patience"
-        return "nonmono" if self.args.finetune and self.trigger.fires(valid_loss) else ""
+        return "nonmono" if self.args.finetune and self.trigger.step(valid_loss) else ""
 
     def switches_to_averaging(self, valid_loss: float) -> bool:
         """Whether NT-ASGD is to average the weights from here on."""
-        return self.phase == "sgd" and self.args.optimizer == "ntasgd" and self.trigger.fires(valid_loss)
+        return self.phase == "sgd" and self.args.optimizer == "ntasgd" and self.trigger.step(valid_loss)
 
     def switch_to_averaging(self) -> None:
         self.phase, self.optimizer = "asgd", self.new_optimizer("asgd")
@@ -112,25 +112,25 @@ class RetrainState:
     def state_dict(self) -> dict[str, Any]:
         return {
             "eval_rows": EVAL_ROWS, "genotype": cell_to_json(self.cell), "phase": self.phase,
-            "hidden": self.ranks.all_rows(self.hidden),
+            "hidden": self.ranks.all_gather(self.hidden),
             **{name: part.state_dict() for name, part in self.parts().items()},
         }  # fmt: skip
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.phase, self.optimizer = saved["phase"], self.new_optimizer(saved["phase"])
-        self.hidden = self.ranks.rows(saved["hidden"]).to(self.train_text.device)
+        self.hidden = self.ranks.shard(saved["hidden"]).to(self.train_text.device)
         for name, part in self.parts().items():
             part.load_state_dict(saved[name])
         self.capture()
 
     def template(self, saved: dict[str, Any]) -> dict[str, Any]:
         optimizer = self.new_optimizer(saved["phase"])
-        return {"trigger": {"losses": [1.0]}, "optimizer": checkpoint.stepped(optimizer)}
+        return {"trigger": {"losses": [1.0]}, "optimizer": checkpoint.optimizer_template(optimizer)}
 
     def validate(self, saved: dict[str, Any]) -> None:
-        if self.ranks.first and saved["best"] < float("inf"):  # what the result is made from
+        if self.ranks.is_main and saved["best"] < float("inf"):  # what the result is made from
             best = checkpoint.load(self.run.folder / "best.pt")
-            checkpoint.check_form(best, {"model": self.model.state_dict(), "best": 1.0})
+            checkpoint.validate_state(best, {"model": self.model.state_dict(), "best": 1.0})
 
     def load_best(self) -> float:
         """Puts back the weights of best.pt, averaged ones if it has them, and returns their validation loss."""
@@ -166,20 +166,20 @@ def load_finetuned(experiment: Experiment, state: RetrainState) -> None:
     """Starts from the best weights of the run that --finetune names, and only a lower validation loss is better."""
     path = Path(experiment.args.finetune, "best.pt")
     with resume.restoring(experiment.parser, experiment.run, path):
-        first = experiment.ranks.same(lambda: checkpoint.load(path))
-        checkpoint.check_form(first, {"model": state.model.state_dict()})
+        first = experiment.ranks.broadcast_from_main(lambda: checkpoint.load(path))
+        checkpoint.validate_state(first, {"model": state.model.state_dict()})
         state.model.load_state_dict(first["model"])
         experiment.best = experiment.evaluate(state.model, state.valid_text, "valid")
-        checkpoint.check_form(experiment.best, 1.0, "its validation loss")  # a number
+        checkpoint.validate_state(experiment.best, 1.0, "its validation loss")  # a number
 
 
 def main(argv: list[str] | None = None) -> int:
     experiment = Experiment("train", build_parser(), argv, texts_to_read, REASONS)
     args, corpus, run = experiment.args, experiment.corpus, experiment.run
-    if args.tensorboard and experiment.ranks.first:
-        from plots.tensorboard import Mirror  # needs more than the scripts do
+    if args.tensorboard and experiment.ranks.is_main:
+        from plots.tensorboard import TensorBoardLogger  # needs more than the scripts do
 
-        run.mirror = Mirror(run.folder, vars(args))
+        run.tensorboard = TensorBoardLogger(run.folder, vars(args))
     state = RetrainState(experiment)
     params = sum(w.numel() for w in state.weights)
     lines = [
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         retrain(experiment, state)
     if experiment.interrupted:
         return experiment.exit_interrupted()
-    if not experiment.ranks.first:
+    if not experiment.ranks.is_main:
         return 0
 
     valid_ppl = perplexity(state.load_best())
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     experiment.write_result(
         params=params, valid_ppl=valid_ppl, test_ppl=test_ppl, genotype=cell_to_json(state.cell)
     )  # fmt: skip
-    run.log(f"best weights: valid ppl {valid_ppl:.2f} | {told(test_ppl)}")
+    run.log(f"best weights: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
     return 0
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from architect import Architect
 from data import Cursor
 from engine import Engine
-from engine.dropout import HeldRelu, Rates
+from engine.dropout import DropoutRates, FrozenReLU
 from experiment import checkpoint, signals, startup
 from experiment.experiment import Experiment
 from experiment.search_arguments import build_parser, eval_rows, texts_to_read
@@ -26,9 +26,9 @@ from genotypes import Genotype, from_json, to_json
 from model_search import RNNModelSearch
 from training.diagnostics import Diagnosis
 from training.early_stopping import check_history, identities, is_stable
-from training.evaluation import perplexity, told
+from training.evaluation import format_perplexity, perplexity
 from training.gradients import clipped_gradient, scaled_lr
-from training.losses import Batch, SmallBatches
+from training.losses import Batch, MicroBatches
 from training.optimizers import averaged, new_optimizer, velocity
 
 REASONS = ("patience", "stable", "identity")  # to stop before the last epoch
@@ -45,11 +45,11 @@ class SearchState:
         self.train_text, self.valid_text = experiment.sharded("train"), experiment.texts["valid"]  # (n, B) each
         self.valid_batches = Cursor(experiment.sharded("the alphas"))
 
-        rates = Rates(**{name: getattr(args, name) for name in Rates._fields})
+        rates = DropoutRates(**{name: getattr(args, name) for name in DropoutRates._fields})
         model = RNNModelSearch(
             len(experiment.corpus.words), args.emsize, rates, norm=args.norm, init_range=args.init_range
         ).to(experiment.device)  # fmt: skip
-        self.model = model.using(Engine(args.engine, args.precision))
+        self.model = model.with_engine(Engine(args.engine, args.precision))
         ranks.seed(args.seed)
         self.weights = self.model.weights()
         self.optimizer = new_optimizer(args.optimizer, self.weights, args.lr, args.wdecay, args.momentum)
@@ -67,20 +67,20 @@ class SearchState:
     def architect_of(self, model: RNNModelSearch, micro_batch_size: int, hessian: str | None) -> Architect:
         """The alphas' optimizer, by the losses that a model behind some engine has of so many rows at a time."""
         args, at_once = self.args, {"small_batch_size": micro_batch_size}
-        precise = model.using(Engine(args.engine))  # a difference of nearby weights needs every digit
+        precise = model.with_engine(Engine(args.engine))  # a difference of nearby weights needs every digit
         regularised = {**at_once, "alpha": args.alpha, "beta": args.beta}
         return Architect(
-            self.weights, model.alphas, partial(SmallBatches, model, **regularised),
-            partial(SmallBatches, model, **at_once), partial(SmallBatches, precise, **regularised), clip=args.clip,
+            self.weights, model.alphas, partial(MicroBatches, model, **regularised),
+            partial(MicroBatches, model, **at_once), partial(MicroBatches, precise, **regularised), clip=args.clip,
             wdecay=args.wdecay, clip_value=args.clip_value, hessian=hessian, lr=args.arch_lr,
-            arch_wdecay=args.arch_wdecay, average=self.ranks.average, mean_alphas=args.derive_from == "mean",
+            arch_wdecay=args.arch_wdecay, average=self.ranks.all_reduce_mean, mean_alphas=args.derive_from == "mean",
         )  # fmt: skip
 
     def capture(self) -> None:
         """On CUDA, the two steps become graphs that are replayed."""
         engine, device = self.model.engine, self.train_text.device
-        self.replayed_gradient = engine.replayed(self.gradient, device)
-        self.replayed_alpha_step = engine.replayed(self.step_alphas, device, beside=self.replayed_gradient)
+        self.replayed_gradient = engine.with_cuda_graphs(self.gradient, device)
+        self.replayed_alpha_step = engine.with_cuda_graphs(self.step_alphas, device, beside=self.replayed_gradient)
 
     # --- the two steps ---
 
@@ -88,9 +88,9 @@ class SearchState:
         self, eta: Tensor, x: Tensor, y: Tensor, hidden: Tensor, x_valid: Tensor, y_valid: Tensor, hidden_valid: Tensor
     ) -> tuple[Tensor]:
         """The hidden state (B, H) that the validation batch ends in."""
-        masks = self.model.draw_masks(self.batch_size)  # the same in every pass over the training batch
-        masks = masks._replace(relu=HeldRelu() if self.hessian == "finite" else None)
-        valid_masks = self.model.draw_masks(self.arch_batch_size)
+        masks = self.model.sample_masks(self.batch_size)  # the same in every pass over the training batch
+        masks = masks._replace(relu=FrozenReLU() if self.hessian == "finite" else None)
+        valid_masks = self.model.sample_masks(self.arch_batch_size)
         return (
             self.architect.step(
                 train=Batch(x, y, hidden, masks),
@@ -102,9 +102,9 @@ class SearchState:
 
     def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (nats per word), hidden state (B, H) and gradient norm of a training batch; the gradient is in .grad."""
-        args, batch = self.args, Batch(x, y, hidden, self.model.draw_masks(self.batch_size))
-        losses = SmallBatches(self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta)
-        return clipped_gradient(losses, self.weights, args.clip, args.clip_value, self.ranks.average)
+        args, batch = self.args, Batch(x, y, hidden, self.model.sample_masks(self.batch_size))
+        losses = MicroBatches(self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta)
+        return clipped_gradient(losses, self.weights, args.clip, args.clip_value, self.ranks.all_reduce_mean)
 
     def alpha_step(self, lr: float, x: Tensor, y: Tensor) -> None:
         """Moves the alphas down the gradient of the next validation batch's loss at the weights that the next weight
@@ -167,7 +167,7 @@ class SearchState:
             return "identity"
         if is_stable(self.history[args.arch_start :], args.stop_stable):
             return "stable"
-        return "patience" if self.patience.is_over(valid_loss) else ""
+        return "patience" if self.patience.step(valid_loss) else ""
 
     # --- a checkpoint ---
 
@@ -181,7 +181,7 @@ class SearchState:
         return {
             "eval_rows": eval_rows(self.args.norm), "genotype": to_json(self.derived()[0]), "history": self.history,
             "valid_position": self.valid_batches.position,
-            "hidden": self.ranks.all_rows(self.hidden), "hidden_valid": self.ranks.all_rows(self.hidden_valid),
+            "hidden": self.ranks.all_gather(self.hidden), "hidden_valid": self.ranks.all_gather(self.hidden_valid),
             **{name: part.state_dict() for name, part in self.parts().items()},
         }  # fmt: skip
 
@@ -191,22 +191,24 @@ class SearchState:
         self.valid_batches.position, self.history = saved["valid_position"], saved["history"]
         device = self.train_text.device
         self.hidden, self.hidden_valid = (
-            self.ranks.rows(saved[name]).to(device) for name in ("hidden", "hidden_valid")
+            self.ranks.shard(saved[name]).to(device) for name in ("hidden", "hidden_valid")
         )
         self.capture()  # what was captured holds the old state of the alphas' optimizer
 
     def template(self, saved: dict[str, Any]) -> dict[str, Any]:
         return {
-            "history": [[1, to_json(self.derived()[0])]], "optimizer": checkpoint.stepped(self.optimizer),
-            "arch_optimizer": checkpoint.stepped(self.architect.optimizer),
+            "history": [[1, to_json(self.derived()[0])]], "optimizer": checkpoint.optimizer_template(self.optimizer),
+            "arch_optimizer": checkpoint.optimizer_template(self.architect.optimizer),
         }  # fmt: skip
 
     def validate(self, saved: dict[str, Any]) -> None:
         check_history(saved["history"], saved["progress"]["epoch"] - 1, saved["stopped_by"] == "identity")
-        if self.ranks.first and saved["stopped_by"] == "patience":  # what the result is made from
+        if self.ranks.is_main and saved["stopped_by"] == "patience":  # what the result is made from
             best = checkpoint.load(self.run.folder / "best.pt")
             form = {"model": self.model.state_dict(), "progress": {"epoch": 1}}
-            checkpoint.check_form(best, {**form, "arch_optimizer": checkpoint.stepped(self.architect.optimizer)})
+            checkpoint.validate_state(
+                best, {**form, "arch_optimizer": checkpoint.optimizer_template(self.architect.optimizer)}
+            )
             if best["progress"]["epoch"] - 1 not in dict(saved["history"]):
                 raise ValueError("its best epoch is not in its history")
 
@@ -249,10 +251,10 @@ def search(experiment: Experiment, state: SearchState) -> None:
 def main(argv: list[str] | None = None) -> int:
     experiment = Experiment("search", build_parser(), argv, texts_to_read, REASONS)
     args, corpus, run = experiment.args, experiment.corpus, experiment.run
-    if args.tensorboard and experiment.ranks.first:
-        from plots.tensorboard import Mirror  # needs more than the scripts do
+    if args.tensorboard and experiment.ranks.is_main:
+        from plots.tensorboard import TensorBoardLogger  # needs more than the scripts do
 
-        run.mirror = Mirror(run.folder, vars(args))
+        run.tensorboard = TensorBoardLogger(run.folder, vars(args))
     state = SearchState(experiment)
     params = sum(w.numel() for w in state.weights)
     experiment.start(
@@ -267,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         search(experiment, state)
     if experiment.interrupted:
         return experiment.exit_interrupted()
-    if not experiment.ranks.first:
+    if not experiment.ranks.is_main:
         return 0
 
     epoch = state.load_best() if experiment.stopped_by == "patience" else state.history[-1][0]
@@ -279,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         params=params, valid_ppl=valid_ppl, test_ppl=test_ppl, best_valid_ppl=perplexity(experiment.best),
         genotype=genotype,
     )  # fmt: skip
-    run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | {told(test_ppl)}")
+    run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
     run.log(f"found {from_json(genotype)}")
     run.log(f"retrain it with: python train.py --data {quote(args.data)} --arch {quote(str(run.folder))}")
     return 0

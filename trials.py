@@ -19,11 +19,11 @@ import data
 from experiment import arguments, signals, validate_arguments
 from experiment.lock import Locked
 from experiment.run_directory import Run, new_folder
-from study.arguments import asked, build_parser
+from study.arguments import build_parser, requested_stages
 from study.design import Study
 from study.validate_arguments import (
     CONFIG,
-    NOT_KEPT,
+    EPHEMERAL_FLAGS,
     begun_faults,
     job_faults,
     missing_faults,
@@ -37,7 +37,7 @@ from utils import RunError
 INSTALL = "trials.py needs Ray, SciPy and rich: pip install -r requirements-cluster.txt"
 
 
-def begin(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, data.Corpus, Run]:
+def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, data.Corpus, Run]:
     """The flags, the corpus and the directory of a study, new or begun; ends the script with a line for each fault."""
     args, config = parser.parse_args(argv), None
     if args.study and (Path(args.study) / CONFIG).exists():
@@ -55,7 +55,7 @@ def begin(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, 
     else:
         found += begun_faults(args, config, folder)
     study = Study(folder, args)
-    stages = asked(args)
+    stages = requested_stages(args)
     found = found or missing_faults(study) or job_faults(parser, study, stages)
     corpus = None
     if not found:
@@ -78,7 +78,7 @@ def begin(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, 
     except Locked as error:
         parser.refuse([f"--study: {error}"])
     if not args.dry_run:
-        flags = {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
+        flags = {name: value for name, value in vars(args).items() if name not in EPHEMERAL_FLAGS}
         run.write(CONFIG, {"flags": flags, "sha256": corpus.sha256})
     return args, corpus, run
 
@@ -88,25 +88,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)  # --help needs no Ray
     try:
         from study import leaderboard, ray_backend
-        from study.runner import Crew
+        from study.runner import StudyRunner
     except ImportError as error:
         raise RunError(f"{INSTALL} ({error.name} is missing)") from error
-    args, corpus, run = begin(parser, argv)
+    args, corpus, run = start_study(parser, argv)
     study = Study(run.folder, args)
-    stages = asked(args)
+    stages = requested_stages(args)
     if stages:
         try:
             with ray_backend.connected(args.address):
-                crew = Crew(run, args, corpus)
+                crew = StudyRunner(run, args, corpus)
                 whole = study.training("plan", "whole", "DARTS", args.full_epochs, 1)[0]
                 run.log(crew.plan({stage: planned(study, stage) for stage in stages}, whole))
                 if args.dry_run:
                     return 0
                 for stage in stages:
                     todo = getattr(study, stage)()
-                    go_on = crew.work(stage, todo, args.select_epochs if stage == "select" and args.halving else 0)
+                    go_on = crew.run_stage(stage, todo, args.select_epochs if stage == "select" and args.halving else 0)
                     if go_on and stage == "retrain" and (chosen := study.chosen()):
-                        go_on = crew.work("test", [chosen[1]])
+                        go_on = crew.run_stage("test", [chosen[1]])
                     if not go_on:
                         break
         finally:

@@ -27,7 +27,7 @@ from plots.study_curves import selection_figure
 from plots.style import FORMATS, PictureError, plain_style, save
 from plots.train_curves import train_figure
 
-LOOK = 5  # seconds between two looks at a live run, at least
+REFRESH_SECONDS = 5  # seconds between two looks at a live run, at least
 ENDINGS = ", ".join(FORMATS)
 
 
@@ -96,11 +96,11 @@ def report(args: argparse.Namespace) -> Path:
         while not is_over(Path(args.what)):
             clock = time.monotonic()
             try:
-                said = f"wrote {write(args.what, args.out, refresh=LOOK)}; Ctrl-C ends it"
+                said = f"wrote {write(args.what, args.out, refresh=REFRESH_SECONDS)}; Ctrl-C ends it"
             except PictureError as error:  # there may be a row of it soon
                 said = str(error)
             print(f"\r{time.strftime('%H:%M:%S')} {said}", end="", flush=True)
-            time.sleep(max(LOOK, 4 * (time.monotonic() - clock)))  # a fifth of a core at most
+            time.sleep(max(REFRESH_SECONDS, 4 * (time.monotonic() - clock)))  # a fifth of a core at most
     except KeyboardInterrupt:
         print()
     return write(args.what, args.out)  # which does not load itself again

@@ -24,14 +24,14 @@ from step import BETA, CLIP, search_parts
 
 from data import Cursor, batchify, load_corpus
 from engine import Engine
-from engine.dropout import HeldRelu, Rates
+from engine.dropout import DropoutRates, FrozenReLU
 from experiment import signals
 from model_search import RNNModelSearch
 from training.gradients import clipped_gradient
 from training.losses import Batch, losses
 
 ENGINES = {"eager fp32": Engine(), "fused fp32": Engine("fused"), "fused bf16": Engine("fused", "bf16")}
-RATES = Rates(dropout=0.3, dropouth=0.1, dropoutx=0.3, dropouti=0.1)
+RATES = DropoutRates(dropout=0.3, dropouth=0.1, dropoutx=0.3, dropouti=0.1)
 PARTS = 20
 
 
@@ -41,7 +41,7 @@ def curve(engine: Engine, args: argparse.Namespace, others: tuple[Engine, ...] =
     torch.manual_seed(3)
     corpus = load_corpus(args.data)
     train, valid = (Cursor(batchify(ids, args.batch_size)) for ids in (corpus.train, corpus.valid))
-    model = RNNModelSearch(len(corpus.words), args.emsize, RATES).using(engine)
+    model = RNNModelSearch(len(corpus.words), args.emsize, RATES).with_engine(engine)
     hessian = "finite" if args.unrolled else None
     architect, train_loss, optimizer = search_parts(model, args.batch_size, args.lr, hessian)
     hidden = hidden_valid = model.initial_hidden(args.batch_size)
@@ -49,12 +49,12 @@ def curve(engine: Engine, args: argparse.Namespace, others: tuple[Engine, ...] =
     for _ in range(args.steps):
         (x, y, _), (xv, yv, wrapped) = train.take(args.bptt), valid.take(args.bptt)
         hidden_valid = model.initial_hidden(args.batch_size) if wrapped else hidden_valid
-        held, masks_valid, masks = (model.draw_masks(args.batch_size) for _ in range(3))
-        held = held._replace(relu=HeldRelu())
+        held, masks_valid, masks = (model.sample_masks(args.batch_size) for _ in range(3))
+        held = held._replace(relu=FrozenReLU())
         hidden_valid = architect.step(Batch(x, y, hidden, held), Batch(xv, yv, hidden_valid, masks_valid), args.lr)
         batch = Batch(x, y, hidden, masks)
         if others:
-            (here, gradient), *there = (loss_and_gradient(model.using(e), batch) for e in (engine, *others))
+            (here, gradient), *there = (loss_and_gradient(model.with_engine(e), batch) for e in (engine, *others))
             gaps.append([(abs(nll - here), ((g - gradient).norm() / gradient.norm()).item()) for nll, g in there])
         nll, hidden, _ = clipped_gradient(train_loss(batch), model.weights(), CLIP)
         optimizer.step()

@@ -35,7 +35,7 @@ def parts_of(agreement: Agreement) -> tuple[dict[str, Tensor], float, float]:
     architect, eta = agreement.kinds["exact"], agreement.flags.lr
     direct, implicit, _ = architect.gradient(train, valid, eta)
     v = architect.v
-    g, product = Architect.exactly(architect, train)
+    g, product = Architect.exact_hvp(architect, train)
     c = clip_coefficient(g, architect.clip)
     dot = sum((a * b).sum() for a, b in zip(g, v, strict=True))
     parallel = eta * c * product([dot / total_norm(g) ** 2 * g_i for g_i in g])

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from architect import RADIUS, Architect, Product
 from data import Cursor, batchify, load_corpus
 from engine import PRECISIONS, Engine
-from engine.dropout import HeldRelu, Rates
+from engine.dropout import DropoutRates, FrozenReLU
 from experiment import checkpoint, signals
 from experiment.search_arguments import search_texts
 from model_search import RNNModelSearch
-from training.losses import Batch, SmallBatches
+from training.losses import Batch, MicroBatches
 
 RADII = [RADIUS / 3, RADIUS, 3 * RADIUS, 10 * RADIUS]
 
@@ -38,11 +38,11 @@ RADII = [RADIUS / 3, RADIUS, 3 * RADIUS, 10 * RADIUS]
 class Observed(Architect):
     """One that keeps the product of its last gradient, and what it is along."""
 
-    def exactly(self, train: Batch) -> tuple[list[Tensor], Product]:
-        return self.observed(*super().exactly(train))
+    def exact_hvp(self, train: Batch) -> tuple[list[Tensor], Product]:
+        return self.observed(*super().exact_hvp(train))
 
-    def by_difference(self, train: Batch) -> tuple[list[Tensor], Product]:
-        return self.observed(*super().by_difference(train))
+    def finite_difference_hvp(self, train: Batch) -> tuple[list[Tensor], Product]:
+        return self.observed(*super().finite_difference_hvp(train))
 
     def observed(self, g: list[Tensor], product: Product) -> tuple[list[Tensor], Product]:
         def keeping(v: list[Tensor]) -> Tensor:
@@ -60,10 +60,10 @@ class Agreement:
         if saved["kind"] != "search":
             raise checkpoint.CheckpointError(f"{folder}: not a search run")
         self.flags = flags = argparse.Namespace(**saved["flags"])
-        rates = Rates(*(getattr(flags, name) for name in Rates._fields))
+        rates = DropoutRates(*(getattr(flags, name) for name in DropoutRates._fields))
         model = RNNModelSearch(len(saved["words"]), flags.emsize, rates, norm=flags.norm)
         model.load_state_dict(saved["model"])
-        self.model = model.using(Engine(flags.engine, precision or flags.precision))
+        self.model = model.with_engine(Engine(flags.engine, precision or flags.precision))
         corpus = load_corpus(flags.data)
         texts = search_texts(corpus, flags.search_split, flags.limit_tokens)
         self.cursors = [Cursor(batchify(ids, flags.batch_size)) for ids in texts]
@@ -72,10 +72,10 @@ class Agreement:
         regularised = {**parts, "alpha": flags.alpha, "beta": flags.beta}
 
         def architect(engine: Engine, hessian: str) -> Observed:  # as in train_search.py
-            here, precise = model.using(engine), model.using(Engine(engine.name))
+            here, precise = model.with_engine(engine), model.with_engine(Engine(engine.name))
             return Observed(
-                model.weights(), model.alphas, partial(SmallBatches, here, **regularised),
-                partial(SmallBatches, here, **parts), partial(SmallBatches, precise, **regularised),
+                model.weights(), model.alphas, partial(MicroBatches, here, **regularised),
+                partial(MicroBatches, here, **parts), partial(MicroBatches, precise, **regularised),
                 clip=flags.clip, clip_value=flags.clip_value, wdecay=flags.wdecay, hessian=hessian,
             )  # fmt: skip
 
@@ -87,7 +87,7 @@ class Agreement:
         taken = []
         for n, cursor in enumerate(self.cursors):
             x, y, _ = cursor.take(self.flags.bptt)
-            masks = self.model.draw_masks(self.flags.batch_size)
+            masks = self.model.sample_masks(self.flags.batch_size)
             taken.append(Batch(x, y, self.hiddens[n], masks))
             with torch.no_grad():
                 _, self.hiddens[n] = self.model(x, self.hiddens[n], masks)
@@ -97,7 +97,7 @@ class Agreement:
         """That of one kind, flat, and the seconds that the whole gradient took."""
         train, valid = batches
         if kind == "finite":
-            train = train._replace(masks=train.masks._replace(relu=HeldRelu()))
+            train = train._replace(masks=train.masks._replace(relu=FrozenReLU()))
         clock = time.perf_counter()
         self.kinds[kind].gradient(train, valid, self.flags.lr)
         return self.kinds[kind].product.flatten(), time.perf_counter() - clock
@@ -110,7 +110,7 @@ class Agreement:
             batches = self.batches()
             exact, taken = self.product(batches, "exact")
             seconds["exact"].append(taken)
-            _, product = self.definition.exactly(batches[0])
+            _, product = self.definition.exact_hvp(batches[0])
             definition = product(self.kinds["exact"].v).flatten()
             found["exact"].append(cosine(definition, exact))
             for radius in radii:

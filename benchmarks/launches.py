@@ -205,10 +205,10 @@ def main() -> int:
         return 2
     inductor.Compiled = Recorded
     linear_cross_entropy.worth_skipping, fused.sum_after_loop = (
-        (lambda mask, store: None),
+        (lambda mask, compute_dtype: None),
         (lambda h: True),
     )  # as on CUDA
-    fused.columns_to_add = linear_cross_entropy.columns_to_add = lambda rows, store: -rows.size(-1) % matmul.ROW
+    fused.padding = linear_cross_entropy.padding = lambda rows, compute_dtype: -rows.size(-1) % matmul.ALIGNMENT
     print(f"{'step':16}{'kernel':>22}{'':>6}{'calls':>7}{'launches':>10}  {'bytes' if args.compile else 'difference'}")
     with TemporaryDirectory() as folder:
         for precision in ("fp32", "bf16"):

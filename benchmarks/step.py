@@ -37,15 +37,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from architect import Architect
 from engine import PRECISIONS, Engine
-from engine.dropout import HeldRelu, Rates
-from engine.matmul import onednn, products_in
+from engine.dropout import DropoutRates, FrozenReLU
+from engine.matmul import matmul_precision, onednn
 from engine.reference import NORMS
 from genotypes import DARTS
 from model import retrain_model
 from model_search import RNNModelSearch
 from training.evaluation import VALID_ROWS
 from training.gradients import clipped_gradient
-from training.losses import Batch, SmallBatches
+from training.losses import Batch, MicroBatches
 from utils import choose_device
 
 SEARCH = {"T": 35, "B": 256, "H": 300, "V": 10_000, "N": 8}
@@ -54,7 +54,7 @@ SMALL = {"T": 35, "B": 32, "H": 64, "V": 10_000, "N": 8}
 GROWTH = {"T": (9, 18, 35, 70), "B": (32, 64, 128, 256), "H": (75, 150, 300, 600), "N": (2, 4, 8, 12)}
 STEPS = ("search-first", "search-unrolled", "search-exact", "train", "evaluate")
 CLIP, BETA = 0.25, 1e-3
-RATES = {"search": Rates(0.75, 0.25, 0.75, 0.2, 0.0), "train": Rates(0.75, 0.25, 0.75, 0.2, 0.1)}
+RATES = {"search": DropoutRates(0.75, 0.25, 0.75, 0.2, 0.0), "train": DropoutRates(0.75, 0.25, 0.75, 0.2, 0.1)}
 
 
 class Variant(NamedTuple):
@@ -67,14 +67,14 @@ class Variant(NamedTuple):
 def search_step(variant: Variant, sizes: dict, device: torch.device, hessian: str | None) -> Callable[[], None]:
     """An alpha step and a weight step as in train_search.py."""
     T, B, H, V, N = sizes.values()
-    model = RNNModelSearch(V, H, RATES["search"], N, variant.norm).to(device).using(variant.engine)
+    model = RNNModelSearch(V, H, RATES["search"], N, variant.norm).to(device).with_engine(variant.engine)
     architect, train_loss, optimizer = search_parts(model, B, 20.0, hessian)
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
     def step() -> None:
-        held = model.draw_masks(B)._replace(relu=HeldRelu() if hessian == "finite" else None)
-        architect.step(Batch(x, y, hidden, held), Batch(y, x, hidden, model.draw_masks(B)), eta=20.0)
-        clipped_gradient(train_loss(Batch(x, y, hidden, model.draw_masks(B))), model.weights(), CLIP)
+        held = model.sample_masks(B)._replace(relu=FrozenReLU() if hessian == "finite" else None)
+        architect.step(Batch(x, y, hidden, held), Batch(y, x, hidden, model.sample_masks(B)), eta=20.0)
+        clipped_gradient(train_loss(Batch(x, y, hidden, model.sample_masks(B))), model.weights(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=device.type == "cpu")
 
@@ -83,9 +83,9 @@ def search_step(variant: Variant, sizes: dict, device: torch.device, hessian: st
 
 def search_parts(model: RNNModelSearch, B: int, lr: float, hessian: str | None) -> tuple:
     """The architect, the loss of the weight step and its optimizer, as in train_search.py."""
-    weights, precise = model.weights(), model.using(Engine(model.engine.name))
-    valid_loss = partial(SmallBatches, model, small_batch_size=B)
-    train_loss, precise_loss = (partial(SmallBatches, m, small_batch_size=B, beta=BETA) for m in (model, precise))
+    weights, precise = model.weights(), model.with_engine(Engine(model.engine.name))
+    valid_loss = partial(MicroBatches, model, small_batch_size=B)
+    train_loss, precise_loss = (partial(MicroBatches, m, small_batch_size=B, beta=BETA) for m in (model, precise))
     architect = Architect(
         weights, model.alphas, train_loss, valid_loss, precise_loss, clip=CLIP, wdecay=5e-7, hessian=hessian
     )
@@ -95,13 +95,13 @@ def search_parts(model: RNNModelSearch, B: int, lr: float, hessian: str | None) 
 def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
     """A step of train.py."""
     T, B, H, V = (sizes[name] for name in "TBHV")
-    model = retrain_model(V, H, RATES["train"], DARTS).to(device).using(engine)
+    model = retrain_model(V, H, RATES["train"], DARTS).to(device).with_engine(engine)
     optimizer = torch.optim.SGD(model.weights(), lr=20.0, weight_decay=8e-7)
-    loss = partial(SmallBatches, model, small_batch_size=B, beta=BETA)
+    loss = partial(MicroBatches, model, small_batch_size=B, beta=BETA)
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
     def step() -> None:
-        clipped_gradient(loss(Batch(x, y, hidden, model.draw_masks(B))), model.weights(), CLIP)
+        clipped_gradient(loss(Batch(x, y, hidden, model.sample_masks(B))), model.weights(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=device.type == "cpu")
 
@@ -111,7 +111,7 @@ def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[]
 def evaluate_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[], None]:
     """A segment of evaluation of a retrained cell."""
     T, B, H, V = (sizes[name] for name in "TBHV")
-    model = retrain_model(V, H, RATES["train"], DARTS).to(device).using(engine)
+    model = retrain_model(V, H, RATES["train"], DARTS).to(device).with_engine(engine)
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
     @torch.no_grad()
@@ -129,10 +129,10 @@ def build(name: str, variant: Variant, sizes: dict, device: torch.device) -> Cal
         step = search_step(variant, sizes, device, hessian)
     else:
         step = (train_step if name == "train" else evaluate_step)(engine, sizes, device)
-    replayed = engine.replayed(lambda: step() or (), device)
+    replayed = engine.with_cuda_graphs(lambda: step() or (), device)
 
     def once() -> None:
-        with products_in(engine.precision):
+        with matmul_precision(engine.precision):
             replayed()
 
     once.plain = step  # as it is before a graph is made of it
@@ -242,7 +242,7 @@ def measure(
     all_times = timed(steps, device, rounds)
     for variant, step, times, first in zip(variants, steps, all_times, compile_s, strict=True):
         engine = variant.engine
-        with products_in(engine.precision):
+        with matmul_precision(engine.precision):
             with Products() as products:
                 step.plain()
             floor = products.floor(device)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def refuse_graph(order: str) -> None:
+def forbid_double_backward(order: str) -> None:
     """For a way back written by hand: called in one that is to be differentiated itself, to a derivative of that
     order, raises RuntimeError.
 
@@ -14,12 +14,12 @@ def refuse_graph(order: str) -> None:
         raise RuntimeError(f"the fused engine has no {order} derivative here; use the eager engine")
 
 
-def not_formed(like: Tensor) -> Tensor:
+def unformed_grad(like: Tensor) -> Tensor:
     """In the place of a share of a gradient that is not there: no numbers, so that nobody takes the other shares for
     the whole. (torch's anomaly detection minds it.)"""
     return like.new_full((), torch.nan).expand_as(like)
 
 
-def call_of_backward() -> int:
+def graph_task_id() -> int:
     """The number of the call of autograd that runs now, the same in every function that it runs."""
     return torch._C._current_graph_task_id()

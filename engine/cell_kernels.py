@@ -3,8 +3,8 @@
 Each kernel is one pass over its arguments, of which it writes the last ones. (One that read a large argument and
 wrote over it would be compiled to several passes.)
 
-Shapes: T time steps, B batch, H hidden, N nodes, K primitives. `wide` is the dtype of sums and normalisation (that of
-the masks), `store` that of products and of what is kept for the way back.
+Shapes: T time steps, B batch, H hidden, N nodes, K primitives. `accum_dtype` is the dtype of sums and
+normalisation (that of the masks), `compute_dtype` that of products and of what is saved for backward.
 """
 
 import math
@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.dropout import HeldRelu
-from engine.elementwise import realised, sigmoid, sigmoid_tanh
+from engine.dropout import FrozenReLU
+from engine.elementwise import force_materialize, sigmoid, sigmoid_tanh
 from engine.inductor import kernel
 from engine.matmul import Workspace
 from engine.reference import NORM_EPS
 
 
-class Trace(NamedTuple):
+class SavedForward(NamedTuple):
     """What is remembered of a pass of the relaxed cell over a sequence."""
 
     space: Workspace
@@ -29,12 +29,12 @@ class Trace(NamedTuple):
     products: list[Tensor]  # N+1 times (T, i, B, 2H)
     previous: Tensor  # (T+1, B, H)
     inverse: Tensor  # (T, N+1, H) of batch normalisation, (T, N+1, B, 1) of layer normalisation
-    held_relu: HeldRelu | None
+    held_relu: FrozenReLU | None
     norm: str
     share: Tensor | None  # (H,), see `unit_share`
 
 
-class WayBack(NamedTuple):
+class SavedBackward(NamedTuple):
     """The same of its way back."""
 
     received: Tensor  # (T, N+1, B, H), the gradients of the states
@@ -65,7 +65,7 @@ def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
     return buffer.flatten(1, 2).unbind(0)
 
 
-def held_set(cu: Tensor, held_relu: HeldRelu | None, place: tuple[int, int]) -> Tensor | None:
+def held_set(cu: Tensor, held_relu: FrozenReLU | None, place: tuple[int, int]) -> Tensor | None:
     """Where relu is held active, (..., H) as bytes, since Inductor reads bool slowly; None where it is free."""
     return None if held_relu is None else held_relu.active_set(halves(cu)[1], place).view(torch.uint8)
 
@@ -81,32 +81,32 @@ def of_nodes(probs: Tensor) -> tuple[Tensor, ...]:
     return probs.detach().split(list(range(1, nodes + 1)))
 
 
-class Waiting:
+class GradAccumulators:
     """What waits on the way back of the relaxed cell to reach a state, and the views by which it gets there."""
 
     def __init__(self, space: Workspace, N: int, B: int, H: int):
-        self.totals = [space.take(N + 1, B, H, wide=True) for _ in range(2)]  # gradients, to swap
-        self.through = space.take(N + 1, B, H)  # what comes through the products of the node above
-        self.direct = space.take(B, H, wide=True).zero_()  # of the hidden state before the step
-        self.into = space.take(B, H).zero_()  # the same, through its product with W0
+        self.totals = [space.take(N + 1, B, H, accumulator=True) for _ in range(2)]  # gradients, to swap
+        self.grad_via_matmul = space.take(N + 1, B, H)  # what comes through the products of the node above
+        self.grad_h_direct = space.take(B, H, accumulator=True).zero_()  # of the hidden state before the step
+        self.grad_h_matmul = space.take(B, H).zero_()  # the same, through its product with W0
         # Of each primitive's probability, (i, B). (In one tensor they would be a launch more on a GPU.)
-        self.sums = [[self.direct.new_zeros(i, B) for _ in range(4)] for i in range(1, N + 1)]
+        self.sums = [[self.grad_h_direct.new_zeros(i, B) for _ in range(4)] for i in range(1, N + 1)]
         self.each = [half.unbind(0) for half in self.totals]
         self.share = [[half[:i] for i in range(N + 1)] for half in self.totals]
-        self.rest, self.rest_of = self.through.unbind(0), [self.through[:i] for i in range(N + 1)]
+        self.rest, self.rest_of = self.grad_via_matmul.unbind(0), [self.grad_via_matmul[:i] for i in range(N + 1)]
         self.rows_of_rest = [part.flatten(0, 1) for part in self.rest_of]
 
     def begin_step(self, g: Tensor, h_mask: Tensor) -> None:
         """At a time step whose hidden state has the gradient g (B, H) from the loss."""
         concat = tuple(range(1, len(self.rest)))
-        output_back(g, self.direct, self.into, h_mask, concat, self.totals[0])
-        self.through.zero_()
+        output_back(g, self.grad_h_direct, self.grad_h_matmul, h_mask, concat, self.totals[0])
+        self.grad_via_matmul.zero_()
 
-    def of_h0(self, h_mask: Tensor) -> Tensor:
+    def grad_h0(self, h_mask: Tensor) -> Tensor:
         """In the end, what has reached the state before the first step (B, H)."""
-        return self.direct + self.into * h_mask
+        return self.grad_h_direct + self.grad_h_matmul * h_mask
 
-    def of_probs(self) -> Tensor:
+    def grad_probs(self) -> Tensor:
         """In the end, the gradient of the probabilities (N(N+1)/2, K): the weight of `none` changes nothing."""
         return torch.cat([torch.stack([torch.zeros_like(sums[0]), *sums], -1).sum(1) for sums in self.sums])
 
@@ -162,7 +162,7 @@ def units_alone(x, norm, share):
 
 def put_normalised(s, norm, share, h_mask, state, masked, inverse):
     if norm != "none":
-        s = realised(s)
+        s = force_materialize(s)
         centred = s - average(s, norm, share)
         scale = torch.rsqrt(average(centred.square(), norm, share) + NORM_EPS)
         s = units_alone(centred * scale, norm, share)
@@ -180,31 +180,31 @@ def output(states, concat, h_mask, hidden, masked):
 
 
 @kernel
-def output_back(g, direct, into, h_mask, concat, total):
+def output_back(g, grad_h_direct, grad_h_matmul, h_mask, concat, total):
     """Gradient of a hidden state from the loss and from the next step -> of s_0 .. s_N (N+1, B, H)."""
     nodes = torch.arange(total.size(0), device=total.device)
     counts = sum((nodes == i).to(total.dtype) for i in concat)
-    total.copy_((g + direct + into * h_mask) / len(concat) * counts[:, None, None])
+    total.copy_((g + grad_h_direct + grad_h_matmul * h_mask) / len(concat) * counts[:, None, None])
 
 
 def normalise_back(g, norm, share, state, inverse):
     """Back through a norm, (B, H): inverse * (g - mean(g) - s mean(g s)), the means as in `average`."""
     if norm == "none":
-        return realised(g)
+        return force_materialize(g)
     s = state.to(g.dtype)
     dz = inverse * (g - average(g, norm, share) - s * average(g * s, norm, share))
-    return realised(units_alone(dz, norm, share))
+    return force_materialize(units_alone(dz, norm, share))
 
 
 @kernel
 def relaxed_node_back(
-    g, g_through, state, inverse, total, through, states, cu, p, active, norm, share, h_mask, received, dc, du,
+    g, g_through, state, inverse, total, grad_via_matmul, states, cu, p, active, norm, share, h_mask, received, dc, du,
     total_after, *sums,
 ):  # fmt: skip
     """Back through a node: g, g_through, state (B, H), inverse (H,) or (B, 1), the rest as in `relaxed_node` -> the
     node's own gradient (B, H), dc, du (i, B, H).
 
-    `total_after` (i, B, H) is `total` and `through`, which waited, and this node's share. The `sums`, (i, B)
+    `total_after` (i, B, H) is `total` and `grad_via_matmul`, which waited, and this node's share. The `sums`, (i, B)
     each, gain the gradients of the probabilities.
     """
     g = g + g_through * h_mask
@@ -218,36 +218,36 @@ def relaxed_node_back(
     some = p.sum(1)
     opened = dz * gate
     shut = dz - opened
-    d = realised(opened * (1 - gate) * (mixed - some * s))
+    d = force_materialize(opened * (1 - gate) * (mixed - some * s))
     dc.copy_(d)
     du.copy_(opened * slope)
-    total_after.copy_(total + through * h_mask + some * shut)
+    total_after.copy_(total + grad_via_matmul * h_mask + some * shut)
     for gained, f in zip(sums, primitives, strict=True):
         gained.copy_(gained + (opened * f + shut * s).sum(-1))
 
 
 @kernel
-def relaxed_start_back(g, g_through, state, inverse, cu, norm, share, h_mask, h, received, dc, du, direct):
+def relaxed_start_back(g, g_through, state, inverse, cu, norm, share, h_mask, h, received, dc, du, grad_h_direct):
     """Back through the norm of s_0 and through s_0, all (B, H) -> the gradient of s_0, dc, du, and the hidden
     state's own share."""
     g = g + g_through * h_mask
     received.copy_(g)
-    put_start_back(normalise_back(g, norm, share, state, inverse), cu, h, dc, du, direct)
+    put_start_back(normalise_back(g, norm, share, state, inverse), cu, h, dc, du, grad_h_direct)
 
 
 @kernel
-def discrete_start_back(g, cu, h, dc, du, direct):
+def discrete_start_back(g, cu, h, dc, du, grad_h_direct):
     """Back through s_0, all (B, H) -> dc, du, and the hidden state's own share."""
-    put_start_back(g, cu, h, dc, du, direct)
+    put_start_back(g, cu, h, dc, du, grad_h_direct)
 
 
-def put_start_back(g, cu, h, dc, du, direct):
+def put_start_back(g, cu, h, dc, du, grad_h_direct):
     """Back through s = h + sigmoid(c) (tanh(u) - h)."""
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]
     dc.copy_(g * gate * (1 - gate) * (tanh - h))
     du.copy_(g * gate * (1 - tanh * tanh))
-    direct.copy_(g * (1 - gate))
+    grad_h_direct.copy_(g * (1 - gate))
 
 
 def activation(name, u):

@@ -18,33 +18,39 @@ class Engine(NamedTuple):
     """`eager` is the definition, which autograd differentiates as often as one likes; `fused` is fast.
 
     In bf16 products and what is saved for backward are rounded, sums, normalisation and softmax are not;
-    tf32 is a setting of CUDA's products (`products_in`).
+    tf32 is a setting of CUDA's products (`matmul_precision`).
     """
 
     name: str = "eager"
     precision: str = "fp32"
 
     @property
-    def store(self) -> torch.dtype | None:
+    def compute_dtype(self) -> torch.dtype | None:
         """The dtype of products; None for that of the weights."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
     def relaxed(self, *args) -> Tensor:
         """See `reference.relaxed`."""
-        return fused.relaxed(*args, store=self.store) if self.name == "fused" else reference.relaxed(*args)
+        return (
+            fused.relaxed(*args, compute_dtype=self.compute_dtype) if self.name == "fused" else reference.relaxed(*args)
+        )
 
     def discrete(self, *args) -> Tensor:
         """See `reference.discrete`."""
-        return fused.discrete(*args, store=self.store) if self.name == "fused" else reference.discrete(*args)
+        return (
+            fused.discrete(*args, compute_dtype=self.compute_dtype)
+            if self.name == "fused"
+            else reference.discrete(*args)
+        )
 
     def nll(self, hiddens: Tensor, mask: Tensor | None, embedding: Tensor, bias: Tensor, y: Tensor) -> Tensor:
         """See `linear_cross_entropy.nll`."""
         if self.name == "fused":
-            return linear_cross_entropy.nll(hiddens, mask, embedding, bias, y, self.store)
+            return linear_cross_entropy.nll(hiddens, mask, embedding, bias, y, self.compute_dtype)
         logits = F.linear(drop(hiddens, mask).flatten(0, 1), embedding, bias)  # (TB, V)
         return F.cross_entropy(logits, y.flatten())
 
-    def replayed(self, step: Step, device: torch.device, beside: Graphs | None = None) -> Graphs:
+    def with_cuda_graphs(self, step: Step, device: torch.device, beside: Graphs | None = None) -> Graphs:
         """`step`, to be taken again and again in a few shapes; the fast engine replays it on CUDA, by graphs that share
         a pool of memory with those of the step `beside` it, which never runs at the same time.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Rates(NamedTuple):
+class DropoutRates(NamedTuple):
     """Probability of dropping, each in [0, 1)."""
 
     dropout: float = 0.0  # output of the cell, before the decoder
@@ -22,7 +22,7 @@ class Rates(NamedTuple):
     dropoute: float = 0.0  # word embeddings, whole word types
 
 
-class HeldRelu:
+class FrozenReLU:
     """relu whose active set is that of the first pass, in every later pass over the same batch.
 
     Between two nearby sets of weights a few of the millions of activations cross relu's kink; each makes the
@@ -33,7 +33,7 @@ class HeldRelu:
 
     def __init__(self):
         self.active: dict[tuple[int, int], Tensor] = {}  # by time step and node, (i, B, H) of bool
-        self.parts: dict[tuple[int, int], HeldRelu] = {}  # of small batches
+        self.parts: dict[tuple[int, int], FrozenReLU] = {}  # of small batches
 
     def active_set(self, u: Tensor, place: tuple[int, int]) -> Tensor:
         """Where relu lets through the u (i, B, H) of this place, bool (i, B, H)."""
@@ -44,9 +44,9 @@ class HeldRelu:
     def __call__(self, u: Tensor, place: tuple[int, int]) -> Tensor:
         return u * self.active_set(u, place)
 
-    def rows(self, start: int, stop: int) -> "HeldRelu":
+    def rows(self, start: int, stop: int) -> "FrozenReLU":
         """The one for batch rows start..stop-1."""
-        return self.parts.setdefault((start, stop), HeldRelu())
+        return self.parts.setdefault((start, stop), FrozenReLU())
 
 
 class Masks(NamedTuple):
@@ -58,7 +58,7 @@ class Masks(NamedTuple):
     x: Tensor | None = None  # (B, E)
     hidden: Tensor | None = None  # (B, H)
     output: Tensor | None = None  # (B, H)
-    relu: HeldRelu | None = None
+    relu: FrozenReLU | None = None
 
     def rows(self, start: int, stop: int) -> "Masks":
         """The masks of batch rows start..stop-1; the word types and connections dropped are the whole batch's."""
@@ -73,22 +73,24 @@ def drop(value: Tensor, mask: Tensor | None) -> Tensor:
     return value if mask is None else value * mask
 
 
-def draw_mask(rows: int, columns: int, p: float, like: Tensor) -> Tensor | None:
+def sample_mask(rows: int, columns: int, p: float, like: Tensor) -> Tensor | None:
     """(rows, columns) of zeros with probability p and 1 / (1 - p) otherwise; None for p = 0."""
     if p == 0:
         return None
     return torch.empty(rows, columns, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)
 
 
-def draw_masks(rates: Rates, batch_size: int, embedding: Tensor, nhid: int, connections: Tensor | None = None) -> Masks:
+def sample_masks(
+    rates: DropoutRates, batch_size: int, embedding: Tensor, nhid: int, connections: Tensor | None = None
+) -> Masks:
     """Masks of one batch of `batch_size` rows for an embedding matrix (V, E) and `nhid` hidden units; `dropouth` is of
     the hidden-to-hidden connections (G H, H) where they are given, else of the hidden state."""
     ntoken, ninp = embedding.shape
     return Masks(
-        word=draw_mask(ntoken, 1, rates.dropoute, embedding),
-        embedding=draw_mask(batch_size, ninp, rates.dropouti, embedding),
-        x=draw_mask(batch_size, ninp, rates.dropoutx, embedding),
-        hidden=draw_mask(batch_size, nhid, rates.dropouth, embedding) if connections is None else None,
-        connections=None if connections is None else draw_mask(*connections.shape, rates.dropouth, embedding),
-        output=draw_mask(batch_size, nhid, rates.dropout, embedding),
+        word=sample_mask(ntoken, 1, rates.dropoute, embedding),
+        embedding=sample_mask(batch_size, ninp, rates.dropouti, embedding),
+        x=sample_mask(batch_size, ninp, rates.dropoutx, embedding),
+        hidden=sample_mask(batch_size, nhid, rates.dropouth, embedding) if connections is None else None,
+        connections=None if connections is None else sample_mask(*connections.shape, rates.dropouth, embedding),
+        output=sample_mask(batch_size, nhid, rates.dropout, embedding),
     )

@@ -26,7 +26,7 @@ def sigmoid_tanh(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, T
     return 1 / (1 + e), tanh
 
 
-def realised(x: Tensor) -> Tensor:
+def force_materialize(x: Tensor) -> Tensor:
     """x, which Inductor gives a buffer of its own, and with it a place in the order of loops. A sum can join the
     loop of an element-wise result that has come before it; else it would be a loop of its own, computing all again.
     (The buffer itself is optimised away.)"""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.autograd import not_formed, refuse_graph
+from engine.autograd import forbid_double_backward, unformed_grad
 from engine.dropout import drop
 from engine.elementwise import LOG2_E
 from engine.inductor import kernel
-from engine.matmul import Workspace, add_product, add_rows, columns_to_add
+from engine.matmul import Workspace, add_rows, addmm_, padding
 
 CHUNK = 1 << 25  # bytes of logits held at once, and of their tangents
 SKIP_FROM = 128  # hidden units
@@ -23,32 +23,37 @@ BLOCK = 512  # rows or columns copied at once
 
 
 def nll(
-    hiddens: Tensor, mask: Tensor | None, embedding: Tensor, bias: Tensor, y: Tensor, store: torch.dtype | None = None
+    hiddens: Tensor,
+    mask: Tensor | None,
+    embedding: Tensor,
+    bias: Tensor,
+    y: Tensor,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Mean negative log-likelihood in nats of the words y (T, B) under softmax(outputs @ embedding.T + bias), where
     outputs (T, B, H) are the hidden states times the mask (B, H).
 
-    embedding (V, H), bias (V,); `store` is the dtype of products. The gradient is formed with the loss, while
+    embedding (V, H), bias (V,); `compute_dtype` is the dtype of products. The gradient is formed with the loss, while
     the logits are at hand, for those arguments that want one. Of the second derivatives there are those in the hidden
     states.
     """
     wants = [torch.is_grad_enabled() and argument.requires_grad for argument in (hiddens, embedding, bias)]
-    return TiedDecoder.apply(wants, store or hiddens.dtype, hiddens, mask, embedding, bias, y)
+    return TiedDecoder.apply(wants, compute_dtype or hiddens.dtype, hiddens, mask, embedding, bias, y)
 
 
 class TiedDecoder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, wants, store, hiddens, mask, embedding, bias, y):
-        skipped = worth_skipping(mask, store)
-        outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, store)  # (T, B, H'), (H', V)
+    def forward(ctx, wants, compute_dtype, hiddens, mask, embedding, bias, y):
+        skipped = worth_skipping(mask, compute_dtype)
+        outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, compute_dtype)  # (T, B, H'), (H', V)
         losses, share = hiddens.new_empty(y.shape), 1 / y.numel()
         by_words = torch.empty(decoder.shape[::-1], device="meta").t()  # only its layout, (H', V)
         alike = outputs, by_words if skipped is None else decoder, bias
         d_outputs, d_decoder, d_bias = (
             torch.zeros_like(like, dtype=dtype, device=y.device) if want else None
-            for like, dtype, want in zip(alike, (store, bias.dtype, bias.dtype), wants, strict=True)
+            for like, dtype, want in zip(alike, (compute_dtype, bias.dtype, bias.dtype), wants, strict=True)
         )
-        for piece in pieces(skipped, *y.shape, decoder):
+        for piece in chunks(skipped, *y.shape, decoder):
             part, columns, words = piece.rows(outputs), piece.columns(decoder), piece.words(y)
             logits = piece.take()
             torch.matmul(part, columns, out=logits)
@@ -56,16 +61,19 @@ class TiedDecoder(torch.autograd.Function):
             found = to_softmax(flat, bias, words, share)
             piece.put_losses(losses, found)
             if any(wants):
-                take_from(flat, words, share)
+                subtract_one_hot(flat, words, share)
             if d_bias is not None:
                 add_rows(d_bias, flat)
             if d_outputs is not None:
                 piece.put(d_outputs, torch.matmul(logits, columns.mT))
             if d_decoder is not None:
-                piece.add_product(d_decoder, part, logits, columns)
+                piece.addmm_(d_decoder, part, logits, columns)
         H = hiddens.size(-1)
         d_hiddens = None if d_outputs is None else drop(d_outputs[..., :H].to(hiddens.dtype), mask)
-        ctx.store, ctx.found = store, (d_hiddens, None if d_decoder is None else in_rows(d_decoder[:H].t()), d_bias)
+        ctx.compute_dtype, ctx.found = (
+            compute_dtype,
+            (d_hiddens, None if d_decoder is None else in_rows(d_decoder[:H].t()), d_bias),
+        )
         ctx.save_for_backward(hiddens, mask, embedding, bias, y)
         return losses.mean()
 
@@ -73,7 +81,7 @@ class TiedDecoder(torch.autograd.Function):
     def backward(ctx, g):
         hiddens, mask, embedding, bias, y = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = TiedDecoderBack.apply(ctx.store, ctx.found, mask, y, g, hiddens, embedding, bias)
+            found = TiedDecoderBack.apply(ctx.compute_dtype, ctx.found, mask, y, g, hiddens, embedding, bias)
         else:
             found = [None if d is None else g * d for d in ctx.found]
         return None, None, found[0], None, *found[1:], None
@@ -83,22 +91,31 @@ class TiedDecoderBack(torch.autograd.Function):
     """The way back from the loss, where it is to be differentiated itself: in the hidden states, along everything."""
 
     @staticmethod
-    def forward(ctx, store, found, mask, y, g, hiddens, embedding, bias):
+    def forward(ctx, compute_dtype, found, mask, y, g, hiddens, embedding, bias):
         ctx.set_materialize_grads(False)
-        ctx.store, ctx.found = store, found
+        ctx.compute_dtype, ctx.found = compute_dtype, found
         ctx.save_for_backward(mask, y, g, hiddens, embedding, bias)
         return tuple(None if d is None else g * d for d in found)
 
     @staticmethod
-    def backward(ctx, *along):
-        refuse_graph("third")
+    def backward(ctx, *direction):
+        forbid_double_backward("third")
         mask, y, g, *inputs = ctx.saved_tensors
-        along = [torch.zeros_like(like) if v is None else v for v, like in zip(along, inputs, strict=True)]
+        direction = [torch.zeros_like(like) if v is None else v for v, like in zip(direction, inputs, strict=True)]
         d_g = None
         if ctx.needs_input_grad[4]:
-            d_g = sum((d * v).sum() for d, v in zip(ctx.found, along, strict=True) if d is not None)
-        of_hiddens = g * r_gradient(*inputs, *along, mask, y, ctx.store)
-        return None, None, None, None, d_g, of_hiddens, not_formed(inputs[1]), None  # the embedding has another share
+            d_g = sum((d * v).sum() for d, v in zip(ctx.found, direction, strict=True) if d is not None)
+        of_hiddens = g * r_gradient(*inputs, *direction, mask, y, ctx.compute_dtype)
+        return (
+            None,
+            None,
+            None,
+            None,
+            d_g,
+            of_hiddens,
+            unformed_grad(inputs[1]),
+            None,
+        )  # the embedding has another share
 
 
 def r_gradient(
@@ -110,15 +127,15 @@ def r_gradient(
     v_bias: Tensor,
     mask: Tensor | None,
     y: Tensor,
-    store: torch.dtype,
+    compute_dtype: torch.dtype,
 ) -> Tensor:
     """The tangent of the gradient of `nll` in the hidden states, (T, B, H), as these, the embedding and the bias go
     along the v's (see second_derivative.py)."""
-    skipped = worth_skipping(mask, store)
-    outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, store)
-    r_outputs, r_decoder = factors(drop(v_hiddens, mask), v_embedding, skipped, store)
+    skipped = worth_skipping(mask, compute_dtype)
+    outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, compute_dtype)
+    r_outputs, r_decoder = factors(drop(v_hiddens, mask), v_embedding, skipped, compute_dtype)
     found, share = torch.zeros_like(outputs), 1 / y.numel()
-    for piece in pieces(skipped, *y.shape, decoder):
+    for piece in chunks(skipped, *y.shape, decoder):
         part, columns, r_columns = piece.rows(outputs), piece.columns(decoder), piece.columns(r_decoder)
         logits, r_logits = piece.take(), piece.take()
         torch.matmul(part, columns, out=logits)
@@ -127,7 +144,7 @@ def r_gradient(
         flat, words = logits.view(-1, len(bias)), piece.words(y)
         to_softmax(flat, bias, words, share)
         r_softmax(flat, v_bias, share, r_logits.view_as(flat))
-        take_from(flat, words, share)
+        subtract_one_hot(flat, words, share)
         d = torch.matmul(r_logits, columns.mT)
         add_matmul(d, logits, r_columns.mT)
         piece.put(found, d)
@@ -142,7 +159,7 @@ def to_softmax(logits: Tensor, bias: Tensor, words: Tensor, scale: float) -> Ten
     return losses
 
 
-def take_from(flat: Tensor, words: Tensor, share: float) -> None:
+def subtract_one_hot(flat: Tensor, words: Tensor, share: float) -> None:
     """Less `share` at the word (n, 1) of each row (n, V). (`scatter_add_` goes through a copy of all rows in bf16.)"""
     flat[torch.arange(len(flat), device=flat.device), words.squeeze(1)] -= share
 
@@ -156,15 +173,17 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 # the outputs that dropout has left of them. (In a piece, n = words, r = rows, k = outputs kept.)
 
 
-def factors(outputs: Tensor, embedding: Tensor, skipped: Tensor | None, store: torch.dtype) -> tuple[Tensor, Tensor]:
+def factors(
+    outputs: Tensor, embedding: Tensor, skipped: Tensor | None, compute_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The outputs (T, B, H') and the decoder (H', V) in that dtype. This is turned over in memory where it is gathered
     from, and where products are so quick that they would wait for that each time, if there are words enough to make up
     for it. Else both have zeros behind if products want them."""
-    outputs, decoder = outputs.to(store), embedding.to(store)
+    outputs, decoder = outputs.to(compute_dtype), embedding.to(compute_dtype)
     enough = outputs.shape[:2].numel() >= COPY_FROM
-    if skipped is not None or (enough and has_amx(decoder.device, store)):
+    if skipped is not None or (enough and has_amx(decoder.device, compute_dtype)):
         return outputs, in_rows(decoder.t())
-    if more := columns_to_add(decoder, store):
+    if more := padding(decoder, compute_dtype):
         outputs, decoder = F.pad(outputs, (0, more)), F.pad(decoder, (0, more))
     return outputs, decoder.t()
 
@@ -179,12 +198,12 @@ def in_rows(matrix: Tensor) -> Tensor:
     return rows
 
 
-def pieces(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Piece"]:
+def chunks(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Chunk"]:
     """All words (T, B) once, for a decoder (H', V); without products with what the mask `skipped` drops."""
     if skipped is None:
         steps = max(1, CHUNK // (decoder.size(1) * B * decoder.itemsize))
         for t in range(0, T, steps):
-            yield Steps(slice(t, t + steps), decoder, min(steps, T - t) * B)
+            yield TimeChunk(slice(t, t + steps), decoder, min(steps, T - t) * B)
         return
     # What is kept of an output differs from row to row of the batch, but not from time step to time step. A few rows
     # at once, one for each core, that keep about as many; zeros fill up the rest.
@@ -192,10 +211,10 @@ def pieces(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator[
     counts, rows = (skipped != 0).sum(1).sort()
     kept = skipped[rows].topk(int(counts.max()), dim=1).indices  # (B, k)
     for b in range(0, B, together):
-        yield Rows(rows[b : b + together], kept[b : b + together, : counts[b : b + together].max()], decoder, T)
+        yield BatchChunk(rows[b : b + together], kept[b : b + together, : counts[b : b + together].max()], decoder, T)
 
 
-class Piece:
+class Chunk:
     def __init__(self, decoder: Tensor, *words: int):
         self.shape, self.space = (*words, decoder.size(1)), Workspace(decoder.dtype, decoder.dtype, decoder.device)
 
@@ -204,7 +223,7 @@ class Piece:
         return self.space.take(*self.shape)
 
 
-class Steps(Piece):
+class TimeChunk(Chunk):
     """A few time steps."""
 
     def __init__(self, steps: slice, decoder: Tensor, n: int):
@@ -226,11 +245,11 @@ class Steps(Piece):
     def put(self, d_outputs: Tensor, d: Tensor) -> None:
         d_outputs[self.steps] = d.view_as(d_outputs[self.steps])
 
-    def add_product(self, d_decoder: Tensor, part: Tensor, d: Tensor, columns: Tensor) -> None:
-        add_product(d_decoder.t(), d.t(), part)  # (V, H), as it lies in memory
+    def addmm_(self, d_decoder: Tensor, part: Tensor, d: Tensor, columns: Tensor) -> None:
+        addmm_(d_decoder.t(), d.t(), part)  # (V, H), as it lies in memory
 
 
-class Rows(Piece):
+class BatchChunk(Chunk):
     """A few rows of the batch, with the outputs that are kept of each."""
 
     def __init__(self, rows: Tensor, kept: Tensor, decoder: Tensor, T: int):
@@ -256,23 +275,23 @@ class Rows(Piece):
         filled = d.new_zeros(*d.shape[:2], d_outputs.size(2)).scatter_(2, self.everywhere, d)
         d_outputs[:, self.index] = filled.transpose(0, 1)
 
-    def add_product(self, d_decoder: Tensor, part: Tensor, d: Tensor, columns: Tensor) -> None:
+    def addmm_(self, d_decoder: Tensor, part: Tensor, d: Tensor, columns: Tensor) -> None:
         torch.bmm(part.mT, d, out=columns)  # which have done their duty
         d_decoder.index_add_(0, self.kept.flatten(), columns.flatten(0, 1).to(d_decoder.dtype))
 
 
-def worth_skipping(mask: Tensor | None, store: torch.dtype) -> Tensor | None:
+def worth_skipping(mask: Tensor | None, compute_dtype: torch.dtype) -> Tensor | None:
     """The mask (B, H), if so much is dropped that gathering what is kept pays. Not in a narrow model, where the product
     is the least of it; nor in bf16 on a processor with units for it (AMX), where a whole product costs less than a
     gathering; nor on CUDA, where the host would have to wait to hear how much is dropped."""
-    if mask is None or mask.device.type != "cpu" or mask.size(1) < SKIP_FROM or has_amx(mask.device, store):
+    if mask is None or mask.device.type != "cpu" or mask.size(1) < SKIP_FROM or has_amx(mask.device, compute_dtype):
         return None
     return mask if (mask != 0).float().mean().item() < 0.6 else None
 
 
-def has_amx(device: torch.device, store: torch.dtype) -> bool:
+def has_amx(device: torch.device, compute_dtype: torch.dtype) -> bool:
     """Whether it is a processor with units for products of that dtype."""
-    return device.type == "cpu" and store == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and compute_dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 @kernel

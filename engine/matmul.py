@@ -15,29 +15,29 @@ from torch import Tensor
 
 from engine.inductor import START, kernel
 
-ROW = 16  # elements, of which the rows of a matrix are to hold a whole number of times: each then begins a vector
+ALIGNMENT = 16  # elements, of which the rows of a matrix are to hold a whole number of times: each then begins a vector
 
 
 class Workspace(NamedTuple):
     """Where a pass puts what it computes."""
 
-    store: torch.dtype  # of products and of what is kept
-    wide: torch.dtype  # of sums
+    compute_dtype: torch.dtype  # of products and of what is kept
+    accum_dtype: torch.dtype  # of sums
     device: torch.device
 
-    def take(self, *shape: int, wide: bool = False) -> Tensor:
-        """An uninitialised tensor, in `store` unless it is to be wide."""
-        dtype = self.wide if wide else self.store
+    def take(self, *shape: int, accumulator: bool = False) -> Tensor:
+        """An uninitialised tensor, in `compute_dtype` or in `accum_dtype` for an accumulator."""
+        dtype = self.accum_dtype if accumulator else self.compute_dtype
         return torch.empty(START + prod(shape), dtype=dtype, device=self.device)[START:].view(shape)
 
 
-def columns_to_add(rows: Tensor, store: torch.dtype) -> int:
+def padding(rows: Tensor, compute_dtype: torch.dtype) -> int:
     """How many zeros are to follow each of these rows (..., n) so that products in that dtype are quick; none on a CPU
     in fp32, where products are as quick without."""
-    return 0 if store != torch.bfloat16 and rows.device.type == "cpu" else -rows.size(-1) % ROW
+    return 0 if compute_dtype != torch.bfloat16 and rows.device.type == "cpu" else -rows.size(-1) % ALIGNMENT
 
 
-def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b for rows a and a weight b, by the library that is quicker at it on this processor.
 
     oneDNN's lead is in few rows of a large weight; it is very slow at weights that are a slice of something wider.
@@ -85,7 +85,7 @@ def onednn_is_quicker() -> bool:
     return quicker == "onednn"
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total may be wider than a and b."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
@@ -107,7 +107,7 @@ def add_narrow_rows(rows, total):
 
 
 @contextmanager
-def products_in(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> Iterator[None]:
     """CUDA's products of fp32 tensors in TF32 inside, torch's own LSTM and GRU included, if that is the precision, else
     in full."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine.dropout import HeldRelu, drop
+from engine.dropout import FrozenReLU, drop
 
 NORM_EPS = 1e-5
 NORMS = ("batch", "layer", "none")  # of the relaxed cell's states
@@ -56,7 +56,7 @@ def relaxed(
     probs: Tensor,
     x_mask: Tensor | None = None,
     h_mask: Tensor | None = None,
-    held_relu: HeldRelu | None = None,
+    held_relu: FrozenReLU | None = None,
     norm: str = "batch",
 ) -> Tensor:
     """Hidden states (T, B, H) of the continuous relaxation (DARTS, section 2.2 and 3.1.2).

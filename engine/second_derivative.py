@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from engine.cell_kernels import (
-    Trace,
-    Waiting,
-    WayBack,
+    GradAccumulators,
+    SavedBackward,
+    SavedForward,
     average,
     before_node,
     by_node,
@@ -30,9 +30,9 @@ from engine.cell_kernels import (
     output,
     units_alone,
 )
-from engine.elementwise import realised, sigmoid, sigmoid_tanh
+from engine.elementwise import force_materialize, sigmoid, sigmoid_tanh
 from engine.inductor import kernel
-from engine.matmul import product
+from engine.matmul import matmul
 
 
 class Tangents(NamedTuple):
@@ -42,11 +42,11 @@ class Tangents(NamedTuple):
     products: list[Tensor]  # N+1 times (T, i, B, 2H)
     ratio: Tensor  # (T, N+1, H) or (T, N+1, B, 1), of `inverse` to itself
     hiddens: tuple[Tensor, ...]  # T+1 times (B, H)
-    along: list[Tensor]  # directions of W0_h and Ws
+    direction: list[Tensor]  # directions of W0_h and Ws
 
 
 def r_forward(
-    trace: Trace,
+    trace: SavedForward,
     h0: Tensor,
     hiddens: Tensor,
     weights: list[Tensor],
@@ -54,9 +54,9 @@ def r_forward(
     h_mask: Tensor,
     vxW: Tensor | None,
     vh0: Tensor | None,
-    along: list[Tensor],
+    direction: list[Tensor],
 ) -> tuple[Tangents, Tensor]:
-    """Tangents along vxW (T, B, 2H), vh0 (B, H) and, for W0_h and Ws, `along`; that of the hidden states (T, B, H)."""
+    """Tangents along vxW (T, B, 2H), vh0 (B, H) and, for W0_h and Ws, `direction`; the hidden states' (T, B, H)."""
     space, states, masked, products, previous, inverse, held_relu, norm, share = trace
     (T, B, H), N = hiddens.shape, len(weights) - 1
     r_states = space.take(T, N + 1, B, H)
@@ -64,14 +64,14 @@ def r_forward(
     r_masked, r_previous = space.take(N + 1, B, H), space.take(B, H)  # of one step
     ratio = torch.empty_like(inverse)
     r_hiddens = torch.empty_like(hiddens)
-    weights, along = ([W.to(space.store) for W in given] for given in (weights, along))
+    weights, direction = ([W.to(space.compute_dtype) for W in given] for given in (weights, direction))
     rows = of_nodes(probs)  # N times (i, K)
 
-    state, scale, below = by_node(states), by_node(inverse), before_node(states)
+    state, scale, predecessors = by_node(states), by_node(inverse), before_node(states)
     r_state, r_scale, r_below = by_node(r_states), by_node(ratio), before_node(r_states)
-    factor = [flat_rows(masked[:, :i]) for i in range(N + 1)]
+    matmul_inputs = [flat_rows(masked[:, :i]) for i in range(N + 1)]
     r_mask, r_factor = r_masked.unbind(0), [r_masked[:i].flatten(0, 1) for i in range(N + 1)]
-    cus, r_cus = ([cu.unbind(0) for cu in those] for those in (products, r_products))
+    preactivations, r_cus = ([cu.unbind(0) for cu in those] for those in (products, r_products))
     rows_of_r_cu = [flat_rows(cu) for cu in r_products]
     previous_t, r_nodes, concat = previous.unbind(0), r_states.unbind(0), tuple(range(1, N + 1))
     vxW = torch.zeros_like(products[0][:, 0]) if vxW is None else vxW
@@ -81,27 +81,27 @@ def r_forward(
     r_previous.copy_(vh0 * h_mask)
     for t in range(T):
         torch.addmm(vxWs[t], r_previous, weights[0], out=rows_of_r_cu[0][t])
-        rows_of_r_cu[0][t].addmm_(previous_t[t], along[0])
+        rows_of_r_cu[0][t].addmm_(previous_t[t], direction[0])
         r_start(
-            cus[0][t][0], rows_of_r_cu[0][t], hs[t], r_hs[t], norm, share, h_mask, state[0][t], scale[0][t],
+            preactivations[0][t][0], rows_of_r_cu[0][t], hs[t], r_hs[t], norm, share, h_mask, state[0][t], scale[0][t],
             r_state[0][t], r_mask[0], r_scale[0][t],
         )  # fmt: skip
         for i in range(1, N + 1):
-            cu = cus[i][t]  # (i, B, 2H)
-            product(r_factor[i], weights[i], out=rows_of_r_cu[i][t])
-            rows_of_r_cu[i][t].addmm_(factor[i][t], along[i])
+            cu = preactivations[i][t]  # (i, B, 2H)
+            matmul(r_factor[i], weights[i], out=rows_of_r_cu[i][t])
+            rows_of_r_cu[i][t].addmm_(matmul_inputs[i][t], direction[i])
             active = held_set(cu, held_relu, (t, i))
             r_node(
-                cu, r_cus[i][t], below[i][t], r_below[i][t], rows[i - 1], active, norm, share, h_mask,
+                cu, r_cus[i][t], predecessors[i][t], r_below[i][t], rows[i - 1], active, norm, share, h_mask,
                 state[i][t], scale[i][t], r_state[i][t], r_mask[i], r_scale[i][t],
             )  # fmt: skip
         output(r_nodes[t], concat, h_mask, r_hs[t + 1], r_previous)
-    return Tangents(r_states, r_products, ratio, r_hs, along), r_hiddens
+    return Tangents(r_states, r_products, ratio, r_hs, direction), r_hiddens
 
 
 def r_backward(
-    trace: Trace,
-    way_back: WayBack,
+    trace: SavedForward,
+    backward_pass: SavedBackward,
     tangents: Tangents,
     h0: Tensor,
     hiddens: Tensor,
@@ -113,47 +113,48 @@ def r_backward(
     """Tangents of the gradients of xW (T, B, 2H), h0 (B, H) and probs (N(N+1)/2, K), where that of the hidden states'
     gradient is r_g_hiddens (T, B, H)."""
     space, states, _, products, _, inverse, held_relu, norm, share = trace
-    received, dxW = way_back
-    r_states, r_products, ratio, r_hs, along = tangents
+    received, dxW = backward_pass
+    r_states, r_products, ratio, r_hs, direction = tangents
     (T, B, H), N = hiddens.shape, len(weights) - 1
-    weights = [W.to(space.store) for W in weights]
+    weights = [W.to(space.compute_dtype) for W in weights]
     r_dxW = space.take(T, B, 2 * H)
     gradient = [space.take(4, i, B, H) for i in range(1, N + 1)]  # r_dc, r_du, dc, du
-    w = Waiting(space, N, B, H)
+    w = GradAccumulators(space, N, B, H)
     rows = of_nodes(probs)  # N times (i, K)
 
-    state, scale, below, mine = by_node(states), by_node(inverse), before_node(states), by_node(received)
+    state, scale, predecessors, mine = by_node(states), by_node(inverse), before_node(states), by_node(received)
     r_state, r_scale, r_below = by_node(r_states), by_node(ratio), before_node(r_states)
-    cus, r_cus = ([cu.unbind(0) for cu in those] for those in (products, r_products))
+    preactivations, r_cus = ([cu.unbind(0) for cu in those] for those in (products, r_products))
     four, rows_of = [g.unbind(0) for g in gradient], [g.flatten(1, 2).unbind(0) for g in gradient]
     factors = [  # of r_dc, r_du, dc, du
-        [half.t() for half in (*halves(W), *halves(v))] for W, v in zip(weights, along, strict=True)
+        [half.t() for half in (*halves(W), *halves(v))] for W, v in zip(weights, direction, strict=True)
     ]
-    W0_t, v0_t = weights[0].t(), along[0].t()
+    W0_t, v0_t = weights[0].t(), direction[0].t()
     gs, hs, dxWs, r_dxWs, r_dcs_0 = r_g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), r_dxW.unbind(0), halves(r_dxW)
 
     for t in reversed(range(T)):
         here, there = 0, 1  # which of totals
         w.begin_step(gs[t], h_mask)
         for i in range(N, 0, -1):
-            cu = cus[i][t]
+            cu = preactivations[i][t]
             active = held_set(cu, held_relu, (t, i))
             r_node_back(
                 w.each[here][i], w.rest[i], mine[i][t], state[i][t], r_state[i][t], scale[i][t], r_scale[i][t],
-                w.share[here][i], w.rest_of[i], below[i][t], r_below[i][t], cu, r_cus[i][t], rows[i - 1], active,
+                w.share[here][i], w.rest_of[i], predecessors[i][t], r_below[i][t], cu, r_cus[i][t], rows[i - 1], active,
                 norm, share, h_mask, *four[i - 1], w.share[there][i], *w.sums[i - 1],
             )  # fmt: skip
             here, there = there, here
-            product(rows_of[i - 1][0], factors[i][0], out=w.rows_of_rest[i])
-            for d, factor in zip(rows_of[i - 1][1:], factors[i][1:], strict=True):
-                w.rows_of_rest[i].addmm_(d, factor)
+            matmul(rows_of[i - 1][0], factors[i][0], out=w.rows_of_rest[i])
+            for d, matmul_inputs in zip(rows_of[i - 1][1:], factors[i][1:], strict=True):
+                w.rows_of_rest[i].addmm_(d, matmul_inputs)
         r_start_back(
             w.each[here][0], w.rest[0], mine[0][t], state[0][t], r_state[0][t], scale[0][t], r_scale[0][t],
-            cus[0][t][0], r_cus[0][t][0], norm, share, h_mask, hs[t], r_hs[t], r_dcs_0[0][t], r_dcs_0[1][t], w.direct,
+            preactivations[0][t][0], r_cus[0][t][0], norm, share, h_mask, hs[t], r_hs[t], r_dcs_0[0][t],
+            r_dcs_0[1][t], w.grad_h_direct,
         )  # fmt: skip
-        product(r_dxWs[t], W0_t, out=w.into)
-        w.into.addmm_(dxWs[t], v0_t)
-    return r_dxW, w.of_h0(h_mask), w.of_probs()
+        matmul(r_dxWs[t], W0_t, out=w.grad_h_matmul)
+        w.grad_h_matmul.addmm_(dxWs[t], v0_t)
+    return r_dxW, w.grad_h0(h_mask), w.grad_probs()
 
 
 # The kernels, as those of cell_kernels.py.
@@ -161,8 +162,8 @@ def r_backward(
 
 @kernel
 def r_start(cu, r_cu, h, r_h, norm, share, h_mask, state, inverse, r_state, r_masked, ratio):
-    """The tangent of s_0: cu, r_cu (B, 2H), h, r_h, h_mask, state (B, H), `norm` and `share` as in `cells.average`,
-    inverse (H,) or (B, 1) -> r_state, r_masked (B, H), ratio like inverse."""
+    """The tangent of s_0: cu, r_cu (B, 2H), h, r_h, h_mask, state (B, H), `norm` and `share` as in
+    `cell_kernels.average`, inverse (H,) or (B, 1) -> r_state, r_masked (B, H), ratio like inverse."""
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h.dtype).chunk(2, dim=-1)
     gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]
@@ -172,7 +173,8 @@ def r_start(cu, r_cu, h, r_h, norm, share, h_mask, state, inverse, r_state, r_ma
 
 @kernel
 def r_node(cu, r_cu, states, r_states, p, active, norm, share, h_mask, state, inverse, r_state, r_masked, ratio):
-    """The tangent of s_i, with arguments as in `cells.relaxed_node` -> r_state, r_masked (B, H), ratio like inverse."""
+    """The tangent of s_i, with arguments as in `cell_kernels.relaxed_node` -> r_state, r_masked (B, H), ratio like
+    inverse."""
     c, u = cu.chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h_mask.dtype).chunk(2, dim=-1)
     p = p[:, 1:, None, None]
@@ -187,7 +189,7 @@ def put_r_normalised(r_z, norm, share, h_mask, state, inverse, r_state, r_masked
     """Of s = (z - mean) / deviation, whose Jacobian is symmetric, and of 1 / deviation, relative to itself."""
     r_s = r_z
     if norm != "none":
-        r_z, s = realised(r_z), state.to(r_z.dtype)
+        r_z, s = force_materialize(r_z), state.to(r_z.dtype)
         common = average(s * r_z, norm, share)
         r_s = units_alone(inverse * (r_z - average(r_z, norm, share) - s * common), norm, share)
         ratio.copy_(-inverse * common)
@@ -196,15 +198,16 @@ def put_r_normalised(r_z, norm, share, h_mask, state, inverse, r_state, r_masked
 
 
 def r_normalise_back(r_g, g, norm, share, state, r_state, inverse, ratio):
-    """dz = inverse * (g - mean(g) - s mean(g s)) and its tangent, (B, H) each, the means as in `cells.average`."""
+    """dz = inverse * (g - mean(g) - s mean(g s)) and its tangent, (B, H) each, the means as in
+    `cell_kernels.average`."""
     g = g.to(r_g.dtype)
     if norm == "none":
-        return realised(g), realised(r_g)
+        return force_materialize(g), force_materialize(r_g)
     s, r_s = state.to(r_g.dtype), r_state.to(r_g.dtype)
     common, r_common = average(g * s, norm, share), average(r_g * s + g * r_s, norm, share)
-    dz = realised(units_alone(inverse * (g - average(g, norm, share) - s * common), norm, share))
+    dz = force_materialize(units_alone(inverse * (g - average(g, norm, share) - s * common), norm, share))
     r_dz = ratio * dz + inverse * (r_g - average(r_g, norm, share) - r_s * common - s * r_common)
-    return dz, realised(units_alone(r_dz, norm, share))
+    return dz, force_materialize(units_alone(r_dz, norm, share))
 
 
 @kernel
@@ -212,7 +215,7 @@ def r_node_back(
     r_g, r_g_through, g, state, r_state, inverse, ratio, r_total, r_through, states, r_states, cu, r_cu, p, active,
     norm, share, h_mask, r_dc, r_du, dc, du, r_total_after, *sums,
 ):  # fmt: skip
-    """The tangent of `cells.relaxed_node_back` -> r_dc, r_du, and dc, du themselves, (i, B, H)."""
+    """The tangent of `cell_kernels.relaxed_node_back` -> r_dc, r_du, and dc, du themselves, (i, B, H)."""
     dz, r_dz = (
         d * of_sum(norm, len(p))
         for d in r_normalise_back(r_g + r_g_through * h_mask, g, norm, share, state, r_state, inverse, ratio)
@@ -222,7 +225,9 @@ def r_node_back(
     s, r_s = states.to(h_mask.dtype), r_states.to(h_mask.dtype)
     p = p[:, 1:, None, None]
     (tanh, relu, sig, u), slopes, mixed, slope = mixture(p, u, active)
-    bend = p[:, 2] * slopes[2] * (1 - 2 * sig) - p[:, 0] * 2 * tanh * slopes[0]  # of relu and identity none
+    second_derivative = (
+        p[:, 2] * slopes[2] * (1 - 2 * sig) - p[:, 0] * 2 * tanh * slopes[0]
+    )  # of relu and identity none
     gate, some = sigmoid(c.to(h_mask.dtype)), p.sum(1)
     r_gate = gate * (1 - gate) * r_c
     opened, r_opened = dz * gate, r_dz * gate + dz * r_gate
@@ -231,9 +236,11 @@ def r_node_back(
     dc.copy_(opened * (1 - gate) * over)
     du.copy_(opened * slope)
     r_dc.copy_(
-        realised((r_opened * (1 - gate) - opened * r_gate) * over + opened * (1 - gate) * (slope * r_u - some * r_s))
+        force_materialize(
+            (r_opened * (1 - gate) - opened * r_gate) * over + opened * (1 - gate) * (slope * r_u - some * r_s)
+        )
     )
-    r_du.copy_(r_opened * slope + opened * bend * r_u)
+    r_du.copy_(r_opened * slope + opened * second_derivative * r_u)
     r_total_after.copy_(r_total + r_through * h_mask + some * r_shut)
     rest = r_shut * s + shut * r_s
     for gained, f, df in zip(sums, (tanh, relu, sig, u), slopes, strict=True):
@@ -244,7 +251,8 @@ def r_node_back(
 def r_start_back(
     r_g, r_g_through, g, state, r_state, inverse, ratio, cu, r_cu, norm, share, h_mask, h, r_h, r_dc, r_du, r_direct
 ):
-    """The tangent of `cells.relaxed_start_back`, all (B, H) -> r_dc, r_du, and that of the hidden state's own share."""
+    """The tangent of `cell_kernels.relaxed_start_back`, all (B, H) -> r_dc, r_du, and that of the hidden state's own
+    share."""
     dz, r_dz = r_normalise_back(r_g + r_g_through * h_mask, g, norm, share, state, r_state, inverse, ratio)
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h.dtype).chunk(2, dim=-1)

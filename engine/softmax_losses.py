@@ -13,24 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.autograd import refuse_graph
+from engine.autograd import forbid_double_backward
 
 CHUNK = 1 << 21  # logits at once
 PIECES = 8  # at least: all that is held of one is then about what a plain loss holds of the whole
 
 
-def tied(outputs: Tensor, embedding: Tensor, bias: Tensor, store: torch.dtype | None = None) -> Tensor:
+def tied(outputs: Tensor, embedding: Tensor, bias: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
     """log softmax(outputs @ embedding.T + bias): outputs (n, H), embedding (V, H), bias (V,) -> (n, V).
 
-    `store` is the dtype of the product, None for that of the weights.
+    `compute_dtype` is the dtype of the product, None for that of the weights.
     """
-    store = store or bias.dtype
-    return ((outputs.to(store) @ embedding.t().to(store)).to(bias.dtype) + bias).log_softmax(-1)
+    compute_dtype = compute_dtype or bias.dtype
+    return ((outputs.to(compute_dtype) @ embedding.t().to(compute_dtype)).to(bias.dtype) + bias).log_softmax(-1)
 
 
 def mixed(
     outputs: Tensor, embedding: Tensor, bias: Tensor, prior: Tensor, latent: Tensor, latent_bias: Tensor,
-    store: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """The log of sum_k pi_k softmax(tanh(outputs @ latent_k + latent_bias_k) @ embedding.T + bias) with
     pi = softmax(outputs @ prior) (Yang et al. 2018), (n, V).
@@ -40,7 +40,7 @@ def mixed(
     K, H = prior.size(1), outputs.size(1)
     share = (outputs @ prior).log_softmax(-1)  # (n, K)
     contexts = torch.tanh(outputs @ latent + latent_bias).view(-1, H)  # (n K, H)
-    log_probs = tied(contexts, embedding, bias, store).view(-1, K, len(bias))  # (n, K, V)
+    log_probs = tied(contexts, embedding, bias, compute_dtype).view(-1, K, len(bias))  # (n, K, V)
     return (share[:, :, None] + log_probs).logsumexp(1)
 
 
@@ -105,5 +105,5 @@ class InPieces(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        refuse_graph("second")
+        forbid_double_backward("second")
         return None, None, None, None, None, *(g * gradient for gradient in ctx.found)

@@ -9,7 +9,7 @@ from engine import ENGINES, PRECISIONS
 from experiment.run_directory import new_folder
 from model import default_init_range
 from training.lr_schedule import DECAYS, SHAPES, Decay, Schedule, WarmUp
-from training.optimizers import RATES
+from training.optimizers import DEFAULT_LR
 
 CLIP = 0.25
 ARCH_START = 2  # epochs of the weights alone (docs/signal.md)
@@ -174,8 +174,7 @@ def add_optimisation_flags(parser: Parser, epochs: int, optimizers: Sequence[str
         "--lr",
         type=float,
         help="learning rate for a segment of bptt steps; scaled with the segment's length (default: "
-        f"{RATES['sgd']:g}, which suits the published sizes, where small models want less; {RATES['momentum']:g} with "
-        f"momentum; {RATES['adam']:g} with adam and adamw)",
+        f"{DEFAULT_LR['sgd']:g}, {DEFAULT_LR['momentum']:g} with momentum, {DEFAULT_LR['adam']:g} with adam and adamw)",
     )
     optimisation.add_argument("--momentum", type=float, default=0.9, help="of --optimizer momentum")
     optimisation.add_argument(
@@ -314,7 +313,7 @@ def complete(args: argparse.Namespace, kind: str) -> None:
     """Fill in the flags whose defaults depend on others, and name a new run directory for a run of this kind."""
     if args.save is None:
         args.save = str(new_folder(kind))
-    args.lr = RATES[args.optimizer] if args.lr is None else args.lr
+    args.lr = DEFAULT_LR[args.optimizer] if args.lr is None else args.lr
     if args.clip is None:
         args.clip = 0.0 if args.clip_value else CLIP
     if "finetune" in vars(args):

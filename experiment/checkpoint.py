@@ -35,8 +35,8 @@ FORMAT = 4
 GLOBALS = re.compile(r"torch [A-Za-z]+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 BUILDERS = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
 LARGEST = 1e38  # that float32 holds
-SEAL = "sha256 {}"
-SEAL_SIZE = len(SEAL.format("")) + 64  # bytes
+CHECKSUM = "sha256 {}"
+CHECKSUM_SIZE = len(CHECKSUM.format("")) + 64  # bytes
 # What torch's reader raises on bytes that are not what they claim to be.
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -71,7 +71,7 @@ def save_last(state: dict[str, Any], folder: Path) -> None:
     """The same for last.pt, and the one before it becomes previous.pt, once the new one is on the disk."""
     last, previous = folder / "last.pt", folder / "previous.pt"
     with written(state, last) as temporary:
-        if is_whole(last):
+        if is_valid(last):
             second_name = folder / f".previous.pt.{os.getpid()}.tmp"
             try:
                 second_name.unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def save_last(state: dict[str, Any], folder: Path) -> None:
 @contextmanager
 def written(state: dict[str, Any], path: Path) -> Iterator[Path]:
     """A file beside `path` that holds the state, to be renamed inside; gone when this ends."""
-    data = sealed(state)
+    data = with_checksum(state)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -116,7 +116,7 @@ def load(path: str | Path) -> dict[str, Any]:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path}: not a file")
         with open(path, "rb") as file:
-            if not (has_seal(file) and is_plain(file)):
+            if not (has_checksum(file) and is_safe(file)):
                 raise damaged
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -148,7 +148,7 @@ def load_last(folder: str | Path) -> tuple[dict[str, Any] | None, str | None]:
         return load(previous), f"{error}; going on from {previous.name}, the one before it"
 
 
-class Keeper:
+class CheckpointManager:
     """Saves a run's state when it is time, and when it is told to; of several ranks the one that `writes`."""
 
     def __init__(self, folder: Path, minutes: float, writes: bool = True):
@@ -159,13 +159,13 @@ class Keeper:
         """Whether the last save is so long ago that the next one should be now."""
         return time.monotonic() - self.saved >= self.seconds
 
-    def keep(self, state: dict[str, Any]) -> None:
+    def save_last(self, state: dict[str, Any]) -> None:
         """Save as last.pt."""
         if self.writes:
             save_last(state, self.folder)
         self.saved = time.monotonic()
 
-    def keep_best(self, state: dict[str, Any]) -> None:
+    def save_best(self, state: dict[str, Any]) -> None:
         """Save as best.pt."""
         if self.writes:
             save(state, self.folder / "best.pt")
@@ -179,13 +179,13 @@ class Keeper:
 # --- bytes ---
 
 
-def sealed(state: dict[str, Any]) -> bytes:
+def with_checksum(state: dict[str, Any]) -> bytes:
     """A checkpoint's bytes, its checksum at their end."""
     file = io.BytesIO()
     torch.save(canonical({"format": FORMAT, **state}), file)
     file.seek(-2, os.SEEK_END)  # the length of a zip file's comment, which torch leaves at 0
-    file.write(struct.pack("<H", SEAL_SIZE))
-    file.write(SEAL.format(hashlib.sha256(file.getbuffer()).hexdigest()).encode())
+    file.write(struct.pack("<H", CHECKSUM_SIZE))
+    file.write(CHECKSUM.format(hashlib.sha256(file.getbuffer()).hexdigest()).encode())
     return file.getvalue()
 
 
@@ -206,9 +206,9 @@ def canonical(value: Any) -> Any:
     return value
 
 
-def has_seal(file: BinaryIO) -> bool:
+def has_checksum(file: BinaryIO) -> bool:
     """Whether a file ends with the checksum of what comes before."""
-    left = file.seek(0, os.SEEK_END) - SEAL_SIZE
+    left = file.seek(0, os.SEEK_END) - CHECKSUM_SIZE
     digest = hashlib.sha256()
     file.seek(0)
     while left > 0:
@@ -217,19 +217,19 @@ def has_seal(file: BinaryIO) -> bool:
             return False
         digest.update(block)
         left -= len(block)
-    return file.read() == SEAL.format(digest.hexdigest()).encode()
+    return file.read() == CHECKSUM.format(digest.hexdigest()).encode()
 
 
-def is_whole(path: Path) -> bool:
+def is_valid(path: Path) -> bool:
     """Whether there is a file with a right checksum."""
     try:
         with open(path, "rb") as file:
-            return has_seal(file)
+            return has_checksum(file)
     except OSError:
         return False
 
 
-def is_plain(file: BinaryIO) -> bool:
+def is_safe(file: BinaryIO) -> bool:
     """Whether a zip file's parts are stored as they are, in as many bytes as they have, and build tensors and plain
     values alone: nothing would swell."""
     size = file.seek(0, os.SEEK_END)
@@ -279,7 +279,7 @@ def flush_folder(folder: Path) -> None:
 # --- form ---
 
 
-def check_form(found: Any, form: Any, where: str = "state") -> None:
+def validate_state(found: Any, form: Any, where: str = "state") -> None:
     """Raises ValueError unless `found` has all that `form` has, and every part of it is of the same kind.
 
     That is: dicts with the keys of the form (an empty one passes: an optimizer before its first step), tensors of
@@ -290,13 +290,13 @@ def check_form(found: Any, form: Any, where: str = "state") -> None:
         if not isinstance(found, dict) or (found and not form.keys() <= found.keys()):
             raise ValueError(f"{where}: {', '.join(map(str, form))[:80]} expected")
         for key in found.keys() & form.keys():
-            check_form(found[key], form[key], f"{where}, {key}")
+            validate_state(found[key], form[key], f"{where}, {key}")
     elif isinstance(form, list | tuple):
         if not isinstance(found, list | tuple):
             raise ValueError(f"{where}: a list expected")
         alike = form if len(found) == len(form) else form[:1] * len(found)
         for i, (part, like) in enumerate(zip(found, alike, strict=len(form) > 0)):
-            check_form(part, like, f"{where}, {i}")
+            validate_state(part, like, f"{where}, {i}")
     elif isinstance(form, Tensor):
         if not isinstance(found, Tensor) or (found.shape, found.dtype) != (form.shape, form.dtype):
             raise ValueError(f"{where}: a tensor {tuple(form.shape)} expected")
@@ -308,7 +308,7 @@ def check_form(found: Any, form: Any, where: str = "state") -> None:
             raise ValueError(f"{where}: {type(form).__name__} expected")
 
 
-def stepped(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_template(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The form of an optimizer's state once it has taken a step: of a copy that takes one along nothing."""
     optimizer = deepcopy(optimizer)
     for group in optimizer.param_groups:

@@ -27,7 +27,7 @@ SEEDS_APART = 1_000_003  # of the masks that two ranks draw
 T = TypeVar("T")
 
 
-class Ranks:
+class Distributed:
     """This process, `rank`, among `size`; `local` of them are on this machine before it."""
 
     def __init__(self):
@@ -50,7 +50,7 @@ class Ranks:
         return f"torchrun {nodes}--nproc_per_node {self.on_this_machine} {script}"
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def device(self, device: torch.device) -> torch.device:
@@ -63,14 +63,14 @@ class Ranks:
     def seed(self, seed: int) -> None:
         """Let this rank draw other masks than the others, once the weights are made; the first draws what a process
         alone would."""
-        if not self.first:
+        if not self.is_main:
             torch.manual_seed(seed + SEEDS_APART * self.rank)
 
-    def rows(self, whole: Tensor, dim: int = 0) -> Tensor:
+    def shard(self, whole: Tensor, dim: int = 0) -> Tensor:
         """This rank's part of what has the whole batch along `dim`."""
         return whole if self.size == 1 else whole.chunk(self.size, dim)[self.rank].contiguous()
 
-    def all_rows(self, part: Tensor) -> Tensor:
+    def all_gather(self, part: Tensor) -> Tensor:
         """The whole batch, of the parts (rows, S) of all ranks."""
         if self.size == 1:
             return part
@@ -79,7 +79,7 @@ class Ranks:
             distributed.all_gather(parts, part.contiguous())
         return torch.cat(parts)
 
-    def average(self, tensors: list[Tensor]) -> None:
+    def all_reduce_mean(self, tensors: list[Tensor]) -> None:
         """Put the mean over all ranks into the tensors, by one exchange."""
         if self.size == 1:
             return
@@ -90,7 +90,7 @@ class Ranks:
         for tensor, part in zip(tensors, bucket.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def any(self, *flags: bool) -> list[bool]:
+    def all_reduce_any(self, *flags: bool) -> list[bool]:
         """Of each flag, whether it is up on any rank."""
         if self.size == 1:
             return list(flags)
@@ -107,17 +107,17 @@ class Ranks:
                 distributed.all_gather_object(found, value)
         return found
 
-    def same(self, make: Callable[[], T]) -> T:
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """What the first rank makes, on all."""
         if self.size == 1:
             return make()
-        found = [make() if self.first else None]
+        found = [make() if self.is_main else None]
         with together():
             distributed.broadcast_object_list(found, src=0)
         return found[0]
 
 
-def leave(code: int) -> int:
+def exit_process(code: int) -> int:
     """The exit code of a process that is done: one of several ranks ends right here.
 
     What lies on the disk is whole by then, and so is what was said; but while torch takes down what carried the

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from data import Corpus, batchify, get_batch, segments
-from engine.matmul import products_in
+from engine.matmul import matmul_precision
 from experiment import arguments, checkpoint, resume, startup
-from experiment.distributed import Ranks
-from experiment.divergence import Watch
+from experiment.distributed import Distributed
+from experiment.divergence import DivergenceMonitor
 from experiment.progress import Progress
 from experiment.signals import StopSignal
 from training.early_stopping import Patience
@@ -77,8 +77,8 @@ class Experiment:
         reasons: Sequence[str],
     ):
         self.kind, self.parser, self.reasons = kind, parser, reasons
-        self.ranks = Ranks()
-        self.args, self.corpus, self.run, self.saved = startup.begin(kind, parser, argv, texts_to_read, self.ranks)
+        self.ranks = Distributed()
+        self.args, self.corpus, self.run, self.saved = startup.start_run(kind, parser, argv, texts_to_read, self.ranks)
         args = self.args
         self.device = self.ranks.device(choose_device(args.device, args.deterministic))
         self.local_batch_size = args.batch_size // self.ranks.size
@@ -90,20 +90,22 @@ class Experiment:
             for name, (ids, batch_size) in texts_to_read(self.corpus, args).items()
         }
         self.schedule, self.patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
-        self.watch = Watch(self.device, len(self.corpus.words))
+        self.monitor = DivergenceMonitor(self.device, len(self.corpus.words))
         self.progress = Progress(self.run, self.device, args.epochs, len(self.texts["train"]) - 1)
-        self.keeper = checkpoint.Keeper(self.run.folder, args.checkpoint_minutes, writes=self.ranks.first)
+        self.checkpoints = checkpoint.CheckpointManager(
+            self.run.folder, args.checkpoint_minutes, writes=self.ranks.is_main
+        )
         self.best, self.stopped_by, self.interrupted = float("inf"), "", False  # `best` is a validation loss
 
     def sharded(self, name: str) -> Tensor:
         """This rank's columns (n, B / ranks) of a text."""
-        return self.ranks.rows(self.texts[name], dim=1)
+        return self.ranks.shard(self.texts[name], dim=1)
 
     # --- state ---
 
     def parts(self) -> dict[str, Any]:
         return {
-            "schedule": self.schedule, "patience": self.patience, "watch": self.watch, "progress": self.progress,
+            "schedule": self.schedule, "patience": self.patience, "watch": self.monitor, "progress": self.progress,
         }  # fmt: skip
 
     def state_dict(self, state: TrainingState) -> dict[str, Any]:
@@ -139,15 +141,15 @@ class Experiment:
         for line in first_lines:
             self.run.log(line)
         if self.best < float("inf"):  # of weights that another run trained
-            self.keeper.keep_best(self.state_dict(state))
-        self.keeper.keep(self.state_dict(state))
+            self.checkpoints.save_best(self.state_dict(state))
+        self.checkpoints.save_last(self.state_dict(state))
 
     # --- the loop ---
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Trains inside: signals are obeyed, products have the --precision, running out of memory is explained."""
-        with StopSignal() as self.signal, products_in(self.args.precision), startup.memory_explained(self.args):
+        with StopSignal() as self.signal, matmul_precision(self.args.precision), startup.memory_explained(self.args):
             try:
                 yield
             except Interrupted:
@@ -179,30 +181,30 @@ class Experiment:
         time. Raises `Diverged`."""
         state.optimizer.zero_grad(set_to_none=self.device.type == "cpu")  # on CUDA they stay where graphs write them
         self.progress.advance(nll, norm, (seq_len, self.args.batch_size), lr)
-        self.watch.add(nll, norm)
+        self.monitor.add(nll, norm)
         if self.progress.step % self.args.log_interval == 0:
-            self.watch.check()
+            self.monitor.check()
             self.progress.close_interval(lr, rate=state.optimizer.param_groups[0]["lr"], **state.interval_record())
             if line := state.describe():
                 self.run.log(line)
 
     def save_if_due(self, state: TrainingState) -> None:
         """Saves the state after --checkpoint_minutes and when the run is asked to stop, then raising `Interrupted`."""
-        stopping, due = self.ranks.any(self.signal.requested, self.keeper.due())
+        stopping, due = self.ranks.all_reduce_any(self.signal.requested, self.checkpoints.due())
         if stopping or due:
             self.check_weights(state)
-            self.keeper.keep(self.state_dict(state))
+            self.checkpoints.save_last(self.state_dict(state))
         if stopping:
             raise Interrupted
 
     def check_weights(self, state: TrainingState) -> None:
         """Raises `Diverged` unless the present weights are fit to be saved."""
         beginning = state.train_text[: self.args.bptt + 1, : self.micro_batch_size]
-        self.watch.judge(self.evaluate(state.model, beginning, "train"))
+        self.monitor.check_weights(self.evaluate(state.model, beginning, "train"))
 
     def evaluate(self, model: nn.Module, text: Tensor, name: str) -> float:
         """Nats per word of a text (n, B), the same on every rank."""
-        return self.ranks.same(lambda: evaluate(model, text, self.args.bptt, name))
+        return self.ranks.broadcast_from_main(lambda: evaluate(model, text, self.args.bptt, name))
 
     def close_epoch(self, state: TrainingState, valid_loss: float) -> None:
         """Logs the epoch, and saves the weights as best.pt if no epoch before had a lower validation loss."""
@@ -211,7 +213,7 @@ class Experiment:
         state.start_epoch()
         if valid_loss < self.best:
             self.best = valid_loss
-            self.keeper.keep_best(self.state_dict(state))
+            self.checkpoints.save_best(self.state_dict(state))
         if line := state.describe():
             self.run.log(line)
 
@@ -222,8 +224,8 @@ class Experiment:
         self.stopped_by = reason
         if reason:
             self.run.log(f"stopped by {reason}")
-        self.keeper.keep(self.state_dict(state))
-        if self.ranks.any(self.signal.requested)[0]:
+        self.checkpoints.save_last(self.state_dict(state))
+        if self.ranks.all_reduce_any(self.signal.requested)[0]:
             raise Interrupted
 
     @contextmanager
@@ -233,10 +235,10 @@ class Experiment:
         try:
             yield
         except Diverged as fault:
-            attempt = self.watch.count(fault, self.args.max_rollbacks, self.progress.step)
-            saved = self.ranks.same(lambda: checkpoint.load_last(self.run.folder)[0])
+            attempt = self.monitor.count(fault, self.args.max_rollbacks, self.progress.step)
+            saved = self.ranks.broadcast_from_main(lambda: checkpoint.load_last(self.run.folder)[0])
             self.load_state_dict(state, saved)
-            self.watch.rollbacks = attempt
+            self.monitor.rollbacks = attempt
             self.schedule.scale *= self.args.backoff
             progress = self.progress
             lr = self.schedule.rate(progress.step, progress.position())
@@ -245,14 +247,14 @@ class Experiment:
                 kind="rollback", epoch=progress.epoch, step=progress.step, lr=lr, reason=str(fault),
                 seconds=progress.elapsed(),
             )  # fmt: skip
-            self.keeper.replace(self.state_dict(state))
+            self.checkpoints.replace(self.state_dict(state))
 
     # --- the end ---
 
     def overfit(self, state: TrainingState) -> None:
         """Trains on one batch alone, for --overfit."""
         args = self.args
-        with products_in(args.precision), startup.memory_explained(args):
+        with matmul_precision(args.precision), startup.memory_explained(args):
             self.run.log(overfit(
                 state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size, args.clip,
                 args.clip_value,

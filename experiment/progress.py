@@ -35,7 +35,7 @@ class Progress:
         """The segments, behind a bar that counts tokens."""
         self.bar = tqdm(
             desc=f"epoch {self.epoch}/{self.epochs}", total=self.epoch_rows * columns, initial=self.row * columns,
-            unit="tok", unit_scale=True, leave=False, disable=self.run.bars, dynamic_ncols=True,
+            unit="tok", unit_scale=True, leave=False, disable=self.run.disable_progress_bar, dynamic_ncols=True,
         )  # fmt: skip
         self.tick = (time.perf_counter(), self.interval.tokens)
         with self.bar:

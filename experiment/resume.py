@@ -12,7 +12,7 @@ from typing import Any
 import data
 from experiment import arguments, checkpoint
 from experiment.run_directory import Run
-from training.optimizers import RATES
+from training.optimizers import DEFAULT_LR
 
 # What may differ between a run and its continuation; every other flag belongs to the run. The data may lie
 # elsewhere, but must be the same text.
@@ -32,7 +32,7 @@ MAX_CONFIG = 1_000_000  # bytes
 def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
     """The flags that a fine-tuning run takes over from the run whose weights it starts from."""
     names = set(TUNED_WITH)
-    if RATES[first["optimizer"]] == RATES["asgd"]:  # that of another says nothing of what averaged SGD needs
+    if DEFAULT_LR[first["optimizer"]] == DEFAULT_LR["asgd"]:  # that of another says nothing of what averaged SGD needs
         names.add("lr")
     if first["small_batch_size"] != first["batch_size"]:
         names.add("small_batch_size")
@@ -42,7 +42,7 @@ def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
 
 
 def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> list[str]:
-    """Why the weights of a run with the flags `first` cannot be what this one starts from."""
+    """Why the weights of a run with the flags `is_main` cannot be what this one starts from."""
     found = [
         f"--{name} {value}: the weights of --finetune {args.finetune} are for {first[name]}; leave it out"
         for name in ("emsize", "arch", "n_experts")
@@ -50,7 +50,7 @@ def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> l
     ]
     if not rate_given:
         found.append(f"--lr: give one for averaged SGD; that of --finetune {args.finetune} is of {first['optimizer']}")
-    if not checkpoint.is_whole(Path(args.finetune, "best.pt")):
+    if not checkpoint.is_valid(Path(args.finetune, "best.pt")):
         found.append(f"--finetune {args.finetune}: best.pt is missing or damaged; name another run")
     return found
 
@@ -84,7 +84,7 @@ def check_state(saved: dict[str, Any], form: dict[str, Any], reasons: Sequence[s
     What a run on another kind of device has of its own, the state of a generator, is left out of it.
     """
     form = {**form, "rng": [{name: part for name, part in rng.items() if name != "cuda"} for rng in form["rng"]]}
-    checkpoint.check_form(saved, form)
+    checkpoint.validate_state(saved, form)
     if saved["stopped_by"] not in ("", *reasons):
         raise ValueError("it was stopped by nothing that is known")
 
@@ -152,7 +152,7 @@ def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[
             return [f"--resume: the run in {args.save} is one of {before} ranks, not {ranks}; start it {how}"]
         best = path.with_name("best.pt")
         needed = saved["best"] < math.inf if kind == "train" else saved["stopped_by"] == "patience"
-        if needed and not checkpoint.is_whole(best):
+        if needed and not checkpoint.is_valid(best):
             return [f"{best}: missing or damaged, and the result is made from it; put a copy there, or start a new run"]
         if saved["stopped_by"] and args.epochs != flags["epochs"]:
             return [

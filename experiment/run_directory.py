@@ -43,14 +43,14 @@ class Run:
     It is this process's alone. Raises `lock.Locked`.
     """
 
-    bars = None  # what tqdm takes for `disable`: none where there is no terminal
+    disable_progress_bar = None  # what tqdm takes for `disable`: none where there is no terminal
 
     def __init__(self, folder: str | Path):
         self.folder = folder = Path(folder)
         self.metrics = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(folder)
-        self.mirror = None  # a `plots.tensorboard.Mirror` for --tensorboard
+        self.tensorboard = None  # a `plots.tensorboard.TensorBoardLogger` for --tensorboard
         self.rows = 0  # of metrics
 
     def release(self) -> None:
@@ -107,8 +107,8 @@ class Run:
         """Add an object to metrics.jsonl."""
         append(self.metrics, json.dumps(row) + "\n")
         self.rows += 1
-        if self.mirror is not None:
-            self.mirror.add(row)
+        if self.tensorboard is not None:
+            self.tensorboard.add(row)
 
     def cut_metrics(self, rows: int) -> float:
         """Drop all but the first rows of metrics.jsonl, as their steps will be taken again; gives the seconds that
@@ -121,8 +121,8 @@ class Run:
                 file.truncate(size)
         except FileNotFoundError:
             pass
-        if self.mirror is not None:
-            self.mirror.restart()
+        if self.tensorboard is not None:
+            self.tensorboard.restart()
         try:
             return float(json.loads(last)["seconds"])
         except (ValueError, LookupError, TypeError):
@@ -143,13 +143,13 @@ class Run:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            raise named(error, path) from error
+            raise with_filename(error, path) from error
 
 
-class Onlooker(Run):
+class NullRun(Run):
     """For a rank that leaves it to the first one to write."""
 
-    bars = True
+    disable_progress_bar = True
 
     def __init__(self, folder: str | Path):
         self.folder, self.rows = Path(folder), 0
@@ -181,9 +181,9 @@ def append(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise named(error, path) from error
+        raise with_filename(error, path) from error
 
 
-def named(error: OSError, path: Path) -> OSError:
+def with_filename(error: OSError, path: Path) -> OSError:
     """The error with the file that it is about, which one of a full disk does not tell."""
     return OSError(error.errno, error.strerror, str(path))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiment import checkpoint
-from experiment.distributed import leave
+from experiment.distributed import exit_process
 from utils import RunError
 
 
@@ -49,4 +49,4 @@ def run_script(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    return leave(code)
+    return exit_process(code)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import data
 from experiment import arguments, checkpoint, validate_arguments
-from experiment.distributed import Ranks
+from experiment.distributed import Distributed
 from experiment.lock import Locked
 from experiment.resume import changed_flags, read_config, state_faults, tuned_with, tuning_faults
-from experiment.run_directory import Onlooker, Run
+from experiment.run_directory import NullRun, Run
 from genotypes import GenotypeError, resolve_cell
 from utils import RunError
 
@@ -25,18 +25,18 @@ from utils import RunError
 Texts = dict[str, tuple[Tensor, int]]
 
 
-def begin(
+def start_run(
     kind: str,
     parser: arguments.Parser,
     argv: list[str] | None,
     texts: Callable[[data.Corpus, Namespace], Texts],
-    ranks: Ranks,
+    ranks: Distributed,
 ) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
     """The flags, the corpus, the run's directory, and the state to go on from (None for a new run). What the first rank
     finds holds for all."""
-    if not ranks.first:
+    if not ranks.is_main:
         parser.quiet = True
-        told = ranks.same(lambda: None)
+        told = ranks.broadcast_from_main(lambda: None)
         if isinstance(told, int):
             sys.exit(told)
         args, saved, sha256 = told
@@ -48,23 +48,23 @@ def begin(
             raise RunError(
                 f"--data {args.data}: another text on the machine of rank {ranks.rank} than of the first rank"
             )
-        return args, corpus, Onlooker(args.save), saved
+        return args, corpus, NullRun(args.save), saved
     try:
-        args, corpus, run, saved = begin_first(kind, parser, argv, texts, ranks)
+        args, corpus, run, saved = start_on_main_rank(kind, parser, argv, texts, ranks)
     except SystemExit as end:
         code = end.code
-        ranks.same(lambda: code)
+        ranks.broadcast_from_main(lambda: code)
         raise
-    ranks.same(lambda: (args, saved, corpus.sha256))
+    ranks.broadcast_from_main(lambda: (args, saved, corpus.sha256))
     return args, corpus, run, saved
 
 
-def begin_first(
+def start_on_main_rank(
     kind: str,
     parser: arguments.Parser,
     argv: list[str] | None,
     texts: Callable[[data.Corpus, Namespace], Texts],
-    ranks: Ranks,
+    ranks: Distributed,
 ) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
     """The same on the first rank.
 

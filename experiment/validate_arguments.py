@@ -102,7 +102,7 @@ def size_faults(args: Namespace) -> list[str]:
 
 
 # What has no effect but with other flags: named in the message, and whether they are given.
-IDLE = {
+INEFFECTIVE_FLAGS = {
     "momentum": ("--optimizer momentum", lambda a: a.optimizer == "momentum"),
     "nonmono": ("--optimizer ntasgd or --finetune", lambda a: a.optimizer == "ntasgd" or a.finetune),
     "min_delta": ("--patience", lambda a: a.patience > 0),
@@ -124,7 +124,7 @@ def idle_faults(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
     """Flags that were given and would have no effect."""
     return [
         f"--{name} {getattr(args, name)}: is for {needs}; add that or leave it out"
-        for name, (needs, is_given) in IDLE.items()
+        for name, (needs, is_given) in INEFFECTIVE_FLAGS.items()
         if name in vars(args) and getattr(args, name) != defaults(name) and not is_given(args)
     ]
 

@@ -17,10 +17,10 @@ from plots.style import plain_style
 
 FOLDER = "tensorboard"
 OF_ROW = ("epoch", "step", "seconds")  # where a row stands, and no measurement
-JUDGED_BY = "epoch/valid_ppl"  # what TensorBoard compares runs with these flags by
+HPARAM_METRICS = "epoch/valid_ppl"  # what TensorBoard compares runs with these flags by
 
 
-class Mirror:
+class TensorBoardLogger:
     """Of the run in this directory."""
 
     def __init__(self, folder: Path, flags: dict[str, Any]):
@@ -36,7 +36,7 @@ class Mirror:
         for path in (self.folder / FOLDER).glob("events.out.tfevents.*"):
             path.unlink()
         self.writer, self.cell = SummaryWriter(str(self.folder / FOLDER), purge_step=0), None
-        for summary in hparams(self.flags, {JUDGED_BY: 0.0}):
+        for summary in hparams(self.flags, {HPARAM_METRICS: 0.0}):
             self.writer.file_writer.add_summary(summary)
         for row in metrics.rows(self.folder):
             self.write(row)

@@ -6,7 +6,7 @@ from experiment import arguments
 from study.design import METHODS, RANDOM
 
 # The flags that decide what a stage runs: they stay what they are once it has begun.
-SHAPED_BY = {
+STAGE_FLAGS = {
     "baseline": "data seed train_flags baselines full_epochs full_seeds",
     "proxy": "data seed train_flags full_epochs proxy_cells proxy_epochs proxy_emsize proxy_tokens proxy_reference"
     " proxy_seeds",
@@ -18,7 +18,7 @@ SHAPED_BY = {
 
 def build_parser() -> arguments.Parser:
     parser = arguments.Parser("trials.py", "A study: searches, selection, retraining and a leaderboard.")
-    parser.add_argument("stage", choices=("run", *SHAPED_BY, "report"), help="run is all of them in this order")
+    parser.add_argument("stage", choices=("run", *STAGE_FLAGS, "report"), help="run is all of them in this order")
     add_study_flags(parser)
     add_proxy_flags(parser)
     add_search_flags(parser)
@@ -127,6 +127,6 @@ def add_run_flags(parser: arguments.Parser) -> None:
     )
 
 
-def asked(args: Namespace) -> list[str]:
+def requested_stages(args: Namespace) -> list[str]:
     """The stages to be run, in their order; none for a report alone."""
-    return [stage for stage in SHAPED_BY if args.stage in ("run", stage)]
+    return [stage for stage in STAGE_FLAGS if args.stage in ("run", stage)]

@@ -19,13 +19,25 @@ from study.jobs import Job
 
 SCRIPTS = {"train.py": retrain_arguments, "train_search.py": search_arguments}
 # Of a study's own making: what a user gives to the scripts beside them must leave them alone.
-TAKEN = ("save", "resume", "data", "arch", "epochs", "seed", "test", "overfit", "finetune", "search_split", "unrolled")
+RESERVED_FLAGS = (
+    "save",
+    "resume",
+    "data",
+    "arch",
+    "epochs",
+    "seed",
+    "test",
+    "overfit",
+    "finetune",
+    "search_split",
+    "unrolled",
+)
 PROBE_STEPS = 12  # of the run that measures a kind of job
 WARM = 4  # of them, in which functions are compiled and memory is taken
 NOT_OF_THE_KIND = {"epochs", "seed", "save", "resume", "limit_tokens", "test", "log_interval"}
 
 
-class Share(NamedTuple):
+class Resources(NamedTuple):
     """What one trial takes of a machine."""
 
     cpus: float = 1
@@ -46,7 +58,7 @@ class Share(NamedTuple):
         return max(1, int(self.cpus))
 
 
-class Pace(NamedTuple):
+class Timing(NamedTuple):
     """Seconds on the machine at hand."""
 
     step: float
@@ -95,13 +107,13 @@ def probe(job: Job, name: str) -> Job:
     return Job(name, job.script, (*job.flags, *short))
 
 
-def read(folder: Path) -> Pace:
+def read(folder: Path) -> Timing:
     """What a probe says."""
     rows = list(metrics.rows(folder))
     times = [row["seconds"] for row in rows if row["kind"] == "interval"]
     [whole] = [row["seconds"] for row in rows if row["kind"] == "epoch"]
     steps = [after - before for before, after in pairwise(times)]
-    return Pace(median(steps[WARM:] or steps or times), whole - times[-1])
+    return Timing(median(steps[WARM:] or steps or times), whole - times[-1])
 
 
 def steps(job: Job, corpus: data.Corpus) -> int:
@@ -112,7 +124,7 @@ def steps(job: Job, corpus: data.Corpus) -> int:
     return round(args.epochs * (len(ids) // rows - 1) / length)
 
 
-def seconds(job: Job, corpus: data.Corpus, paces: Mapping[str, Pace]) -> float:
+def seconds(job: Job, corpus: data.Corpus, paces: Mapping[str, Timing]) -> float:
     """Of work on a whole job."""
     pace = paces[kind(job)]
     return steps(job, corpus) * pace.step + (parse(job).epochs + 1) * pace.evaluation
@@ -130,7 +142,7 @@ def entry(stage: str, todo: Sequence[Job], study: Path, corpus: data.Corpus, pac
     """The line of a stage; of what is done or begun, only the rest counts."""
     left, total = [], 0
     for job in todo:
-        if not job.decided(study):
+        if not job.is_done(study):
             whole = seconds(job, corpus, paces)
             rest = max(0.0, whole - metrics.seconds(study / job.name))
             left.append(rest)
@@ -138,7 +150,7 @@ def entry(stage: str, todo: Sequence[Job], study: Path, corpus: data.Corpus, pac
     return Entry(stage, len(todo), len(todo) - len(left), total, sum(left), makespan(left, parallel))
 
 
-def text(entries: Sequence[Entry], parallel: int, share: Share, full: float) -> str:
+def text(entries: Sequence[Entry], parallel: int, share: Resources, full: float) -> str:
     """The plan for a person. `full`: seconds of one training in full."""
     hours = f"{share.unit}-hours"
     lines = [f"{'stage':<10}{'trials':>8}{'done':>6}{'steps':>12}{'s/step':>9}{hours:>12}{'wall clock':>13}"]

@@ -43,7 +43,7 @@ class Job(NamedTuple):
     flags: tuple[str, ...]
     test: bool = False
 
-    def decided(self, study: Path) -> bool:
+    def is_done(self, study: Path) -> bool:
         """Whether there is nothing left to do."""
         folder = study / self.name
         found = metrics.result(folder)
@@ -64,7 +64,7 @@ def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[
     of before too. `directory` is where relative names in its flags start from. Raises `TrialFailed`."""
     folder = study / job.name
     seen = 0
-    if not job.decided(study):
+    if not job.is_done(study):
         folder.parent.mkdir(parents=True, exist_ok=True)
         output = folder.with_name(f"{folder.name}.out")
         with open(output, "ab") as file:

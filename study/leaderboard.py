@@ -14,7 +14,7 @@ from typing import Any
 from experiment import metrics
 from experiment.run_directory import Run
 from study import stats
-from study.cost import Share
+from study.cost import Resources
 from study.design import RANDOM, STAGES, Cell, Proxy, Study
 from study.jobs import Job
 
@@ -155,7 +155,7 @@ def proxies(study: Study) -> list[dict[str, Any]]:
         for cell, of_cell in runs.get(proxy.folder, {}).items():
             for job in of_cell[seeds]:
                 rows = metrics.epochs(study.folder / job.name)[: proxy.epochs]
-                if rows and (len(rows) == proxy.epochs or job.decided(study.folder)):
+                if rows and (len(rows) == proxy.epochs or job.is_done(study.folder)):
                     found.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
         return found
 
@@ -189,7 +189,7 @@ def cost(study: Study) -> list[dict[str, Any]]:
     """Device time by stage, of every run there is, where a trial takes what it did when they last ran."""
     kept = (metrics.read_json(study.folder / SHARE) or {}).items()
     share, found = (
-        Share(**{name: value for name, value in kept if name in Share._fields and metrics.is_number(value)}),
+        Resources(**{name: value for name, value in kept if name in Resources._fields and metrics.is_number(value)}),
         [],
     )
     for stage in STAGES:

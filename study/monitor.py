@@ -58,7 +58,7 @@ class Rules(NamedTuple):
         return ""
 
 
-class Board:
+class Monitor:
     """Counts, tells and draws what becomes of the trials of a stage.
 
     Args:
@@ -78,8 +78,8 @@ class Board:
         self.running: dict[str, tuple[int, float]] = {}  # epoch and validation perplexity, by name
         self.work = {job.name: metrics.seconds(run.folder / job.name) for job in todo}
         self.failures: set[str] = set()
-        mend(run.folder / metrics.EVENTS)
-        over = {job.name for job in todo if job.decided(run.folder)}
+        repair_jsonl(run.folder / metrics.EVENTS)
+        over = {job.name for job in todo if job.is_done(run.folder)}
         told = [event for event in metrics.events(run.folder) if event["event"] in ("done", "halved")]
         self.over = {event["trial"]: event for event in told if event["trial"] in over}
         for job in todo:  # what a driver that was killed did not come to say
@@ -87,7 +87,7 @@ class Board:
                 self.close(job)
         self.live: Live | None = None
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "Monitor":
         if sys.stdout.isatty():
             self.live = Live(self.table(), refresh_per_second=2, transient=True)
             self.live.start()
@@ -127,7 +127,7 @@ class Board:
         epoch, valid_ppl = self.running.pop(job.name, (0, math.nan))
         if job.name in self.over:
             return  # told of before; it only showed the halving how far it had got
-        if job.decided(self.run.folder):
+        if job.is_done(self.run.folder):
             self.work[job.name] = metrics.seconds(self.run.folder / job.name)
             event = self.close(job)
         elif self.reason() or not epoch:
@@ -153,7 +153,7 @@ class Board:
         """Add a row to events.jsonl."""
         row = {"trial": job.name, "event": event, **more}
         if not self.quiet:
-            tell(self.run.folder, **row)
+            log_event(self.run.folder, **row)
         return row
 
     def log(self, line: str) -> None:
@@ -221,12 +221,12 @@ def sparks(values: Sequence[float]) -> str:
     return "".join(SPARKS[round((value - low) * scale)] for value in values)
 
 
-def tell(study: Path, **row: Any) -> None:
+def log_event(study: Path, **row: Any) -> None:
     """Add a row to events.jsonl, with the time."""
     append(study / metrics.EVENTS, json.dumps({"at": time.time(), **row}) + "\n")
 
 
-def mend(path: Path) -> None:
+def repair_jsonl(path: Path) -> None:
     """Let the next row of a file begin on a line of its own, where a full disk cut the last one off."""
     if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
         append(path, "\n")

@@ -20,9 +20,9 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from study import jobs
-from study.cost import Share
+from study.cost import Resources
 from study.jobs import Job
-from study.monitor import Board
+from study.monitor import Monitor
 from utils import RunError
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: the study has one (monitor.py)
@@ -68,12 +68,12 @@ def watch(over: threading.Event) -> None:
             os._exit(1)
 
 
-def room(share: Share) -> int:
+def max_concurrent_trials(share: Resources) -> int:
     """How many trials fit at the same time, each on one machine, and a part of a GPU on one GPU."""
     return sum(fitting(node["Resources"], share) for node in ray.nodes() if node["Alive"])
 
 
-def fitting(there: Mapping[str, float], share: Share) -> int:
+def fitting(there: Mapping[str, float], share: Resources) -> int:
     """How many fit on a machine that has this."""
     by_cpus = int(there.get("CPU", 0) / share.cpus)
     if not share.gpus:
@@ -88,7 +88,7 @@ def has_gpus() -> bool:
 
 
 def run_all(
-    todo: Sequence[Job], study: Path, share: Share, parallel: int, retries: int, board: Board, halving: int = 0
+    todo: Sequence[Job], study: Path, share: Resources, parallel: int, retries: int, board: Monitor, halving: int = 0
 ) -> None:
     """Run the jobs, `parallel` at a time, each again up to `retries` times if its process or machine dies. `halving`:
     the epochs of each, of which most are to be spared by successive halving (ASHA, Li et al. 2020); 0 for none."""
@@ -109,7 +109,7 @@ def run_all(
         ).fit()  # fmt: skip
 
 
-def run_one(todo: Sequence[Job], study: Path, directory: Path, share: Share, halving: int, config: dict) -> None:
+def run_one(todo: Sequence[Job], study: Path, directory: Path, share: Resources, halving: int, config: dict) -> None:
     """In a process of Ray's."""
     if not share.gpus:  # else a trial would take the first GPU, if its machine has some, as would all others
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -124,7 +124,7 @@ def run_one(todo: Sequence[Job], study: Path, directory: Path, share: Share, hal
 class Told(tune.Callback):
     """Tells the board what becomes of trials."""
 
-    def __init__(self, todo: Sequence[Job], board: Board):
+    def __init__(self, todo: Sequence[Job], board: Monitor):
         self.todo, self.board = todo, board
 
     def on_trial_start(self, iteration, trials, trial, **info):
@@ -153,7 +153,7 @@ class Told(tune.Callback):
 class Stop(tune.Stopper):
     """Ends all trials when the board says so."""
 
-    def __init__(self, board: Board):
+    def __init__(self, board: Monitor):
         self.board = board
 
     def __call__(self, trial_id, result) -> bool:

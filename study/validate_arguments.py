@@ -10,7 +10,7 @@ import data
 from experiment import arguments, metrics, resume, startup, validate_arguments
 from genotypes import GenotypeError, random_genotype, resolve_cell
 from study import cost
-from study.arguments import SHAPED_BY, asked
+from study.arguments import STAGE_FLAGS, requested_stages
 from study.design import METHODS, RANDOM, Cell, Study, label
 from study.jobs import Job
 
@@ -19,14 +19,14 @@ QUOTED = {
     "retrain": "train_flags",
 }  # fmt: skip
 CONFIG = "study.json"
-NOT_KEPT = {"help", "stage", "study", "resume", "dry_run", "address"}
+EPHEMERAL_FLAGS = {"help", "stage", "study", "resume", "dry_run", "address"}
 LEAST = {"proxy_reference": 0, "top": 1, "proxy_emsize": 1, "proxy_tokens": 1}
 
 
 def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
     """study.json: the flags of a study that has begun, and the checksums of its text."""
     found = metrics.read_json(folder / CONFIG) or {}
-    flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in NOT_KEPT}
+    flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in EPHEMERAL_FLAGS}
     if (
         not isinstance(flags, dict)
         or flags.keys() != actions.keys()
@@ -68,12 +68,12 @@ def number_faults(args: Namespace) -> list[str]:
 
 def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[str]:
     """Flags that a stage which has begun was shaped by and that are others now; and a stage to go on with, unasked."""
-    begun = [stage for stage in SHAPED_BY if (folder / stage).exists()]
-    again = [stage for stage in asked(args) if stage in begun]
+    begun = [stage for stage in STAGE_FLAGS if (folder / stage).exists()]
+    again = [stage for stage in requested_stages(args) if stage in begun]
     found = []
     if again and not args.resume and not args.dry_run:
         found.append(f"--study {folder}: its {again[0]} has begun; add --resume to go on, or take another")
-    for name in dict.fromkeys(name for stage in begun for name in SHAPED_BY[stage].split()):
+    for name in dict.fromkeys(name for stage in begun for name in STAGE_FLAGS[stage].split()):
         if getattr(args, name) != (before := config["flags"][name]):
             found.append(f"--{name}: the study in {folder} has begun with {before}; leave it out, or start another")
     return found
@@ -89,7 +89,11 @@ def text_faults(args: Namespace) -> list[str]:
             found.append(f"--{name}: {error}; close the quotes")
             continue
         given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-        found += [f"--{name}: --{taken} is the study's to set; leave it out" for taken in cost.TAKEN if taken in given]
+        found += [
+            f"--{name}: --{taken} is the study's to set; leave it out"
+            for taken in cost.RESERVED_FLAGS
+            if taken in given
+        ]
         if name == "search_flags" and args.search_split == "train":
             found += [
                 f"--search_flags: --{word} looks at valid.txt, which --search_split train keeps for selecting"
@@ -147,13 +151,13 @@ def job_faults(
 def planned(study: Study, stage: str) -> list[Job]:
     """The jobs of a stage; as long as the cells are not known, of as many others."""
     args, searches = study.args, study.search()
-    if stage == "select" and not all(job.decided(study.folder) for job in searches):
-        return study.select(unknown(len(searches) + len(study.random_cells(len(searches)))))
+    if stage == "select" and not all(job.is_done(study.folder) for job in searches):
+        return study.select(placeholder_cells(len(searches) + len(study.random_cells(len(searches)))))
     if stage == "retrain" and len(study.selected()) < args.top:
-        return study.retrain(unknown(args.top))
+        return study.retrain(placeholder_cells(args.top))
     return getattr(study, stage)()
 
 
-def unknown(number: int) -> list[Cell]:
+def placeholder_cells(number: int) -> list[Cell]:
     """So many cells, which stand for others."""
     return [Cell(random_genotype(i), (f"unknown-{i}",)) for i in range(number)]

@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from architect import Architect
 from engine import Engine
-from engine.dropout import HeldRelu, Masks, Rates
-from experiment.distributed import Ranks, leave
+from engine.dropout import DropoutRates, FrozenReLU, Masks
+from experiment.distributed import Distributed, leave
 from model_search import RNNModelSearch
 from training.gradients import clipped_gradient
-from training.losses import Batch, SmallBatches
+from training.losses import Batch, MicroBatches
 
 V, H, B, T = 50, 12, 8, 4
 
@@ -27,39 +27,39 @@ def batch(ranks, seed, relu=None):
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(V, (T + 1, B), generator=generator)
     hidden = 0.1 * torch.randn(B, H, generator=generator, dtype=torch.float64)
-    x, y = ranks.rows(text[:-1], dim=1), ranks.rows(text[1:], dim=1)
-    return Batch(x, y, ranks.rows(hidden), Masks(relu=relu))
+    x, y = ranks.shard(text[:-1], dim=1), ranks.shard(text[1:], dim=1)
+    return Batch(x, y, ranks.shard(hidden), Masks(relu=relu))
 
 
-def gradients(ranks, rows_at_once, norm):
+def gradients(ranks, micro_batch_size, norm):
     """By name: of the alphas in first order and unrolled, of the weights, and the loss and the norm."""
     found = {}
     for name in ("eager", "fused"):
         torch.manual_seed(5)
-        model = RNNModelSearch(V, H, Rates(), norm=norm, init_range=0.32).double().using(Engine(name))
+        model = RNNModelSearch(V, H, DropoutRates(), norm=norm, init_range=0.32).double().with_engine(Engine(name))
         with torch.no_grad():
             model.alphas.normal_()
-        weights, rows = model.weights(), {"small_batch_size": rows_at_once}
-        valid_loss = partial(SmallBatches, model, **rows)
-        train_loss = partial(SmallBatches, model, **rows, alpha=0.5, beta=0.5)
+        weights, rows = model.weights(), {"small_batch_size": micro_batch_size}
+        valid_loss = partial(MicroBatches, model, **rows)
+        train_loss = partial(MicroBatches, model, **rows, alpha=0.5, beta=0.5)
         for hessian in (None, "finite", "exact"):
             architect = Architect(
                 weights, model.alphas, train_loss, valid_loss, clip=0.25, wdecay=1e-3, hessian=hessian,
-                average=ranks.average,
+                average=ranks.all_reduce_mean,
             )  # fmt: skip
-            train, valid = batch(ranks, 1, HeldRelu()), batch(ranks, 2)
+            train, valid = batch(ranks, 1, FrozenReLU()), batch(ranks, 2)
             direct, implicit, hidden = architect.gradient(train, valid, eta=5.0)
             found[f"{name}, alphas, {hessian}"] = direct if implicit is None else direct - implicit
-            found[f"{name}, hidden, {hessian}"] = ranks.all_rows(hidden)
-        nll, hidden, size = clipped_gradient(train_loss(batch(ranks, 1)), weights, 0.25, 0.0, ranks.average)
-        found |= {f"{name}, nll": nll, f"{name}, norm": size, f"{name}, hidden": ranks.all_rows(hidden)}
+            found[f"{name}, hidden, {hessian}"] = ranks.all_gather(hidden)
+        nll, hidden, size = clipped_gradient(train_loss(batch(ranks, 1)), weights, 0.25, 0.0, ranks.all_reduce_mean)
+        found |= {f"{name}, nll": nll, f"{name}, norm": size, f"{name}, hidden": ranks.all_gather(hidden)}
         found |= {f"{name}, weight {i}": weight.grad for i, weight in enumerate(weights)}
     return found
 
 
 if __name__ == "__main__":
-    here = Ranks()
+    here = Distributed()
     result = gradients(here, int(sys.argv[2]), sys.argv[3])
-    if here.first:
+    if here.is_main:
         torch.save(result, sys.argv[1])
     leave(0)

@@ -8,10 +8,10 @@ import torch
 from torch.func import functional_call
 
 import train_search
-from architect import Architect, clip_coefficient, moved
-from engine.dropout import HeldRelu
+from architect import Architect, clip_coefficient, perturbed
+from engine.dropout import FrozenReLU
 from training.gradients import clipped_gradient
-from training.losses import SmallBatches, losses
+from training.losses import MicroBatches, losses
 from training.optimizers import LIKE_SGD, new_optimizer, velocity
 
 ETA, CLIP, WDECAY, AR, TAR = 0.7, 0.25, 1e-2, 0.4, 0.9
@@ -54,8 +54,8 @@ def brute_force(model, train, valid, eta, clip, wdecay, alpha=AR, beta=TAR, limi
 
 
 def architect(model, hessian="exact", clip=CLIP, small=tiny.B, train_loss=None, valid_loss=None, **options):
-    valid_loss = valid_loss or partial(SmallBatches, model, small_batch_size=small)
-    train_loss = train_loss or partial(SmallBatches, model, small_batch_size=small, alpha=AR, beta=TAR)
+    valid_loss = valid_loss or partial(MicroBatches, model, small_batch_size=small)
+    train_loss = train_loss or partial(MicroBatches, model, small_batch_size=small, alpha=AR, beta=TAR)
     return Architect(
         model.weights(),
         model.alphas,
@@ -122,12 +122,12 @@ def test_the_virtual_step_is_the_step_that_the_optimizer_takes(model, batches, n
 
     def valid_loss(batch):
         seen.append([w.detach().clone() for w in weights])
-        return SmallBatches(model, batch, tiny.B)
+        return MicroBatches(model, batch, tiny.B)
 
     unrolled = architect(model, clip=clip, clip_value=limit, valid_loss=valid_loss)
     for train in (batches[0], batches[1], batches[0]):
         unrolled.gradient(train, batches[1], ETA, velocity(optimizer))
-        clipped_gradient(SmallBatches(model, train, tiny.B, alpha=AR, beta=TAR), weights, clip, limit)
+        clipped_gradient(MicroBatches(model, train, tiny.B, alpha=AR, beta=TAR), weights, clip, limit)
         optimizer.step()
         optimizer.zero_grad()
         torch.testing.assert_close(seen.pop(), [w.detach() for w in weights], rtol=1e-6, atol=1e-7)  # ASGD: in fp32
@@ -186,7 +186,7 @@ def test_with_relu_held_a_wide_difference_does_not_see_its_kinks(model, batches)
         found = architect(model, "finite", radius=radius).gradient(held, valid, ETA)[1]
         return ((found - exact).norm() / exact.norm()).item()
 
-    wide, narrow = (error(HeldRelu(), radius) for radius in (1e-2, 1e-3))
+    wide, narrow = (error(FrozenReLU(), radius) for radius in (1e-2, 1e-3))
     assert narrow < 1e-4
     assert 50 < wide / narrow < 200
     assert error(None, 1e-2) > 10 * wide
@@ -194,10 +194,10 @@ def test_with_relu_held_a_wide_difference_does_not_see_its_kinks(model, batches)
 
 @pytest.mark.parametrize("small", [tiny.B, tiny.B // 2])
 def test_held_relu_changes_no_value_where_it_was_taken(model, batches, small):
-    held = batches[0]._replace(masks=batches[0].masks._replace(relu=HeldRelu()))
+    held = batches[0]._replace(masks=batches[0].masks._replace(relu=FrozenReLU()))
     weights = model.weights()
     for _ in range(2):  # the pass that takes the active set, and one that holds it
-        for free, fixed in zip(*(SmallBatches(model, b, small) for b in (batches[0], held)), strict=True):
+        for free, fixed in zip(*(MicroBatches(model, b, small) for b in (batches[0], held)), strict=True):
             assert torch.equal(free.total, fixed.total)
             pairs = zip(*(torch.autograd.grad(loss.total, weights) for loss in (free, fixed)), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
@@ -211,7 +211,7 @@ def test_one_set_of_masks_serves_every_pass(model, batches, hessian):
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
     assert torch.equal(unrolled_gradient(architect(model, hessian).gradient(*batches, ETA)), first)
-    other = batches[0]._replace(masks=model.draw_masks(tiny.B)), batches[1]
+    other = batches[0]._replace(masks=model.sample_masks(tiny.B)), batches[1]
     assert not torch.allclose(unrolled_gradient(architect(model, hessian).gradient(*other, ETA)), first)
 
 
@@ -226,7 +226,7 @@ def test_every_weight_takes_the_virtual_step(model, batches):
 
     def valid_loss(batch):
         seen.extend(w.detach().clone() for w in weights)
-        return SmallBatches(model, batch, tiny.B)
+        return MicroBatches(model, batch, tiny.B)
 
     architect(model, valid_loss=valid_loss).gradient(train, valid, ETA)
     assert any(w is model.embedding for w in weights)
@@ -292,7 +292,7 @@ def test_v_enters_the_product_as_it_is(model, batches):
 def test_a_step_leaves_every_weight_bit_for_bit(model, batches, hessian):
     """Traps: buffers that the passes disturb; a second model rebuilt at every step. Here the same tensors stay."""
     model = model.float()
-    train, valid = (b._replace(hidden=b.hidden.float(), masks=model.draw_masks(tiny.B)) for b in batches)
+    train, valid = (b._replace(hidden=b.hidden.float(), masks=model.sample_masks(tiny.B)) for b in batches)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     places = [(w, w.data_ptr()) for w in model.weights()]
     architect(model, hessian).step(train, valid, ETA)
@@ -308,7 +308,7 @@ def test_the_weights_come_back_when_a_pass_fails(model):
     before = [w.detach().clone() for w in model.weights()]
     with (
         pytest.raises(ZeroDivisionError),
-        moved(model.weights(), [torch.ones_like(w) for w in model.weights()]),
+        perturbed(model.weights(), [torch.ones_like(w) for w in model.weights()]),
     ):
         raise ZeroDivisionError
     assert all(torch.equal(w, old) for w, old in zip(model.weights(), before, strict=True))

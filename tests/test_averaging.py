@@ -15,13 +15,13 @@ def test_the_trigger_is_its_definition(losses, nonmono):
     trigger = NonMonotonicTrigger(nonmono)
     for n, loss in enumerate(losses):
         expected = n > nonmono and any(loss > losses[i] for i in range(n - nonmono))
-        assert trigger.fires(loss) == expected
+        assert trigger.step(loss) == expected
     assert trigger.losses == losses
 
 
 def test_the_trigger_waits_for_more_than_nonmono_losses():
     trigger = NonMonotonicTrigger(2)
-    assert [trigger.fires(loss) for loss in (5.0, 6.0, 7.0, 8.0)] == [False, False, False, True]
+    assert [trigger.step(loss) for loss in (5.0, 6.0, 7.0, 8.0)] == [False, False, False, True]
 
 
 def descend(optimizer, w, gradients, scales):

@@ -6,12 +6,12 @@ import tiny
 import torch
 
 from engine import Engine
-from engine.dropout import Rates
+from engine.dropout import DropoutRates
 from genotypes import GenotypeError, cell_from_json, cell_to_json, resolve, resolve_cell
 from model import retrain_model
 from training.evaluation import evaluate
 from training.gradients import accumulate_gradients
-from training.losses import SmallBatches
+from training.losses import MicroBatches
 
 NAMES = ("LSTM", "GRU")
 
@@ -42,7 +42,7 @@ def gru(W_x, W_h, b, x, h):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dropped", [True, False])
 def test_hidden_states_are_those_of_the_equations(name, dropped):
-    model = baseline(name, tiny.RATES if dropped else Rates())
+    model = baseline(name, tiny.RATES if dropped else DropoutRates())
     batch, rnn = tiny.batch(model, 1), model.cell.rnn
     masks = batch.masks
     state = torch.randn(tiny.B, model.cell.state_size, dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_small_batches_are_the_whole_batch(name, small):
     batch = batch._replace(hidden=torch.randn(tiny.B, model.cell.state_size, dtype=torch.float64))
     for size in (tiny.B, small):
         model.zero_grad()
-        nll, hidden = accumulate_gradients(SmallBatches(model, batch, size, alpha=0.5, beta=0.5), model.weights())
+        nll, hidden = accumulate_gradients(MicroBatches(model, batch, size, alpha=0.5, beta=0.5), model.weights())
         results.append([nll, hidden, *(w.grad for w in model.weights())])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
@@ -91,7 +91,7 @@ def test_evaluation_carries_the_whole_state(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dropouth_drops_connections_and_nothing_of_the_state(name):
-    masks = baseline(name, Rates(dropouth=0.5)).draw_masks(3)
+    masks = baseline(name, DropoutRates(dropouth=0.5)).sample_masks(3)
     gates = {"LSTM": 4, "GRU": 3}[name]
     assert masks.connections.shape == (gates * tiny.H, tiny.H)
     assert set(masks.connections.unique().tolist()) == {0.0, 2.0}
@@ -105,7 +105,7 @@ def test_either_engine_gives_the_same(name):
     batch = tiny.batch(model, 1)
     hidden, found = model.initial_hidden(tiny.B), []
     for engine in ("eager", "fused"):
-        chosen = model.using(Engine(engine))
+        chosen = model.with_engine(Engine(engine))
         found.append(chosen.nll(chosen(batch.x, hidden)[0], batch.y).item())
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 

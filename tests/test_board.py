@@ -8,7 +8,7 @@ import pytest
 from experiment.metrics import EVENTS, events
 from experiment.run_directory import Run
 from study.jobs import Job
-from study.monitor import Board, Rules, sparks
+from study.monitor import Monitor, Rules, sparks
 
 FALLING = [9.0, 7.0, 5.0, 4.0, 3.0, 2.0]
 STILL = [2.0, 9.0, 5.0, 4.0, 4.1, 4.2]
@@ -52,7 +52,7 @@ def todo():
 def test_a_stage_from_its_first_trial_to_its_last(tmp_path, todo):
     run = Run(tmp_path / "study")
     expected = {job.name: 20.0 for job in todo}
-    board = Board(run, todo, expected, 2, Rules(budget_hours=1), hours=0.5, devices=2)
+    board = Monitor(run, todo, expected, 2, Rules(budget_hours=1), hours=0.5, devices=2)
     assert board.seconds_left() == 40  # 80 of work, two at a time
     board.started(todo[0])
     board.started(todo[1])
@@ -84,44 +84,44 @@ def test_a_stage_from_its_first_trial_to_its_last(tmp_path, todo):
 def test_a_later_driver_knows_what_an_earlier_one_saw(tmp_path, todo):
     """And what it was killed before it could say."""
     run = Run(tmp_path / "study")
-    board = Board(run, todo, dict.fromkeys((job.name for job in todo), 9.0), 2)
+    board = Monitor(run, todo, dict.fromkeys((job.name for job in todo), 9.0), 2)
     for job, ppl in ((todo[2], 30.0), (todo[0], 40.0)):
         finish(run.folder, job.name, ppl)
         board.ended(job)
     finish(run.folder, todo[3].name, 20.0)  # not told
     with open(run.folder / EVENTS, "a") as file:
         file.write('{"cut off')
-    again = Board(run, todo, dict.fromkeys((job.name for job in todo), 9.0), 2)
+    again = Monitor(run, todo, dict.fromkeys((job.name for job in todo), 9.0), 2)
     assert again.values() == [30.0, 40.0, 20.0]
-    assert Board(run, todo, dict.fromkeys((job.name for job in todo), 9.0), 2).values() == again.values()
+    assert Monitor(run, todo, dict.fromkeys((job.name for job in todo), 9.0), 2).values() == again.values()
     assert [event["trial"] for event in events(run.folder)].count(todo[3].name) == 1
 
 
 def test_what_is_halved_is_over_and_counts_for_no_mean(tmp_path, todo):
     run = Run(tmp_path / "study")
-    board = Board(run, todo, dict.fromkeys((job.name for job in todo), 9.0), 2)
+    board = Monitor(run, todo, dict.fromkeys((job.name for job in todo), 9.0), 2)
     (run.folder / todo[0].name).mkdir(parents=True)
     board.started(todo[0])
     board.epoch(todo[0], 2, 88.0, 5.0)
     board.ended(todo[0])
     assert json.loads((run.folder / todo[0].name / "halved.json").read_text()) == {"epoch": 2, "valid_ppl": 88.0}
-    assert todo[0].decided(run.folder)
+    assert todo[0].is_done(run.folder)
     assert board.values() == []
     assert "1 halved" in board.counts()
 
 
 def test_what_is_ended_with_the_stage_is_not_halved(tmp_path, todo):
     run = Run(tmp_path / "study")
-    board = Board(run, todo, {}, 2, Rules(budget_hours=1), hours=2, devices=1)
+    board = Monitor(run, todo, {}, 2, Rules(budget_hours=1), hours=2, devices=1)
     (run.folder / todo[0].name).mkdir(parents=True)
     board.started(todo[0])
     board.ended(todo[0])
-    assert not todo[0].decided(run.folder)
+    assert not todo[0].is_done(run.folder)
 
 
 def test_a_quiet_board_leaves_no_trace(tmp_path, todo):
     run = Run(tmp_path / "study")
-    board = Board(run, todo, {job.name: 0.0 for job in todo}, 2, quiet=True)
+    board = Monitor(run, todo, {job.name: 0.0 for job in todo}, 2, quiet=True)
     finish(run.folder, todo[0].name, 60.0)
     board.started(todo[0])
     board.ended(todo[0])
@@ -133,7 +133,7 @@ def test_the_table_has_the_running_trials_and_both_curves(tmp_path, todo):
     from rich.console import Console
 
     run = Run(tmp_path / "study")
-    board = Board(run, todo, dict.fromkeys((job.name for job in todo), 1.0), 2)
+    board = Monitor(run, todo, dict.fromkeys((job.name for job in todo), 1.0), 2)
     for job, ppl in zip(todo[:3], (50.0, 40.0, 90.0), strict=True):
         finish(run.folder, job.name, ppl)
         board.ended(job)

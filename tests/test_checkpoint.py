@@ -154,8 +154,8 @@ def test_equal_states_have_equal_bytes():
     w = torch.arange(12.0).view(3, 4)
     made = {"flags": {"arch": "".join(["re", "lu"]), "op": "relu"}, "w": w[:, :2], "v": [w[0], w[0]], "n": (1, 0.5)}
     told = {"flags": {"arch": "relu", "op": "relu"}, "w": w[:, :2].clone(), "v": [w[0].clone(), w[0]], "n": (1, 0.5)}
-    assert checkpoint.sealed(made) == checkpoint.sealed(told)
-    assert checkpoint.sealed(made) != checkpoint.sealed({**told, "n": (1, 0.25)})
+    assert checkpoint.with_checksum(made) == checkpoint.with_checksum(told)
+    assert checkpoint.with_checksum(made) != checkpoint.with_checksum({**told, "n": (1, 0.25)})
 
 
 # --- a file from a stranger ---
@@ -163,8 +163,8 @@ def test_equal_states_have_equal_bytes():
 
 def seal(raw: bytes) -> bytes:
     """A zip file with the checksum that a stranger can compute as well."""
-    body = raw[:-2] + struct.pack("<H", checkpoint.SEAL_SIZE)
-    return body + checkpoint.SEAL.format(hashlib.sha256(body).hexdigest()).encode()
+    body = raw[:-2] + struct.pack("<H", checkpoint.CHECKSUM_SIZE)
+    return body + checkpoint.CHECKSUM.format(hashlib.sha256(body).hexdigest()).encode()
 
 
 def refused(path):
@@ -262,11 +262,11 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("keep", [10, 200, -1])
-def test_a_truncated_checkpoint_is_refused(keep, tmp_path):
+@pytest.mark.parametrize("length", [10, 200, -1])
+def test_a_truncated_checkpoint_is_refused(length, tmp_path):
     path = tmp_path / "x.pt"
     checkpoint.save({"w": torch.randn(100)}, path)
-    path.write_bytes(path.read_bytes()[:keep])
+    path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(checkpoint.CheckpointError):
         checkpoint.load(path)
 
@@ -301,7 +301,7 @@ def test_a_state_of_another_device_has_the_form_of_this_one_s():
             "stopped_by": ""}  # fmt: skip
     there = {**here, "rng": [{**here["rng"][0], "cuda": torch.zeros(16, dtype=torch.uint8)}]}
     for saved, form in ((here, there), (there, here)):
-        form = {**form, "optimizer": checkpoint.stepped(optimizer)}
+        form = {**form, "optimizer": checkpoint.optimizer_template(optimizer)}
         resume.check_state(saved, form, ("patience",))
 
 
@@ -313,24 +313,24 @@ def test_a_state_of_another_device_has_the_form_of_this_one_s():
 def test_a_part_of_another_kind_is_named(part, odd):
     form = {"w": torch.zeros(3), "n": 3, "x": 0.5, "losses": [1.0], "text": "sgd"}
     for fine in ({}, {"losses": []}, {"losses": [2.0, 3.0]}, {"x": math.inf}, {"more": 1}):
-        checkpoint.check_form({**form, **fine}, form)
+        checkpoint.validate_state({**form, **fine}, form)
     with pytest.raises(ValueError, match=f"state, {part}"):
-        checkpoint.check_form({**form, part: odd}, form)
+        checkpoint.validate_state({**form, part: odd}, form)
     with pytest.raises(ValueError, match="expected"):
-        checkpoint.check_form({name: form[name] for name in form if name != part}, form)
+        checkpoint.validate_state({name: form[name] for name in form if name != part}, form)
 
 
 def test_the_form_of_an_optimizer_that_has_taken_a_step():
     weight = torch.ones(3)
     optimizer = optimizer_of(weight)
-    form = checkpoint.stepped(optimizer)
+    form = checkpoint.optimizer_template(optimizer)
     assert not optimizer.state
     assert torch.equal(weight, torch.ones(3))
-    checkpoint.check_form(optimizer.state_dict(), form)  # before its first step there is no state
+    checkpoint.validate_state(optimizer.state_dict(), form)  # before its first step there is no state
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
     optimizer.step()
-    checkpoint.check_form(optimizer.state_dict(), form)
+    checkpoint.validate_state(optimizer.state_dict(), form)
     state = optimizer.state_dict()
     state["state"][0]["exp_avg"] = torch.zeros(2)
     with pytest.raises(ValueError, match="exp_avg"):
-        checkpoint.check_form(state, form)
+        checkpoint.validate_state(state, form)

@@ -29,8 +29,8 @@ from test_recurrence import oracle_masks
 
 from architect import Architect
 from engine import Engine, fused, linear_cross_entropy, reference
-from engine.dropout import HeldRelu
-from training.losses import SmallBatches, losses
+from engine.dropout import FrozenReLU
+from training.losses import MicroBatches, losses
 
 NAMES = ("x", "h0", "W0", "Ws")
 
@@ -101,7 +101,7 @@ def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(T, B, H, seed, norm):
     errors = {reference: [], fused: []}
     for away in (0, 0.001, 0.002, 0.003):
         there = {name: (1 + away) * leaf for name, leaf in leaves.items()}
-        held = HeldRelu()  # as in float64: at a kink the last digit decides
+        held = FrozenReLU()  # as in float64: at a kink the last digit decides
         exact = mixed(reference, there, masks, R, along, held, norm=norm)
         short = {name: leaf.float() for name, leaf in there.items()}, [mask.float() for mask in masks], R.float()
         for module, relu in ((reference, held), (fused, widened(held))):
@@ -116,7 +116,7 @@ def test_relu_is_held_where_eager_holds_it():
     elsewhere = {name: leaf + 0.3 for name, leaf in leaves.items()}
     found = []
     for module in (fused, reference):
-        held = HeldRelu()
+        held = FrozenReLU()
         run(module, "relaxed", leaves, masks, held=held)
         found.append(mixed(module, elsewhere, masks, R, along, held))
     assert_equal(*numbered(*found), 1e-9)
@@ -208,10 +208,10 @@ def test_a_model_behind_either_engine_has_the_same_product(fraternal):
     model = tiny.search_model()
     batch = tiny.batch(model, 1)
     if fraternal:
-        batch = batch._replace(twin=model.draw_masks(tiny.B))
+        batch = batch._replace(second_masks=model.sample_masks(tiny.B))
     along = [torch.randn_like(w) for w in model.weights()]
     found, expected = (
-        product(model.using(Engine(name)), batch, along, fraternal=fraternal) for name in ("fused", "eager")
+        product(model.with_engine(Engine(name)), batch, along, fraternal=fraternal) for name in ("fused", "eager")
     )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
@@ -226,7 +226,9 @@ def test_bf16_is_within_its_rounding_of_fp32(monkeypatch, copied, norm):
     batch = tiny.batch(model, 1)
     batch = batch._replace(hidden=batch.hidden.float())
     along = [torch.randn_like(w) for w in model.weights()]
-    narrow, wide = (product(model.using(Engine("fused", precision)), batch, along) for precision in ("bf16", "fp32"))
+    narrow, wide = (
+        product(model.with_engine(Engine("fused", precision)), batch, along) for precision in ("bf16", "fp32")
+    )
     assert 1e-5 < ((narrow - wide).norm() / wide.norm()).item() < 0.05
 
 
@@ -239,16 +241,16 @@ def test_an_architect_finds_the_same_gradient_with_either_engine(small, norm):
     before = [w.detach().clone() for w in model.weights()]
     found, passes = {}, []
 
-    class Counted(SmallBatches):
+    class Counted(MicroBatches):
         def part(self, start):
             passes.append(start)
             return super().part(start)
 
     for name in ("fused", "eager"):
-        behind = model.using(Engine(name))
+        behind = model.with_engine(Engine(name))
         architect = Architect(
             model.weights(), model.alphas, partial(Counted, behind, small_batch_size=small, beta=0.7),
-            partial(SmallBatches, behind, small_batch_size=small), clip=0.25, wdecay=1e-2, hessian="exact",
+            partial(MicroBatches, behind, small_batch_size=small), clip=0.25, wdecay=1e-2, hessian="exact",
         )  # fmt: skip
         found[name] = architect.gradient(train, valid, eta=0.7)
     for one, other in zip(*found.values(), strict=True):

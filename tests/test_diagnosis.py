@@ -13,14 +13,14 @@ from made import rows, write_corpus
 
 import train_search
 from architect import Architect
-from engine.dropout import Rates
+from engine.dropout import DropoutRates
 from engine.reference import NORMS
 from experiment import checkpoint, progress
 from experiment.run_directory import Run
 from genotypes import Genotype, random_genotype
 from model_search import derive
 from training.diagnostics import ROWS, SEGMENTS, Diagnosis, Signal, cosine, dominant_eigenvalue, logits, sensitivity
-from training.losses import SmallBatches
+from training.losses import MicroBatches
 
 CELL = Genotype((("relu", 0), ("tanh", 1), ("identity", 0)), (1, 2, 3))
 
@@ -28,8 +28,8 @@ CELL = Genotype((("relu", 0), ("tanh", 1), ("identity", 0)), (1, 2, 3))
 def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0, norm="batch"):
     model = tiny.search_model(rates, norm=norm)
 
-    def architect_of(model, rows_at_once, hessian):
-        loss = partial(SmallBatches, model, small_batch_size=rows_at_once)
+    def architect_of(model, micro_batch_size, hessian):
+        loss = partial(MicroBatches, model, small_batch_size=micro_batch_size)
         return Architect(model.weights(), model.alphas, loss, loss, clip=0.25, wdecay=1e-3, hessian=hessian)
 
     if text is None:
@@ -44,13 +44,13 @@ def test_the_eigenvalue_is_the_one_of_largest_magnitude_of_the_whole_hessian():
     state = places.get_state()
     product = here.hessian_product(places)
     places.set_state(state)
-    batch = here.batch(here.alphas_text, places, here.rows)._replace(masks=here.model.draw_masks(tiny.B)._replace(
+    batch = here.batch(here.alphas_text, places, here.rows)._replace(masks=here.model.sample_masks(tiny.B)._replace(
         word=None, embedding=None, x=None, hidden=None, output=None))  # fmt: skip
 
     def gradient(moved):
         with torch.no_grad():
             alphas.add_(moved)
-        [loss] = SmallBatches(here.model, batch, tiny.B)
+        [loss] = MicroBatches(here.model, batch, tiny.B)
         found = torch.autograd.grad(loss.total, alphas)[0]
         with torch.no_grad():
             alphas.sub_(moved)
@@ -122,20 +122,20 @@ def discretised_loss(model, genotype, text):
 def test_the_gap_is_between_the_mixture_and_its_genotype():
     here = diagnosis()
     before = here.model.alphas.detach().clone()
-    relaxed, discrete = here.gap(here.model.genotype())
+    relaxed, discrete = here.discretization_gap(here.model.genotype())
     assert torch.equal(here.model.alphas, before)
     text = here.valid[: SEGMENTS * tiny.T + 1]
     assert discrete == pytest.approx(discretised_loss(here.model, here.model.genotype(), text), rel=1e-9)
     with torch.no_grad():  # a mixture that is its genotype
         here.model.alphas.copy_(logits(CELL))
-    one, other = here.gap(here.model.genotype())
+    one, other = here.discretization_gap(here.model.genotype())
     assert one == other != relaxed
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_sensitivity_is_the_norm_of_the_jacobian_by_differences(norm):
     """Of the last hidden state in the first one, over the root of its size, column by column, in float64."""
-    model = tiny.search_model(Rates(), norm=norm)
+    model = tiny.search_model(DropoutRates(), norm=norm)
     batch = tiny.batch(model, 3)
     columns = []
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_the_sensitivity_is_the_norm_of_the_jacobian_by_differences(norm):
 
 
 def test_a_state_that_is_passed_on_as_it_is_has_sensitivity_1():
-    model = tiny.search_model(Rates(), norm="none")
+    model = tiny.search_model(DropoutRates(), norm="none")
     batch = tiny.batch(model, 3)
     model.forward = lambda x, hidden: (hidden[None].expand(len(x), -1, -1), hidden)
     torch.manual_seed(1)
@@ -163,7 +163,7 @@ def test_a_state_that_is_passed_on_as_it_is_has_sensitivity_1():
 
 def test_batches_that_are_all_alike_agree_and_others_do_not():
     repeated = torch.arange(tiny.B).expand(80, tiny.B)  # each row of the batch says one word for ever
-    alike, other = diagnosis(rates=Rates(), text=repeated), diagnosis(rates=Rates())
+    alike, other = diagnosis(rates=DropoutRates(), text=repeated), diagnosis(rates=DropoutRates())
     # far from the beginning, where the state does not change any more, every segment is the same
     alike.train = alike.alphas_text = repeated
     found = [here.agreement(torch.Generator().manual_seed(4), 0.1, None) for here in (alike, other)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from engine import Engine, fused, linear_cross_entropy, matmul, reference
-from engine.dropout import HeldRelu
+from engine.dropout import FrozenReLU
 from genotypes import DARTS_V1, PRIMITIVES, random_genotype
 from training.losses import losses
 
@@ -33,8 +33,8 @@ rows = st.sampled_from([1, 3, 16])
 def in_rows_of(row):
     """Behind hidden states stand zeros, up to a multiple of `row`; in either cell."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "ROW", row)
-        patch.setattr(fused, "columns_to_add", lambda rows, store: -rows.size(-1) % row)
+        patch.setattr(fused, "ALIGNMENT", row)
+        patch.setattr(fused, "padding", lambda rows, compute_dtype: -rows.size(-1) % row)
         yield
 
 
@@ -88,8 +88,10 @@ def test_fused_is_eager_in_float64(cell, norm, size, row):
 
 def widened(held):
     """The same set for the fused engine, whose hidden states have zeros behind."""
-    other = HeldRelu()
-    other.active = {place: F.pad(active, (0, -active.size(-1) % matmul.ROW)) for place, active in held.active.items()}
+    other = FrozenReLU()
+    other.active = {
+        place: F.pad(active, (0, -active.size(-1) % matmul.ALIGNMENT)) for place, active in held.active.items()
+    }
     return other
 
 
@@ -105,7 +107,7 @@ def relative_errors(found, exact):
 def test_in_fp32_fused_is_as_near_to_float64_as_eager_is(cell, norm, T, B, H, seed, masked):
     """To 1e-5; where a random cell is so steep that fp32 does not carry that far, to 4 times eager's own error. With
     relu active where it is in float64: at a kink the last digit decides, and neither engine is nearer."""
-    held = HeldRelu() if cell == "relaxed" else None
+    held = FrozenReLU() if cell == "relaxed" else None
     exact_leaves, masks, R = problem(T, B, H, H, 8, seed, masked, scale=0.2)
     exact = values_and_gradients(reference, cell, exact_leaves, masks, R, seed, held, norm)
     leaves = {name: leaf.float() for name, leaf in exact_leaves.items()}
@@ -128,10 +130,10 @@ def test_hidden_states_are_filled_up(cell):
 
 def test_rows_are_filled_up_where_products_gain_by_it():
     rows = torch.empty(2, 300)
-    assert matmul.columns_to_add(rows, torch.bfloat16) == 4
-    assert matmul.columns_to_add(rows[:, :288], torch.bfloat16) == 0
-    assert matmul.columns_to_add(rows, torch.float32) == 0
-    assert matmul.columns_to_add(rows.to("meta"), torch.float32) == 4  # as on any device but a CPU
+    assert matmul.padding(rows, torch.bfloat16) == 4
+    assert matmul.padding(rows[:, :288], torch.bfloat16) == 0
+    assert matmul.padding(rows, torch.float32) == 0
+    assert matmul.padding(rows.to("meta"), torch.float32) == 4  # as on any device but a CPU
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -160,7 +162,7 @@ def test_held_relu_takes_and_holds_the_same_set_as_eager():
     elsewhere = {name: leaf + 0.3 for name, leaf in leaves.items()}
     found = {}
     for module in (fused, reference):
-        held = HeldRelu()
+        held = FrozenReLU()
         found[module] = [
             values_and_gradients(module, "relaxed", where, masks, R, held=held) for where in (leaves, elsewhere)
         ]
@@ -236,7 +238,7 @@ def in_pieces(chunk, more=0):
         patch.setattr(linear_cross_entropy, "CHUNK", chunk)
         patch.setattr(linear_cross_entropy, "SKIP_FROM", 1)
         patch.setattr(linear_cross_entropy, "BLOCK", 5)
-        patch.setattr(linear_cross_entropy, "columns_to_add", lambda rows, store: more)
+        patch.setattr(linear_cross_entropy, "padding", lambda rows, compute_dtype: more)
         yield
 
 
@@ -287,7 +289,7 @@ def test_large_logits_do_not_overflow():
 def test_a_model_behind_another_engine_is_the_same_model(build):
     """AR, TAR, every dropout; and the parameters are shared, not copied."""
     model = build()
-    other = model.using(Engine("fused"))
+    other = model.with_engine(Engine("fused"))
     assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
     batch = tiny.batch(model, 1)
     found, expected = (losses(m, batch, 0.3, 0.7) for m in (other, model))
@@ -304,13 +306,13 @@ def test_bf16_rounds_products_and_nothing_else(cell, norm):
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
     x, h0, W0, Ws, alpha = leaves.values()
     found = {}
-    for store in (None, torch.bfloat16):
+    for compute_dtype in (None, torch.bfloat16):
         if cell == "relaxed":
-            out = fused.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *masks, norm=norm, store=store)
+            out = fused.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *masks, norm=norm, compute_dtype=compute_dtype)
         else:
-            out = fused.discrete(x, h0, W0, list(Ws), *random_genotype(0, 8), *masks, store=store)
+            out = fused.discrete(x, h0, W0, list(Ws), *random_genotype(0, 8), *masks, compute_dtype=compute_dtype)
         assert out.dtype == torch.float32
-        found[store] = [out.detach(), *torch.autograd.grad((out * R).sum(), [h0, W0, Ws])]
+        found[compute_dtype] = [out.detach(), *torch.autograd.grad((out * R).sum(), [h0, W0, Ws])]
     for wide, narrow in zip(*found.values(), strict=True):
         assert narrow.dtype == torch.float32
         assert 1e-5 < (wide - narrow).norm() / wide.norm() < 0.05

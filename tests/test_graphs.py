@@ -9,14 +9,14 @@ import tiny
 import torch
 
 import utils
-from architect import Architect, moved
+from architect import Architect, perturbed
 from engine import Engine, dispatch
 from engine.cuda_graphs import Capture, Graphs
-from engine.dropout import HeldRelu, Masks
+from engine.dropout import FrozenReLU, Masks
 from genotypes import DARTS_V1
 from training.evaluation import evaluate
 from training.gradients import accumulate_gradients
-from training.losses import Batch, SmallBatches, losses
+from training.losses import Batch, MicroBatches, losses
 
 MODELS = [
     tiny.search_model,
@@ -88,7 +88,7 @@ def test_only_the_fast_engine_on_one_gpu_is_replayed(monkeypatch):
     x, counts = torch.ones(2), {}
     for name, device, ranks in product(("fused", "eager"), ("cuda", "cpu"), (1, 2)):
         monkeypatch.setattr(dispatch.distributed, "is_initialized", lambda ranks=ranks: ranks > 1)
-        graphs = Engine(name).replayed(lambda x: (x + 1,), torch.device(device))
+        graphs = Engine(name).with_cuda_graphs(lambda x: (x + 1,), torch.device(device))
         assert all(graphs(x)[0].tolist() == [2, 2] for _ in range(3))
         counts[name, device, ranks] = graphs.capture.replays if graphs.capture else 0
     assert counts.pop(("fused", "cuda", 1)) == 2
@@ -105,11 +105,11 @@ def test_evaluation_is_replayed_with_the_weights_of_now(monkeypatch, model_of):
 
     model, source = model_of(), torch.randint(tiny.V, (24, 2), generator=torch.Generator().manual_seed(0))
     for scale in (1.0, 0.5):
-        with moved(model.weights(), [(scale - 1) * w.detach() for w in model.weights()]):  # these lie elsewhere
+        with perturbed(model.weights(), [(scale - 1) * w.detach() for w in model.weights()]):  # these lie elsewhere
             expected = evaluate(model, source, 5)
             with monkeypatch.context() as patch:
-                patch.setattr(Engine, "replayed", replayed)
-                found = evaluate(model.using(Engine("fused")), source, 5)
+                patch.setattr(Engine, "with_cuda_graphs", replayed)
+                found = evaluate(model.with_engine(Engine("fused")), source, 5)
         assert found == pytest.approx(expected, rel=1e-12)
     # 5 segments: the first is run, three are replayed, the last is shorter
     assert [(c.captures, c.replays) for c in captures] == [(1, 3)] * 2
@@ -152,13 +152,13 @@ def test_on_cuda_steps_that_read_a_tensor_are_called(capsys, monkeypatch):
 def test_on_cuda_replayed_steps_are_the_plain_ones():
     ends = []
     for capture in (None, Capture()):
-        model = tiny.search_model().float().cuda().using(Engine("fused"))
+        model = tiny.search_model().float().cuda().with_engine(Engine("fused"))
         weights, batch = model.weights(), tiny.batch(tiny.search_model(), 1)
         optimizer = torch.optim.SGD(weights, lr=0.1)
         torch.manual_seed(1)
 
         def gradient(x, y, hidden, model=model, weights=weights):
-            masks = model.draw_masks(hidden.size(0))
+            masks = model.sample_masks(hidden.size(0))
             return accumulate_gradients(iter([losses(model, Batch(x, y, hidden, masks), beta=0.1)]), weights)
 
         graphs, hidden = Graphs(gradient, capture), batch.hidden.float().cuda()
@@ -177,12 +177,12 @@ def test_on_cuda_replayed_steps_are_the_plain_ones():
 def test_on_cuda_replayed_steps_of_the_alphas_are_the_plain_ones(hessian):
     ends = []
     for capture in (None, Capture()):
-        model = tiny.search_model().float().cuda().using(Engine("fused"))
-        loss, batch = partial(SmallBatches, model, small_batch_size=tiny.B), tiny.batch(tiny.search_model(), 1)
+        model = tiny.search_model().float().cuda().with_engine(Engine("fused"))
+        loss, batch = partial(MicroBatches, model, small_batch_size=tiny.B), tiny.batch(tiny.search_model(), 1)
         architect = Architect(model.weights(), model.alphas, loss, loss, clip=0.25, wdecay=1e-2, hessian=hessian)
 
         def step(x, y, hidden, architect=architect):
-            train = Batch(x, y, hidden, Masks(relu=HeldRelu() if architect.hessian == "finite" else None))
+            train = Batch(x, y, hidden, Masks(relu=FrozenReLU() if architect.hessian == "finite" else None))
             return (architect.step(train, Batch(y, x, hidden, Masks()), eta=0.7),)
 
         graphs, hidden = Graphs(step, capture), batch.hidden.float().cuda()
@@ -199,6 +199,6 @@ def test_on_cuda_replayed_steps_of_the_alphas_are_the_plain_ones(hessian):
 def test_on_cuda_replayed_evaluation_is_the_eager_one(model_of):
     model, source = model_of().float().cuda(), torch.randint(tiny.V, (24, 2)).cuda()
     for _ in range(2):
-        found = evaluate(model.using(Engine("fused")), source, 5)
+        found = evaluate(model.with_engine(Engine("fused")), source, 5)
         assert found == pytest.approx(evaluate(model, source, 5), rel=1e-5)
     assert not Graphs.failed

@@ -30,7 +30,7 @@ def test_a_trial_is_run_told_of_and_not_run_again(job, tmp_path):
     jobs.run(job, tmp_path / "study", tmp_path, 1, told.append)
     folder = tmp_path / "study" / job.name
     assert [row["epoch"] for row in told] == [1, 2, 3]
-    assert job.decided(tmp_path / "study")
+    assert job.is_done(tmp_path / "study")
     assert metrics.result(folder)["test_ppl"] is None  # the test text stays unread
     before, again = outcome(folder), []
     jobs.run(job, tmp_path / "study", tmp_path, 1, again.append)
@@ -38,9 +38,9 @@ def test_a_trial_is_run_told_of_and_not_run_again(job, tmp_path):
     assert outcome(folder) == before
 
     test = job._replace(test=True)
-    assert not test.decided(tmp_path / "study")
+    assert not test.is_done(tmp_path / "study")
     jobs.run(test, tmp_path / "study", tmp_path, 1, again.append)
-    assert test.decided(tmp_path / "study")
+    assert test.is_done(tmp_path / "study")
     after = metrics.result(folder)
     assert after["test_ppl"] > 1
     assert after["valid_ppl"] == before["result.json"]["valid_ppl"]
@@ -88,4 +88,4 @@ def test_a_trial_ends_with_the_process_that_started_it(job, tmp_path):
 
 def test_a_trial_whose_result_is_damaged_is_not_over(tmp_path):
     (tmp_path / "result.json").write_text('{"valid_ppl": NaN, "genotype": "LSTM"}')
-    assert not Job(".", "train.py", ()).decided(tmp_path)
+    assert not Job(".", "train.py", ()).is_done(tmp_path)

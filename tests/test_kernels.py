@@ -18,7 +18,7 @@ import train
 import train_search
 from architect import Architect
 from engine import elementwise, matmul
-from engine.matmul import add_product, add_rows, products_in
+from engine.matmul import add_rows, addmm_, matmul_precision
 from model import RNNModel
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ import torch
 from engine import cell_kernels, fused, linear_cross_entropy, matmul, reference, second_derivative
 from test_curvature import directions, mixed, numbered, of_the_loss
 from test_fused import NORMED_CELLS, decoder_problem, problem, relative_errors, values_and_gradients
-from engine.dropout import HeldRelu
+from engine.dropout import FrozenReLU
 from engine import Engine
 
 device = os.environ["ON"]
@@ -57,7 +57,7 @@ def compare():
     for cell, norm in NORMED_CELLS:
         held, (leaves, masks, R) = cell == "relaxed", cell_problem(3 if cell == "relaxed" else 4)
         check(*(
-            values_and_gradients(m, cell, leaves, masks, R, 3, HeldRelu() if held else None, norm).values()
+            values_and_gradients(m, cell, leaves, masks, R, 3, FrozenReLU() if held else None, norm).values()
             for m in (fused, reference)
         ))
     leaves, masks, R = cell_problem(3)
@@ -141,7 +141,7 @@ from training.evaluation import evaluate
 
 for build in (tiny.search_model, lambda: tiny.discrete_model(DARTS_V1)):
     model, source = build().float().cuda(), torch.randint(tiny.V, (24, 2)).cuda()
-    found, expected = (evaluate(model.using(Engine(name)), source, 5) for name in ("fused", "eager"))
+    found, expected = (evaluate(model.with_engine(Engine(name)), source, 5) for name in ("fused", "eager"))
     assert abs(found - expected) < 1e-4, (found, expected)
 print(Graphs.failed)
 """
@@ -246,13 +246,13 @@ def test_a_product_is_the_product_by_either_library(monkeypatch, quicker, transp
     monkeypatch.setattr(matmul, "onednn_is_quicker", lambda: quicker)
     a, b, out = torch.randn(7, 400), torch.randn(400, 350), torch.empty(7, 350)
     b = b.t().contiguous().t() if transposed else b
-    matmul.product(a, b, out)
+    matmul.matmul(a, b, out)
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_total_may_be_wider_than_what_is_added():
     a, b, total = torch.ones(2, 3).bfloat16(), torch.ones(3, 2).bfloat16(), torch.full((2, 2), 1000.0)
-    add_product(total, a, b)
+    addmm_(total, a, b)
     assert torch.equal(total, torch.full((2, 2), 1003.0))  # which bf16 could not hold
 
 
@@ -266,9 +266,9 @@ def test_a_total_may_be_wider_than_the_rows_that_are_added(dtype):
 def test_the_precision_of_products_is_set_inside_and_restored():
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
-    with products_in("tf32"):
+    with matmul_precision("tf32"):
         assert settings.fp32_precision == "tf32"
-        with products_in("fp32"):
+        with matmul_precision("fp32"):
             assert settings.fp32_precision == "ieee"
         assert settings.fp32_precision == "tf32"
     assert settings.fp32_precision == before
@@ -294,7 +294,7 @@ def test_a_difference_is_taken_in_full_precision_when_all_else_is_in_tf32():
     architect = Architect(
         [w], alphas, loss("train"), loss("valid"), loss("precise"), clip=1.0, wdecay=0.0, hessian="finite"
     )
-    with products_in("tf32"):
+    with matmul_precision("tf32"):
         architect.gradient(None, None, 0.1)
     assert seen == [("train", "tf32"), ("valid", "tf32"), ("precise", "ieee"), ("precise", "ieee")]
 

@@ -11,7 +11,7 @@ import train
 import train_search
 from experiment import checkpoint, validate_arguments
 from experiment.run_directory import Run
-from plots.tensorboard import FOLDER, OF_ROW, Mirror
+from plots.tensorboard import FOLDER, OF_ROW, TensorBoardLogger
 
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --tensorboard".split()
 
@@ -82,7 +82,7 @@ def test_a_run_may_be_shown_from_its_middle_on(corpus, tmp_path):
 
 def test_odd_rows_are_shown_as_far_as_they_go(tmp_path):
     run = Run(tmp_path / "run")
-    run.mirror = Mirror(run.folder, {"lr": 1.0, "arch": None})
+    run.mirror = TensorBoardLogger(run.folder, {"lr": 1.0, "arch": None})
     for genotype in ({"recurrent": 3}, {"recurrent": [["relu", 0]], "concat": [1]}):
         run.record(kind="epoch", epoch=1, step=3, seconds=1.0, loss=2.0, ppl=float("inf"), genotype=genotype)
     scalars, events = shown(run.folder)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.dropout import Rates
+from engine.dropout import DropoutRates
 from genotypes import DARTS, ENAS, PRIMITIVES, validate
 from model import default_init_range, retrain_model
 from model_search import RNNModelSearch, derive
@@ -18,18 +18,18 @@ def count(parameters):
 
 
 def test_parameter_counts_are_the_published_ones():
-    search = RNNModelSearch(10_000, 300, Rates())
+    search = RNNModelSearch(10_000, 300, DropoutRates())
     assert count(search.weights()) == 4_810_000
     assert search.alphas.shape == (36, 5)
-    assert count(retrain_model(10_000, 850, Rates(), DARTS).weights()) == 22_960_000
+    assert count(retrain_model(10_000, 850, DropoutRates(), DARTS).weights()) == 22_960_000
 
 
 @pytest.mark.parametrize("given", [None, 0.3])
 def test_initial_weights_are_uniform_in_the_range_given_or_that_of_the_width(given):
     torch.manual_seed(0)
     bound = given or 0.04 * (850 / 20) ** 0.5
-    search = RNNModelSearch(1000, 20, Rates(), init_range=given)
-    for model in (search, retrain_model(1000, 20, Rates(), ENAS, 3, given)):
+    search = RNNModelSearch(1000, 20, DropoutRates(), init_range=given)
+    for model in (search, retrain_model(1000, 20, DropoutRates(), ENAS, 3, given)):
         for name, weight in model.named_parameters():
             if name in ("bias", "mixture.latent_bias"):
                 assert not weight.any()
@@ -45,12 +45,12 @@ def test_the_range_at_the_published_size_is_the_published_one():
 
 
 def test_the_decoder_is_the_embedding():
-    model = retrain_model(50, 8, Rates(), ENAS)
+    model = retrain_model(50, 8, DropoutRates(), ENAS)
     assert [tuple(p.shape) for p in model.parameters() if p.size(0) == 50] == [(50, 8), (50,)]
 
 
 def test_weights_and_alphas_are_all_parameters_and_disjoint():
-    model = RNNModelSearch(50, 8, Rates(), steps=3)
+    model = RNNModelSearch(50, 8, DropoutRates(), steps=3)
     assert {id(p) for p in model.parameters()} == {id(w) for w in model.weights()} | {id(model.alphas)}
     assert all(w is not model.alphas for w in model.weights())
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Engine, reference
-from engine.dropout import Masks, Rates, draw_mask
+from engine.dropout import DropoutRates, Masks, sample_mask
 from genotypes import DARTS_V1
 from training.evaluation import evaluate
 from training.gradients import accumulate_gradients, scaled_lr
-from training.losses import SmallBatches, losses
+from training.losses import MicroBatches, losses
 
 
 def plain_nll(model, outputs, y):
@@ -55,9 +55,9 @@ def test_a_single_time_step_has_no_temporal_term():
     [("dropout", "output"), ("dropouth", "hidden"), ("dropoutx", "x"), ("dropouti", "embedding"), ("dropoute", "word")],
 )
 def test_each_rate_draws_its_own_mask(rate, mask):
-    masks = tiny.discrete_model(DARTS_V1, Rates(**{rate: 0.5})).draw_masks(4)
+    masks = tiny.discrete_model(DARTS_V1, DropoutRates(**{rate: 0.5})).sample_masks(4)
     assert {name for name, value in masks._asdict().items() if value is not None} == {mask}
-    assert all(value is None for value in tiny.discrete_model(DARTS_V1, Rates()).draw_masks(4))
+    assert all(value is None for value in tiny.discrete_model(DARTS_V1, DropoutRates()).sample_masks(4))
 
 
 def test_every_mask_acts_at_its_place():
@@ -76,7 +76,7 @@ def test_every_mask_acts_at_its_place():
 
 
 def test_a_dropped_word_type_is_dropped_wherever_it_stands():
-    model = tiny.discrete_model(DARTS_V1, Rates())
+    model = tiny.discrete_model(DARTS_V1, DropoutRates())
     x = torch.tensor([[1, 2], [2, 1]])
     word = torch.ones(tiny.V, 1, dtype=torch.float64)
     word[2] = 0
@@ -91,7 +91,7 @@ def test_a_dropped_word_type_is_dropped_wherever_it_stands():
 @given(p=st.floats(0.01, 0.95), seed=st.integers(0, 10**6))
 def test_a_mask_is_zero_or_the_inverse_of_what_is_kept(p, seed):
     torch.manual_seed(seed)
-    mask = draw_mask(200, 200, p, torch.zeros((), dtype=torch.float64))
+    mask = sample_mask(200, 200, p, torch.zeros((), dtype=torch.float64))
     kept = mask != 0
     torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - p)))
     deviation = math.sqrt(p * (1 - p) / mask.numel())
@@ -105,34 +105,34 @@ def test_small_batches_of_a_cell_whose_rows_are_independent_are_the_whole_batch(
     """A discrete cell, and a relaxed one without batch normalisation. Every dropout on: the masks are the whole
     batch's, so loss, gradient and hidden state are the same."""
     model = tiny.discrete_model(DARTS_V1) if cell == "discrete" else tiny.search_model(norm=cell)
-    model = model.using(Engine(engine))
+    model = model.with_engine(Engine(engine))
     batch = tiny.batch(model, 4)
     results = []
     for size in (tiny.B, small):
         model.zero_grad()
         inputs = list(model.parameters())
-        nll, hidden = accumulate_gradients(SmallBatches(model, batch, size, alpha=0.5, beta=0.5), inputs)
+        nll, hidden = accumulate_gradients(MicroBatches(model, batch, size, alpha=0.5, beta=0.5), inputs)
         results.append([nll, hidden, *(w.grad for w in inputs)])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
 
 def test_four_small_batches_of_a_relaxed_cell_are_one_large_one():
     """Dropout off; the large batch is four copies of a small one, so that both have the same statistics."""
-    model = tiny.search_model(Rates())
+    model = tiny.search_model(DropoutRates())
     small = tiny.batch(model, 5, rows=3)
     large = small._replace(x=small.x.repeat(1, 4), y=small.y.repeat(1, 4), hidden=small.hidden.repeat(4, 1))
     results = []
     for size in (12, 3):
         model.zero_grad()
         inputs = [*model.weights(), model.alphas]
-        nll, _ = accumulate_gradients(SmallBatches(model, large, size, alpha=0.5, beta=0.5), inputs)
+        nll, _ = accumulate_gradients(MicroBatches(model, large, size, alpha=0.5, beta=0.5), inputs)
         results.append([nll, *(p.grad for p in inputs)])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
 
 def test_the_weight_step_leaves_the_alphas_alone():
     model = tiny.search_model()
-    accumulate_gradients(SmallBatches(model, tiny.batch(model, 1), 3), model.weights())
+    accumulate_gradients(MicroBatches(model, tiny.batch(model, 1), 3), model.weights())
     assert model.alphas.grad is None
     assert all(w.grad is not None for w in model.weights())
 
@@ -149,7 +149,7 @@ def test_the_learning_rate_is_scaled_inside_and_restored_after_an_error():
 @pytest.mark.parametrize("bptt", [1, 3, 7, 100])
 def test_evaluation_is_the_mean_over_every_predicted_word(bptt):
     """Carried state and any cut into segments: the same as one pass over the whole text, and no dropout."""
-    model = tiny.discrete_model(DARTS_V1, Rates(0.5, 0.5, 0.5, 0.5, 0.5))
+    model = tiny.discrete_model(DARTS_V1, DropoutRates(0.5, 0.5, 0.5, 0.5, 0.5))
     source = torch.randint(tiny.V, (23, 3), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         outputs, _ = model(source[:-1], model.initial_hidden(3))

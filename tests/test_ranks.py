@@ -16,7 +16,7 @@ from made import finish, outcome, rows, wait_for, write_corpus
 import train
 from engine.reference import NORMS
 from experiment import checkpoint
-from experiment.distributed import Ranks
+from experiment.distributed import Distributed
 from experiment.validate_arguments import rank_faults
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ def test_two_ranks_have_the_gradients_of_two_small_batches(norm, tmp_path):
     batch normalisation they are those of one process with the whole batch, too."""
     finish(start("tests/gradients.py", tmp_path / "two.pt", B // 2, norm))
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    parts, whole = (gradients(Ranks(), rows, norm) for rows in (B // 2, B))
+    parts, whole = (gradients(Distributed(), rows, norm) for rows in (B // 2, B))
     for one in (parts,) if norm == "batch" else (parts, whole):
         assert two.keys() == one.keys()
         for name, value in one.items():
@@ -151,13 +151,18 @@ def test_what_ranks_cannot_share(given, said):
 
 
 def test_one_process_is_all_ranks():
-    alone, tensor = Ranks(), torch.arange(6.0).view(2, 3)
+    alone, tensor = Distributed(), torch.arange(6.0).view(2, 3)
     before = tensor.clone()
-    alone.average([tensor])
+    alone.all_reduce_mean([tensor])
     assert torch.equal(tensor, before)
-    assert alone.rows(tensor, dim=1) is tensor
-    assert alone.all_rows(tensor) is tensor
-    assert (alone.any(True, False), alone.gather(7), alone.same(lambda: 8), alone.first) == (
+    assert alone.shard(tensor, dim=1) is tensor
+    assert alone.all_gather(tensor) is tensor
+    assert (
+        alone.all_reduce_any(True, False),
+        alone.gather(7),
+        alone.broadcast_from_main(lambda: 8),
+        alone.is_main,
+    ) == (
         [True, False],
         [7],
         8,

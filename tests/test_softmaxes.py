@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from engine import Engine, softmax_losses
-from engine.dropout import Rates
+from engine.dropout import DropoutRates
 from genotypes import DARTS_V1
 from model import retrain_model
 from training.gradients import accumulate_gradients
-from training.losses import Batch, SmallBatches, losses
+from training.losses import Batch, MicroBatches, losses
 
 
 def softmax(scores):
@@ -46,7 +46,7 @@ def mixture_model(experts=3, rates=tiny.RATES):
 
 
 def twin_batch(model, seed=3):
-    return tiny.batch(model, seed)._replace(twin=model.draw_masks(tiny.B))
+    return tiny.batch(model, seed)._replace(second_masks=model.sample_masks(tiny.B))
 
 
 @pytest.mark.parametrize("experts", [2, 3, 5])
@@ -82,9 +82,9 @@ def test_probabilities_sum_to_one(seed, experts, hidden, words, scale):
 
 def test_one_expert_is_a_plain_softmax_and_more_add_the_weights_they_are_counted_with():
     def count(experts):
-        return sum(w.numel() for w in retrain_model(50, 8, Rates(), DARTS_V1, experts).weights())
+        return sum(w.numel() for w in retrain_model(50, 8, DropoutRates(), DARTS_V1, experts).weights())
 
-    assert retrain_model(50, 8, Rates(), DARTS_V1, 1).mixture is None
+    assert retrain_model(50, 8, DropoutRates(), DARTS_V1, 1).mixture is None
     assert count(4) - count(1) == 8 * 4 + 8 * 32 + 32
 
 
@@ -97,7 +97,7 @@ def test_the_loss_of_two_passes_is_what_the_equations_say(build):
     model = build()
     batch = twin_batch(model)
     passes, hiddens = [], []
-    for masks in (batch.masks, batch.twin):
+    for masks in (batch.masks, batch.second_masks):
         hiddens.append(model(batch.x, batch.hidden, masks)[0].detach())
         passes.append(hiddens[-1] * masks.output)
 
@@ -131,8 +131,8 @@ def test_the_gradient_formed_in_pieces_is_that_of_the_whole(build):
 
     head = [] if model.mixture is None else list(model.mixture.parameters())
     log_probs = softmax_losses.mixed if head else softmax_losses.tied
-    hiddens = [model(batch.x, batch.hidden, masks)[0] for masks in (batch.masks, batch.twin)]
-    outputs = [h * masks.output for h, masks in zip(hiddens, (batch.masks, batch.twin), strict=True)]
+    hiddens = [model(batch.x, batch.hidden, masks)[0] for masks in (batch.masks, batch.second_masks)]
+    outputs = [h * masks.output for h, masks in zip(hiddens, (batch.masks, batch.second_masks), strict=True)]
     p, q = (log_probs(o.flatten(0, 1), model.embedding, model.bias, *head) for o in outputs)
     nll = sum(torch.nn.functional.nll_loss(part, batch.y.flatten()) for part in (p, q)) / 2
     kl = torch.nn.functional.kl_div
@@ -150,7 +150,7 @@ def test_small_batches_add_up_to_the_whole_of_both_passes(build, small):
     batch, results = twin_batch(model), []
     for size in (tiny.B, small):
         model.zero_grad()
-        parts = SmallBatches(model, batch, size, alpha=0.3, beta=0.7, rdrop=0.9, fraternal=1.7)
+        parts = MicroBatches(model, batch, size, alpha=0.3, beta=0.7, rdrop=0.9, fraternal=1.7)
         nll, hidden = accumulate_gradients(parts, model.weights())
         results.append([nll, hidden, *(w.grad for w in model.weights())])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
@@ -159,7 +159,10 @@ def test_small_batches_add_up_to_the_whole_of_both_passes(build, small):
 def test_the_same_masks_twice_cost_nothing_beyond_one_pass():
     model = tiny.discrete_model(DARTS_V1)
     batch = tiny.batch(model, 3)
-    one, two = losses(model, batch, 0.3, 0.7), losses(model, batch._replace(twin=batch.masks), 0.3, 0.7, 5.0, 5.0)
+    one, two = (
+        losses(model, batch, 0.3, 0.7),
+        losses(model, batch._replace(second_masks=batch.masks), 0.3, 0.7, 5.0, 5.0),
+    )
     assert two.total.item() == pytest.approx(one.total.item(), rel=1e-12)
 
 
@@ -180,19 +183,19 @@ def peak(compute):
 def test_two_passes_never_hold_two_tensors_of_every_word_more_than_one(engine, small):
     V, H, T, B = 2000, 8, 20, 8
     torch.manual_seed(0)
-    model = retrain_model(V, H, tiny.RATES, DARTS_V1).using(Engine(engine))
+    model = retrain_model(V, H, tiny.RATES, DARTS_V1).with_engine(Engine(engine))
     text = torch.randint(V, (T + 1, B))
-    batch = Batch(text[:-1], text[1:], model.initial_hidden(B), model.draw_masks(B))
-    twin = batch._replace(twin=model.draw_masks(B))
+    batch = Batch(text[:-1], text[1:], model.initial_hidden(B), model.sample_masks(B))
+    second_masks = batch._replace(second_masks=model.sample_masks(B))
 
     def step(batch, **more):
-        accumulate_gradients(SmallBatches(model, batch, small, beta=1e-3, **more), model.weights())
+        accumulate_gradients(MicroBatches(model, batch, small, beta=1e-3, **more), model.weights())
 
     eager = retrain_model(V, H, tiny.RATES, DARTS_V1)
 
     def plain():
-        accumulate_gradients(SmallBatches(eager, batch, small, beta=1e-3), eager.weights())
+        accumulate_gradients(MicroBatches(eager, batch, small, beta=1e-3), eager.weights())
 
-    for warm in (plain, lambda: step(batch), lambda: step(twin, rdrop=1.0, fraternal=1.0)):
+    for warm in (plain, lambda: step(batch), lambda: step(second_masks, rdrop=1.0, fraternal=1.0)):
         warm()
-    assert peak(lambda: step(twin, rdrop=1.0, fraternal=1.0)) < peak(plain) + 2 * 4 * T * small * V
+    assert peak(lambda: step(second_masks, rdrop=1.0, fraternal=1.0)) < peak(plain) + 2 * 4 * T * small * V

@@ -17,25 +17,25 @@ def test_patience_counts_the_epochs_since_the_last_one_that_was_lower(losses, ep
         for i, loss in enumerate(losses[:n]):
             if loss < best - delta:
                 best, at = loss, i
-        assert patience.is_over(losses[n - 1]) == (n - 1 - at >= epochs)
+        assert patience.step(losses[n - 1]) == (n - 1 - at >= epochs)
 
 
 def test_no_patience_is_never_over():
     patience = Patience(0)
-    assert not any(patience.is_over(loss) for loss in [1.0, 2.0] * 50)
+    assert not any(patience.step(loss) for loss in [1.0, 2.0] * 50)
 
 
 def test_patience_goes_on_from_its_state():
     one, other = Patience(2), Patience(2)
-    assert [one.is_over(loss) for loss in (3.0, 2.0, 2.5)] == [False, False, False]
+    assert [one.step(loss) for loss in (3.0, 2.0, 2.5)] == [False, False, False]
     other.load_state_dict(one.state_dict())
-    assert other.is_over(2.0)
+    assert other.step(2.0)
 
 
 def test_a_loss_that_is_not_a_number_is_not_lower():
     patience = Patience(1)
-    assert not patience.is_over(1.0)
-    assert patience.is_over(float("nan"))
+    assert not patience.step(1.0)
+    assert patience.step(float("nan"))
 
 
 @given(st.lists(st.integers(0, 2), max_size=12), st.integers(0, 5))

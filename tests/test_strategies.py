@@ -13,7 +13,7 @@ import train
 import train_search
 from architect import Architect
 from data import batchify, load_corpus
-from engine.dropout import Rates
+from engine.dropout import DropoutRates
 from engine.reference import NORMS
 from experiment import arguments, checkpoint
 from genotypes import from_json
@@ -165,17 +165,17 @@ def test_momentum_of_another_size_is_another_run(losses):
 
 
 def test_the_two_passes_have_masks_of_their_own(corpus, tmp_path, monkeypatch):
-    seen, SmallBatches = [], train.SmallBatches
+    seen, MicroBatches = [], train.MicroBatches
 
     def spy(model, batch, **coefficients):
         seen.append((batch, coefficients))
-        return SmallBatches(model, batch, **coefficients)
+        return MicroBatches(model, batch, **coefficients)
 
-    monkeypatch.setattr(train, "SmallBatches", spy)
+    monkeypatch.setattr(train, "MicroBatches", spy)
     run("train", corpus, tmp_path / "run", "--rdrop 0.7 --fraternal 0.3 --epochs 1 --lr 1 --dropoute 0.5")
     assert {(c["rdrop"], c["fraternal"]) for _, c in seen} == {(0.7, 0.3)}
     for name in ("word", "embedding", "x", "hidden", "output"):
-        assert not all(torch.equal(getattr(b.masks, name), getattr(b.twin, name)) for b, _ in seen), name
+        assert not all(torch.equal(getattr(b.masks, name), getattr(b.second_masks, name)) for b, _ in seen), name
 
 
 def test_the_virtual_step_of_a_search_has_its_momentum_and_its_limit(corpus, tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def test_the_alphas_begin_to_move_after_arch_start(corpus, tmp_path):
     assert all(found == probabilities[0] for found in probabilities)
     assert result(folder)["epochs"] > 2 and rows(folder)[-1]["probabilities"] != probabilities[0]
     torch.manual_seed(6)
-    initial = RNNModelSearch(len(load_corpus(str(corpus)).words), 8, Rates()).alphas.softmax(-1)
+    initial = RNNModelSearch(len(load_corpus(str(corpus)).words), 8, DropoutRates()).alphas.softmax(-1)
     assert probabilities[0] == [[round(p, 5) for p in edge] for edge in initial.tolist()]
     losses = [row["loss"] for row in rows(folder) if row["epoch"] <= 2]
     still = run("search", corpus, tmp_path / "still", "--arch_start 2 --epochs 3 --arch_lr 1e-30 --seed 6 --lr 1")

@@ -64,7 +64,7 @@ class Alone:
                 Path(study, f"{job.name}.out").write_text("error: it was to fail\n")
                 board.failed(job)
                 continue
-            if not job.decided(study):
+            if not job.is_done(study):
                 script, *given = job.command(study)
                 assert SCRIPTS[Path(script).name].main(given) == 0
                 self.ran.append(job.name)
@@ -250,7 +250,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(corpus, tmp_path, alone, c
     assert list((tmp_path / "runs").iterdir()) == []
     out = capsys.readouterr().out
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
-    assert {name: int(lines[name][0]) for name in arguments.SHAPED_BY} == {
+    assert {name: int(lines[name][0]) for name in arguments.STAGE_FLAGS} == {
         "baseline": 1, "proxy": 4, "search": 4, "select": 6, "retrain": 2,
     }  # fmt: skip
     assert "times one training in full" in out
@@ -359,7 +359,7 @@ def test_a_proxy_is_not_held_against_itself(whole):
     ],
 )  # fmt: skip
 def test_how_many_trials_fit_on_a_machine(there, cpus, gpus, fit):
-    assert ray_backend.fitting(there, ray_backend.Share(cpus, gpus)) == fit
+    assert ray_backend.fitting(there, ray_backend.Resources(cpus, gpus)) == fit
 
 
 # --- what is refused ---
@@ -427,7 +427,7 @@ def test_a_stage_without_the_one_before_it_is_refused(stage, said, corpus, tmp_p
 
 def test_another_text_under_the_same_name_is_refused(whole, tmp_path, capsys):
     other = write_corpus(tmp_path, train=41, valid=16, test=16)
-    study = shutil.copytree(whole, tmp_path / "study", ignore=shutil.ignore_patterns(*arguments.SHAPED_BY))
+    study = shutil.copytree(whole, tmp_path / "study", ignore=shutil.ignore_patterns(*arguments.STAGE_FLAGS))
     with pytest.raises(SystemExit) as end:
         trials.main(["run", "--study", str(study), "--data", str(other)])
     assert end.value.code == 2

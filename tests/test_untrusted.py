@@ -208,7 +208,7 @@ def test_states(data, home, tmp_path):
         else:
             part[last] = data.draw(ODD_VALUES)
     path = folder / kind / name
-    path.write_bytes(checkpoint.sealed({name: part for name, part in state.items() if name != "format"}))
+    path.write_bytes(checkpoint.with_checksum({name: part for name, part in state.items() if name != "format"}))
     before = tree(folder)
     if data.draw(st.booleans()):
         more = ("--epochs", data.draw(st.sampled_from([1, 2])))
@@ -271,7 +271,7 @@ def test_weights_of_another_kind_are_not_evaluated(home, tmp_path):
     state = checkpoint.load(home / "train" / "best.pt")
     for kind in (torch.complex64, torch.float64):
         state["model"] = {name: weight.to(kind) for name, weight in state["model"].items()}
-        (tmp_path / "x.pt").write_bytes(checkpoint.sealed({k: v for k, v in state.items() if k != "format"}))
+        (tmp_path / "x.pt").write_bytes(checkpoint.with_checksum({k: v for k, v in state.items() if k != "format"}))
         code, _, err = call(evaluate, tmp_path / "x.pt", "--device", "cpu")
         assert code == 2
         assert err.count("\n") == 1

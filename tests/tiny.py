@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.dropout import Rates
+from engine.dropout import DropoutRates
 from model import retrain_model
 from model_search import RNNModelSearch
 from training.losses import Batch
@@ -11,7 +11,7 @@ from training.losses import Batch
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 V, H, B, T, N = 11, 4, 6, 5, 3
-RATES = Rates(dropout=0.3, dropouth=0.25, dropoutx=0.3, dropouti=0.2, dropoute=0.1)
+RATES = DropoutRates(dropout=0.3, dropouth=0.25, dropoutx=0.3, dropouti=0.2, dropoute=0.1)
 
 
 def search_model(rates=RATES, seed=0, norm="batch"):
@@ -37,4 +37,4 @@ def batch(model, seed, rows=B):
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(V, (T + 1, rows), generator=generator)
     hidden = torch.randn(rows, H, generator=generator, dtype=torch.float64)
-    return Batch(text[:-1], text[1:], hidden, model.draw_masks(rows))
+    return Batch(text[:-1], text[1:], hidden, model.sample_masks(rows))

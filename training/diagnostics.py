@@ -14,22 +14,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from architect import Architect, moved, only
+from architect import Architect, perturbed, requires_grad_only
 from data import get_batch
 from engine import Engine
-from engine.dropout import HeldRelu, Masks
-from engine.matmul import products_in
+from engine.dropout import FrozenReLU, Masks
+from engine.matmul import matmul_precision
 from genotypes import PRIMITIVES, Genotype
 from model_search import RNNModelSearch
 from training.evaluation import evaluate
-from training.losses import Batch, SmallBatches
+from training.losses import Batch, MicroBatches
 
 BATCHES = 3  # pairs of a training and a validation batch whose alpha gradients are compared
 ROWS = 32  # of a batch for what is differentiated twice, which holds its whole graph
 SEGMENTS = 20  # of validation text for the gap between the relaxed and the discretised model
 PRODUCTS = 20  # Hessian-vector products for an eigenvalue
 PROBES = 4  # random directions for the sensitivity
-SURE = 50.0  # a logit that softmax makes 1 of, to the last digit of float32
+ONE_HOT_LOGIT = 50.0  # a logit that softmax makes 1 of, to the last digit of float32
 
 
 class Signal(NamedTuple):
@@ -72,16 +72,16 @@ class Diagnosis:
         architect_of: Callable[[RNNModelSearch, int, str | None], Architect],
         hessian: str | None,
         texts: tuple[Tensor, Tensor, Tensor],
-        rows_at_once: int,
+        micro_batch_size: int,
         bptt: int,
         seed: int,
         seed_masks: Callable[[int], None],
     ):
         self.model, self.hessian, self.bptt, self.seed, self.seed_masks = model, hessian, bptt, seed, seed_masks
         self.train, self.alphas_text, self.valid = texts
-        self.rows = min(ROWS, rows_at_once)
-        self.architect = architect_of(model, rows_at_once, hessian)
-        precise = model.using(Engine(model.engine.name))  # what is compared is small
+        self.rows = min(ROWS, micro_batch_size)
+        self.architect = architect_of(model, micro_batch_size, hessian)
+        precise = model.with_engine(Engine(model.engine.name))  # what is compared is small
         kinds = ("finite", "exact") if hessian else ()
         self.by_product = {kind: architect_of(precise, self.rows, kind) for kind in kinds}
 
@@ -94,23 +94,21 @@ class Diagnosis:
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(self.seed + step)
             self.seed_masks(self.seed + step)
-            places = torch.Generator().manual_seed(self.seed + step)  # the same on every rank
-            agreement = self.agreement(places, eta, velocity)
-            with products_in("fp32"):  # whatever the search takes
-                product_cosine = self.product_cosine(places, eta, velocity)
-                eigenvalue = dominant_eigenvalue(self.hessian_product(places), self.model.alphas)
-                change = sensitivity(self.model, self.batch(self.alphas_text, places, self.rows))
-            found = Signal(*agreement, product_cosine, eigenvalue, change, *self.gap(genotype))
+            rng = torch.Generator().manual_seed(self.seed + step)  # the same on every rank
+            agreement = self.agreement(rng, eta, velocity)
+            with matmul_precision("fp32"):  # whatever the search takes
+                product_cosine = self.product_cosine(rng, eta, velocity)
+                eigenvalue = dominant_eigenvalue(self.hessian_product(rng), self.model.alphas)
+                change = sensitivity(self.model, self.batch(self.alphas_text, rng, self.rows))
+            found = Signal(*agreement, product_cosine, eigenvalue, change, *self.discretization_gap(genotype))
         return Signal(*(value if value is not None and math.isfinite(value) else None for value in found))
 
-    def agreement(
-        self, places: torch.Generator, eta: float | Tensor, velocity: list[Tensor] | None
-    ) -> list[float | None]:
+    def agreement(self, rng: torch.Generator, eta: float | Tensor, velocity: list[Tensor] | None) -> list[float | None]:
         """How alike the alpha gradients of independent batches are: the first four of a `Signal`."""
         found = []
         for _ in range(BATCHES):
-            train = self.batch(self.train, places, held=self.hessian == "finite")
-            valid = self.batch(self.alphas_text, places)
+            train = self.batch(self.train, rng, held=self.hessian == "finite")
+            valid = self.batch(self.alphas_text, rng)
             found.append(self.architect.gradient(train, valid, eta, velocity)[:2])
         directs, implicits = zip(*found, strict=True)
         if self.hessian is None:
@@ -119,50 +117,48 @@ class Diagnosis:
         ratio = mean((implicit.norm() / direct.norm()).item() for direct, implicit in found)
         return [cosine(directs), cosine(implicits), cosine(whole), ratio]
 
-    def product_cosine(
-        self, places: torch.Generator, eta: float | Tensor, velocity: list[Tensor] | None
-    ) -> float | None:
+    def product_cosine(self, rng: torch.Generator, eta: float | Tensor, velocity: list[Tensor] | None) -> float | None:
         """Of the implicit part by a central difference to the one by differentiating twice, on the same batch."""
         if self.hessian is None:
             return None
-        train = self.batch(self.train, places, self.rows, held=True)
-        valid = self.batch(self.alphas_text, places, self.rows)
+        train = self.batch(self.train, rng, self.rows, held=True)
+        valid = self.batch(self.alphas_text, rng, self.rows)
         return cosine([architect.gradient(train, valid, eta, velocity)[1] for architect in self.by_product.values()])
 
-    def hessian_product(self, places: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def hessian_product(self, rng: torch.Generator) -> Callable[[Tensor], Tensor]:
         """v -> H v, both with the alphas' shape, for H the Hessian of L_valid in alpha on one batch without dropout
         (whose largest eigenvalue grows where a search collapses: Zela et al., ICLR 2020)."""
-        batch = self.batch(self.alphas_text, places, self.rows)._replace(masks=Masks())
-        eager = self.model.using(Engine("eager"))  # the engine that differentiates twice
+        batch = self.batch(self.alphas_text, rng, self.rows)._replace(masks=Masks())
+        eager = self.model.with_engine(Engine("eager"))  # the engine that differentiates twice
         alphas = self.model.alphas
-        with only([alphas], of=[*self.model.weights(), alphas]):
-            [loss] = SmallBatches(eager, batch, self.rows)
+        with requires_grad_only([alphas], of=[*self.model.weights(), alphas]):
+            [loss] = MicroBatches(eager, batch, self.rows)
         [gradient] = torch.autograd.grad(loss.total, alphas, create_graph=True)
         return lambda v: torch.autograd.grad(gradient, alphas, v, retain_graph=True)[0]
 
-    def gap(self, genotype: Genotype) -> tuple[float, float]:
+    def discretization_gap(self, genotype: Genotype) -> tuple[float, float]:
         """Loss (nats per word) of the relaxed model and of the one that a genotype makes of it, with the same weights
         and norm, over the beginning of the validation text. (Without a norm the mean over predecessors is left in, and
         shrinks the genotype's states.)"""
         text, alphas = self.valid[: SEGMENTS * self.bptt + 1], self.model.alphas
         relaxed = evaluate(self.model, text, self.bptt, "the relaxed model")
         certain = logits(genotype).to(alphas) - alphas.detach()
-        with moved([alphas], [certain]):
+        with perturbed([alphas], [certain]):
             return relaxed, evaluate(self.model, text, self.bptt, "the discretised model")
 
-    def batch(self, text: Tensor, places: torch.Generator, rows: int | None = None, held: bool = False) -> Batch:
+    def batch(self, text: Tensor, rng: torch.Generator, rows: int | None = None, held: bool = False) -> Batch:
         """A segment from anywhere in a text (n, B), its first `rows` columns, with fresh masks and the state in which
         the segment before it ends; `held` for relu's active set."""
         text = text[:, :rows]
         lead = min(self.bptt, (len(text) - 1) // 2)
-        start = int(torch.randint(max(1, len(text) - lead - self.bptt), (), generator=places))
+        start = int(torch.randint(max(1, len(text) - lead - self.bptt), (), generator=rng))
         hidden = self.model.initial_hidden(text.size(1))
         if lead:
             with torch.no_grad():
                 _, hidden = self.model(text[start : start + lead], hidden)
-        masks = self.model.draw_masks(text.size(1))
+        masks = self.model.sample_masks(text.size(1))
         x, y = get_batch(text, start + lead, self.bptt)
-        return Batch(x, y, hidden, masks._replace(relu=HeldRelu() if held else None))
+        return Batch(x, y, hidden, masks._replace(relu=FrozenReLU() if held else None))
 
 
 def sensitivity(model: RNNModelSearch, batch: Batch, probes: int = PROBES) -> float:
@@ -174,7 +170,7 @@ def sensitivity(model: RNNModelSearch, batch: Batch, probes: int = PROBES) -> fl
     batch at hand. Far below 1 it forgets.
     """
     hidden = batch.hidden.clone().requires_grad_()
-    with only([], of=list(model.parameters())):
+    with requires_grad_only([], of=list(model.parameters())):
         hiddens, _ = model(batch.x, hidden)
         squares = []
         for _ in range(probes):
@@ -220,4 +216,4 @@ def logits(genotype: Genotype) -> Tensor:
     rows = []
     for i, (op, predecessor) in enumerate(genotype.recurrent, start=1):
         rows += [PRIMITIVES.index(op if j == predecessor else "none") for j in range(i)]
-    return SURE * torch.nn.functional.one_hot(torch.tensor(rows), len(PRIMITIVES)).float()
+    return ONE_HOT_LOGIT * torch.nn.functional.one_hot(torch.tensor(rows), len(PRIMITIVES)).float()

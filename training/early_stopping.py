@@ -13,7 +13,7 @@ class Patience:
         self.epochs, self.min_delta = epochs, min_delta
         self.best, self.waited = float("inf"), 0
 
-    def is_over(self, loss: float) -> bool:
+    def step(self, loss: float) -> bool:
         """After an epoch with this validation loss."""
         if loss < self.best - self.min_delta:
             self.best, self.waited = loss, 0

@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import get_batch
-from engine.matmul import products_in
+from engine.matmul import matmul_precision
 
 VALID_ROWS, TEST_ROWS = 10, 1  # the published batch sizes of evaluation
 
@@ -25,11 +25,13 @@ def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
         return model.nll(hiddens, y), hidden
 
     hidden = model.initial_hidden(source.size(1))
-    quick_segment = model.engine.replayed(segment, source.device)  # anew: the weights may lie elsewhere than last time
+    quick_segment = model.engine.with_cuda_graphs(
+        segment, source.device
+    )  # anew: the weights may lie elsewhere than last time
     total, count = torch.zeros((), dtype=torch.float64, device=source.device), 0
     starts = range(0, len(source) - 1, bptt)
     segments = tqdm(starts, desc=f"evaluating on {name}", unit="segment", leave=False, disable=None, dynamic_ncols=True)
-    with products_in(model.engine.precision):
+    with matmul_precision(model.engine.precision):
         for i in segments:
             x, y = get_batch(source, i, bptt)  # (T, B)
             nll, hidden = quick_segment(x, y, hidden)
@@ -43,6 +45,6 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if not loss > 700 else math.inf
 
 
-def told(test_ppl: float | None) -> str:
+def format_perplexity(test_ppl: float | None) -> str:
     """The end of a run's last line."""
     return "test text not read" if test_ppl is None else f"test ppl {test_ppl:.2f}"

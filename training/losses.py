@@ -19,13 +19,13 @@ class Batch(NamedTuple):
     y: Tensor  # (T, B) the next words
     hidden: Tensor  # (B, S)
     masks: Masks
-    twin: Masks | None = None
+    second_masks: Masks | None = None
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Batch rows start..stop-1."""
         x, y = self.x[:, start:stop], self.y[:, start:stop]
-        twin = None if self.twin is None else self.twin.rows(start, stop)
-        return Batch(x, y, self.hidden[start:stop], self.masks.rows(start, stop), twin)
+        second_masks = None if self.second_masks is None else self.second_masks.rows(start, stop)
+        return Batch(x, y, self.hidden[start:stop], self.masks.rows(start, stop), second_masks)
 
 
 class Losses(NamedTuple):
@@ -44,12 +44,12 @@ def losses(
     AR is alpha times the mean square of the dropped outputs; TAR is beta times the mean squared difference of
     successive hidden states, without dropout, 0 for a single time step.
 
-    A batch with a twin passes twice, with either set of masks. Each term is then the mean over both passes, and what
-    their difference costs comes on top: `rdrop` times the mean divergence of their predictions (R-Drop, Liang et al.
-    2021; see `softmaxes.losses`), `fraternal` times the mean squared difference of their dropped outputs (Zolna et al.
-    2018, with the outputs in the place of the logits). The state of the first pass goes on.
+    A batch with second masks passes twice, with either set. Each term is then the mean over both passes, and what their
+    difference costs is added: `rdrop` times the mean divergence of their predictions (R-Drop, Liang et al. 2021; see
+    `softmax_losses.losses`), `fraternal` times the mean squared difference of their dropped outputs (Zolna et al. 2018,
+    with the outputs in the place of the logits). The hidden state of the first pass is the one returned.
     """
-    masks = [batch.masks] if batch.twin is None else [batch.masks, batch.twin]
+    masks = [batch.masks] if batch.second_masks is None else [batch.masks, batch.second_masks]
     hiddens, states = zip(*(model(batch.x, batch.hidden, held) for held in masks), strict=True)  # (T, B, H) each
     if rdrop or alpha or fraternal:
         outputs = [drop(h, held.output) for h, held in zip(hiddens, masks, strict=True)]  # (T, B, H) each
@@ -72,7 +72,7 @@ def mean(terms: Iterable[Tensor]) -> Tensor:
     return sum(others, first) / (1 + len(others)) if others else first
 
 
-class SmallBatches:
+class MicroBatches:
     """The `losses` of each `small_batch_size` rows, as shares that sum to the loss of the whole batch.
 
     A small batch is computed when its turn comes, so that one graph is held at a time. Word for word

@@ -19,7 +19,7 @@ from torch import Tensor
 OPTIMIZERS = ("sgd", "asgd", "momentum", "adam", "adamw")
 LIKE_SGD = ("sgd", "asgd", "momentum")  # whose step is the rate times a gradient plus what does not depend on it
 # What suits the published sizes: for Adam a common choice, for momentum what moves as far as SGD in the long run.
-RATES = {"ntasgd": 20.0, "sgd": 20.0, "asgd": 20.0, "momentum": 2.0, "adam": 1e-3, "adamw": 1e-3}
+DEFAULT_LR = {"ntasgd": 20.0, "sgd": 20.0, "asgd": 20.0, "momentum": 2.0, "adam": 1e-3, "adamw": 1e-3}
 
 
 def new_optimizer(
@@ -54,7 +54,7 @@ class NonMonotonicTrigger:
         self.nonmono = nonmono
         self.losses: list[float] = []
 
-    def fires(self, loss: float) -> bool:
+    def step(self, loss: float) -> bool:
         older = self.losses[: -self.nonmono]
         self.losses.append(loss)
         return bool(older) and loss > min(older)

@@ -10,7 +10,7 @@ from data import get_batch
 from engine.dropout import Masks
 from training.evaluation import perplexity
 from training.gradients import clipped_gradient
-from training.losses import Batch, SmallBatches
+from training.losses import Batch, MicroBatches
 from utils import RunError
 
 KNOWN = 1.5  # perplexity of a batch that is known by heart
@@ -32,7 +32,7 @@ def overfit(
     weights, ppl = model.weights(), math.inf
     with tqdm(range(STEPS + 1), desc="one batch", unit="step", leave=False, disable=None, dynamic_ncols=True) as bar:
         for step in bar:
-            nll, _, _ = clipped_gradient(SmallBatches(model, batch, small_batch_size), weights, clip, clip_value)
+            nll, _, _ = clipped_gradient(MicroBatches(model, batch, small_batch_size), weights, clip, clip_value)
             ppl = perplexity(nll.item())
             bar.set_postfix_str(f"ppl {ppl:.2f}")
             if ppl < KNOWN:

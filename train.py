@@ -174,7 +174,12 @@ def load_finetuned(experiment: Experiment, state: RetrainState) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    experiment = Experiment("train", build_parser(), argv, texts_to_read, REASONS)
+    with Experiment("train", build_parser(), argv, texts_to_read, REASONS) as experiment:
+        return run_train(experiment)
+
+
+def run_train(experiment: Experiment) -> int:
+    """Retraining from its first or last checkpoint to result.json; returns the exit code."""
     args, corpus, run = experiment.args, experiment.corpus, experiment.run
     if args.tensorboard and experiment.ranks.is_main:
         from plots.tensorboard import TensorBoardLogger  # needs more than the scripts do

@@ -249,7 +249,12 @@ def search(experiment: Experiment, state: SearchState) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    experiment = Experiment("search", build_parser(), argv, texts_to_read, REASONS)
+    with Experiment("search", build_parser(), argv, texts_to_read, REASONS) as experiment:
+        return run_search(experiment)
+
+
+def run_search(experiment: Experiment) -> int:
+    """A search from its first or last checkpoint to result.json; returns the exit code."""
     args, corpus, run = experiment.args, experiment.corpus, experiment.run
     if args.tensorboard and experiment.ranks.is_main:
         from plots.tensorboard import TensorBoardLogger  # needs more than the scripts do

@@ -97,6 +97,13 @@ class Experiment:
         )
         self.best, self.stopped_by, self.interrupted = float("inf"), "", False  # `best` is a validation loss
 
+    def __enter__(self) -> "Experiment":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Lets other processes write to the run directory."""
+        self.run.release()
+
     def sharded(self, name: str) -> Tensor:
         """This rank's columns (n, B / ranks) of a text."""
         return self.ranks.shard(self.texts[name], dim=1)

@@ -16,7 +16,7 @@ for threads in 1 2; do
       exit 1
     }
     line=$(grep "of 5 random cells" "$out/log")
-    found=$(awk '$1 == "found" { print $2 }' "$out/log")
+    found=$(awk '$1 == "found" && $2 + 0 { print $2 }' "$out/log")
     echo "threads $threads seed $seed found $found $line" | tee -a "$table"
     rm -r "$out"
   done

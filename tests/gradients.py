@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from architect import Architect
 from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU, Masks
-from experiment.distributed import Distributed, leave
+from experiment.distributed import Distributed, exit_process
 from model_search import RNNModelSearch
 from training.gradients import clipped_gradient
 from training.losses import Batch, MicroBatches
@@ -62,4 +62,4 @@ if __name__ == "__main__":
     result = gradients(here, int(sys.argv[2]), sys.argv[3])
     if here.is_main:
         torch.save(result, sys.argv[1])
-    leave(0)
+    exit_process(0)

@@ -41,7 +41,7 @@ SIZES = (
 SIGNAL = ("step", "cosine_whole", "cosine_direct", "cosine_implicit", "norm_ratio", "sensitivity", "relaxed_loss")
 TRAIN_SEED = 1
 NAMED = ("DARTS", "DARTS_V1")
-LARGEST = 1000  # number of a random cell that `table` knows
+LARGEST = 1000  # random cells that `table` knows, and seeds of searches
 
 
 class Results:
@@ -133,10 +133,11 @@ def run(args: argparse.Namespace) -> None:
             future.result()
 
 
-def table(paths: Sequence[Path]) -> None:
-    """Of each file, and each way in which it has trained cells, the arms beside the random cells; then the signal."""
+def table(paths: Sequence[Path], seeds: range = range(LARGEST)) -> None:
+    """Prints for each file, and each way in which it has trained cells, the arms beside the random cells, then the
+    signal. Searches with other seeds are left out."""
     for path in paths:
-        lines = Results(path).by_key.values()
+        lines = [line for line in Results(path).by_key.values() if line["kind"] == "train" or line["seed"] in seeds]
         for flags in dict.fromkeys(line["flags"] for line in lines if line["kind"] == "train"):
             table_of(f"{path.name}: {flags}", lines, flags)
         print("\n| arm | step | cosine, mean | sensitivity, median |\n|---|---|---|---|")
@@ -252,8 +253,11 @@ def main() -> int:
     runs.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
     tables = commands.add_parser("table")
     tables.add_argument("files", nargs="+", type=Path)
+    tables.add_argument(
+        "--seeds", nargs=2, type=int, default=(0, LARGEST), metavar=("FIRST", "LAST"), help="of the searches"
+    )
     args = parser.parse_args()
-    run(args) if args.command == "run" else table(args.files)
+    run(args) if args.command == "run" else table(args.files, range(args.seeds[0], args.seeds[1] + 1))
     return 0
 
 

@@ -50,6 +50,10 @@ def test_the_table_is_of_the_cells_that_were_trained_alike(tmp_path, capsys):
     assert "| mine | 10 | 0.70 | 2.0e+00 |" in out and "| mine | 20 | 0.70 | 2.0e+00 |" in out
     assert any("mean depth" in row and "tanh" in row for row in out)
 
+    search_arms.table([tmp_path / "one.jsonl"], seeds=range(2, 3))
+    [only, *_] = [row.split("|") for row in capsys.readouterr().out.splitlines() if row.startswith("| mine")]
+    assert [cell.strip() for cell in only[2:4]] == ["1", "43.00"]
+
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
     corpus = write_corpus(tmp_path, train=40, valid=16, test=16)

@@ -78,3 +78,32 @@ def test_plots_load_no_torch(module):
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+# --- what is small stays small ---
+
+LONGEST_LOOP = 40  # lines
+
+
+@pytest.mark.parametrize(("script", "loop"), [("train_search", "search"), ("train", "retrain")])
+def test_the_loop_that_trains_fits_on_a_screen(script, loop):
+    [found] = [node for node in parsed(script).body if isinstance(node, ast.FunctionDef) and node.name == loop]
+    assert found.end_lineno - found.lineno < LONGEST_LOOP
+
+
+def parsed(module):
+    return ast.parse(modules()[module].read_text())
+
+
+def test_no_function_changes_the_variables_of_another():
+    assert [module for module in modules() if any(isinstance(n, ast.Nonlocal) for n in ast.walk(parsed(module)))] == []
+
+
+def test_no_six_lines_stand_in_both_scripts():
+    """Imports left out, which say what a script uses."""
+    runs = []
+    for script in ("train_search", "train"):
+        lines = [line.strip() for line in modules()[script].read_text().split("\n")]
+        lines = [line for line in lines if line and not line.startswith(("import ", "from "))]
+        runs.append({tuple(lines[i : i + 6]) for i in range(len(lines) - 5)})
+    assert runs[0] & runs[1] == set()

@@ -1,10 +1,10 @@
-"""Perplexity of a checkpoint on a split of a corpus, the same as its own run reported.
+"""Prints the perplexity of a checkpoint on a split of a corpus, equal to the one that its own run reported.
 
-    python evaluate.py runs/train-.../best.pt                 # test.txt of the corpus that it was trained on
+    python evaluate.py runs/train-.../best.pt                 # reads test.txt of its training corpus
     python evaluate.py runs/train-.../best.pt --data wikitext-2 --split valid
 
-Seconds for validation text; the test text is read in a single row, which takes minutes on a CPU at the
-published size.
+The validation text takes seconds. The test text is read with a batch size of 1 (more for a relaxed model with batch
+normalisation), which takes minutes on a CPU at the published size.
 """
 
 import sys
@@ -48,14 +48,15 @@ def build_parser() -> arguments.Parser:
 
 
 def build_model(saved: dict) -> RNNModel:
-    """The model of a checkpoint, with the weights that its run evaluated: averaged ones where there are some.
+    """Returns the model of a checkpoint with the weights that its run evaluated: the averaged ones if it has any.
 
-    It takes the checkpoint's own tensors, so that no size in the file is believed before it has been seen.
+    The model is built on the meta device and takes the checkpoint's own tensors, so that no memory is allocated for a
+    size which the file merely claims. Raises `ValueError` or `TypeError` for a norm or a dtype that no run has.
     """
     vocabulary, size = len(saved["words"]), saved["flags"]["emsize"]
     with torch.device("meta"):
         if saved["kind"] == "search":
-            norm = saved["flags"].get("norm", "batch")  # before there was the flag
+            norm = saved["flags"].get("norm", "batch")  # Older checkpoints lack the flag.
             if norm not in NORMS:
                 raise ValueError("a norm that no run has")
             model = RNNModelSearch(vocabulary, size, DropoutRates(), norm=norm)
@@ -72,7 +73,10 @@ def build_model(saved: dict) -> RNNModel:
 
 
 def reading(saved: dict, split: str) -> tuple[str, list[str], int, int]:
-    """The corpus of a checkpoint's run, its vocabulary, and in how many rows and how long segments it read a split."""
+    """Returns how the run of a checkpoint read a split: corpus, vocabulary, batch size B and segment length T.
+
+    Raises `ValueError` for values that no run writes.
+    """
     name, words, rows, bptt = (
         saved["flags"]["data"], saved["words"], saved["eval_rows"][split], saved["flags"]["bptt"],
     )  # fmt: skip
@@ -93,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         before = saved["sha256"][args.split]
     except CheckpointError as error:
         parser.refuse([str(error)])
-    except UNREADABLE:  # a dict, but with other things in it
+    except UNREADABLE:  # The file is a dict with other content.
         parser.refuse([f"{args.checkpoint}: holds no model of this project"])
     name = args.data or name
     try:

@@ -1,12 +1,12 @@
-"""From one search to a result one can believe: trials of several methods, selection, retraining, a leaderboard.
+"""Runs a study: searches by several methods, selection, retraining and a leaderboard.
 
-    python trials.py run --study runs/study                            # published sizes; wants GPUs, and weeks of them
+    python trials.py run --study runs/study                            # published sizes: weeks of GPU time
     python trials.py run --study runs/small --data builtin --dry_run --search_flags "--emsize 32 ..."
 
-One search is a draw from a lottery. A study draws several cells by each method, and as many at random, trains all of
-them under one budget, and says whether searching was better than drawing. It prints what it will cost before it
-begins (--dry_run stops there), runs many trials at a time on one machine or a cluster, and goes on with --resume
-after anything. Needs Ray: pip install -r requirements-cluster.txt
+One search yields one random sample of a cell. A study searches for several cells by each method, samples as many at
+random, trains all of them under one budget, and tests whether the searched cells are better than the random ones. It
+prints its cost before it begins (--dry_run stops there), runs many trials at a time on one machine or a cluster, and
+resumes with --resume after any interruption. It needs Ray: pip install -r requirements-cluster.txt
 """
 
 import shutil
@@ -38,7 +38,10 @@ INSTALL = "trials.py needs Ray, SciPy and rich: pip install -r requirements-clus
 
 
 def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, data.Corpus, Run]:
-    """The flags, the corpus and the directory of a study, new or begun; ends the script with a line for each fault."""
+    """Returns the flags, the corpus and the directory of a new or resumed study.
+
+    Ends the script with one line for each fault if the flags or the corpus cannot be used.
+    """
     args, config = parser.parse_args(argv), None
     if args.study and (Path(args.study) / CONFIG).exists():
         config = read_config(parser, Path(args.study))
@@ -85,7 +88,7 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    parser.parse_args(argv)  # --help needs no Ray
+    parser.parse_args(argv)  # --help must work without Ray.
     try:
         from study import leaderboard, ray_backend
         from study.runner import StudyRunner
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
                     if not go_on:
                         break
         finally:
-            if not (run.folder / CONFIG).exists():  # a plan alone
+            if not (run.folder / CONFIG).exists():  # A --dry_run of a new study leaves no directory.
                 shutil.rmtree(run.folder)
         if crew.interrupted:
             run.log(f"interrupted; go on with: python trials.py {args.stage} --resume --study {run.folder}")

@@ -1,14 +1,14 @@
-"""Pictures of what a search saw and found, of retrainings and of studies, and one page that holds them.
+"""Draws searches, retrainings, studies and cells, and writes one HTML page that contains the pictures.
 
-    python visualize.py report runs/search               # report.html in it; --watch while the run goes on
+    python visualize.py report runs/search               # writes report.html there; --watch repeats it
     python visualize.py search runs/search --out search.svg
     python visualize.py formation runs/search --out formation.gif
     python visualize.py train runs/train-one runs/train-another
     python visualize.py study runs/study
     python visualize.py cell DARTS_V2 --out cell.svg
 
-All from metrics.jsonl and the other small files of a run directory, whether it is live, over or cut short, in a few
-seconds on a CPU. Needs matplotlib; the page needs jinja2.
+All pictures are made from metrics.jsonl and the other small files of a run directory, whether the run is live, finished
+or interrupted, in a few seconds on a CPU. This needs matplotlib; the page also needs jinja2.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from plots.study_curves import selection_figure
 from plots.style import FORMATS, PictureError, plain_style, save
 from plots.train_curves import train_figure
 
-REFRESH_SECONDS = 5  # seconds between two looks at a live run, at least
+REFRESH_SECONDS = 5  # The page of a live run is rewritten after this many seconds or more.
 ENDINGS = ", ".join(FORMATS)
 
 
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser, and those of the commands by name."""
+    """Returns the parser of the script, and the parsers of its commands by name."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -65,7 +65,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
 
 def draw(args: argparse.Namespace) -> Path:
-    """Make the picture that is asked for; gives the file."""
+    """Writes the picture that the command names and returns its path. Raises `GenotypeError` and `PictureError`."""
     out = Path(args.out)
     if args.command == "cell" and out.suffix.lower() == ".dot":
         out.write_text(cell_dot(resolve(args.what)), encoding="utf-8")
@@ -84,7 +84,10 @@ def draw(args: argparse.Namespace) -> Path:
 
 
 def report(args: argparse.Namespace) -> Path:
-    """Write the page; with --watch again and again, until the run is over or Ctrl-C."""
+    """Writes the HTML page and returns its path; with --watch, repeats that until the run is over or Ctrl-C.
+
+    Raises `PictureError`.
+    """
     from plots.html.page import is_over
     from plots.html.report import write
 
@@ -97,13 +100,13 @@ def report(args: argparse.Namespace) -> Path:
             clock = time.monotonic()
             try:
                 said = f"wrote {write(args.what, args.out, refresh=REFRESH_SECONDS)}; Ctrl-C ends it"
-            except PictureError as error:  # there may be a row of it soon
+            except PictureError as error:  # A new run may soon have a record.
                 said = str(error)
             print(f"\r{time.strftime('%H:%M:%S')} {said}", end="", flush=True)
-            time.sleep(max(REFRESH_SECONDS, 4 * (time.monotonic() - clock)))  # a fifth of a core at most
+            time.sleep(max(REFRESH_SECONDS, 4 * (time.monotonic() - clock)))  # This uses at most a fifth of a core.
     except KeyboardInterrupt:
         print()
-    return write(args.what, args.out)  # which does not load itself again
+    return write(args.what, args.out)  # The last version does not reload itself.
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
-"""The formation of a cell: every edge as an arc that fades with its probability, the most likely cell in full colour.
+"""Animates how a search forms its cell: every edge is an arc that fades with its probability.
 
-Nodes stand in a row and stay where they are. The arc from node j to node i is i - j lanes high, so that no two labels
-ever lie on each other: their places are the points of a triangular grid.
+The edges of the most likely cell are in full colour. The nodes are on a horizontal line and do not move. The arc from
+node j to node i is i - j lanes high, so that no two labels overlap: their positions are points of a triangular grid.
 """
 
 import os
@@ -26,17 +26,24 @@ from plots.run_history import History, edges, node_count
 from plots.style import COLOURS, GREY, INK, PAPER, POINT, SMALL, SOFT, WIDTH, PictureError, whole
 
 OPS = PRIMITIVES[1:]
-MOST = 60  # frames
+MOST = 60  # An animation has at most this many frames.
 PER_SECOND = 8
-REST = 2  # seconds of the last frame
-LANE = 32  # pixels
+REST = 2  # The last frame remains for this many seconds.
+LANE = 32  # A lane has this height in pixels.
 RADIUS = 15
-FAINT, FULL = 0.06, 0.45  # opacity of the least and the most likely edge that is not kept
+FAINT, FULL = 0.06, 0.45  # The least and the most likely edge outside the cell have these opacities.
 
 
 def states(alphas: np.ndarray, cells: Sequence[Genotype]) -> list[dict[str, float]]:
-    """For each (N(N+1)/2, K) of alphas (R, N(N+1)/2, K) and its most likely cell the opacity of what is to be seen, by
-    gid: `arc-0-1-tanh`, and `label-0-1-tanh` too for what is kept."""
+    """Returns the opacity of each visible part by gid, for each of R records.
+
+    An edge of the most likely cell has the opaque parts `arc-0-1-tanh` and `label-0-1-tanh`. Any other edge has the arc
+    of its strongest primitive other than none, whose opacity grows with that primitive's probability.
+
+    Args:
+        alphas: probabilities (R, N(N+1)/2, K).
+        cells: the most likely cell of each of the R records.
+    """
     strength = alphas[..., 1:].max(-1)  # (R, edges)
     low, high = strength.min(), strength.max()
     share = (strength - low) / (high - low) if high > low else np.zeros_like(strength)
@@ -56,7 +63,10 @@ def states(alphas: np.ndarray, cells: Sequence[Genotype]) -> list[dict[str, floa
 
 
 def build(nodes: int, labels: Collection[str] = ()) -> tuple[Figure, dict[str, list[Artist]]]:
-    """The picture with every part that may be seen in it, and those parts by gid; only labels of these gids."""
+    """Returns the figure with every part that may become visible, and the parts by gid.
+
+    Of the labels, the figure has only those whose gids are in `labels`.
+    """
     spacing = (WIDTH - 120) / nodes
     height = LANE * nodes + 120
     figure = Figure(figsize=(WIDTH / 96, height / 96), dpi=96, facecolor=PAPER)
@@ -92,19 +102,22 @@ def build(nodes: int, labels: Collection[str] = ()) -> tuple[Figure, dict[str, l
 
 
 def node_name(i: int) -> str:
-    """With a subscript of its own letters: the formula of each would be parsed again for every frame."""
+    """Returns the name of node i with Unicode subscripts, because matplotlib would parse a formula for every frame."""
     return "s" + str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
 def show(parts: Mapping[str, Sequence[Artist]], state: Mapping[str, float]) -> None:
-    """Let just that be seen."""
+    """Makes exactly the parts in `state` visible, with their opacities."""
     for gid, artists in parts.items():
         for artist in artists:
             artist.set(visible=gid in state, alpha=state.get(gid, 0.0))
 
 
 def frames(history: History) -> tuple[list[float], list[dict[str, float]]]:
-    """When, and what is to be seen then; of many rows every so many, the last among them. Raises `PictureError`."""
+    """Returns the times and the states of at most `MOST` frames, evenly chosen and with the last one among them.
+
+    Raises `PictureError` if the run has no alphas with a genotype.
+    """
     x, alphas = history.probabilities
     cells = dict(history.genotypes)
     both = [k for k, when in enumerate(x) if when in cells and len(cells[when].recurrent) == history.nodes]
@@ -116,8 +129,11 @@ def frames(history: History) -> tuple[list[float], list[dict[str, float]]]:
 
 
 def draw_formation(folder: str | Path, path: str | Path) -> None:
-    """Write the animation of a search. Raises `PictureError`, for an ending that is not of `WRITERS` too, and
-    `OSError`."""
+    """Writes the animation of the search in `folder` to `path`.
+
+    Raises `PictureError` if there is nothing to animate, if the ending is not in `WRITERS` or if ffmpeg is missing, and
+    `OSError` if the file cannot be written.
+    """
     ending = Path(path).suffix.lower()
     if ending not in WRITERS:
         raise PictureError(f"an animation's name ends in {' or '.join(WRITERS)}, unlike {str(path)!r}")
@@ -144,7 +160,7 @@ def draw_formation(folder: str | Path, path: str | Path) -> None:
 
 
 def write_gif(images: Iterable[Image.Image], path: Path) -> None:
-    """For ever from the beginning, with a rest at the end."""
+    """Writes a GIF that repeats for ever and pauses on its last frame."""
     first, *others = map(in_palette, images)
     durations = [1000 // PER_SECOND] * len(others) + [1000 * REST]
     first.save(path, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
@@ -152,15 +168,17 @@ def write_gif(images: Iterable[Image.Image], path: Path) -> None:
 
 @cache
 def palette() -> np.ndarray:
-    """(168, 3) of 0 to 255: all colours on their way to the paper's. Chosen from a frame, those of a few pixels would
-    be lost."""
+    """Returns the palette (168, 3), from 0 to 255: blends of each colour with the background.
+
+    A palette chosen from a frame would lose colours that only a few pixels have.
+    """
     paper = np.array(to_rgb(PAPER))
     inks = [np.array(to_rgb(colour)) for colour in (INK, SOFT, GREY, *(COLOURS[op] for op in OPS))]
     return 255 * np.array([ink + (paper - ink) * share for ink in inks for share in np.linspace(0, 1, 24)])
 
 
 def in_palette(image: Image.Image) -> Image.Image:
-    """Each pixel in the nearest colour of the palette."""
+    """Returns the image with each pixel in the nearest colour of the palette."""
     flat = np.asarray(image).reshape(-1, 3)
     packed = flat.astype(np.int32) @ (65536, 256, 1)
     colours, place = np.unique(packed, return_inverse=True)
@@ -172,9 +190,12 @@ def in_palette(image: Image.Image) -> Image.Image:
 
 
 def write_mp4(images: Iterable[Image.Image], path: Path) -> None:
-    """Once, with a rest at the end, by ffmpeg. Raises `PictureError` with what that says if it fails."""
+    """Writes a video with ffmpeg that pauses on its last frame.
+
+    Raises `PictureError` with the message of ffmpeg if that fails.
+    """
     frames = list(images)
-    wide, high = (size // 2 * 2 for size in frames[0].size)  # as the codec has them
+    wide, high = (size // 2 * 2 for size in frames[0].size)  # The codec needs even sizes.
     command = ["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{wide}x{high}",
                "-r", str(PER_SECOND), "-i", "-", "-pix_fmt", "yuv420p", os.path.abspath(path)]  # fmt: skip
     raw = [frame.crop((0, 0, wide, high)).tobytes() for frame in [*frames, *[frames[-1]] * (REST * PER_SECOND)]]

@@ -1,5 +1,8 @@
-"""One recurrent cell: inputs on the left, nodes in columns by depth, each edge with its activation, and grey lines from
-the nodes that the output averages."""
+"""Draws one recurrent cell as a graph.
+
+The inputs are on the left, the nodes are in columns by depth, each edge is labelled with its activation, and grey lines
+lead from the nodes that the output averages.
+"""
 
 from itertools import chain
 from statistics import median
@@ -14,52 +17,52 @@ from genotypes import Genotype, validate
 from plots.style import BOXES, COLOURS, GREY, INK, PAPER, POINT, SOFT
 
 # Lengths are CSS pixels, 96 to the inch: one unit is one pixel of a page that shows the picture unscaled.
-RADIUS = 16  # of a node
-ROW = 46  # height of a leaf's row
-LANE = 18  # height of a row that holds nothing but a grey line
-PILL = 22  # height of an activation's label
-HEAD = 9  # length of an arrow's head
-STUB = 3  # straight piece of an edge beside its label
-BOX = (46, 32)  # of x_t, h_{t-1} and h_t
-INPUT, OUTPUT = 82, 90  # from x_t to s_0, and from the mean to h_t
+RADIUS = 16  # A node has this radius.
+ROW = 46  # A leaf's row has this height.
+LANE = 18  # A row that has only a grey line has this height.
+PILL = 22  # An activation's label has this height.
+HEAD = 9  # An arrow's head has this length.
+STUB = 3  # An edge is straight for this length beside its label.
+BOX = (46, 32)  # The boxes of x_t, h_{t-1} and h_t have this width and height.
+INPUT, OUTPUT = 82, 90  # These are the distances from x_t to s_0, and from the mean to h_t.
 MARGIN = 16
 FONT = 13
 
 ENDS = {"input": "$x_t$", "previous": "$h_{t{-}1}$", "output": "$h_t$"}
 
 Point = tuple[float, float]
-Name = int | str  # 0..N for s_0..s_N, or one of ENDS
+Name = int | str  # A name is 0..N for s_0..s_N, or a key of ENDS.
 
 
 class Edge(NamedTuple):
-    """A line that bends from `start` to the height of `end` within `bend` pixels, then runs straight."""
+    """An edge bends from `start` to the height of `end` within `bend` pixels, and then runs straight."""
 
     source: Name
     target: Name
-    op: str | None  # None for an input and for a grey line
+    op: str | None  # This is None for an input and for a grey line.
     start: Point
     bend: float
     end: Point
 
 
 class Layout(NamedTuple):
-    """Where everything is drawn; y grows downwards."""
+    """A layout holds the positions of all parts of the drawing in pixels, where y grows downwards."""
 
-    nodes: dict[Name, Point]  # centres
+    nodes: dict[Name, Point]  # These are the centres of the nodes.
     edges: list[Edge]
-    labels: dict[int, Point]  # centre of the label on the edge into a node
-    mean: tuple[Point, Point]  # the bar that gathers the grey lines
-    frame: tuple[float, float, float, float]  # left, top, right, bottom
+    labels: dict[int, Point]  # These are the centres of the labels, by the node that the edge leads to.
+    mean: tuple[Point, Point]  # These are the ends of the bar that gathers the grey lines.
+    frame: tuple[float, float, float, float]  # This is (left, top, right, bottom).
 
 
 def layout_cell(genotype: Genotype) -> Layout:
-    """Place a cell so that no lines cross and none runs under a node or a label. Raises `GenotypeError`.
+    """Returns positions for a cell such that no lines cross and none runs under a node or a label.
 
-    Every node has one predecessor, so a cell is a tree with root s_0. Each subtree has a band of rows to
-    itself: a row for each leaf, and a narrow one for the grey line of an inner node, among its children.
+    Every node has one predecessor, so a cell is a tree with root s_0. Each subtree has a band of rows to itself: a row
+    for each leaf, and a narrow row among its children for the grey line of an inner node. Raises `GenotypeError`.
     """
     validate(genotype)
-    ops, parents = zip(("", 0), *genotype.recurrent, strict=True)  # s_0 at index 0 has neither
+    ops, parents = zip(("", 0), *genotype.recurrent, strict=True)  # s_0 at index 0 has neither, so it gets dummies.
     nodes = range(len(ops))
     children = [[child for child in nodes[1:] if parents[child] == i] for i in nodes]
     depth = [0]
@@ -67,14 +70,14 @@ def layout_cell(genotype: Genotype) -> Layout:
         depth.append(depth[parents[i]] + 1)
 
     def band(i: int) -> list[int]:
-        """The nodes that own the rows of i's subtree, from the top; the largest child is in the middle."""
+        """Returns the nodes that own the rows of i's subtree, from the top; the largest child is in the middle."""
         if not children[i]:
             return [i]
         bands = [band(child) for child in children[i]]
         middle = len(bands) // 2
         largest = max(range(len(bands)), key=lambda b: (len(bands[b]), b == middle))
         bands.insert(middle, bands.pop(largest))
-        if i in genotype.concat:  # with an only child: above it or below it, in turn
+        if i in genotype.concat:  # The grey line of a parent of one child is above or below it, by the parity of depth.
             bands.insert(middle or depth[i] % 2, [i])
         return list(chain.from_iterable(bands))
 
@@ -83,7 +86,7 @@ def layout_cell(genotype: Genotype) -> Layout:
         height = LANE if children[i] else ROW
         row[i] = bottom + height / 2
         bottom += height
-    for i in reversed(nodes):  # a child's number is above its parent's
+    for i in reversed(nodes):  # Children come first, as they have higher numbers than their parents.
         y[i] = median(y[child] for child in children[i]) if children[i] else row[i]
 
     x, bends = [0.0], []
@@ -92,7 +95,7 @@ def layout_cell(genotype: Genotype) -> Layout:
         bends.append(min(16 + 0.25 * max(abs(y[i] - y[parents[i]]) for i in column), 50))
         widest = max(pill_width(ops[i]) for i in column)
         x.append(x[-1] + RADIUS + bends[-1] + STUB + widest + STUB + HEAD + RADIUS)
-    bends.append(0)  # the last column holds leaves only: their grey lines are straight
+    bends.append(0)  # The last column has only leaves, whose grey lines are straight.
 
     bar = x[-1] + RADIUS + 30
     low, high = (pick(row[i] for i in genotype.concat) for pick in (min, max))
@@ -120,28 +123,31 @@ def layout_cell(genotype: Genotype) -> Layout:
 
 
 def pill_width(op: str) -> float:
-    """Pixels, from the number of letters: the layout needs no renderer, and a test holds the text inside."""
+    """Returns the width of a label in pixels, estimated from the number of letters so that no renderer is needed.
+
+    A test checks that the text fits.
+    """
     return len(op) * FONT * 0.58 + 16
 
 
 def cell_figure(genotype: Genotype) -> Figure:
-    """The drawing. A part's gid names it: `node-2`, `edge-1-2-relu`, `label-2-relu`, `edge-2-output`.
+    """Returns the drawing of a cell.
 
-    Raises `GenotypeError`.
+    Each part has a gid: `node-2`, `edge-1-2-relu`, `label-2-relu`, `edge-2-output`. Raises `GenotypeError`.
     """
     layout = layout_cell(genotype)
     left, top, right, bottom = layout.frame
     figure = Figure(figsize=((right - left) / 96, (bottom - top) / 96), dpi=96, facecolor="none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
     axes.set_axis_off()
-    # The page may be dark, so the picture brings its own paper.
+    # The page may be dark, so the picture has its own background.
     paper = ((left + right) / 2, (top + bottom) / 2)
     _box(axes, paper, right - left, bottom - top, 14, facecolor=PAPER, gid="paper")
 
     (bar, low), (_, high) = layout.mean
     x, y = layout.nodes["output"]
     arrow = Edge("mean", "output", None, (bar, y), 0, (x - BOX[0] / 2, y))
-    for edge in sorted([*layout.edges, arrow], key=lambda edge: edge.end[0] != bar):  # grey ones lie below
+    for edge in sorted([*layout.edges, arrow], key=lambda edge: edge.end[0] != bar):  # Grey lines lie below.
         if edge.end[0] == bar:
             _line(axes, edge, GREY, 1.2, 0)
         else:
@@ -163,12 +169,12 @@ def cell_figure(genotype: Genotype) -> Figure:
             axes.add_patch(patches.Circle(point, RADIUS, facecolor=PAPER, gid=f"node-{name}", **outline))
             _text(axes, point, f"$s_{{{name}}}$", FONT + 3)
     for order, artist in enumerate(axes.get_children()):
-        artist.set_zorder(order)  # later covers earlier, whatever its kind
+        artist.set_zorder(order)  # Later artists cover earlier ones; by default, the kind decides.
     return figure
 
 
 def cell_dot(genotype: Genotype) -> str:
-    """The same as text for graphviz. Raises `GenotypeError`."""
+    """Returns the graph of a cell in the DOT language of Graphviz. Raises `GenotypeError`."""
     validate(genotype)
     lines = [
         "digraph cell {",

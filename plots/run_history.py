@@ -1,4 +1,4 @@
-"""What a run wrote down, ready to be drawn: curves over epochs, the alphas' probabilities, the genotypes."""
+"""Reads the records of a run for plots: curves over epochs, the probabilities of the alphas, and the genotypes."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -12,13 +12,13 @@ from experiment import metrics
 from genotypes import PRIMITIVES, Genotype, GenotypeError, from_json
 from plots.style import PictureError
 
-MOST_NODES = 16  # of a cell whose edges are all drawn
-LARGEST = 1e100  # of a number that has a place on an axis
+MOST_NODES = 16  # Edges are drawn for cells of at most this size.
+LARGEST = 1e100  # Greater numbers cannot be drawn on an axis.
 KINDS = ("interval", "epoch", "diagnosis", "rollback")
 
 
 class History:
-    """The rows of a run's metrics.jsonl that can be used, by kind and in the order of their steps.
+    """A history holds the valid records of a run's metrics.jsonl, by kind and in the order of their steps.
 
     Raises `PictureError` if there is none.
     """
@@ -42,7 +42,10 @@ class History:
         self.end = self.when(max(row["step"] for row in chain(*self.rows.values())))
 
     def when(self, step: int) -> float:
-        """In epochs, even within one and after the last; in steps, as long as no epoch is over."""
+        """Returns the time of a weight step in epochs, interpolated within an epoch and extrapolated after the last.
+
+        While no epoch is over, the time is in weight steps.
+        """
         if len(self.ends) == 1:
             return float(step)
         (*_, before, last) = self.ends
@@ -51,24 +54,27 @@ class History:
         return float(np.interp(step, *zip(*self.ends, strict=True)))
 
     def curve(self, kind: str, name: str, least: float = -LARGEST) -> tuple[list[float], list[float]]:
-        """When, and what: one column of the rows of a kind, where it holds a number above `least`."""
+        """Returns the times and values of field `name` in the records of a kind, where it is a number above `least`."""
         points = [
             (self.when(row["step"]), value) for row in self.rows[kind] if is_between(value := row.get(name), least)
         ]
         return tuple(map(list, zip(*points, strict=True))) if points else ([], [])
 
     def of_search(self) -> list[dict[str, Any]]:
-        """The rows of intervals and epochs together, one for each step."""
+        """Returns the records of intervals and epochs together, one for each step; an epoch replaces an interval."""
         rows = {row["step"]: row for row in chain(self.rows["interval"], self.rows["epoch"])}
         return [rows[step] for step in sorted(rows)]
 
     @cached_property
     def probabilities(self) -> tuple[list[float], np.ndarray]:
-        """When, and the softmaxed alphas (R, N(N+1)/2, K); of all that are of the last one's shape. R may be 0."""
+        """Returns the times of R records and their softmaxed alphas (R, N(N+1)/2, K).
+
+        Records whose alphas have another shape than the last one's are left out. R may be 0.
+        """
         found = [(self.when(row["step"]), alphas) for row in self.of_search()
                  if (alphas := as_probabilities(row.get("probabilities"))) is not None]  # fmt: skip
         if not found:
-            kept = metrics.read_json(self.folder / "genotype.json") or {}  # of a run that wrote down no others
+            kept = metrics.read_json(self.folder / "genotype.json") or {}  # The records of the run have no alphas.
             alphas = as_probabilities(kept.get("probabilities"))
             if alphas is None:
                 return [], np.zeros((0, 0, len(PRIMITIVES)))
@@ -78,22 +84,22 @@ class History:
 
     @cached_property
     def nodes(self) -> int:
-        """N of the alphas; 0 where there are none, or more edges than an eye takes in."""
+        """Returns N of the alphas, or 0 if there are none or N is greater than `MOST_NODES`, too many to read."""
         nodes = node_count(self.probabilities[1].shape[1])
         return nodes if nodes <= MOST_NODES else 0
 
     @cached_property
     def genotypes(self) -> list[tuple[float, Genotype]]:
-        """When, and which; of intervals and epochs."""
+        """Returns the times and genotypes of the records of intervals and epochs; see `cells_of`."""
         return self.cells_of(self.of_search())
 
     def cells_of(self, rows: Iterable[dict[str, Any]]) -> list[tuple[float, Genotype]]:
-        """When, and which; of all that have as many nodes as the last."""
+        """Returns the times and genotypes of the records, of those that have as many nodes as the last one."""
         found = [(self.when(row["step"]), cell) for row in rows if (cell := as_genotype(row.get("genotype")))]
         return [(x, cell) for x, cell in found if len(cell.recurrent) == len(found[-1][1].recurrent)]
 
     def result(self) -> dict[str, Any] | None:
-        """result.json, once the run is over."""
+        """Returns the content of result.json, or None before the run is over."""
         return metrics.result(self.folder)
 
 
@@ -102,7 +108,7 @@ def is_count(value: Any) -> bool:
 
 
 def as_probabilities(value: Any) -> np.ndarray | None:
-    """(N(N+1)/2, K), or None for what is no such thing."""
+    """Returns a value read from a file as an array (N(N+1)/2, K) of probabilities, or None if it is not one."""
     if not isinstance(value, list) or not value or not all(isinstance(edge, list) for edge in value):
         return None
     if not all(len(edge) == len(PRIMITIVES) and all(map(is_share, edge)) for edge in value):
@@ -120,7 +126,7 @@ def is_share(value: Any) -> bool:
 
 
 def node_count(edges: int) -> int:
-    """N of N(N+1)/2."""
+    """Returns N for a number of edges N(N+1)/2."""
     return int(((8 * edges + 1) ** 0.5 - 1) / 2)
 
 
@@ -132,5 +138,5 @@ def as_genotype(value: Any) -> Genotype | None:
 
 
 def edges(nodes: int) -> Iterable[tuple[int, int]]:
-    """(predecessor, node) in the order of the alphas' rows."""
+    """Returns the (predecessor, node) pairs in the order of the alphas' edges."""
     return ((j, i) for i in range(1, nodes + 1) for j in range(i))

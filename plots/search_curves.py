@@ -1,7 +1,7 @@
-"""A search: its losses, what became of its alphas, and whether they followed a signal.
+"""Plots a search: its losses, its alphas and genotypes over time, and the signal in the alphas' gradient.
 
-Each picture is a function that draws into a figure of the height that it says, or says 0 where nothing was recorded for
-it.
+Each `Picture` has a function that draws into a figure, and one that returns the figure's height, which is 0 if nothing
+was recorded for the picture.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,23 +34,23 @@ from plots.style import (
 )
 
 BLUE, RED, GREEN, *_ = SERIES
-MOST = 150  # points of a curve of the small multiples
-LANE = 24  # pixels of a node's lane
-PANEL = 215  # height of a row of panels
+MOST = 150  # A curve of the small multiples has at most this many points.
+LANE = 24  # A node's lane has this height in pixels.
+PANEL = 215  # A row of panels has this height in pixels.
 
-Panel = tuple[str, str, Callable[[Axes, History], None]]  # title, unit of y, what draws it
+Panel = tuple[str, str, Callable[[Axes, History], None]]  # A panel is (title, unit of y, function that draws it).
 
 
 class Picture(NamedTuple):
-    """One part of what there is to see."""
+    """A picture is one part of the plots of a search."""
 
     title: str
-    note: str  # how to read it
-    height: Callable[[History], float]  # in pixels; 0: there is nothing to draw
+    note: str  # The note says how to read the picture.
+    height: Callable[[History], float]  # The height is in pixels, and 0 if there is nothing to draw.
     draw: Callable[[Figure | SubFigure, History], None]
 
 
-# --- losses ---
+# --- Losses ---
 
 
 def perplexities(axes: Axes, history: History) -> None:
@@ -90,8 +90,11 @@ def norms(axes: Axes, history: History) -> None:
 
 
 def rate(history: History) -> tuple[list[float], list[float]]:
-    """Of the schedule; of an earlier version's runs what is known of it. (A step's own, `lr`, is scaled by the length
-    of its segment.)"""
+    """Returns the times and values of the schedule's learning rate.
+
+    Runs of earlier versions lack the field `rate`; `lr` replaces it, of epochs if possible, because the `lr` of a step
+    is scaled by the length of its segment.
+    """
     return next((curve for column in (("interval", "rate"), ("epoch", "lr"), ("interval", "lr"))
                  if (curve := history.curve(*column))[0]), ([], []))  # fmt: skip
 
@@ -102,7 +105,7 @@ def rates(axes: Axes, history: History) -> None:
 
 
 def run_panels(history: History) -> list[Panel]:
-    """Those for which something was recorded."""
+    """Returns the panels of a run for which something was recorded."""
     panels: list[Panel] = []
     if history.curve("interval", "ppl", 0)[0] or history.curve("epoch", "valid_ppl", 0)[0]:
         panels.append(("Perplexity", "per word", perplexities))
@@ -123,7 +126,7 @@ def panels_height(panels: Sequence[Panel]) -> float:
 
 
 def draw_panels(figure: Figure | SubFigure, history: History, panels: Sequence[Panel]) -> None:
-    """Three to a row, all over the same time."""
+    """Draws panels three to a row with a common time axis, and a vertical line at each rollback."""
     columns = min(3, len(panels))
     grid = figure.subplots(ceil(len(panels) / columns), columns, squeeze=False, sharex=True)
     for axes, (title, unit, draw) in zip(grid.flat, panels, strict=False):
@@ -146,17 +149,17 @@ def draw_run(figure: Figure | SubFigure, history: History) -> None:
         key(figure, PRIMITIVES, loc="outside lower center")
 
 
-# --- the genotype ---
+# --- The genotype ---
 
 
 def strip_rows(history: History) -> list[tuple[float, Genotype]]:
-    """Epoch by epoch, or, where there are few, every row."""
+    """Returns the genotype of each epoch or, if fewer than 8 epochs have one, of every record."""
     by_epoch = history.cells_of(history.rows["epoch"])
     return by_epoch if len(by_epoch) >= 8 else history.genotypes
 
 
 class Stretch(NamedTuple):
-    """What a node was for a while."""
+    """In a stretch of time from `start` to `stop`, a node has this primitive and predecessor."""
 
     node: int
     op: str
@@ -166,7 +169,7 @@ class Stretch(NamedTuple):
 
 
 def stretches(rows: Sequence[tuple[float, Genotype]]) -> list[Stretch]:
-    """Of each node; what was found at a time holds since the time before."""
+    """Returns the stretches of each node; a genotype is taken to hold since the time of the one before it."""
     found = []
     for node in range(1, len(rows[-1][1].recurrent) + 1):
         start, now = 0.0, rows[0][1].recurrent[node - 1]
@@ -207,7 +210,7 @@ def draw_strip(figure: Figure | SubFigure, history: History) -> None:
     key(figure, PRIMITIVES[1:], loc="outside lower center")
 
 
-# --- every edge ---
+# --- Every edge ---
 
 
 def edges_height(history: History) -> float:
@@ -216,9 +219,9 @@ def edges_height(history: History) -> float:
 
 def draw_edges(figure: Figure | SubFigure, history: History) -> None:
     if isinstance(figure, Figure):
-        figure.set_layout_engine("none")  # every place is said below
+        figure.set_layout_engine("none")  # Axes are placed by hand.
     x, alphas = history.probabilities
-    few = np.unique(np.linspace(0, len(x) - 1, MOST).round().astype(int))  # the last one among them
+    few = np.unique(np.linspace(0, len(x) - 1, MOST).round().astype(int))  # The last one is always included.
     x, alphas = np.array(x)[few], alphas[few]
     nodes = history.nodes
     found = history.genotypes
@@ -256,7 +259,7 @@ def draw_edges(figure: Figure | SubFigure, history: History) -> None:
     key(figure, PRIMITIVES, loc="upper left", bbox_to_anchor=(left + 2.4 * wide - 6 / WIDTH, 1 - 60 / height))
 
 
-# --- the signal ---
+# --- The signal ---
 
 
 def cosines(axes: Axes, history: History) -> None:
@@ -319,7 +322,7 @@ PICTURES = {
 
 
 def figures(history: History) -> dict[str, Figure]:
-    """By name, those for which something was recorded."""
+    """Returns by name a figure of each picture for which something was recorded."""
     found = {}
     for name, picture in PICTURES.items():
         if height := picture.height(history):
@@ -329,7 +332,7 @@ def figures(history: History) -> dict[str, Figure]:
 
 
 def whole_figure(history: History) -> Figure:
-    """All of them, one below the other. Raises `PictureError` if there is none."""
+    """Returns one figure with all pictures below each other. Raises `PictureError` if nothing was recorded."""
     heights = {name: height for name, picture in PICTURES.items() if (height := picture.height(history))}
     if not heights:
         raise PictureError(f"{history.folder}: nothing to draw yet; its metrics.jsonl has no interval and no epoch")

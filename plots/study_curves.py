@@ -1,4 +1,4 @@
-"""A study: every cell's short training, in the order in which they ended."""
+"""Plots the short trainings of a study in the order in which they ended."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from plots.run_history import LARGEST
 from plots.style import GREY, INK, SERIES, PictureError, new_figure
 
 BLUE, RED, GREEN, *_ = SERIES
-METHODS = {"first": (BLUE, "o"), "unrolled": (RED, "s"), "random": (GREEN, "^")}  # colour, mark
+METHODS = {"first": (BLUE, "o"), "unrolled": (RED, "s"), "random": (GREEN, "^")}  # (colour, marker)
 
 
 def selected(folder: Path) -> dict[str, float]:
-    """By trial ("first-1/1") the validation perplexity of its short training, in the order in which they ended."""
+    """Returns by trial ("first-1/1") the validation perplexity of its short training, in the order of their ends."""
     done = {}
     for event in metrics.events(folder):
         stage, _, cell = event["trial"].partition("/")
@@ -25,7 +25,10 @@ def selected(folder: Path) -> dict[str, float]:
 
 
 def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
-    """The short trainings of a study: (cell, validation perplexity), in the order in which they ended."""
+    """Returns a figure of the short trainings of a study.
+
+    `done` has a (trial, validation perplexity per word) for each, in the order in which they ended.
+    """
     figure = new_figure(345)
     axes = figure.add_subplot()
     values, order = [value for _, value in done], range(1, len(done) + 1)
@@ -44,7 +47,7 @@ def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
 
 
 def selection_figure(folder: Path) -> Figure:
-    """The selection so far. Raises `PictureError` if no trial of it is done."""
+    """Returns a figure of the selection so far. Raises `PictureError` if no trial of it is done or halved."""
     done = selected(folder)
     if not done:
         raise PictureError(

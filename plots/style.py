@@ -1,4 +1,4 @@
-"""What all pictures share: colours, sizes, axes, and how they are written."""
+"""Defines the colours, sizes, axes and file formats that all pictures share."""
 
 import io
 import os
@@ -12,10 +12,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-# Endings, each with the metadata that would make every file different.
+# The metadata of each format is unset, because a date would make every file different.
 FORMATS = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
 
-# Okabe & Ito's palette, which stays apart under the common colour blindnesses.
+# The palette of Okabe & Ito remains distinguishable with the common colour blindnesses.
 COLOURS = {
     "none": "#999999",
     "tanh": "#0072B2",
@@ -23,23 +23,27 @@ COLOURS = {
     "sigmoid": "#009E73",
     "identity": "#CC79A7",
 }
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of what is no primitive
-# What a page in the dark has others for (report.html).
+# Curves that do not stand for a primitive have these colours.
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# A page in dark mode replaces these colours (report.html).
 INK, SOFT, GREY, PAPER, BOXES = "#222222", "#666666", "#B0B0B0", "#FFFFFF", "#EDF1F5"
-ON_COLOUR = "#FDFDFD"  # of what is written on a colour, in the dark too
+ON_COLOUR = "#FDFDFD"  # Text on a coloured area has this colour in dark mode too.
 
-POINT = 0.75  # a pixel of a page that shows a picture unscaled, in what matplotlib measures fonts and lines in
-WIDTH = 840  # of a picture, in such pixels: a README's
-SMALL = 11  # pixels of a font
+POINT = 0.75  # One pixel of an unscaled picture is this many points, the unit of fonts and lines in matplotlib.
+WIDTH = 840  # The width of a picture, in such pixels, fits a README.
+SMALL = 11  # The size of the small font is in pixels.
 
 
 class PictureError(ValueError):
-    """A picture that cannot be made; the message is one line for a person."""
+    """Raised when a picture cannot be made; the message is one line for the user."""
 
 
 @contextmanager
 def plain_style() -> Iterator[None]:
-    """Not the reader's own matplotlibrc, which may ask for other fonts, or for TeX."""
+    """Applies matplotlib's default style with this module's settings inside the context.
+
+    The user's own matplotlibrc is ignored, because it may ask for other fonts or for TeX.
+    """
     look = {
         "svg.hashsalt": "cell", "font.size": SMALL * POINT, "axes.titlesize": (SMALL + 1) * POINT,
         "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
@@ -52,13 +56,15 @@ def plain_style() -> Iterator[None]:
 
 
 def new_figure(height: float) -> Figure:
-    """So many pixels high."""
+    """Returns an empty figure that is `WIDTH` pixels wide and `height` pixels high."""
     return Figure(figsize=(WIDTH / 96, height / 96), dpi=96, facecolor=PAPER, layout="constrained")
 
 
 def save(figure: Figure, path: str | Path, title: str) -> None:
-    """In the format that the ending of `path` names; the same figure gives the same file. Raises `PictureError` for
-    another ending than those of `FORMATS`, and `OSError`."""
+    """Writes a figure in the format that the ending of `path` names; equal figures give identical files.
+
+    Raises `PictureError` for an ending that is not in `FORMATS`, and `OSError`.
+    """
     ending = Path(path).suffix.lower()
     if ending not in FORMATS:
         raise PictureError(f"a picture's name ends in {', '.join(FORMATS)}, unlike {str(path)!r}")
@@ -67,7 +73,7 @@ def save(figure: Figure, path: str | Path, title: str) -> None:
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """Another name beside `path` inside; in the end, if all went well, its file takes the place of that at `path`."""
+    """Yields a temporary path beside `path`, and renames that file to `path` at the end unless an error was raised."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -78,7 +84,7 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 
 def svg(figure: Figure) -> str:
-    """The picture as an element of a page."""
+    """Returns the figure as an <svg> element for an HTML page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
@@ -86,13 +92,13 @@ def svg(figure: Figure) -> str:
 
 
 def plot(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, colour: str, look: str = "-", **more) -> None:
-    """A curve; a mark on its last point, so that one which has only begun is seen as well."""
+    """Draws a curve with a marker on its last point, so that a curve of a single point is visible."""
     marks = {"linestyle": look, "marker": "o", "markersize": 3.5, "markevery": [-1]} | more
     axes.plot(x, y, color=colour, label=label, gid=f"curve-{label}", **marks)
 
 
 def log_scale(axes: Axes) -> None:
-    """Upwards, with numbers as one says them."""
+    """Makes the y axis logarithmic, with plain decimal numbers at its ticks."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     subs = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0) if high > 4 * low else range(1, 10)
@@ -102,11 +108,11 @@ def log_scale(axes: Axes) -> None:
 
 
 def legend(axes: Axes) -> None:
-    """Of the curves that have names, small enough to lie in a panel."""
+    """Adds a legend of the labelled curves that is small enough for a panel."""
     axes.legend(fontsize=(SMALL - 1) * POINT, handlelength=1.4, borderaxespad=0.3, labelspacing=0.3)
 
 
 def key(figure: Figure | SubFigure, names: Sequence[str], **more) -> None:
-    """A legend of primitives' colours, on one line."""
+    """Adds a legend of the primitives' colours on one line."""
     patches = [Patch(facecolor=COLOURS[name], label=name) for name in names]
     figure.legend(handles=patches, ncols=len(names), handlelength=1, handleheight=0.9, columnspacing=1.4, **more)

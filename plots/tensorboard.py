@@ -1,7 +1,7 @@
-"""metrics.jsonl once more, for TensorBoard: scalars, the cell that a search points to, and the flags.
+"""Writes metrics.jsonl in the format of TensorBoard: scalars, the current genotype of a search, and the flags.
 
-What is in that file is what TensorBoard finds: when a run goes on, or back to a checkpoint, all of it is written again,
-in the place of what was written before. (A TensorBoard that is open meanwhile may show both until it is started again.)
+The event files always have the content of metrics.jsonl: when a run resumes or returns to a checkpoint, everything is
+rewritten. A TensorBoard process that is open meanwhile may show both versions until it is restarted.
 """
 
 from pathlib import Path
@@ -16,21 +16,21 @@ from plots.cell_graph import cell_figure
 from plots.style import plain_style
 
 FOLDER = "tensorboard"
-OF_ROW = ("epoch", "step", "seconds")  # where a row stands, and no measurement
-HPARAM_METRICS = "epoch/valid_ppl"  # what TensorBoard compares runs with these flags by
+OF_ROW = ("epoch", "step", "seconds")  # These fields locate a record and are no measurements.
+HPARAM_METRICS = "epoch/valid_ppl"  # TensorBoard compares runs by this metric.
 
 
 class TensorBoardLogger:
-    """Of the run in this directory."""
+    """Writes the TensorBoard event files of the run in `folder`."""
 
     def __init__(self, folder: Path, flags: dict[str, Any]):
         self.folder = folder
         self.flags = {name: value for name, value in flags.items() if isinstance(value, bool | int | float | str)}
         self.writer: SummaryWriter | None = None
-        self.cell: Any = None  # the last that was drawn
+        self.cell: Any = None  # This genotype was drawn last.
 
     def restart(self) -> None:
-        """Write everything that is in metrics.jsonl, in the place of what was written before."""
+        """Replaces the event files by new ones with everything that is in metrics.jsonl."""
         if self.writer is not None:
             self.writer.close()
         for path in (self.folder / FOLDER).glob("events.out.tfevents.*"):
@@ -43,7 +43,7 @@ class TensorBoardLogger:
         self.writer.flush()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write a row that was just added to metrics.jsonl."""
+        """Writes a record that has just been added to metrics.jsonl."""
         if self.writer is None:
             self.restart()
         else:
@@ -61,4 +61,4 @@ class TensorBoardLogger:
                 with plain_style():
                     self.writer.add_figure("cell", cell_figure(from_json(self.cell)), step)
             except GenotypeError:
-                pass  # of a file that somebody has written into
+                pass  # Someone may have edited metrics.jsonl.

@@ -1,4 +1,4 @@
-"""Retraining: validation curves of many runs on one axis, beside those that were published."""
+"""Plots the validation curves of retrainings on one axis, beside the published perplexities."""
 
 from collections.abc import Sequence
 from math import log
@@ -12,27 +12,27 @@ from experiment import metrics
 from plots.run_history import History
 from plots.style import GREY, INK, POINT, SERIES, SMALL, SOFT, PictureError, log_scale, new_figure, plot
 
-# Validation perplexity of the published cell on Penn Treebank after so many epochs (Li & Talwalkar, UAI 2019).
+# The published cell has these validation perplexities on Penn Treebank by epoch (Li & Talwalkar, UAI 2019).
 ANCHORS = {300: 64.0, 500: 61.9, 1600: 59.5, 2600: 58.5, 3600: 58.2}
-HEIGHT, LINE = 400, 17  # pixels of the picture, and of a line of text
+HEIGHT, LINE = 400, 17  # The picture and a line of text have these heights in pixels.
 LOOKS = ("-", "--", ":", "-.")
 
 
 def on_penn(folder: Path) -> bool:
-    """Whether the run says that it read the whole of Penn Treebank."""
+    """Returns whether the flags in config.json say that the run read the whole of Penn Treebank."""
     flags = (metrics.read_json(folder / "config.json") or {}).get("flags")
     return isinstance(flags, dict) and flags.get("data") == "penn" and flags.get("limit_tokens") == 0
 
 
 def switch(history: History) -> float | None:
-    """When averaging began (NT-ASGD): the end of the last epoch before it; None without one."""
+    """Returns when averaging began (NT-ASGD): the end of the last epoch before it, or None if no such epoch exists."""
     rows = history.rows["epoch"]
     first = next((k for k, row in enumerate(rows) if row.get("phase") == "asgd"), 0)
     return history.when(rows[first - 1]["step"]) if first else None
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """What tells them apart: as much of the end of each path as that takes."""
+    """Returns distinct names for the folders: as few last parts of each path as distinguish them, or the full paths."""
     for depth in range(1, 6):
         found = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
         if len(set(found)) == len(found):
@@ -41,7 +41,7 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 
 def train_figure(histories: Sequence[History]) -> Figure:
-    """Raises `PictureError` if no epoch of any run is over."""
+    """Returns a figure with the validation curve of each run. Raises `PictureError` if no epoch of any run is over."""
     histories = [history for history in histories if history.curve("epoch", "valid_ppl", 0)[0]]
     if not histories:
         raise PictureError("no epoch of these runs is over yet, so there is no validation perplexity to draw")
@@ -72,21 +72,25 @@ def train_figure(histories: Sequence[History]) -> Figure:
     found = axes.legend(lines, [line.get_label() for line in lines], title="run: best", loc="upper left",
                         bbox_to_anchor=(1.01, 1), alignment="left")  # fmt: skip
     for text in found.get_texts():
-        text.set_parse_math(False)  # a directory may have a $ in its name
+        text.set_parse_math(False)  # The name of a directory may contain a $.
     return figure
 
 
 def draw_anchors(axes: Axes, end: float, limits: tuple[float, float]) -> None:
-    """Lines that are named at their right end, those that lie close together in one place; and a cross where the runs
-    are as long. `limits`: of the runs' perplexities."""
+    """Draws a line for each published perplexity, and a cross at its epoch if the runs are that long.
+
+    The lines are labelled at their right end, where close lines share one label. `limits` are the lowest and the
+    highest perplexity of the runs.
+    """
     for epochs, value in ANCHORS.items():
         axes.axhline(value, gid=f"anchor-{epochs}", color=GREY, linestyle=":", linewidth=POINT)
         if epochs <= end:
             axes.plot([epochs], [value], "x", color=SOFT, markersize=6, gid=f"reached-{epochs}")
     least, most = min(limits[0], *ANCHORS.values()), max(limits[1], *ANCHORS.values())
-    line = 1.05 * (log(most) - log(least)) * LINE / HEIGHT  # of text, on a log axis, in nats; more than on a linear one
+    # This is the height of a line of text on a log axis, in nats, which is more than on a linear axis.
+    line = 1.05 * (log(most) - log(least)) * LINE / HEIGHT
     groups: list[list[int]] = []
-    for epochs, value in ANCHORS.items():  # from the highest to the lowest
+    for epochs, value in ANCHORS.items():  # Perplexities are in descending order.
         last = groups[-1] if groups else []
         if last and log(ANCHORS[last[0]]) - log(value) < line * (len(last) + 1):
             last.append(epochs)

@@ -1,11 +1,11 @@
-"""The flags of a study, and which of its stages each of them decides."""
+"""Defines the command-line flags of a study (trials.py) and the stages that each flag shapes."""
 
 from argparse import Namespace
 
 from experiment import arguments
 from study.design import METHODS, RANDOM
 
-# The flags that decide what a stage runs: they stay what they are once it has begun.
+# These flags decide what a stage runs, so they must not change once the stage has begun.
 STAGE_FLAGS = {
     "baseline": "data seed train_flags baselines full_epochs full_seeds",
     "proxy": "data seed train_flags full_epochs proxy_cells proxy_epochs proxy_emsize proxy_tokens proxy_reference"
@@ -27,7 +27,7 @@ def build_parser() -> arguments.Parser:
 
 
 def add_study_flags(parser: arguments.Parser) -> None:
-    """Where the study is, its text, and the flags of every training."""
+    """Adds the flags for the study's directory, its corpus and the options of every training."""
     study = parser.add_argument_group("study")
     study.add_argument("--study", metavar="DIR", help="its directory (default: runs/study-YYYYMMDD-HHMMSS)")
     study.add_argument(
@@ -44,7 +44,11 @@ def add_study_flags(parser: arguments.Parser) -> None:
 
 
 def add_proxy_flags(parser: arguments.Parser) -> None:
-    """The yardstick, and the short trainings that might rank cells as it does."""
+    """Adds the flags of the baseline and proxy stages.
+
+    The baseline stage trains reference cells in full. The proxy stage tests which short trainings rank cells as the
+    full training does.
+    """
     baseline = parser.add_argument_group("baseline: the yardstick, trained in full")
     baseline.add_argument("--baselines", nargs="+", default=["DARTS", "LSTM"], metavar="ARCH", help="cells")
     baseline.add_argument("--full_epochs", type=int, default=3600, help="epochs of a training in full")
@@ -72,7 +76,7 @@ def add_proxy_flags(parser: arguments.Parser) -> None:
 
 
 def add_search_flags(parser: arguments.Parser) -> None:
-    """The three stages that find cells, choose among them and train the best in full."""
+    """Adds the flags of the stages that search for cells, select among them and retrain the best in full."""
     search = parser.add_argument_group("search: cells, by each method")
     search.add_argument(
         "--methods", nargs="+", choices=(*METHODS, RANDOM), default=[*METHODS, RANDOM], help="how cells are found"
@@ -105,7 +109,7 @@ def add_search_flags(parser: arguments.Parser) -> None:
 
 
 def add_run_flags(parser: arguments.Parser) -> None:
-    """How its trials share a machine or a cluster, and when they end early."""
+    """Adds the flags that set how trials share a machine or a cluster, and when a stage ends early."""
     run = parser.add_argument_group("run")
     run.add_argument("--parallel", type=int, default=0, help="trials at a time (default: as many as fit)")
     run.add_argument("--cpus_per_trial", type=float, default=1, help="processor cores, and threads, of one trial")
@@ -128,5 +132,5 @@ def add_run_flags(parser: arguments.Parser) -> None:
 
 
 def requested_stages(args: Namespace) -> list[str]:
-    """The stages to be run, in their order; none for a report alone."""
+    """Returns the stages to run, in their order; the list is empty if only a report is requested."""
     return [stage for stage in STAGE_FLAGS if args.stage in ("run", stage)]

@@ -1,4 +1,4 @@
-"""What a study will cost: every job's steps, times what a step of its kind takes on the machine that runs it."""
+"""Predicts the cost of a study from the steps of each job and the measured seconds of a step of its kind."""
 
 import heapq
 import shlex
@@ -18,7 +18,7 @@ from genotypes import BASELINES
 from study.jobs import Job
 
 SCRIPTS = {"train.py": retrain_arguments, "train_search.py": search_arguments}
-# Of a study's own making: what a user gives to the scripts beside them must leave them alone.
+# The study sets these flags itself, so the quoted flags that a user gives for the scripts must not contain them.
 RESERVED_FLAGS = (
     "save",
     "resume",
@@ -32,25 +32,25 @@ RESERVED_FLAGS = (
     "search_split",
     "unrolled",
 )
-PROBE_STEPS = 12  # of the run that measures a kind of job
-WARM = 4  # of them, in which functions are compiled and memory is taken
+PROBE_STEPS = 12  # The run that measures a kind of job has this many steps.
+WARM = 4  # The first steps are not timed, as they compile functions and allocate memory.
 NOT_OF_THE_KIND = {"epochs", "seed", "save", "resume", "limit_tokens", "test", "log_interval"}
 
 
 class Resources(NamedTuple):
-    """What one trial takes of a machine."""
+    """One trial occupies these processor cores and GPUs."""
 
     cpus: float = 1
     gpus: float = 0
 
     @property
     def devices(self) -> float:
-        """What its time costs: GPUs where it has some, else cores."""
+        """Returns the number of devices that device time counts: the GPUs if the trial has any, else the cores."""
         return self.gpus or self.cpus
 
     @property
     def unit(self) -> str:
-        """In which that is told."""
+        """Returns the name of the device that device time counts, "GPU" or "core"."""
         return "GPU" if self.gpus else "core"
 
     @property
@@ -59,33 +59,33 @@ class Resources(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds on the machine at hand."""
+    """Timings are measured seconds on the machine that runs the study."""
 
     step: float
-    evaluation: float  # of the validation text
+    evaluation: float  # This is one pass over the validation text.
 
 
 class Entry(NamedTuple):
-    """A line of the plan."""
+    """An entry is one line of the plan: the cost of one stage."""
 
     stage: str
     trials: int
     done: int
-    steps: int  # still to be taken
-    seconds: float  # of work for them
-    wall: float  # seconds, so many at a time
+    steps: int  # These steps remain to be run.
+    seconds: float  # This is the sum over the remaining trials.
+    wall: float  # This is in seconds, with several trials at a time.
 
 
 @cache
 def parse(job: Job) -> Namespace:
-    """A job's flags, as its script would take them; not to be written to."""
+    """Returns a job's flags as its script parses them. The result is cached, so do not modify it."""
     args = SCRIPTS[job.script].build_parser().parse_args([*job.flags, "--save", job.name])
     arguments.complete(args, "")
     return args
 
 
 def kind(job: Job) -> str:
-    """Jobs of the same kind take the same time for a step, whatever their genotypes."""
+    """Returns the kind of a job: a step takes the same time in all jobs of one kind, whatever their genotypes."""
     flags = {name: value for name, value in vars(parse(job)).items() if name not in NOT_OF_THE_KIND}
     if "arch" in flags:
         arch = flags["arch"].upper()
@@ -94,21 +94,21 @@ def kind(job: Job) -> str:
 
 
 def probe(job: Job, name: str) -> Job:
-    """A run of a few steps of the same kind."""
+    """Returns a job of the same kind with a few steps, which measures the time of a step."""
     args = parse(job)
     held_out = search_arguments.HELD_OUT if getattr(args, "search_split", "valid") == "train" else 0.0
     tokens = args.batch_size * max(PROBE_STEPS * args.bptt, 2) / (1 - held_out)
-    if held_out:  # either text needs two rows
+    if held_out:  # The text held out for the alphas needs two time steps for each batch element.
         tokens = max(tokens, 2 * args.arch_batch_size / held_out)
     short = ("--epochs", "1", "--limit_tokens", str(int(tokens) + 1), "--log_interval", "1", "--checkpoint_minutes",
              "60", "--cycle", "0")  # fmt: skip
     if job.script == "train_search.py":
-        short += ("--arch_start", "0")  # its steps are those that move the alphas
+        short += ("--arch_start", "0")  # Every measured step also updates the alphas.
     return Job(name, job.script, (*job.flags, *short))
 
 
 def read(folder: Path) -> Timing:
-    """What a probe says."""
+    """Reads the timing from the metrics.jsonl of a finished probe; a step takes the median of the timed steps."""
     rows = list(metrics.rows(folder))
     times = [row["seconds"] for row in rows if row["kind"] == "interval"]
     [whole] = [row["seconds"] for row in rows if row["kind"] == "epoch"]
@@ -117,7 +117,7 @@ def read(folder: Path) -> Timing:
 
 
 def steps(job: Job, corpus: data.Corpus) -> int:
-    """How many a job takes, on average over the lengths that are drawn."""
+    """Returns the expected number of steps of a job, given the distribution of the random segment lengths."""
     args = parse(job)
     ids, rows = SCRIPTS[job.script].texts_to_read(corpus, args)["train"]
     length = 0.95 * args.bptt + 0.05 * max(1, args.bptt // 2)
@@ -125,13 +125,13 @@ def steps(job: Job, corpus: data.Corpus) -> int:
 
 
 def seconds(job: Job, corpus: data.Corpus, paces: Mapping[str, Timing]) -> float:
-    """Of work on a whole job."""
+    """Returns the predicted seconds of a whole job: its steps, and one evaluation per epoch and one more."""
     pace = paces[kind(job)]
     return steps(job, corpus) * pace.step + (parse(job).epochs + 1) * pace.evaluation
 
 
 def makespan(durations: Iterable[float], parallel: int) -> float:
-    """Seconds until the last is done, where the next begins as soon as there is room."""
+    """Returns the seconds until all are done, if `parallel` run at a time and each starts as soon as one has ended."""
     ends = [0.0] * parallel
     for duration in durations:
         heapq.heappush(ends, heapq.heappop(ends) + duration)
@@ -139,7 +139,7 @@ def makespan(durations: Iterable[float], parallel: int) -> float:
 
 
 def entry(stage: str, todo: Sequence[Job], study: Path, corpus: data.Corpus, paces: Mapping, parallel: int) -> Entry:
-    """The line of a stage; of what is done or begun, only the rest counts."""
+    """Returns the cost of a stage, in which a job that is done costs nothing and one that has begun only its rest."""
     left, total = [], 0
     for job in todo:
         if not job.is_done(study):
@@ -151,7 +151,7 @@ def entry(stage: str, todo: Sequence[Job], study: Path, corpus: data.Corpus, pac
 
 
 def text(entries: Sequence[Entry], parallel: int, share: Resources, full: float) -> str:
-    """The plan for a person. `full`: seconds of one training in full."""
+    """Returns the plan as a table for the user. `full` is the seconds of one full training, or 0 to leave it out."""
     hours = f"{share.unit}-hours"
     lines = [f"{'stage':<10}{'trials':>8}{'done':>6}{'steps':>12}{'s/step':>9}{hours:>12}{'wall clock':>13}"]
     for e in entries:

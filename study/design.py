@@ -1,7 +1,7 @@
-"""What a study trains: the jobs of each stage, and the cells that one stage hands to the next.
+"""Defines the jobs of each stage of a study, and the cells that one stage passes to the next.
 
-Everything follows from the study's flags and the run directories in it, so that a study which goes on finds the same
-jobs again. A job's directory is STAGE/CELL/SEED.
+Everything is computed from the study's flags and its run directories, so that a resumed study has the same jobs. The
+directory of a job is STAGE/CELL/SEED, or search/METHOD/SEED for a search and proxy/SETTING/CELL/SEED for a proxy.
 """
 
 import re
@@ -17,13 +17,13 @@ from experiment import metrics
 from genotypes import Genotype, from_json, random_genotype
 from study.jobs import Job
 
-STAGES = ("baseline", "proxy", "search", "select", "retrain")  # in their order
-METHODS = {"first": (), "unrolled": ("--unrolled",)}  # that search, and their flags
-RANDOM = "random"  # the method that does not
+STAGES = ("baseline", "proxy", "search", "select", "retrain")  # Stages run in this order.
+METHODS = {"first": (), "unrolled": ("--unrolled",)}  # Each method that searches has these flags.
+RANDOM = "random"  # This method does not search.
 
 
 class Cell(NamedTuple):
-    """A genotype, and the searches (or draws) that it came from: "first-1", "random-2"."""
+    """A cell is a genotype with the names of the searches or random samples that gave it ("first-1", "random-2")."""
 
     genotype: Genotype
     found_by: tuple[str, ...]
@@ -34,7 +34,10 @@ class Cell(NamedTuple):
 
 
 class Proxy(NamedTuple):
-    """A short training: epochs, size (0: the full one) and tokens of training text (0: all of train_flags)."""
+    """A proxy is the setting of a short training: its epochs, its --emsize and its tokens of training text.
+
+    An `emsize` of 0 stands for the full size, and `tokens` of 0 for the text that --train_flags selects.
+    """
 
     epochs: int
     emsize: int
@@ -42,7 +45,7 @@ class Proxy(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Of its runs; one run of the most epochs serves all that are shorter."""
+        """Returns the directory name of its runs; settings that differ only in epochs share the longest run."""
         return "full" if (self.emsize, self.tokens) == (0, 0) else f"emsize{self.emsize}-tokens{self.tokens}"
 
     def __str__(self) -> str:
@@ -52,7 +55,7 @@ class Proxy(NamedTuple):
 
 
 class Study:
-    """The jobs of a study in `folder` with these flags."""
+    """Computes the jobs of the study in `folder` from its flags `args`."""
 
     def __init__(self, folder: Path, args: Namespace):
         self.folder, self.args = folder, args
@@ -60,7 +63,7 @@ class Study:
     def training(
         self, stage: str, label: str, arch: str, epochs: int, seeds: int, *more: str, after: int = 0
     ) -> list[Job]:
-        """Of one cell, by each seed; of those that follow the first `after` ones."""
+        """Returns the trainings of one cell, one for each of `seeds` seeds after the first `after` seeds."""
         a = self.args
         return [
             Job(
@@ -80,7 +83,7 @@ class Study:
         ]  # fmt: skip
 
     def proxies(self) -> list[Proxy]:
-        """To try, the long training itself left out."""
+        """Returns the short trainings to try; those of full size must have fewer epochs than the reference training."""
         a = self.args
         found = [
             Proxy(epochs, emsize, tokens)
@@ -89,12 +92,13 @@ class Study:
         return [proxy for proxy in found if proxy.folder != "full" or proxy.epochs < self.reference().epochs]
 
     def reference(self) -> Proxy:
-        """The long training that proxies are held against."""
+        """Returns the long training that the proxies are compared with."""
         return Proxy(self.args.proxy_reference or self.args.full_epochs, 0, 0)
 
     def proxy(self) -> list[Job]:
         a, found = self.args, []
-        for proxy in {p.folder: p for p in (*self.proxies(), self.reference())}.values():  # the longest of each folder
+        # Epochs ascend within a folder and the reference is last, so the dict retains the longest training of each.
+        for proxy in {p.folder: p for p in (*self.proxies(), self.reference())}.values():
             more = ("--emsize", str(proxy.emsize)) if proxy.emsize else ()
             more += ("--limit_tokens", str(proxy.tokens)) if proxy.tokens else ()
             for arch in a.proxy_cells:
@@ -115,7 +119,7 @@ class Study:
         ]  # fmt: skip
 
     def searched(self) -> dict[str, dict[str, Any]]:
-        """The results of the searches that have ended, by name ("first-1")."""
+        """Returns the results of the searches that have ended, by name ("first-1")."""
         results = {job.name: metrics.result(self.folder / job.name) for job in self.search()}
         return {
             name.removeprefix("search/").replace("/", "-"): result
@@ -123,7 +127,7 @@ class Study:
         }  # fmt: skip
 
     def random_cells(self, searched: int) -> dict[str, Genotype]:
-        """As many as were asked for, or as were found."""
+        """Returns random cells by name: as many as --random_cells says, or `searched` cells if that is 0."""
         a = self.args
         if RANDOM not in a.methods:
             return {}
@@ -131,24 +135,27 @@ class Study:
         return {f"{RANDOM}-{seed}": random_genotype(seed) for seed in seeds}
 
     def cells(self) -> list[Cell]:
-        """Every distinct genotype of the searches, and the random ones: taken in turn, so that a selection which is
-        stopped has seen of both."""
+        """Returns every distinct searched cell and every distinct random cell.
+
+        The two kinds alternate, so that a selection which ends early has trained cells of both.
+        """
         searched = distinct((name, from_json(result["genotype"])) for name, result in self.searched().items())
         drawn = distinct(self.random_cells(len(searched)).items())
         return [cell for pair in zip_longest(searched, drawn) for cell in pair if cell]
 
     def select(self, cells: Sequence[Cell] | None = None) -> list[Job]:
-        """Short trainings of these cells, those of `cells` by default."""
+        """Returns the short trainings of the given cells; the default is all that the method `cells` returns."""
         a = self.args
         more = shlex.split(a.select_flags)
         each = [
             self.training("select", cell.label, str(cell.genotype), a.select_epochs, a.select_seeds, *more)
             for cell in (self.cells() if cells is None else cells)
         ]
-        return [job for round_ in zip(*each, strict=True) for job in round_]  # one seed of all, then the next
+        # All cells are trained with one seed before any is trained with the next.
+        return [job for round_ in zip(*each, strict=True) for job in round_]
 
     def selected(self) -> list[tuple[float, Cell]]:
-        """Mean validation perplexity and cell, best first; those whose trainings are all done."""
+        """Returns (mean validation perplexity, cell), best first, of the cells whose short trainings are all done."""
         ranked = []
         for cell in self.cells():
             values = self.values(self.select([cell]))
@@ -157,8 +164,11 @@ class Study:
         return sorted(ranked, key=lambda pair: (pair[0], pair[1].label))
 
     def retrain(self, cells: Sequence[Cell] | None = None) -> list[Job]:
-        """Trainings in full of these cells, the best of the selection by default. Their seeds are others than those of
-        the selection: what a cell owed to luck there, it does not keep."""
+        """Returns the full trainings of the given cells; the default is the --top best of the selection.
+
+        The seeds differ from those of the selection, so that a cell which was selected by a lucky seed loses that
+        advantage.
+        """
         a = self.args
         if cells is None:
             cells = [cell for _, cell in self.selected()[: a.top]]
@@ -170,8 +180,11 @@ class Study:
         ]  # fmt: skip
 
     def chosen(self) -> tuple[Cell, Job] | None:
-        """The cell with the best mean after retraining, and the best of its runs, which is to read the test text. Once
-        it has, it stays the choice, whatever is retrained later."""
+        """Returns the cell with the best mean validation perplexity after retraining, and the best of its runs.
+
+        That run evaluates the test text. Once it has, it remains the choice, whatever is retrained later. Returns None
+        if no cell has finished all of its retrainings.
+        """
         ranked = []
         for _, cell in self.selected()[: self.args.top]:
             results = {job: metrics.result(self.folder / job.name) for job in self.retrain([cell])}
@@ -187,13 +200,13 @@ class Study:
         return cell, job._replace(test=True)
 
     def values(self, of: Iterable[Job]) -> list[float]:
-        """Validation perplexities of the jobs that are done."""
+        """Returns the validation perplexities, per word, of those jobs in `of` that have a result."""
         results = (metrics.result(self.folder / job.name) for job in of)
         return [result["valid_ppl"] for result in results if result is not None]
 
 
 def distinct(named: Iterable[tuple[str, Genotype]]) -> list[Cell]:
-    """One cell for each genotype, with all of its names."""
+    """Returns one cell for each distinct genotype, with all of its names."""
     names: dict[Genotype, list[str]] = {}
     for name, genotype in named:
         names.setdefault(genotype, []).append(name)
@@ -201,5 +214,5 @@ def distinct(named: Iterable[tuple[str, Genotype]]) -> list[Cell]:
 
 
 def label(arch: str) -> str:
-    """A cell's directory."""
+    """Returns the directory name of a cell: `arch` with other characters replaced by "-", cut to 80."""
     return re.sub(r"[^\w.-]+", "-", arch)[:80].strip("-.")

@@ -1,7 +1,7 @@
-"""One trial of a study: a run of `train_search.py` or `train.py` in a process of its own, and what it leaves behind.
+"""Runs one trial of a study, which is a run of `train_search.py` or `train.py` in a process of its own.
 
-The run directory is all that is known of a trial: it is done when result.json is there, halved when halved.json is,
-and goes on from its checkpoint when neither is. Nothing here needs Ray.
+The state of a trial is its run directory alone: the trial is done when result.json exists, halved when halved.json
+exists, and otherwise resumes from its checkpoint. Nothing here needs Ray.
 """
 
 import os
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from experiment import metrics
 
 ROOT = Path(__file__).parent.parent
-# The run ends with whoever started it, in whatever way that one ends: an orphan would hold the run directory's lock.
-# (Linux; elsewhere an orphan goes on, and the trial is tried again until it is over.)
+# The kernel kills the run when its parent process ends for any reason: an orphan would hold the run directory's lock.
+# This works on Linux only; elsewhere an orphan continues, and the trial is retried until the orphan has ended.
 LAUNCH = """
 import ctypes, os, sys
 try:
@@ -27,16 +27,18 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
-POLL = 0.25  # seconds between two looks at metrics.jsonl
+POLL = 0.25  # The time between two checks of metrics.jsonl is in seconds.
 
 
 class TrialFailed(Exception):
-    """A trial's process did not end well; the message is its last line."""
+    """Raised when a trial's process exits with an error; the message has the last line of its output."""
 
 
 class Job(NamedTuple):
-    """What to run: a script with these flags, in the directory of this name in the study ("select/first-1"). The test
-    text is read only by a job that is to."""
+    """A job runs a script with these flags in the study's subdirectory `name` ("select/first-1/1").
+
+    Only a job with `test` evaluates the test text.
+    """
 
     name: str
     script: str
@@ -44,7 +46,7 @@ class Job(NamedTuple):
     test: bool = False
 
     def is_done(self, study: Path) -> bool:
-        """Whether there is nothing left to do."""
+        """Returns whether the trial is halved, or has its result (including the test perplexity if `test` is set)."""
         folder = study / self.name
         found = metrics.result(folder)
         if found is not None:
@@ -52,7 +54,7 @@ class Job(NamedTuple):
         return (folder / "halved.json").exists()
 
     def command(self, study: Path) -> list[str]:
-        """The script and its flags: the run's own, where it has begun."""
+        """Returns the script and its flags; a run that has begun gets --resume, as config.json holds its flags."""
         begun = (study / self.name / "config.json").exists()
         flags = ("--resume",) if begun else self.flags
         save = ("--save", str(study / self.name), "--test", "read" if self.test else "skip")
@@ -60,8 +62,14 @@ class Job(NamedTuple):
 
 
 def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[dict[str, Any]], None]) -> None:
-    """Begin the trial, or go on with it, until it is done; `report` gets the row of metrics.jsonl of each epoch, those
-    of before too. `directory` is where relative names in its flags start from. Raises `TrialFailed`."""
+    """Starts or resumes the trial and returns when it is done.
+
+    Args:
+        directory: relative paths in the job's flags are relative to it.
+        report: receives each epoch's record of metrics.jsonl, including those written before a resume.
+
+    Raises `TrialFailed` if the process exits with an error.
+    """
     folder = study / job.name
     seen = 0
     if not job.is_done(study):
@@ -96,7 +104,7 @@ def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[
 
 
 def size_of(path: Path) -> int:
-    """In bytes; 0 for what is not there."""
+    """Returns the size of a file in bytes, or 0 if it cannot be read."""
     try:
         return path.stat().st_size
     except OSError:
@@ -104,7 +112,7 @@ def size_of(path: Path) -> int:
 
 
 def last_line(output: Path) -> str:
-    """Of what a trial said, what tells most: its last line that is not empty."""
+    """Returns the last line of a trial's output that is not empty, cut to 300 characters."""
     try:
         with open(output, "rb") as file:
             file.seek(max(0, output.stat().st_size - 4096))

@@ -1,7 +1,7 @@
-"""What a study found: leaderboard.md for people, leaderboard.csv and leaderboard.json for programs.
+"""Writes the results of a study: leaderboard.md for people, leaderboard.csv and leaderboard.json for programs.
 
-Whether searching beat drawing at random is judged by the short trainings alone, in which every cell had the same
-budget; those that were retrained in full were picked by them.
+Searched cells are compared with random cells by the short trainings alone, in which every cell has the same budget. The
+full trainings cannot tell, because the short ones select their cells.
 """
 
 import csv
@@ -18,12 +18,12 @@ from study.cost import Resources
 from study.design import RANDOM, STAGES, Cell, Proxy, Study
 from study.jobs import Job
 
-SHARE = "share.json"  # what a trial takes of a machine
-AGREES = 0.7  # Kendall's tau of a proxy that is recommended, whose interval must lie above 0
+SHARE = "share.json"  # This file has the cores and GPUs of a trial.
+AGREES = 0.7  # A recommended proxy has at least this Kendall's tau, with an interval above 0.
 
 
 def write(study: Study, run: Run) -> str:
-    """All three files; returns the text of the first."""
+    """Writes the three leaderboard files and returns the text of leaderboard.md."""
     found = summary(study)
     text = as_markdown(found)
     run.write("leaderboard.json", found)
@@ -33,7 +33,11 @@ def write(study: Study, run: Run) -> str:
 
 
 def summary(study: Study) -> dict[str, Any]:
-    """Everything that follows from the study's run directories, as plain values; None where there is none."""
+    """Returns the results of the study as plain JSON values, computed from its run directories.
+
+    A value that is not known yet is None. If any trial was halved, methods are not compared: `methods` is empty and
+    `searched_against_random` is None.
+    """
     cells = [cell_row(study, cell) for cell in study.cells()]
     cells.sort(
         key=lambda row: (not row["retrained"], row["retrain"] or math.inf, row["select"] or math.inf, row["cell"])
@@ -59,7 +63,7 @@ def summary(study: Study) -> dict[str, Any]:
 
 
 def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
-    """A candidate: its perplexities on the validation text, mean and standard deviation over seeds."""
+    """Returns the record of one cell: mean and standard deviation over seeds of its validation perplexities."""
     short, full = study.select([cell]), study.retrain([cell])
     selected, retrained = study.values(short), study.values(full)
     halved = [metrics.read_json(study.folder / job.name / "halved.json") for job in short]
@@ -78,7 +82,10 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def methods(cells: Sequence[dict]) -> list[dict[str, Any]]:
-    """For each method the short trainings of the cells that it found, a cell that was found twice counted twice."""
+    """Returns statistics of the short trainings for each method, best mean first.
+
+    A cell that a method found twice counts twice.
+    """
     found: dict[str, list[float]] = {}
     for row in cells:
         for name in row["found_by"] if row["select"] is not None else ():
@@ -93,7 +100,10 @@ def methods(cells: Sequence[dict]) -> list[dict[str, Any]]:
 
 
 def against_random(cells: Sequence[dict]) -> dict[str, Any] | None:
-    """Distinct searched cells against random ones: the difference of the means, and its p under permutation."""
+    """Compares distinct searched cells with random ones: the difference of their means and its permutation p-value.
+
+    Returns None unless there are short trainings of both kinds.
+    """
     known = [row for row in cells if row["select"] is not None]
     drawn = [row["select"] for row in known if row["cell"].startswith(f"{RANDOM}-")]
     searched = [row["select"] for row in known if not row["cell"].startswith(f"{RANDOM}-")]
@@ -111,7 +121,7 @@ def against_random(cells: Sequence[dict]) -> dict[str, Any] | None:
 
 
 def stages(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
-    """Whether what one stage ranks high, the next does."""
+    """Returns the rank correlations (Kendall's tau, Spearman's rho) of the cells between consecutive stages."""
     relaxed = {name: result["valid_ppl"] for name, result in study.searched().items()}
     short = {name: row["select"] for row in cells for name in row["found_by"] if row["select"] is not None}
     full = {row["cell"]: row["retrain"] for row in cells if row["retrain"] is not None}
@@ -127,7 +137,7 @@ def stages(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
 
 
 def baseline(study: Study, job: Job) -> dict[str, Any]:
-    """A training in full, and its validation perplexity epoch by epoch."""
+    """Returns the record of one full training of a baseline, with its validation perplexity after each epoch."""
     _, cell, seed = job.name.split("/")
     result = metrics.result(study.folder / job.name)
     return {
@@ -139,18 +149,19 @@ def baseline(study: Study, job: Job) -> dict[str, Any]:
 
 
 def proxies(study: Study) -> list[dict[str, Any]]:
-    """How well each short training ranks the reference cells as the long one does; cheapest first.
+    """Returns how well each short training reproduces the ranking of the long training, cheapest first.
 
-    A short training of full size is the beginning of a long one: then it is read from the runs of every second seed and
-    held against those of the others, so that no run is compared with itself.
+    A short training of full size is the beginning of a long one, so it is read from the runs of every second seed and
+    compared with the long runs of the other seeds: no run is compared with itself. `cost` is relative to one full
+    training.
     """
-    runs: dict[str, dict[str, list[Job]]] = {}  # by folder and cell, one for each seed
+    runs: dict[str, dict[str, list[Job]]] = {}  # The keys are folder and cell; a list has one job per seed.
     for job in study.proxy():
         _, folder, cell, _ = job.name.split("/")
         runs.setdefault(folder, {}).setdefault(cell, []).append(job)
 
     def curves(proxy: Proxy, seeds: slice) -> dict[str, list[tuple[float, float]]]:
-        """For each cell, by seed, (best perplexity, seconds) after so many epochs, or at an earlier end."""
+        """Returns (best perplexity, seconds) by cell and seed after the proxy's epochs, or at an earlier end."""
         found: dict[str, list[tuple[float, float]]] = {}
         for cell, of_cell in runs.get(proxy.folder, {}).items():
             for job in of_cell[seeds]:
@@ -186,7 +197,10 @@ def proxies(study: Study) -> list[dict[str, Any]]:
 
 
 def cost(study: Study) -> list[dict[str, Any]]:
-    """Device time by stage, of every run there is, where a trial takes what it did when they last ran."""
+    """Returns the device time of all runs of each stage, in core-hours or GPU-hours.
+
+    A trial counts with the cores or GPUs that the study last gave to its trials.
+    """
     kept = (metrics.read_json(study.folder / SHARE) or {}).items()
     share, found = (
         Resources(**{name: value for name, value in kept if name in Resources._fields and metrics.is_number(value)}),
@@ -200,7 +214,7 @@ def cost(study: Study) -> list[dict[str, Any]]:
 
 
 def failures(study: Study) -> list[dict[str, Any]]:
-    """Trials that were given up, and not done later."""
+    """Returns the trials whose last outcome is a failure, with the reasons."""
     last = {
         event["trial"]: event
         for event in metrics.events(study.folder)
@@ -210,12 +224,12 @@ def failures(study: Study) -> list[dict[str, Any]]:
 
 
 def stopped(study: Study) -> dict[str, str]:
-    """Why stages ended before their last trial, those that did."""
+    """Returns the reason of each stage that stopped before its last trial."""
     last = {event["trial"]: event for event in metrics.events(study.folder) if event["event"] in ("stopped", "over")}
     return {stage: event["reason"] for stage, event in last.items() if event["event"] == "stopped"}
 
 
-# --- numbers ---
+# --- Numbers ---
 
 
 def average(values: Sequence[float]) -> float | None:
@@ -223,20 +237,20 @@ def average(values: Sequence[float]) -> float | None:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """The standard deviation; None of fewer than two."""
+    """Returns the standard deviation, or None for fewer than two values."""
     return stdev(values) if len(values) > 1 else None
 
 
 def number(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Returns the value, or None for NaN, which JSON cannot represent."""
     return None if math.isnan(value) else value
 
 
-# --- text ---
+# --- Text ---
 
 
 def as_csv(cells: Iterable[dict]) -> str:
-    """A line for each cell."""
+    """Returns CSV text with a header and one line for each cell."""
     file = io.StringIO()
     rows = [{**row, "found_by": " ".join(row["found_by"])} for row in cells]
     if rows:
@@ -247,7 +261,7 @@ def as_csv(cells: Iterable[dict]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A number of a table; a dash for none."""
+    """Returns the text of a value in a table: two decimals for a float, and a dash for None."""
     return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
@@ -256,13 +270,13 @@ def with_spread(value: float | None, sd: float | None) -> str:
 
 
 def table(head: str, rows: Iterable[Sequence[Any]]) -> str:
-    """In markdown; the head's columns are parted by |."""
+    """Returns a Markdown table; " | " separates the columns in `head`."""
     lines = [f"| {' | '.join(shown(value) for value in row)} |" for row in rows]
     return "\n".join([f"| {head} |", "|" + "---|" * (head.count("|") + 1), *lines])
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    """leaderboard.md."""
+    """Returns the text of leaderboard.md for a `summary`."""
     parts = ["# Leaderboard", "Perplexities on the validation text, ± the standard deviation between seeds."]
     if found["chosen"]:
         c = found["chosen"]

@@ -1,6 +1,7 @@
-"""What one sees of a study while it runs, and when a stage of it ends before its last trial.
+"""Displays a running study, and has the rules that end a stage before its last trial.
 
-Every event is a row of events.jsonl in the study; the order in which trials ended stands nowhere else.
+Every event is a record of events.jsonl in the study's directory, the only place that has the order in which trials
+ended.
 """
 
 import json
@@ -23,8 +24,8 @@ from experiment.run_directory import Run, append
 from study import jobs
 from study.jobs import Job
 
-HALTING = ("failures", "budget")  # reasons that end a study, not a stage
-FEW = 10  # trials that must have ended before the share that failed counts
+HALTING = ("failures", "budget")  # These reasons end the whole study, and others only a stage.
+FEW = 10  # The share of failed trials is judged once this many have ended.
 SPARKS = "▁▂▃▄▅▆▇█"
 MEANING = {
     "failures": "too many trials failed; see their .out files, and go on with --resume",
@@ -34,17 +35,26 @@ MEANING = {
 
 
 class Rules(NamedTuple):
-    """When to stop: after `converged` trials without a better one, and at so many hours of device time; 0 for never."""
+    """These rules stop a stage; 0 disables a rule.
+
+    `converged` is a number of trials without a better one, and `budget_hours` is device time in hours.
+    """
 
     converged: int = 0
     budget_hours: float = 0.0
 
     def reason(self, values: Sequence[float], failed: int, allowed: int, hours: float) -> str:
-        """Why a stage should end here, "" if it should not.
+        """Returns why a stage should end now, or "" if it should not.
 
-        values: validation perplexities of the trials that were done, in that order. allowed: how many trials there are
-        to be. failures: more than a third of those allowed, or, of at least `FEW` that have ended, more than a fifth.
-        converged: the last M trials hold no new best, and spread less than the M before them.
+        The reason is "failures" if more than a third of the `allowed` trials failed, or more than a fifth of at least
+        `FEW` that have ended; "budget" if `hours` reach the budget; and "converged" if the last M = `converged` trials
+        have no new best and a smaller standard deviation than the M before them.
+
+        Args:
+            values: validation perplexities of the trials that are done, in the order in which they ended.
+            failed: the number of trials that failed.
+            allowed: the number of trials of the stage.
+            hours: device time of the study so far.
         """
         ended, M = len(values) + failed, self.converged
         if failed > allowed / 3 or (ended >= FEW and failed > ended / 5):
@@ -59,13 +69,16 @@ class Rules(NamedTuple):
 
 
 class Monitor:
-    """Counts, tells and draws what becomes of the trials of a stage.
+    """Counts, logs and displays the events of the trials of a stage.
 
     Args:
         run: the directory and the log of the study.
-        expected: seconds that each job was foreseen to take, by name.
-        hours: device time that the study has taken in other stages; `devices`: what one trial takes at a time.
-        quiet: leave no trace of it.
+        todo: the jobs of the stage.
+        expected: predicted seconds of each job, by name.
+        parallel: how many trials run at a time.
+        hours: device time, in hours, that the study has used in other stages.
+        devices: the GPUs or cores that one trial occupies.
+        quiet: neither log nor record events.
     """
 
     def __init__(
@@ -75,14 +88,14 @@ class Monitor:
         self.run, self.todo, self.expected, self.parallel = run, todo, expected, parallel
         self.rules, self.hours_elsewhere, self.devices = rules or Rules(), hours, devices
         self.quiet = quiet
-        self.running: dict[str, tuple[int, float]] = {}  # epoch and validation perplexity, by name
+        self.running: dict[str, tuple[int, float]] = {}  # Values are (epoch, validation perplexity).
         self.work = {job.name: metrics.seconds(run.folder / job.name) for job in todo}
         self.failures: set[str] = set()
         repair_jsonl(run.folder / metrics.EVENTS)
         over = {job.name for job in todo if job.is_done(run.folder)}
         told = [event for event in metrics.events(run.folder) if event["event"] in ("done", "halved")]
         self.over = {event["trial"]: event for event in told if event["trial"] in over}
-        for job in todo:  # what a driver that was killed did not come to say
+        for job in todo:  # A driver that was killed may not have recorded these.
             if job.name in over - self.over.keys():
                 self.close(job)
         self.live: Live | None = None
@@ -97,25 +110,25 @@ class Monitor:
         if self.live:
             self.live.stop()
 
-    # --- what becomes of a trial ---
+    # --- Events of a trial ---
 
     def started(self, job: Job) -> None:
         self.running[job.name] = (0, math.nan)
         self.record(job, "started")
 
     def epoch(self, job: Job, epoch: int, valid_ppl: float, seconds: float) -> None:
-        """The trial has got so far, in so many seconds of work."""
+        """Notes that the trial has finished `epoch` with this validation perplexity, after `seconds` of work."""
         self.running[job.name] = (epoch, valid_ppl)
         self.work[job.name] = seconds
 
     def retried(self, job: Job) -> None:
-        """Its process is gone, and another goes on."""
+        """Records that the trial's process died and that another process resumes the trial."""
         self.running.pop(job.name, None)
         self.record(job, "retried")
         self.log(f"{job.name}: its process ended; it is started again, to go on | {self.counts()}")
 
     def failed(self, job: Job) -> None:
-        """And will not be tried again."""
+        """Records that the trial failed and will not be retried."""
         self.running.pop(job.name, None)
         self.failures.add(job.name)
         reason = jobs.last_line(self.output(job))
@@ -123,10 +136,13 @@ class Monitor:
         self.log(f"{job.name}: failed ({reason}) | {self.counts()}")
 
     def ended(self, job: Job) -> None:
-        """By itself, halved, or with all others because the stage is to stop."""
+        """Handles the end of a trial: it is done, it is halved, or all trials end because the stage stops.
+
+        A halved trial gets its halved.json here; one that ends because the stage stops can be resumed.
+        """
         epoch, valid_ppl = self.running.pop(job.name, (0, math.nan))
         if job.name in self.over:
-            return  # told of before; it only showed the halving how far it had got
+            return  # Its end is recorded already; halving only replayed its epochs.
         if job.is_done(self.run.folder):
             self.work[job.name] = metrics.seconds(self.run.folder / job.name)
             event = self.close(job)
@@ -139,7 +155,7 @@ class Monitor:
         self.log(f"{job.name}: {what}valid ppl {event['valid_ppl']:.2f} | {self.counts()}")
 
     def close(self, job: Job) -> dict[str, Any]:
-        """Record how a trial ended."""
+        """Records that a trial is done or halved, and returns the event."""
         found = metrics.result(self.run.folder / job.name)
         halved = None if found else metrics.read_json(self.run.folder / job.name / "halved.json")
         event = self.record(job, "halved" if halved else "done", valid_ppl=(halved or found)["valid_ppl"])
@@ -150,7 +166,7 @@ class Monitor:
         return self.run.folder / f"{job.name}.out"
 
     def record(self, job: Job, event: str, **more: Any) -> dict[str, Any]:
-        """Add a row to events.jsonl."""
+        """Appends an event to events.jsonl, unless the monitor is quiet, and returns it."""
         row = {"trial": job.name, "event": event, **more}
         if not self.quiet:
             log_event(self.run.folder, **row)
@@ -160,22 +176,25 @@ class Monitor:
         if not self.quiet:
             self.run.log(line)
 
-    # --- what follows from it ---
+    # --- Statistics of the stage ---
 
     def values(self) -> list[float]:
-        """Validation perplexities of the trials that are done, in that order."""
+        """Returns the validation perplexities of the trials that are done, in the order in which they ended."""
         return [event["valid_ppl"] for event in self.over.values() if event["event"] == "done"]
 
     def hours(self) -> float:
-        """Device time of the whole study so far."""
+        """Returns the device time of the whole study so far, in hours."""
         return self.hours_elsewhere + sum(self.work.values()) * self.devices / 3600
 
     def reason(self) -> str:
-        """Why no further trial is to run; "" as long as they are."""
+        """Returns why no further trial should run, or "" while trials should run; see `Rules.reason`."""
         return self.rules.reason(self.values(), len(self.failures), len(self.todo), self.hours())
 
     def seconds_left(self) -> float:
-        """Going by what trials were foreseen to take, and how right that was for those that are over."""
+        """Returns the predicted seconds until the stage ends.
+
+        Predictions are scaled by the ratio of actual to predicted time of the trials that are done.
+        """
         done = [job.name for job in self.todo if job.name in self.over and self.over[job.name]["event"] == "done"]
         foreseen = sum(self.expected[name] for name in done)
         pace = sum(self.work[name] for name in done) / foreseen if foreseen else 1.0
@@ -185,7 +204,7 @@ class Monitor:
         return max(sum(left) / self.parallel, max(left, default=0.0))
 
     def counts(self) -> str:
-        """One line on how far it is."""
+        """Returns one line with the progress of the stage."""
         values = self.values()
         halved = len(self.over) - len(values)
         left = len(self.todo) - len(self.over) - len(self.failures) - len(self.running)
@@ -198,7 +217,7 @@ class Monitor:
         )
 
     def table(self) -> Group:
-        """For a terminal: the trials that run, and the best and the median of those that are done, one by one."""
+        """Returns the display for a terminal: the running trials, and curves of the best and the median perplexity."""
         table = Table("trial", "epoch", "valid ppl", box=None)
         for name, (epoch, valid_ppl) in self.running.items():
             table.add_row(name, str(epoch), "" if math.isnan(valid_ppl) else f"{valid_ppl:.2f}")
@@ -215,18 +234,18 @@ class Monitor:
 
 
 def sparks(values: Sequence[float]) -> str:
-    """A curve of characters, low to high."""
+    """Returns a curve of block characters, scaled to the range of `values`."""
     low, high = min(values), max(values)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(SPARKS[round((value - low) * scale)] for value in values)
 
 
 def log_event(study: Path, **row: Any) -> None:
-    """Add a row to events.jsonl, with the time."""
+    """Appends an event to events.jsonl with the current time."""
     append(study / metrics.EVENTS, json.dumps({"at": time.time(), **row}) + "\n")
 
 
 def repair_jsonl(path: Path) -> None:
-    """Let the next row of a file begin on a line of its own, where a full disk cut the last one off."""
+    """Ends an incomplete last line, which a full disk leaves, so that the next record begins on its own line."""
     if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
         append(path, "\n")

@@ -1,7 +1,7 @@
-"""Many trials at once, by Ray Tune, which schedules them, starts a trial that died again, and halves.
+"""Runs many trials at a time with Ray Tune, which schedules them, restarts those that died, and halves.
 
-What Ray writes down of a study is not read again: a trial's run directory says all that its continuation needs
-(see jobs.py), on whichever machine that is. So the machines of a cluster must see the study under the same path.
+What Ray writes about a study is never read again: a trial resumes from its run directory alone (see study/jobs.py), on
+any machine. All machines of a cluster must therefore see the study under the same path.
 """
 
 import logging
@@ -25,21 +25,24 @@ from study.jobs import Job
 from study.monitor import Monitor
 from utils import RunError
 
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: the study has one (monitor.py)
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # study/monitor.py replaces Tune's tables.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default, which it warns of
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default avoids its warning.
 
-WATCH = 3.0  # seconds between two looks at whether Ray is there
+WATCH = 3.0  # The time between two checks that Ray is alive is in seconds.
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """A Ray of this machine's own inside, or the cluster at the address. Raises `RunError` if there is none."""
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the board says what became of a trial
+    """Connects to the Ray cluster at `address`, or starts Ray on this machine if that is None; disconnects at the end.
+
+    Raises `RunError` if Ray cannot be reached or started.
+    """
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The monitor reports failed trials.
     own = {} if address else {"include_dashboard": False, "object_store_memory": 128 << 20}
     try:
-        if address and address != "auto":  # for a silent address Ray would wait for many minutes
+        if address and address != "auto":  # Ray would wait minutes for a silent address.
             host, _, port = address.rpartition(":")
             socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
@@ -57,7 +60,7 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def watch(over: threading.Event) -> None:
-    """Ends this process when Ray is gone, for which Tune would wait for ever. Whatever is to be kept is on the disk."""
+    """Ends this process when Ray is gone, for which Tune would wait for ever. Everything a resume needs is on disk."""
     while not over.wait(WATCH):
         try:
             gone = not any(node["Alive"] for node in ray.nodes())
@@ -69,12 +72,12 @@ def watch(over: threading.Event) -> None:
 
 
 def max_concurrent_trials(share: Resources) -> int:
-    """How many trials fit at the same time, each on one machine, and a part of a GPU on one GPU."""
+    """Returns how many trials fit at a time; a trial runs on one machine, and a fraction of a GPU is on one GPU."""
     return sum(fitting(node["Resources"], share) for node in ray.nodes() if node["Alive"])
 
 
 def fitting(there: Mapping[str, float], share: Resources) -> int:
-    """How many fit on a machine that has this."""
+    """Returns how many trials fit on one machine with the resources `there`."""
     by_cpus = int(there.get("CPU", 0) / share.cpus)
     if not share.gpus:
         return by_cpus
@@ -83,18 +86,21 @@ def fitting(there: Mapping[str, float], share: Resources) -> int:
 
 
 def has_gpus() -> bool:
-    """Whether any machine has one."""
+    """Returns whether any machine of the cluster has a GPU."""
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
 def run_all(
     todo: Sequence[Job], study: Path, share: Resources, parallel: int, retries: int, board: Monitor, halving: int = 0
 ) -> None:
-    """Run the jobs, `parallel` at a time, each again up to `retries` times if its process or machine dies. `halving`:
-    the epochs of each, of which most are to be spared by successive halving (ASHA, Li et al. 2020); 0 for none."""
-    # max_t is never reached: a trial there would be ended before its result is written
+    """Runs the jobs, `parallel` at a time, and restarts each up to `retries` times if its process or machine dies.
+
+    If `halving` is not 0, it is the number of epochs of each job, and successive halving (ASHA, Li et al. 2020) ends
+    the worse trials early.
+    """
+    # max_t is out of reach, because ASHA would end a trial there before its result is written.
     scheduler = ASHAScheduler("epoch", "valid_ppl", "min", max_t=halving + 1, reduction_factor=3) if halving else None
-    study = study.absolute()  # Ray's processes stand elsewhere
+    study = study.absolute()  # Ray's processes have another working directory.
     one = partial(run_one, todo, study, Path.cwd(), share, halving)
     trial = tune.with_resources(one, {"cpu": share.cpus, "gpu": share.gpus})
     with TemporaryDirectory(prefix="tune-", dir=study) as storage:
@@ -110,19 +116,19 @@ def run_all(
 
 
 def run_one(todo: Sequence[Job], study: Path, directory: Path, share: Resources, halving: int, config: dict) -> None:
-    """In a process of Ray's."""
-    if not share.gpus:  # else a trial would take the first GPU, if its machine has some, as would all others
+    """Runs the job with the index `config["index"]` in a Ray worker process and reports its epochs to Tune."""
+    if not share.gpus:  # Otherwise all trials would use the first GPU of the machine.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     def report(row: dict) -> None:
-        if row["epoch"] != halving:  # the last epoch is behind: nothing is left to be spared
+        if row["epoch"] != halving:  # ASHA cannot save time after the last epoch.
             tune.report({"epoch": row["epoch"], "valid_ppl": row["valid_ppl"], "work_seconds": row["seconds"]})
 
     jobs.run(todo[config["index"]], study, directory, share.threads, report)
 
 
 class Told(tune.Callback):
-    """Tells the board what becomes of trials."""
+    """Passes the events of trials from Tune to the monitor."""
 
     def __init__(self, todo: Sequence[Job], board: Monitor):
         self.todo, self.board = todo, board
@@ -151,7 +157,7 @@ class Told(tune.Callback):
 
 
 class Stop(tune.Stopper):
-    """Ends all trials when the board says so."""
+    """Ends all trials when the monitor has a reason to stop the stage."""
 
     def __init__(self, board: Monitor):
         self.board = board

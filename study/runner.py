@@ -1,4 +1,4 @@
-"""The stages of a study at work: measured, planned, run on a cluster, and ended early where the rules say so."""
+"""Runs the stages of a study: measures and plans their cost, runs their jobs on Ray, and applies the stopping rules."""
 
 import shutil
 import sys
@@ -20,12 +20,15 @@ PACES = "paces.json"
 
 
 class StudyRunner:
-    """Runs jobs of a study, as many at a time as there is room for on the Ray that this process is connected to."""
+    """Runs jobs of a study, as many at a time as fit on the Ray cluster that this process is connected to.
+
+    The constructor raises `RunError` if no machine has the resources of one trial.
+    """
 
     def __init__(self, run: Run, args: Namespace, corpus: data.Corpus):
         self.run, self.args, self.corpus = run, args, corpus
         self.interrupted = False
-        self.paces: dict[str, cost.Timing] = {}  # by kind of job
+        self.paces: dict[str, cost.Timing] = {}  # The keys are kinds of jobs.
         gpus = args.gpus_per_trial
         self.share = Resources(args.cpus_per_trial, float(ray_backend.has_gpus()) if gpus is None else gpus)
         max_concurrent_trials = ray_backend.max_concurrent_trials(self.share)
@@ -35,12 +38,15 @@ class StudyRunner:
                 " ask for less"
             )
         self.parallel = min(args.parallel or sys.maxsize, max_concurrent_trials)
-        for left in run.folder.glob("tune-*"):  # of a driver that was killed
+        for left in run.folder.glob("tune-*"):  # A driver that was killed leaves these.
             shutil.rmtree(left, ignore_errors=True)
         run.write(SHARE, self.share._asdict())
 
     def measure(self, todo: Sequence[Job]) -> None:
-        """How long a step of each kind of job takes, with as many at a time as there are to be."""
+        """Measures the seconds of a step for each kind of job, with as many trials at a time as the study will run.
+
+        Measured timings are saved and reused. Raises `RunError` if a probe fails.
+        """
         key = f"{self.share.cpus:g} cores, {self.share.gpus:g} GPUs, {self.parallel} at a time: "
         found = metrics.read_json(self.run.folder / PACES) or {}
         known = {kind: pace for kind, pace in found.items() if is_pace(pace)}
@@ -51,7 +57,8 @@ class StudyRunner:
         if new:
             self.run.log(f"measuring how long a step takes, {len(new)} kinds of runs")
             shutil.rmtree(self.run.folder / "probe", ignore_errors=True)
-            probes = [*new.values(), *company[: max(0, self.parallel - len(new))]]  # so many at a time, as later
+            # Extra probes load the machine as the study will.
+            probes = [*new.values(), *company[: max(0, self.parallel - len(new))]]
             board = Monitor(self.run, probes, {job.name: 0.0 for job in probes}, self.parallel, quiet=True)
             with board:
                 self.run_all(probes, board)
@@ -59,14 +66,14 @@ class StudyRunner:
                 if job.name in board.failures:
                     raise RunError(f"{job.name} failed: {jobs.last_line(board.output(job))}")
                 if not job.is_done(self.run.folder):
-                    raise KeyboardInterrupt  # which Ray keeps for itself
+                    raise KeyboardInterrupt  # Ray swallowed it, and left the probe unfinished.
             known |= {key + kind: cost.read(self.run.folder / job.name) for kind, job in new.items()}
             self.run.write(PACES, known)
             shutil.rmtree(self.run.folder / "probe")
         self.paces = {kind: cost.Timing(*known[key + kind]) for kind in kinds}
 
     def plan(self, stages: Mapping[str, Sequence[Job]], whole: Job) -> str:
-        """What is to be run, and what it will cost; `whole` is one training in full."""
+        """Returns the plan of the stages with its cost, as text. `whole` is one full training, for comparison."""
         self.measure([whole, *(job for todo in stages.values() for job in todo)])
         entries = [
             cost.entry(stage, todo, self.run.folder, self.corpus, self.paces, self.parallel)
@@ -76,15 +83,18 @@ class StudyRunner:
         return cost.text(entries, self.parallel, self.share, full)
 
     def run_all(self, todo: Sequence[Job], board: Monitor, halving: int = 0) -> None:
-        """See `cluster.run_all`."""
+        """Runs the jobs on Ray; see `ray_backend.run_all`."""
         ray_backend.run_all(todo, self.run.folder, self.share, self.parallel, self.args.retries, board, halving)
 
     def pending(self, todo: Sequence[Job]) -> list[Job]:
-        """Those that are not over."""
+        """Returns the jobs that are neither done nor halved."""
         return [job for job in todo if not job.is_done(self.run.folder)]
 
     def run_stage(self, stage: str, todo: Sequence[Job], halving: int = 0) -> bool:
-        """Run the jobs that are not over; returns whether the study is to go on. `halving`: see `cluster.run_all`."""
+        """Runs the jobs that are not done and returns whether the study continues with its next stage.
+
+        `halving` is described at `ray_backend.run_all`. Sets `interrupted` if jobs remain for no recorded reason.
+        """
         expected = {job.name: cost.seconds(job, self.corpus, self.paces) for job in todo}
         rules = Rules(self.args.converged if stage == "select" else 0, self.args.budget_hours)
         elsewhere = {path.parent for path in self.run.folder.glob("*/**/metrics.jsonl")}
@@ -94,7 +104,8 @@ class StudyRunner:
             left = self.pending(todo)
             if left and not board.reason():
                 self.run.log(f"{stage}: {len(todo)} trials, {len(left)} to run")
-                self.run_all(todo if halving else left, board, halving)  # halving looks at what the others did
+                # Halving compares with the trials that have ended, so they are replayed.
+                self.run_all(todo if halving else left, board, halving)
             left = self.pending(todo)
             reason = board.reason() if left else ""
         self.interrupted = not reason and any(job.name not in board.failures for job in left)
@@ -107,5 +118,5 @@ class StudyRunner:
 
 
 def is_pace(value: Any) -> bool:
-    """Whether a value from a file could be a `cost.Timing`."""
+    """Returns whether a value read from a file is a valid `cost.Timing`."""
     return isinstance(value, list) and len(value) == 2 and all(metrics.is_number(v) and v >= 0 for v in value)

@@ -1,6 +1,6 @@
-"""Whether two rankings agree, and whether one sample lies below another: what a study says about its own numbers.
+"""Computes the statistics of a study: whether two rankings agree, and whether the means of two samples differ.
 
-Everything is about validation perplexities, where lower is better. Intervals are percentiles of the bootstrap.
+All values are validation perplexities, where lower is better. Intervals are percentiles of the bootstrap.
 """
 
 import math
@@ -11,11 +11,11 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 2000
-LEVEL = 0.9  # of an interval
+LEVEL = 0.9  # Intervals have this coverage.
 
 
 class Estimate(NamedTuple):
-    """A number and the interval that it lies in; all NaN where the data say nothing."""
+    """An estimate has a value and the bounds of its interval; each is NaN where the data do not determine it."""
 
     value: float
     low: float
@@ -23,17 +23,17 @@ class Estimate(NamedTuple):
 
 
 def kendall(x: Sequence[float], y: Sequence[float]) -> float:
-    """Kendall's tau-b; NaN if either is constant."""
+    """Returns Kendall's tau-b of two samples, or NaN if either is constant."""
     return float(stats.kendalltau(x, y).statistic) if varied(x, y) else math.nan
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rho; NaN if either is constant."""
+    """Returns Spearman's rho of two samples, or NaN if either is constant."""
     return float(stats.spearmanr(x, y).statistic) if varied(x, y) else math.nan
 
 
 def varied(*samples: Sequence[float]) -> bool:
-    """Whether each has two different values."""
+    """Returns whether each sample has at least two different values."""
     return all(len(set(sample)) > 1 for sample in samples)
 
 
@@ -44,10 +44,14 @@ def agreement(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """How a rank correlation of the cells' means over seeds is, and what it might as well have been.
+    """Returns a rank correlation of the cells' means over seeds, with its bootstrap interval.
 
-    x, y: for each cell its values over seeds. The bootstrap draws the seeds of every cell, then cells; one that is
-    drawn twice ties with itself. Draws in which a correlation is not defined are left out.
+    The bootstrap resamples the seeds of every cell, and then the cells; a cell that is sampled twice ties with itself.
+    Resamples for which the correlation is undefined are left out.
+
+    Args:
+        statistic: `kendall` or `spearman`.
+        x, y: for each cell, its values over seeds.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -61,15 +65,17 @@ def agreement(
 
 
 def seed_spread(values: Sequence[Sequence[float]]) -> float:
-    """The standard deviation between seeds of one cell, pooled over cells; NaN without a second seed."""
+    """Returns the standard deviation between seeds of one cell, pooled over cells, or NaN if no cell has two seeds."""
     squares = sum(float(np.var(v)) * len(v) for v in values)
     freedom = sum(len(v) - 1 for v in values)
     return math.sqrt(squares / freedom) if freedom else math.nan
 
 
 def permutation_test(x: Sequence[float], y: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p of the difference of the means of two samples under permutation, exact where there are few enough
-    permutations; NaN if either has fewer than two values."""
+    """Returns the two-sided p-value of a permutation test of the difference of the means of two samples.
+
+    The test is exact if there are few enough permutations. Returns NaN if either sample has fewer than two values.
+    """
     if min(len(x), len(y)) < 2:
         return math.nan
     found = stats.permutation_test(

@@ -1,4 +1,7 @@
-"""What cannot be used of a study's flags, and what does not go with the stages that have begun."""
+"""Validates a study's flags, alone and against the stages that have begun.
+
+A fault is one line of text for the user that names the flag and says how to correct it.
+"""
 
 import shlex
 from argparse import Namespace
@@ -24,7 +27,10 @@ LEAST = {"proxy_reference": 0, "top": 1, "proxy_emsize": 1, "proxy_tokens": 1}
 
 
 def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
-    """study.json: the flags of a study that has begun, and the checksums of its text."""
+    """Reads study.json, which holds the flags of a study that has begun and the checksums of its text.
+
+    Ends the script with an error message if the file is damaged or has other flags than this version.
+    """
     found = metrics.read_json(folder / CONFIG) or {}
     flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in EPHEMERAL_FLAGS}
     if (
@@ -38,14 +44,14 @@ def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
 
 
 def fits(action: Any, value: Any) -> bool:
-    """Whether a value from a file could be that of a flag."""
+    """Returns whether a value read from a file is valid for the flag that `action` defines."""
     if action.nargs is None or action.nargs == 0:
         return (value is None and action.default is None) or resume.fits(action, value)
     return isinstance(value, list) and all(resume.fits(action, part) for part in value)
 
 
 def number_faults(args: Namespace) -> list[str]:
-    """Numbers out of their range."""
+    """Returns a fault for each number that is out of its range or contradicts another flag."""
     found = []
     for name, value in vars(args).items():
         least = LEAST.get(name, 1 if name.endswith(("epochs", "seeds", "top")) else 0)
@@ -67,7 +73,11 @@ def number_faults(args: Namespace) -> list[str]:
 
 
 def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[str]:
-    """Flags that a stage which has begun was shaped by and that are others now; and a stage to go on with, unasked."""
+    """Returns the faults of flags that conflict with a study that has begun.
+
+    A requested stage that has begun needs --resume (or --dry_run), and a flag that shapes such a stage must keep the
+    value in `config`, the content of study.json.
+    """
     begun = [stage for stage in STAGE_FLAGS if (folder / stage).exists()]
     again = [stage for stage in requested_stages(args) if stage in begun]
     found = []
@@ -80,7 +90,11 @@ def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[
 
 
 def text_faults(args: Namespace) -> list[str]:
-    """Flags in quotes that cannot be read, or that the study sets; cells that there are not."""
+    """Returns the faults of the quoted flags and of the names of methods and cells.
+
+    Quoted flags must be parsable and must not contain a flag that the study itself sets. Names must be distinct, cells
+    must exist, and the proxy stage needs at least two cells.
+    """
     found = []
     for name in ("train_flags", "search_flags", "select_flags"):
         try:
@@ -114,7 +128,7 @@ def text_faults(args: Namespace) -> list[str]:
 
 
 def missing_faults(study: Study) -> list[str]:
-    """A stage that is asked for alone and has nothing to begin with."""
+    """Returns a fault if the select or retrain stage is requested alone and has no cell to start from."""
     stage = study.args.stage
     if stage == "select" and not study.cells():
         return ["select: no cell has been found yet; run python trials.py search first"]
@@ -126,8 +140,10 @@ def missing_faults(study: Study) -> list[str]:
 def job_faults(
     parser: arguments.Parser, study: Study, stages: Sequence[str], corpus: data.Corpus | None = None
 ) -> list[str]:
-    """What the scripts would find wrong with the jobs of these stages, a line for each fault; with a corpus, with its
-    length alone."""
+    """Returns the faults that train.py and train_search.py would report for the jobs of these stages.
+
+    Without a corpus, the flags are validated. With one, only the lengths of its texts are.
+    """
     found: dict[str, None] = {}
     for stage in stages:
         flag = QUOTED[stage]
@@ -149,7 +165,7 @@ def job_faults(
 
 
 def planned(study: Study, stage: str) -> list[Job]:
-    """The jobs of a stage; as long as the cells are not known, of as many others."""
+    """Returns the jobs of a stage, with as many placeholder cells as needed while the real cells are unknown."""
     args, searches = study.args, study.search()
     if stage == "select" and not all(job.is_done(study.folder) for job in searches):
         return study.select(placeholder_cells(len(searches) + len(study.random_cells(len(searches)))))
@@ -159,5 +175,5 @@ def planned(study: Study, stage: str) -> list[Job]:
 
 
 def placeholder_cells(number: int) -> list[Cell]:
-    """So many cells, which stand for others."""
+    """Returns `number` random cells that stand for cells which are not known yet."""
     return [Cell(random_genotype(i), (f"unknown-{i}",)) for i in range(number)]

@@ -1,4 +1,4 @@
-"""What the pages of runs and of studies are made from."""
+"""Provides the building blocks that the HTML pages of runs and of studies share."""
 
 import re
 import time
@@ -15,15 +15,15 @@ from plots.style import BOXES, GREY, INK, PAPER, SOFT, svg
 
 IN_THE_DARK = {INK: "var(--ink)", SOFT: "var(--soft)", GREY: "var(--line)", PAPER: "var(--paper)", BOXES: "var(--page)"}
 
-Link = Callable[[Path], str]  # from the page to a file
+Link = Callable[[Path], str]  # A link function returns the URL of a file relative to the page.
 
 
 class Field(NamedTuple):
-    """What a table, or a list of facts, has in one place."""
+    """A field is one entry of a table in a page."""
 
     text: str
     href: str = ""
-    value: float | str = ""  # to sort by
+    value: float | str = ""  # Tables are sorted by this value.
 
 
 def is_study(folder: Path) -> bool:
@@ -31,7 +31,7 @@ def is_study(folder: Path) -> bool:
 
 
 def is_over(folder: Path) -> bool:
-    """A run that has its result, or a study whose leaderboard is of after its last event."""
+    """Returns whether a run has its result, or whether a study's leaderboard is no older than its last event."""
     if not is_study(folder):
         return metrics.result(folder) is not None
     try:
@@ -41,11 +41,14 @@ def is_over(folder: Path) -> bool:
 
 
 def inline(figure: Figure, prefix: str) -> Markup:
-    """A picture for a page that has others: its ids begin with the prefix, and its ink is the page's."""
+    """Returns a figure as SVG for a page with several figures.
+
+    Its ids begin with `prefix` and are unique, and its colours follow the page's light or dark mode.
+    """
     seen: Counter[str] = Counter()
 
     def own(found: re.Match) -> str:
-        """A curve's name may be that of another panel's."""
+        """Returns a unique id, because curves in two panels may have the same name."""
         seen[found[1]] += 1
         return f'id="{prefix}{found[1]}' + (f'-again-{seen[found[1]]}"' if seen[found[1]] > 1 else '"')
 
@@ -53,7 +56,7 @@ def inline(figure: Figure, prefix: str) -> Markup:
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", text)
     for colour, variable in IN_THE_DARK.items():
         text = re.sub(colour, variable, text, flags=re.IGNORECASE)
-    return Markup(text)  # matplotlib has escaped what it was given
+    return Markup(text)  # Matplotlib has escaped all text.
 
 
 def picture(name: str, title: str, note: str, figure: Figure, **more: Any) -> dict[str, Any]:
@@ -62,14 +65,14 @@ def picture(name: str, title: str, note: str, figure: Figure, **more: Any) -> di
 
 
 def number(value: Any, digits: int = 2) -> str:
-    """As one reads it; a dash for what is none."""
+    """Returns the text of a number with thousands separators, or a dash for anything else."""
     if not metrics.is_number(value):
         return "-"
     return f"{value:,}" if type(value) is int else f"{value:,.{digits}f}"
 
 
 def since(path: Path) -> str:
-    """When a file was last written to."""
+    """Returns how long ago a file was last written, in words, or "never" if it cannot be read."""
     try:
         seconds = max(0, time.time() - path.stat().st_mtime)
     except OSError:

@@ -1,4 +1,4 @@
-"""One page for a run or a study: a file that opens offline, with its pictures inside."""
+"""Writes the HTML page of a run or a study: one file that contains its pictures and opens offline."""
 
 import os
 from pathlib import Path
@@ -15,8 +15,11 @@ NAME = "report.html"
 
 
 def write(folder: str | Path, path: str | Path | None = None, refresh: int = 0) -> Path:
-    """Write the page of a run, or of a study, by default into its directory. Until that is over the page loads itself
-    again every `refresh` seconds, if any. Raises `PictureError` and `OSError`."""
+    """Writes the page of a run or a study and returns its path, by default report.html in the directory.
+
+    If `refresh` is not 0, the page reloads itself every `refresh` seconds until the run or the study is over. Raises
+    `PictureError` and `OSError`.
+    """
     folder = Path(folder)
     path = folder / NAME if path is None else Path(path)
     if path.suffix.lower() != ".html":
@@ -31,6 +34,6 @@ def write(folder: str | Path, path: str | Path | None = None, refresh: int = 0) 
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     text = environment.get_template(NAME).render(page | {"refresh": 0 if is_over(folder) else refresh})
-    with whole(path) as temporary:  # a browser may be reading
+    with whole(path) as temporary:  # A browser may be reading the page.
         temporary.write_text(text, encoding="utf-8", errors="replace")
     return path

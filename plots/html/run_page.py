@@ -1,4 +1,4 @@
-"""What the page of a run says: how far it is, what it found, and every picture that can be made of it."""
+"""Collects the content of a run's HTML page: its progress, its results and its pictures."""
 
 import re
 from contextlib import suppress
@@ -17,7 +17,7 @@ from plots.style import PictureError
 
 
 def run_page(folder: Path, link: Link) -> dict[str, Any]:
-    """What the page of a run says. Raises `PictureError` if there is nothing to say."""
+    """Returns the variables of the template report.html for a run. Raises `PictureError` if it has no metrics."""
     history = History(folder)
     result = history.result()
     config = metrics.read_json(folder / "config.json")
@@ -35,7 +35,7 @@ def run_page(folder: Path, link: Link) -> dict[str, Any]:
 
 
 def facts(history: History, result: dict | None, flags: dict, link: Link) -> list[dict[str, str]]:
-    """Each with the file that it is from."""
+    """Returns the key figures of a run, each with a link to the file that it is from."""
     folder, found = history.folder, []
 
     def add(name: str, text: str, file: str) -> None:
@@ -62,14 +62,14 @@ def facts(history: History, result: dict | None, flags: dict, link: Link) -> lis
 
 
 def run_pictures(history: History, result: dict | None, flags: dict) -> list[dict[str, Any]]:
-    """Those that can be made."""
+    """Returns the pictures of a run that can be drawn from its records."""
     found = []
     cell = cell_of(history, result, flags)
     if cell is not None:
         cells = history.genotypes
         title = "The cell" if not cells else "The cell that was found" if result else "The most likely cell so far"
         found.append(picture("cell", title, "", cell_figure(cell), code=str(cell)))
-    with suppress(PictureError):  # of a retraining
+    with suppress(PictureError):  # A retraining has no alphas.
         found.append(formation_picture(history))
     for name, figure in search_curves.figures(history).items():
         title, note, *_ = search_curves.PICTURES[name]
@@ -80,7 +80,10 @@ def run_pictures(history: History, result: dict | None, flags: dict) -> list[dic
 
 
 def cell_of(history: History, result: dict | None, flags: dict) -> Genotype | None:
-    """The result's, else the last that a search pointed to, else the one that is trained; None for torch's own."""
+    """Returns the cell of the result, else the last genotype of a search, else the cell that is trained.
+
+    Returns None for torch's own cells, which have no genotype.
+    """
     if history.genotypes and not result:
         return history.genotypes[-1][1]
     try:
@@ -91,7 +94,10 @@ def cell_of(history: History, result: dict | None, flags: dict) -> Genotype | No
 
 
 def formation_picture(history: History) -> dict[str, Any]:
-    """With what to show at each moment, for the page's script; without one the last moment is seen."""
+    """Returns the formation picture with the states of its frames for the page's script.
+
+    Without the script, the page shows the last frame. Raises `PictureError` if there is nothing to animate.
+    """
     when, states = animation.frames(history)
     figure, _ = animation.build(history.nodes, {gid for state in states for gid in state})
     found = picture("formation", "The formation", "Every edge fades with its probability; the most likely cell has "

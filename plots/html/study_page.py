@@ -1,4 +1,4 @@
-"""What the page of a study says: its leaderboard with each cell, what the tests found, and its curves."""
+"""Collects the content of a study's HTML page: its leaderboard with each cell, its statistics and its curves."""
 
 import re
 from collections import Counter
@@ -18,7 +18,11 @@ from study.design import STAGES
 
 
 def study_page(folder: Path, link: Link) -> dict[str, Any]:
-    """What the page of a study says, from its trials' events, and from its leaderboard.json where there is one."""
+    """Returns the variables of the template report.html for a study.
+
+    They come from the events of its trials, and from leaderboard.json if that exists. Raises `PictureError` if no trial
+    has begun.
+    """
     events = metrics.events(folder)
     if not events:
         raise PictureError(f"{folder}: no trial of this study has begun; python trials.py run --study {folder} begins")
@@ -46,7 +50,7 @@ def study_page(folder: Path, link: Link) -> dict[str, Any]:
 
 
 def study_notes(last: Iterable[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
-    """What went wrong or is not there yet, from the last event of each trial and stage."""
+    """Returns notes on failures, early stops and a missing leaderboard, from each trial's and stage's last event."""
     found = [] if summary else ["No leaderboard yet: python trials.py report --study makes the tests and tables."]
     for event in last:
         if event["event"] == "failed":
@@ -57,13 +61,13 @@ def study_notes(last: Iterable[dict[str, Any]], summary: dict[str, Any]) -> list
 
 
 def trial(name: str) -> tuple[str, str, str] | None:
-    """Stage, cell and seed of a trial of one cell; None for what has no directory of that form."""
+    """Returns the stage, cell and seed of a trial's name, or None for a name that has another form."""
     parts = name.split("/")
     return tuple(parts) if len(parts) == 3 and parts[0] in STAGES and not {"", ".", ".."} & set(parts) else None
 
 
 def readable(*paths: Iterable[Path]) -> list[History]:
-    """The runs whose metrics there are."""
+    """Returns the histories of the runs whose metrics.jsonl has valid records."""
     found = []
     for path in (path for group in paths for path in sorted(group)):
         try:
@@ -74,8 +78,8 @@ def readable(*paths: Iterable[Path]) -> list[History]:
 
 
 def leaderboard(folder: Path, events: Sequence[dict[str, Any]], link: Link) -> dict[str, Any]:
-    """A row for each cell that was trained, the best first."""
-    values: dict[tuple[str, str], dict[str, float]] = {}  # stage and cell -> seed -> perplexity
+    """Returns a table with one row for each trained cell, the best first."""
+    values: dict[tuple[str, str], dict[str, float]] = {}  # (stage, cell) -> seed -> perplexity
     halved = set()
     for event in events:
         if event["event"] in ("done", "halved") and (found := trial(event["trial"])):
@@ -106,7 +110,7 @@ def leaderboard(folder: Path, events: Sequence[dict[str, Any]], link: Link) -> d
 
 
 def mean_field(values: Sequence[float], href: str, halved: bool) -> Field:
-    """Over seeds, with its standard deviation."""
+    """Returns a field with the mean over seeds and the standard deviation."""
     if not values:
         return Field("-")
     spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
@@ -114,7 +118,7 @@ def mean_field(values: Sequence[float], href: str, halved: bool) -> Field:
 
 
 def genotype_of(results: Iterable[dict[str, Any]]) -> Genotype | None:
-    """The cell that runs of train.py trained; None for torch's own."""
+    """Returns the cell that runs of train.py trained, or None for torch's own cells, which have no genotype."""
     cells = (cell_from_json(result["genotype"]) for result in results)
     return next((cell for cell in cells if isinstance(cell, Genotype)), None)
 
@@ -130,7 +134,7 @@ def chosen_facts(folder: Path, summary: dict[str, Any], link: Link) -> list[dict
 
 
 def tables(folder: Path, summary: dict[str, Any], link: Link) -> Iterable[dict[str, Any]]:
-    """Of leaderboard.json, as far as it can be read."""
+    """Yields the tables of the valid parts of `summary`, the content of leaderboard.json."""
     versus = summary.get("searched_against_random")
     note = "Short trainings."
     if isinstance(versus, dict):
@@ -150,7 +154,7 @@ def tables(folder: Path, summary: dict[str, Any], link: Link) -> Iterable[dict[s
         stage = {"methods": "select", "agreement": "select", "proxies": "proxy"}.get(key)
         found = []
         for row in rows if columns else ():
-            here = stage or row.get("stage")  # the directory of the runs that the row is of
+            here = stage or row.get("stage")  # The link leads to the runs of this stage.
             href = link(folder / here) if here in STAGES else ""
             name, *numbers = (shown(row.get(column)) for column in columns)
             found.append([Field(name), *(Field(text, href) for text in numbers)])
@@ -160,7 +164,7 @@ def tables(folder: Path, summary: dict[str, Any], link: Link) -> Iterable[dict[s
 
 
 def shown(value: Any) -> str:
-    """A number, an estimate with its interval, or a word."""
+    """Returns the text of a number, of an estimate with its interval, or of a string."""
     if isinstance(value, list) and len(value) == 3:
         return f"{number(value[0])} ({number(value[1])} to {number(value[2])})"
     return value if isinstance(value, str) else number(value)

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     except (GenotypeError, PictureError) as error:
         command.error(str(error))
     except ImportError as error:
-        command.error(f"needs {error.name}; pip install -r requirements.txt")
+        command.error(f"needs {error.name}; pip install -r requirements-plots.txt")
     except OSError as error:
         command.error(f"cannot write {error.filename or args.out}: {error.strerror}")
     except KeyboardInterrupt:

@@ -8,11 +8,11 @@ python_with() { # python_with REQUIREMENTS: makes or updates .venv, prints nothi
       exit 1
     }
   fi
-  if ! cmp -s "$1" ".venv/$1.installed" || ! cmp -s requirements.txt .venv/requirements.txt.installed; then
+  # a file may take in the others
+  if ! cat "$1" requirements*.txt | cmp -s - ".venv/$1.installed"; then
     echo "installing $1 into .venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || exit 1
-    cp requirements.txt .venv/requirements.txt.installed
-    cp "$1" ".venv/$1.installed" 2>/dev/null || true
+    cat "$1" requirements*.txt >".venv/$1.installed"
   fi
 }
 

@@ -6,7 +6,7 @@
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh
-python_with requirements.txt
+python_with requirements-plots.txt
 
 seed=${1:-1}
 export OUT=${2:-runs/quickstart-$(date +%Y%m%d-%H%M%S)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

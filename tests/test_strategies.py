@@ -167,9 +167,9 @@ def test_momentum_of_another_size_is_another_run(losses):
 def test_the_two_passes_have_masks_of_their_own(corpus, tmp_path, monkeypatch):
     seen, MicroBatches = [], train.MicroBatches
 
-    def spy(model, batch, **coefficients):
+    def spy(model, batch, size, **coefficients):
         seen.append((batch, coefficients))
-        return MicroBatches(model, batch, **coefficients)
+        return MicroBatches(model, batch, size, **coefficients)
 
     monkeypatch.setattr(train, "MicroBatches", spy)
     run("train", corpus, tmp_path / "run", "--rdrop 0.7 --fraternal 0.3 --epochs 1 --lr 1 --dropoute 0.5")
@@ -550,5 +550,5 @@ def test_the_default_rate_and_clip_are_those_of_the_optimizer():
     ):  # fmt: skip
         parser = train.build_parser()
         args = parser.parse_args(flags.split())
-        train.options.complete(args, "train")
+        arguments.complete(args, "train")
         assert (args.lr, args.clip) == (lr, clip)

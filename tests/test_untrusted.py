@@ -113,7 +113,7 @@ def test_flags(case, home, tmp_path):
     before = tree(home)
     save = tmp_path / "run"
     shutil.rmtree(save, ignore_errors=True)
-    with mock.patch("sanity.STEPS", 3):
+    with mock.patch("training.overfit.STEPS", 3):
         code, out, err = call(SCRIPTS[script], "--data", home / "corpus", "--save", save, *SIZES, *flags)
     holds(code, out, err, before, home)
     assert save.exists() == (code < 2 and "usage:" not in out)  # 1: a run that diverged

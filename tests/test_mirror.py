@@ -82,7 +82,7 @@ def test_a_run_may_be_shown_from_its_middle_on(corpus, tmp_path):
 
 def test_odd_rows_are_shown_as_far_as_they_go(tmp_path):
     run = Run(tmp_path / "run")
-    run.mirror = TensorBoardLogger(run.folder, {"lr": 1.0, "arch": None})
+    run.tensorboard = TensorBoardLogger(run.folder, {"lr": 1.0, "arch": None})
     for genotype in ({"recurrent": 3}, {"recurrent": [["relu", 0]], "concat": [1]}):
         run.record(kind="epoch", epoch=1, step=3, seconds=1.0, loss=2.0, ppl=float("inf"), genotype=genotype)
     scalars, events = shown(run.folder)

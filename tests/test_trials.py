@@ -79,7 +79,7 @@ def in_the_place_of_ray():
     threads, stand_in = torch.get_num_threads(), Alone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_backend, "connected", lambda address: nullcontext())
-        patch.setattr(ray_backend, "room", lambda share: 2)
+        patch.setattr(ray_backend, "max_concurrent_trials", lambda share: 2)
         patch.setattr(ray_backend, "has_gpus", lambda: False)
         patch.setattr(ray_backend, "run_all", stand_in.run_all)
         torch.set_num_threads(1)

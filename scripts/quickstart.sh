@@ -2,7 +2,7 @@
 # See it work: search a cell on a text that every Python carries, retrain it, and compare it with five random cells and
 # the published one under the same budget, in a table and a picture. Needs no network after the install.
 # Another search and other random cells: scripts/quickstart.sh SEED
-# Cost: 4 minutes on 2 CPU cores after the install.
+# Cost: 3 minutes on 2 CPU cores after the install.
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh

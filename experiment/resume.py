@@ -1,4 +1,4 @@
-"""What a run takes over from an earlier one: its flags and state, checked, for --resume and --finetune."""
+"""Reads and checks the flags and the state that a run takes from an earlier one, for --resume and --finetune."""
 
 import json
 import math
@@ -14,13 +14,13 @@ from experiment import arguments, checkpoint
 from experiment.run_directory import Run
 from training.optimizers import DEFAULT_LR
 
-# What may differ between a run and its continuation; every other flag belongs to the run. The data may lie
-# elsewhere, but must be the same text.
+# Flags that may differ between a run and its continuation; every other flag is fixed for the run. The data may be at
+# another path, but must be the same text.
 RESUMABLE = {
     "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "backoff", "max_rollbacks",
     "test", "diagnose_every", "tensorboard",
 }  # fmt: skip
-# What --finetune takes over from the run whose weights it starts from, where it is not given anew.
+# Flags that --finetune takes from the run whose weights it starts from, unless they are given again.
 TUNED_WITH = {
     "data", "limit_tokens", "batch_size", "bptt", "bptt_std", "max_seq_len_delta",
     "emsize", "arch", "n_experts", "dropout", "dropouth", "dropoutx", "dropouti", "dropoute",
@@ -30,9 +30,10 @@ MAX_CONFIG = 1_000_000  # bytes
 
 
 def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
-    """The flags that a fine-tuning run takes over from the run whose weights it starts from."""
+    """Returns the flags that a fine-tuning run takes from `first`, the flags of the run whose weights it starts
+    from."""
     names = set(TUNED_WITH)
-    if DEFAULT_LR[first["optimizer"]] == DEFAULT_LR["asgd"]:  # that of another says nothing of what averaged SGD needs
+    if DEFAULT_LR[first["optimizer"]] == DEFAULT_LR["asgd"]:  # another optimizer's rate does not suit averaged SGD
         names.add("lr")
     if first["small_batch_size"] != first["batch_size"]:
         names.add("small_batch_size")
@@ -42,7 +43,7 @@ def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
 
 
 def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> list[str]:
-    """Why the weights of a run with the flags `is_main` cannot be what this one starts from."""
+    """Returns the reasons why a fine-tuning run cannot start from the weights of a run with the flags `first`."""
     found = [
         f"--{name} {value}: the weights of --finetune {args.finetune} are for {first[name]}; leave it out"
         for name in ("emsize", "arch", "n_experts")
@@ -56,15 +57,16 @@ def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> l
 
 
 def identity(kind: str, args: Namespace, corpus: data.Corpus, ranks: int) -> dict[str, Any]:
-    """What a checkpoint says of its run: all that tells it from another, and not where it lies."""
+    """Returns what identifies a run in its checkpoints: the kind, the flags that are fixed for the run and --data, the
+    vocabulary, the checksums of the corpus, and the number of ranks, but not the run directory."""
     flags = {name: value for name, value in vars(args).items() if name not in RESUMABLE or name == "data"}
     return {"kind": kind, "flags": flags, "words": corpus.words, "sha256": corpus.sha256, "ranks": ranks}
 
 
 @contextmanager
 def restoring(parser: arguments.Parser, run: Run, path: Path | None = None) -> Iterator[None]:
-    """Ends the script with a line if what a checkpoint holds cannot be put in its place: the run's, or that at `path`,
-    for --finetune."""
+    """Ends the script with exit code 2 and one line if the state of a checkpoint cannot be loaded inside the block: the
+    run's own checkpoint, or for --finetune the one at `path`."""
     try:
         yield
     except (*checkpoint.UNREADABLE, checkpoint.CheckpointError) as error:
@@ -78,10 +80,10 @@ def restoring(parser: arguments.Parser, run: Run, path: Path | None = None) -> I
 
 
 def check_state(saved: dict[str, Any], form: dict[str, Any], reasons: Sequence[str]) -> None:
-    """Raises ValueError unless what was saved has the form of this run's state, and was stopped for one of the reasons,
-    if at all.
+    """Raises ValueError unless the saved state has the form of this run's state and its run, if it was stopped, was
+    stopped for one of `reasons`.
 
-    What a run on another kind of device has of its own, the state of a generator, is left out of it.
+    The state of the CUDA generator is not required, since the run may have been saved on another kind of device.
     """
     form = {**form, "rng": [{name: part for name, part in rng.items() if name != "cuda"} for rng in form["rng"]]}
     checkpoint.validate_state(saved, form)
@@ -90,7 +92,10 @@ def check_state(saved: dict[str, Any], form: dict[str, Any], reasons: Sequence[s
 
 
 def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[str, Any]:
-    """config.json of the run in `save`, which this flag is for and `parser`'s script wrote; ends the script without."""
+    """Returns config.json of the run in `save`, to which `flag` (--resume or --finetune) refers.
+
+    Exits with code 2 if it is missing or damaged, or if another script than that of `parser` wrote it.
+    """
     if save is None:
         parser.refuse([f"{flag}: say which run to continue with --save DIR"])
     path = Path(save) / "config.json"
@@ -117,12 +122,12 @@ def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[s
 
 
 def refuse_constant(name: str) -> None:
-    """For NaN and infinity, which JSON does not have and Python reads."""
+    """Raises ValueError for NaN and infinity, which JSON does not have but Python's reader accepts."""
     raise ValueError(name)
 
 
 def fits(action: Any, value: Any) -> bool:
-    """Whether a value from a file could be that of a flag."""
+    """Returns whether a value from a file has the type of the flag and is one of its choices, if it has any."""
     if isinstance(action.default, bool):
         return isinstance(value, bool)
     kinds = {int: (int,), float: (int, float)}.get(action.type, (str,))
@@ -130,7 +135,7 @@ def fits(action: Any, value: Any) -> bool:
 
 
 def changed_flags(args: Namespace, before: dict[str, Any], where: str) -> list[str]:
-    """A fault for each flag that belongs to a run and is another now."""
+    """Returns a fault for each flag that is fixed for a run and differs from its earlier value in `before`."""
     return [
         f"--{name} {value}: {where} has {before[name]}; leave the flag out, or start a new run"
         for name, value in vars(args).items()
@@ -139,7 +144,7 @@ def changed_flags(args: Namespace, before: dict[str, Any], where: str) -> list[s
 
 
 def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[str, Any], ranks: int) -> list[str]:
-    """Why a run with these flags in its config.json cannot go on from the state in its directory."""
+    """Returns the reasons why a run with `flags` in its config.json cannot resume from the state in its directory."""
     path = Path(args.save, "last.pt")
     try:
         other = {name: saved["flags"][name] for name in flags.keys() - RESUMABLE if saved["flags"][name] != flags[name]}

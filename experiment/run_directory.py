@@ -1,4 +1,4 @@
-"""A run's directory: log.txt for people, metrics.jsonl for programs, whole JSON files beside them."""
+"""Writes a run's directory: log.txt for people, metrics.jsonl for programs, and JSON files that are never partial."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from experiment.lock import Lock
 
 
 def new_folder(kind: str) -> Path:
-    """A run directory that does not exist yet: runs/KIND-YYYYMMDD-HHMMSS, numbered if that second is taken."""
+    """Returns the path of a run directory that does not exist yet: runs/KIND-YYYYMMDD-HHMMSS, with a number appended if
+    that name is taken."""
     name = Path("runs", f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     number, folder = 1, name
     while folder.exists():
@@ -27,7 +28,7 @@ def new_folder(kind: str) -> Path:
 
 
 def git_commit() -> str | None:
-    """The commit that the scripts stand at, with a + if files differ from it; None outside a checkout."""
+    """Returns the git commit of the scripts, with a + if tracked files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent.parent)]
     try:
         run = [subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -38,12 +39,12 @@ def git_commit() -> str | None:
 
 
 class Run:
-    """A run directory: log.txt for people, metrics.jsonl for programs, and whole JSON files beside them.
+    """Writes a run directory: log.txt for people, metrics.jsonl for programs, and JSON files that are never partial.
 
-    It is this process's alone. Raises `lock.Locked`.
+    The directory is created and locked for this process alone. Raises `Locked` if another process holds the lock.
     """
 
-    disable_progress_bar = None  # what tqdm takes for `disable`: none where there is no terminal
+    disable_progress_bar = None  # tqdm's `disable`: None hides the bar where there is no terminal
 
     def __init__(self, folder: str | Path):
         self.folder = folder = Path(folder)
@@ -51,10 +52,10 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(folder)
         self.tensorboard = None  # a `plots.tensorboard.TensorBoardLogger` for --tensorboard
-        self.rows = 0  # of metrics
+        self.rows = 0  # the number of records in metrics.jsonl
 
     def release(self) -> None:
-        """Let others write."""
+        """Releases the lock, so that other processes may write to the directory."""
         self.lock.release()
 
     def configure(
@@ -66,9 +67,9 @@ class Run:
         finished: bool = False,
         ranks: int = 1,
     ) -> None:
-        """Write config.json: all that is needed to start the run again, with a line for each time it went on.
+        """Writes config.json: all that is needed to start the run again, and one entry for each time it was resumed.
 
-        What processes left half written is removed, and so is the result of a run that is not `finished` any more.
+        Removes temporary files that earlier processes left behind, and result.json if the run is not `finished`.
         """
         cuda = device.type == "cuda"
         surroundings = {
@@ -94,25 +95,25 @@ class Run:
             path.unlink(missing_ok=True)
 
     def log(self, text: str) -> None:
-        """Print a line (above a progress bar, if there is one) and add it to log.txt with the time."""
+        """Prints a line (above a progress bar, if there is one) and appends it to log.txt with the time."""
         tqdm.write(text)
         append(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def interrupted(self, command: str) -> int:
-        """Say how to go on; gives the exit code of an interrupted run."""
+        """Logs the command that resumes the run; returns 130, the exit code of an interrupted run."""
         self.log(f"interrupted; continue with: {command} --resume --save {quote(str(self.folder))}")
         return 130
 
     def record(self, **row: Any) -> None:
-        """Add an object to metrics.jsonl."""
+        """Appends a record to metrics.jsonl, and to TensorBoard's files if there is a logger."""
         append(self.metrics, json.dumps(row) + "\n")
         self.rows += 1
         if self.tensorboard is not None:
             self.tensorboard.add(row)
 
     def cut_metrics(self, rows: int) -> float:
-        """Drop all but the first rows of metrics.jsonl, as their steps will be taken again; gives the seconds that
-        the last row left tells of."""
+        """Truncates metrics.jsonl to its first `rows` records, since the steps of the others will be taken again;
+        returns the `seconds` of the last record left, 0 if there is none."""
         self.rows, size, last = 0, 0, b""
         try:
             with open(self.metrics, "r+b") as file:
@@ -129,11 +130,11 @@ class Run:
             return 0.0
 
     def write(self, name: str, value: Any) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Writes a value as a JSON file atomically. Raises ValueError for NaN and infinity."""
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file, whole or not at all."""
+        """Writes a text file atomically: it is complete or unchanged. Raises OSError that names the file."""
         path = self.folder / name
         temporary = path.with_name(f".{path.name}.tmp")
         try:
@@ -147,7 +148,7 @@ class Run:
 
 
 class NullRun(Run):
-    """For a rank that leaves it to the first one to write."""
+    """A run directory that ignores all writes, for every rank but the main one."""
 
     disable_progress_bar = True
 
@@ -174,7 +175,7 @@ class NullRun(Run):
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to a file, on the disk when this returns. Raises OSError that names it."""
+    """Appends text to a file and flushes it to the disk. Raises OSError that names the file."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
@@ -185,5 +186,5 @@ def append(path: Path, text: str) -> None:
 
 
 def with_filename(error: OSError, path: Path) -> OSError:
-    """The error with the file that it is about, which one of a full disk does not tell."""
+    """Returns the error with the path of its file, which the error of a full disk lacks."""
     return OSError(error.errno, error.strerror, str(path))

@@ -1,4 +1,4 @@
-"""How a script ends: asked to stop, out of memory, on a fault of its surroundings or done."""
+"""Handles how a script ends: on a signal, out of memory, on a fault of its environment, or when it is done."""
 
 import signal
 import sys
@@ -11,8 +11,11 @@ from utils import RunError
 
 
 class StopSignal:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 into `requested`, to be obeyed between two steps; after the first, Ctrl-C acts
-    at once. (Slurm sends SIGUSR1 as a warning, where it is asked to, and what torchrun hands on may come twice.)"""
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 into `requested`, which the loop checks between two steps; after the first
+    signal, Ctrl-C acts at once.
+
+    Slurm sends SIGUSR1 as a warning, if it is asked to; a signal that torchrun forwards may arrive twice.
+    """
 
     def __enter__(self) -> "StopSignal":
         self.requested = False
@@ -32,7 +35,11 @@ class StopSignal:
 
 
 def run_script(main: Callable[[], int]) -> int:
-    """The exit code of a script: what its surroundings did to it gives one line, not a traceback."""
+    """Runs a script and returns its exit code; faults of its environment print one line instead of a traceback.
+
+    The code is that of `main`, 130 if it is interrupted, and 1 for a `RunError`, a `CheckpointError`, an OSError or a
+    lack of memory. Other errors propagate. One of several ranks exits here and does not return.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
     code = 1
@@ -40,7 +47,7 @@ def run_script(main: Callable[[], int]) -> int:
         code = main()
     except (RunError, checkpoint.CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    except (RuntimeError, MemoryError) as error:  # before the first step, when the weights are made
+    except (RuntimeError, MemoryError) as error:  # raised before the first step, when the weights are created
         if not checkpoint.out_of_memory(error):
             raise
         print("error: out of memory; take a smaller --emsize, --n_experts or --small_batch_size", file=sys.stderr)

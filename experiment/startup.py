@@ -1,6 +1,6 @@
-"""From the command line to a run that can begin, or go on: flags, corpus and earlier state, checked together.
+"""Starts or resumes a run from its command line: checks flags, corpus and saved state together.
 
-What a user can mend ends the script here, with exit code 2 and one line for each fault, before anything is
+Faults that a user can correct end the script here with exit code 2 and one line per fault, before anything is
 written.
 """
 
@@ -21,7 +21,7 @@ from experiment.run_directory import NullRun, Run
 from genotypes import GenotypeError, resolve_cell
 from utils import RunError
 
-# The texts that a script reads: by name the word ids, and the number of rows that they are cut into.
+# Maps the name of each text that a script reads to its word ids (n,) and the batch size that they are cut into.
 Texts = dict[str, tuple[Tensor, int]]
 
 
@@ -32,8 +32,11 @@ def start_run(
     texts: Callable[[data.Corpus, Namespace], Texts],
     ranks: Distributed,
 ) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
-    """The flags, the corpus, the run's directory, and the state to go on from (None for a new run). What the first rank
-    finds holds for all."""
+    """Returns the flags, the corpus, the run directory, and the state to resume from (None for a new run).
+
+    The main rank decides for all ranks. Exits with code 2 on faults of the flags, the corpus or the saved state; raises
+    `RunError` on another rank whose machine lacks the corpus or has a different one.
+    """
     if not ranks.is_main:
         parser.quiet = True
         told = ranks.broadcast_from_main(lambda: None)
@@ -66,10 +69,11 @@ def start_on_main_rank(
     texts: Callable[[data.Corpus, Namespace], Texts],
     ranks: Distributed,
 ) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
-    """The same on the first rank.
+    """Returns the flags, the corpus, the run directory, and the state to resume from (None for a new run), on the main
+    rank.
 
-    A resumed run has the flags in its config.json, but for those given anew. Nothing is downloaded for flags
-    that cannot be used, and the directory of a new run is made last.
+    A resumed run takes the flags in its config.json, except for those given again. Nothing is downloaded for flags that
+    cannot be used, and the directory of a new run is created last. Exits with code 2 on faults.
     """
     args, config, first = parser.parse_args(argv), None, None
     if args.resume:
@@ -93,7 +97,7 @@ def start_on_main_rank(
     if config is not None:
         found += changed_flags(args, config["flags"], f"the run in {args.save}")
         try:
-            run = None if found else Run(args.save)  # before anything is read, so that nobody writes it meanwhile
+            run = None if found else Run(args.save)  # locked before the state is read: no other process may change it
             saved, note = checkpoint.load_last(args.save)
             if note:
                 print(f"{parser.prog}: {note}", file=sys.stderr)
@@ -119,7 +123,7 @@ def start_on_main_rank(
             run = Run(args.save)
             if any(
                 map(validate_arguments.holds_work, run.folder.iterdir())
-            ):  # another came and went while the corpus was read
+            ):  # another run used the directory while the corpus was read
                 found.append(
                     f"--save {args.save}: holds files already; add --resume to continue a run, or take another"
                 )
@@ -134,7 +138,8 @@ def start_on_main_rank(
 
 @contextmanager
 def memory_explained(args: Namespace) -> Iterator[None]:
-    """Running out of memory inside becomes a `RunError` that tells the sizes and what would need less."""
+    """Turns an out-of-memory error inside the block into a `RunError` that states the sizes and what needs less
+    memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -151,7 +156,8 @@ def memory_explained(args: Namespace) -> Iterator[None]:
 
 
 def cell_text(arch: str) -> str:
-    """The text of a genotype, which stays what it is when a search goes on or its directory moves."""
+    """Returns the genotype that `arch` names as text, which stays the same when a search is resumed or its directory
+    moves; returns `arch` itself if it names none."""
     try:
         return str(resolve_cell(arch))
     except GenotypeError:
@@ -159,7 +165,7 @@ def cell_text(arch: str) -> str:
 
 
 def length_faults(args: Namespace, texts: Texts) -> list[str]:
-    """A fault for each text that has fewer than two rows, one to read and one to predict."""
+    """Returns a fault for each text with fewer than two tokens per batch element, one to read and one to predict."""
     return [
         (f"--limit_tokens {args.limit_tokens}" if 0 < args.limit_tokens < 2 * rows else f"--data {args.data}")
         + f": {len(ids):,} tokens for {name} are too few for {rows} rows of text (at least"
@@ -170,7 +176,8 @@ def length_faults(args: Namespace, texts: Texts) -> list[str]:
 
 
 def describe(corpus: data.Corpus, limit: int) -> str:
-    """One line on a corpus: its size, what of it is read, and what is outside the vocabulary."""
+    """Returns one line that describes a corpus: its size in tokens, the part that is read, the number of word types,
+    and the number of words outside the vocabulary."""
     unknown = sum(corpus.unknown.values())
     return (
         (f"the first {limit:,} tokens of " if 0 < limit < len(corpus.train) else "")

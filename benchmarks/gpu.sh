@@ -23,7 +23,7 @@ stage() { # name, seconds, command
 }
 
 if "$python" -c "import pytest, hypothesis" 2> "$OUT/pytest_missing.txt"; then
-  stage tests 110 "$python" -m pytest -q tests/test_{graphs,kernels,fused,curvature}.py
+  stage tests 110 "$python" -m pytest -q tests/engine
 else
   echo "tests: skipped, this Python has no pytest and hypothesis" | tee "$OUT/tests.txt"
 fi

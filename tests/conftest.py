@@ -1,11 +1,20 @@
-"""Settings of every test."""
+"""Settings and fixtures that the tests share."""
 
 import os
 
-# The kernels of the fused engine are compiled by tests of them alone (test_kernels.py), which ask for it: elsewhere
-# the same functions run as they stand, so that no test waits for a compiler.
+import pytest
+from helpers import write_corpus
+
+# Only engine/test_inductor.py compiles the kernels of the fused engine, in processes of its own; all other tests run
+# the same functions uncompiled, so that they do not wait for a compiler.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=8, help="how many runs test_crash.py kills")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The folder of a corpus of a made-up language, on which a run takes a second; no test may write to it."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"), train=30, valid=16, test=16)

@@ -1,4 +1,4 @@
-"""Gradients of a search's step, on as many ranks as there are: what test_ranks.py runs by itself and by torchrun.
+"""Gradients of a search's step, on as many ranks as there are: what test_distributed.py runs by itself and by torchrun.
 
 python tests/gradients.py FILE ROWS_AT_ONCE NORM
 """

@@ -1,16 +1,15 @@
 """Either product of the unrolled step agrees with the definition's, in fp32, on a model that has learned."""
 
-from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
+from helpers import ROOT
 
 import train_search
 from architect import RADIUS
 from benchmarks.hessian import Agreement
 
-ROOT = Path(__file__).parent.parent
 PENN = [
     folder for folder in (ROOT / "corpora" / "penn", ROOT.parent / "shared" / "corpora" / "penn") if folder.is_dir()
 ]
@@ -33,7 +32,7 @@ def check(cosines, rounded=False):
 
 @pytest.mark.parametrize("mode", ["--engine eager", "--precision fp32", "--precision bf16"])
 def test_on_the_builtin_text(tmp_path, mode):
-    """In every mode; tf32, which CUDA alone has, is left for the difference too (test_kernels.py)."""
+    """In every mode; tf32, which CUDA alone has, is left for the difference too (engine/test_inductor.py)."""
     flags = f"--data builtin --emsize 32 --batch_size 32 --lr 5 --epochs 1 --limit_tokens 33000 {mode}"
     check(agreement(tmp_path / "run", flags, batches=5), rounded="bf16" in mode)
 

@@ -9,20 +9,19 @@ import time
 from pathlib import Path
 
 import pytest
-from made import outcome, write_corpus
+from helpers import ROOT, SIZES, outcome, write_corpus
 
 from experiment import metrics
 from study import jobs
 from study.jobs import Job, TrialFailed
 
-ROOT = Path(__file__).parent.parent
-SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --arch DARTS_V1 --lr 1 --engine eager"
+FLAGS = [*SIZES, *"--arch DARTS_V1 --lr 1 --engine eager".split()]
 
 
 @pytest.fixture
 def job(tmp_path):
     write_corpus(tmp_path, train=30, valid=16, test=16)
-    return Job("select/cell/1", "train.py", (*SIZES.split(), "--epochs", "3", "--data", str(tmp_path)))
+    return Job("select/cell/1", "train.py", (*FLAGS, "--epochs", "3", "--data", str(tmp_path)))
 
 
 def test_a_trial_is_run_told_of_and_not_run_again(job, tmp_path):

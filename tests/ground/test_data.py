@@ -64,7 +64,7 @@ def never(*args: object, **kwargs: object) -> None:
 
 @pytest.fixture(scope="module", params=list(PUBLISHED))
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    repo = Path(__file__).resolve().parent.parent
+    repo = Path(__file__).resolve().parent.parent.parent
     root = tmp_path_factory.mktemp("corpora")
     for place in (repo / "corpora", repo.parent / "shared" / "corpora"):
         if data.is_available(request.param, place):

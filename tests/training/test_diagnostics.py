@@ -7,9 +7,9 @@ import oracle
 import pytest
 import tiny
 import torch
+from helpers import rows, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import rows, write_corpus
 
 import train_search
 from architect import Architect

@@ -4,14 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from helpers import ROOT, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import write_corpus
 
 import evaluate
 import train
@@ -21,7 +20,6 @@ from engine import elementwise, matmul
 from engine.matmul import add_rows, addmm_, matmul_precision
 from model import RNNModel
 
-ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 
 
@@ -36,10 +34,10 @@ def run_compiling(code, **environment):
 COMPARE = """
 import os
 import sys
-sys.path[:0] = ["tests", "."]
+sys.path[:0] = ["tests/engine", "tests", "."]
 import torch
 from engine import cell_kernels, fused, linear_cross_entropy, matmul, reference, second_derivative
-from test_curvature import directions, mixed, numbered, of_the_loss
+from test_second_derivative import directions, mixed, numbered, of_the_loss
 from test_fused import NORMED_CELLS, decoder_problem, problem, relative_errors, values_and_gradients
 from engine.dropout import FrozenReLU
 from engine import Engine
@@ -132,7 +130,7 @@ def test_code_once_found_is_called_for_what_it_was_compiled_for():
 
 EVALUATED = """
 import sys
-sys.path[:0] = ["tests", "."]
+sys.path[:0] = ["tests/engine", "tests", "."]
 import torch, tiny
 from engine import Engine
 from genotypes import DARTS_V1

@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 from gradients import B, gradients
-from made import finish, outcome, rows, wait_for, write_corpus
+from helpers import ROOT, SIZES, finish, outcome, rows, wait_for
 
 import train
 from engine.reference import NORMS
@@ -19,9 +18,8 @@ from experiment import checkpoint
 from experiment.distributed import Distributed
 from experiment.validate_arguments import rank_faults
 
-ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --checkpoint_minutes 0"
+FLAGS = [*SIZES, "--checkpoint_minutes", "0"]
 RUNS = {
     "search": ("train_search.py", "--lr 1 --epochs 1 --unrolled --diagnose_every 8 --arch_batch_size 8"),
     "retraining": ("train.py", "--arch DARTS_V1 --lr 20 --epochs 5 --nonmono 1 --dropoute 0.2"),
@@ -56,14 +54,9 @@ def test_two_ranks_have_the_gradients_of_two_small_batches(norm, tmp_path):
         assert (whole["eager, alphas, None"] - first).norm() > 1e-2 * first.norm()
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"), train=30, valid=16, test=16)
-
-
 def begin(name, corpus, save, *more):
     script, flags = RUNS[name]
-    return start(script, *SIZES.split(), *flags.split(), "--data", corpus, "--save", save, *more)
+    return start(script, *FLAGS, *flags.split(), "--data", corpus, "--save", save, *more)
 
 
 def workers(process):
@@ -100,7 +93,7 @@ def test_two_ranks_that_are_killed_end_as_if_they_had_not_been(name, corpus, tmp
 
 def test_a_run_of_two_ranks_is_not_continued_by_one(corpus, tmp_path, capsys):
     """And the other way round; the line says how."""
-    flags = [*SIZES.split(), "--arch", "DARTS_V1", "--data", str(corpus), "--save", str(tmp_path / "run")]
+    flags = [*FLAGS, "--arch", "DARTS_V1", "--data", str(corpus), "--save", str(tmp_path / "run")]
     assert train.main([*flags, "--epochs", "1"]) == 0
     state = checkpoint.load(tmp_path / "run" / "last.pt")
     checkpoint.save({key: value for key, value in state.items() if key != "format"} | {"ranks": 2},
@@ -113,7 +106,7 @@ def test_a_run_of_two_ranks_is_not_continued_by_one(corpus, tmp_path, capsys):
 
 
 def test_flags_that_ranks_cannot_share_are_refused_once(corpus, tmp_path):
-    process = start("train.py", *SIZES.split(), "--data", corpus, "--save", tmp_path / "run", "--batch_size", 5)
+    process = start("train.py", *FLAGS, "--data", corpus, "--save", tmp_path / "run", "--batch_size", 5)
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert out.count("--batch_size 5: must divide evenly among 2 ranks") == 1

@@ -9,15 +9,13 @@ import re
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
 import torch
-from made import rows, write_corpus
+from helpers import ROOT, rows, write_corpus
 
 import genotypes
 
-ROOT = Path(__file__).parent.parent
 SIZES = "--emsize 12 --batch_size 4 --bptt 8 --lr 1 --log_interval 5 --device cpu"
 UNTIMED = {"seconds"}  # the rest of a result is the same in every run
 

@@ -4,11 +4,10 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 # The script's own loop, asked at each epoch's end how much is resident.
 ASK = """
 import sys

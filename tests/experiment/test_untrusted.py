@@ -1,6 +1,6 @@
 """Whatever the flags and whatever the files: an exit code and lines for a person, and no file of theirs changed.
 
-pytest tests/test_untrusted.py                     # 2,000 cases
+pytest tests/experiment/test_untrusted.py                     # 2,000 cases
 """
 
 import contextlib

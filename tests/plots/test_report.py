@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from made import search_rows, train_rows, write_rows
+from helpers import search_rows, train_rows, write_rows
 
 from genotypes import DARTS_V1, ENAS, random_genotype, to_json
 from plots import animation

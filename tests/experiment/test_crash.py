@@ -1,7 +1,7 @@
 """Kill -9 at any moment, go on, and the run ends as if nothing had happened: bytes are compared.
 
-pytest tests/test_crash.py                 # 8 kills
-pytest tests/test_crash.py --kills 200     # an hour on one core
+pytest tests/experiment/test_crash.py                 # 8 kills
+pytest tests/experiment/test_crash.py --kills 200     # an hour on one core
 """
 
 import os
@@ -10,18 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from resource import RLIMIT_FSIZE, setrlimit
 
 import pytest
-from made import finish, outcome, wait_for, write_corpus
+from helpers import ROOT, SIZES, finish, outcome, wait_for
 
 from experiment import checkpoint
 from experiment.signals import StopSignal
 
-ROOT = Path(__file__).parent.parent
 # A checkpoint at every step, so that most kills fall into the writing of one.
-SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --checkpoint_minutes 0"
+FLAGS = [*SIZES, "--checkpoint_minutes", "0"]
 RUNS = {
     "first order": ("train_search.py", "--lr 1 --epochs 3"),
     "unrolled": ("train_search.py", "--lr 1 --epochs 2 --arch_start 1 --unrolled --diagnose_every 4"),
@@ -34,14 +32,9 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"), train=30, valid=16, test=16)
-
-
 def begin(name, corpus, save, *more, **how):
     script, flags = RUNS[name]
-    flags = [*SIZES.split(), *flags.split(), "--data", corpus, "--save", save, *more]
+    flags = [*FLAGS, *flags.split(), "--data", corpus, "--save", save, *more]
     return subprocess.Popen(
         [sys.executable, ROOT / script, *map(str, flags)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how,

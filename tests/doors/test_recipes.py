@@ -1,15 +1,15 @@
 """Defaults and recipe scripts hold the published settings (the paper's appendix A, its repository's flags)."""
 
 import re
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import train
 import train_search
 from experiment import arguments
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = ROOT / "scripts"
 SHARED = {
     "data": "penn", "bptt": 35, "max_seq_len_delta": 20, "lr": 20.0, "clip": 0.25, "dropout": 0.75, "dropouth": 0.25,
     "dropoutx": 0.75, "dropouti": 0.2, "alpha": 0.0, "beta": 1e-3, "device": "auto", "resume": False,

@@ -13,7 +13,7 @@ from statistics import mean
 
 import pytest
 import torch
-from made import wait_for, write_corpus
+from helpers import ROOT, wait_for, write_corpus
 
 import train
 import train_search
@@ -28,7 +28,6 @@ from study.jobs import Job
 from study.stats import kendall
 from utils import RunError
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train.py": train, "train_search.py": train_search}
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --lr 1 --log_interval 100 --device cpu --engine eager"
 SMALL = (

@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 from itertools import combinations, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
@@ -237,8 +237,7 @@ def test_only_pictures_of_valid_cells_are_written(tmp_path):
 
 def test_neither_a_window_system_nor_torch_is_loaded():
     code = "import sys, visualize, plots.html.report; print(sorted({'matplotlib.pyplot', 'torch'} & set(sys.modules)))"
-    root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
 
 

@@ -10,9 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers import search_rows, train_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import search_rows, train_rows, write_rows
 from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 

@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from made import rows, write_corpus
+from helpers import SIZES, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -13,12 +13,7 @@ from experiment import checkpoint, validate_arguments
 from experiment.run_directory import Run
 from plots.tensorboard import FOLDER, OF_ROW, TensorBoardLogger
 
-SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --tensorboard".split()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"), train=30, valid=16, test=16)
+FLAGS = [*SIZES, "--tensorboard"]
 
 
 def shown(folder):
@@ -40,7 +35,7 @@ def told(folder):
 def test_a_search_has_its_scalars_flags_and_cells(corpus, tmp_path):
     folder = tmp_path / "run"
     flags = ["--data", str(corpus), "--save", str(folder), "--lr", "1", "--epochs", "2", "--diagnose_every", "9"]
-    assert train_search.main([*SIZES, *flags]) == 0
+    assert train_search.main([*FLAGS, *flags]) == 0
     scalars, events = shown(folder)
     assert told(folder) == scalars
     assert {"interval/loss", "epoch/valid_ppl", "diagnosis/eigenvalue"} <= scalars.keys()
@@ -53,7 +48,7 @@ def test_a_search_has_its_scalars_flags_and_cells(corpus, tmp_path):
 
 def test_a_run_that_goes_on_is_shown_once(corpus, tmp_path):
     folder = tmp_path / "run"
-    flags = [*SIZES, "--data", str(corpus), "--save", str(folder), "--arch", "DARTS_V1", "--lr", "1"]
+    flags = [*FLAGS, "--data", str(corpus), "--save", str(folder), "--arch", "DARTS_V1", "--lr", "1"]
     assert train.main([*flags, "--epochs", "2"]) == 0
     state = checkpoint.load(folder / "last.pt")
     with open(folder / "metrics.jsonl", "a") as file:  # of a process that was killed after its last checkpoint
@@ -71,7 +66,7 @@ def test_a_run_that_goes_on_is_shown_once(corpus, tmp_path):
 
 def test_a_run_may_be_shown_from_its_middle_on(corpus, tmp_path):
     folder = tmp_path / "run"
-    flags = [*SIZES[:-1], "--data", str(corpus), "--save", str(folder), "--arch", "LSTM", "--lr", "1"]
+    flags = [*SIZES, "--data", str(corpus), "--save", str(folder), "--arch", "LSTM", "--lr", "1"]
     assert train.main([*flags, "--epochs", "1"]) == 0
     assert not (folder / FOLDER).exists()
     assert train.main(["--resume", "--save", str(folder), "--epochs", "2", "--tensorboard"]) == 0
@@ -93,7 +88,7 @@ def test_odd_rows_are_shown_as_far_as_they_go(tmp_path):
 def test_without_tensorboard_a_line_says_what_to_install(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(validate_arguments, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
-        train.main([*SIZES, "--data", str(corpus), "--save", str(tmp_path / "run")])
+        train.main([*FLAGS, "--data", str(corpus), "--save", str(tmp_path / "run")])
     assert end.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     needs = "train.py: error: --tensorboard: needs {0}; pip install {0}, or go without (--no-tensorboard)"

@@ -197,7 +197,7 @@ def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(cell, nor
 
 
 def test_a_second_derivative_of_the_discrete_cell_is_refused():
-    """That of the relaxed one: test_curvature.py."""
+    """That of the relaxed one: test_second_derivative.py."""
     leaves, masks, _ = problem(2, 3, 3, 4, 3, seed=1, masked=False)
     total = run(fused, "discrete", {name: leaf.requires_grad_() for name, leaf in leaves.items()}, masks).sum()
     with pytest.raises(RuntimeError, match="eager"):

@@ -3,11 +3,10 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOORS = {"train_search", "train", "evaluate", "visualize", "trials"}
 ALGORITHM = {"architect", "model_search", "model"}
 GROUND = {"data", "genotypes", "utils"}

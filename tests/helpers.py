@@ -4,10 +4,14 @@ import json
 import math
 import random
 import time
+from pathlib import Path
 
 from genotypes import PRIMITIVES
 from training.diagnostics import Signal
 
+ROOT = Path(__file__).parent.parent
+# Flags of a model so small that a run of either script takes a second.
+SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu".split()
 TIMES = {"seconds", "tokens_per_s"}  # of what is compared, all that may differ
 
 

@@ -2,12 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
-from made import write_corpus
+from helpers import ROOT, write_corpus
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import search_arms
 
 from genotypes import random_genotype, resolve_cell, to_json

@@ -25,7 +25,7 @@ from test_fused import (
     sizes,
     widened,
 )
-from test_recurrence import oracle_masks
+from test_reference import oracle_masks
 
 from architect import Architect
 from engine import Engine, fused, linear_cross_entropy, reference

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from made import outcome, rows, write_corpus
+from helpers import SIZES, outcome, rows
 
 import train
 import train_search
@@ -23,14 +23,8 @@ from training.lr_schedule import DECAYS, SHAPES
 from training.optimizers import OPTIMIZERS as OF_SEARCH
 
 OPTIMIZERS = ("ntasgd", *OF_SEARCH)
-SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu".split()
 SCRIPTS = {"train": train, "search": train_search}
 RATE = {"momentum": 0.3, "adam": 0.01, "adamw": 0.01}  # for a model of this size; 3 for SGD
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"), train=30, valid=16, test=16)
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,28 @@
-"""What a hand-written backward pass asks of autograd."""
+"""Helpers of the hand-written backward passes, which deal with autograd."""
 
 import torch
 from torch import Tensor
 
 
 def forbid_double_backward(order: str) -> None:
-    """For a way back written by hand: called in one that is to be differentiated itself, to a derivative of that
-    order, raises RuntimeError.
+    """Raises RuntimeError if the hand-written backward pass that calls this function is to be differentiated itself.
 
-    (torch's `once_differentiable` notices only if the incoming gradient depends on something.)
+    `order` names in the message the derivative that would be needed, such as "second". torch's `once_differentiable`
+    would raise an error only if the incoming gradient depends on something.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(f"the fused engine has no {order} derivative here; use the eager engine")
 
 
 def unformed_grad(like: Tensor) -> Tensor:
-    """In the place of a share of a gradient that is not there: no numbers, so that nobody takes the other shares for
-    the whole. (torch's anomaly detection minds it.)"""
+    """Returns NaNs in the shape of `like`, in place of a term of a gradient that is not computed.
+
+    The NaNs make the sum of all terms NaN, so that the other terms cannot be mistaken for the whole gradient. torch's
+    anomaly detection reports them as an error.
+    """
     return like.new_full((), torch.nan).expand_as(like)
 
 
 def graph_task_id() -> int:
-    """The number of the call of autograd that runs now, the same in every function that it runs."""
+    """Returns the number of autograd's current backward call, which all functions that this call runs share."""
     return torch._C._current_graph_task_id()

@@ -1,6 +1,7 @@
-"""CUDA graphs for a step that is taken again and again in a few shapes.
+"""CUDA graphs for a step that is called repeatedly with a few shapes.
 
-A step at these sizes is thousands of small launches, and a GPU would wait for each. A graph replays them as one.
+At these sizes a step consists of thousands of small kernel launches, and a GPU would wait for each of them. A graph
+replays them as one launch.
 """
 
 import sys
@@ -15,13 +16,12 @@ Step = Callable[..., tuple[Tensor, ...]]
 
 
 class Graphs:
-    """`step`, by a graph for each shape of its tensors and each value of its other arguments; without a `capture`,
-    `step`.
+    """Runs `step` from one CUDA graph for each shape of its tensors and each value of its other arguments.
 
-    A shape is run as it stands when it first comes, which compiles what there is to compile; is captured when it
-    comes again; and is replayed from then on. `step` must not read a tensor on the host. Where a capture fails one
-    line says so, and from then on all steps of this process run as they stand: what other graphs hold of torch's
-    generator is then out of date.
+    The first call with a shape runs `step` without a graph, which compiles its kernels. The second call captures the
+    graph, and this and all later calls replay it. `step` must not read a tensor on the host. Without a `capture`, every
+    call runs `step` without a graph. If a capture fails, one line on stderr says so, and from then on all steps of this
+    process run without graphs, since the state of torch's generator in the other graphs is then out of date.
     """
 
     failed: ClassVar[bool] = False
@@ -44,20 +44,24 @@ class Graphs:
             run = partial(self.step, *[next(place) if isinstance(a, Tensor) else a for a in arguments])
             try:
                 self.recorded[key] = static, *self.capture(run)
-            except RuntimeError as error:  # a fault of the step itself shows again when it runs as it stands
+            except RuntimeError as error:  # An error of the step itself is raised again below.
                 print(f"no CUDA graphs, slower: {' '.join(str(error).split())[:200]}", file=sys.stderr)
                 Graphs.failed = True
-            if Graphs.failed:  # and what the error remembers of the step is gone
+            if Graphs.failed:  # After the except block, the traceback no longer keeps the capture's tensors alive.
                 return self.step(*arguments)
         static, replay, outputs = self.recorded[key]
         for tensor, new in zip(static, tensors, strict=True):
             tensor.copy_(new)
         replay()
-        return tuple(output.clone() for output in outputs)  # the next replay writes over them
+        return tuple(output.clone() for output in outputs)  # The next replay overwrites the outputs.
 
 
 class Capture:
-    """Records what a call would launch; all graphs share one pool of memory, as only one runs at a time."""
+    """Captures the kernels that a call would launch as a CUDA graph.
+
+    A call returns the graph's replay function and its output tensors, which each replay overwrites. All graphs of one
+    `Capture` share one pool of memory, since only one of them runs at a time. Raises RuntimeError if the capture fails.
+    """
 
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
@@ -67,7 +71,8 @@ class Capture:
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 outputs = run()
-        except RuntimeError:  # torch leaves its stream current then, and its generator waiting for the capture's end
+        except RuntimeError:
+            # torch then leaves the capture's stream current, and its generator waiting for the end of the capture.
             torch.cuda.set_stream(stream)
             generator = torch.cuda.default_generators[stream.device_index]
             generator.graphsafe_set_state(generator.clone_state())

@@ -1,4 +1,4 @@
-"""Which code runs the recurrence and the loss: the readable definition, or the fast one; and in what precision."""
+"""Selects the code that runs the recurrence and the loss, readable or fast, and its precision."""
 
 from typing import NamedTuple
 
@@ -15,10 +15,11 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 class Engine(NamedTuple):
-    """`eager` is the definition, which autograd differentiates as often as one likes; `fused` is fast.
+    """An implementation of the recurrence and the loss, one of `ENGINES`, with its precision, one of `PRECISIONS`.
 
-    In bf16 products and what is saved for backward are rounded, sums, normalisation and softmax are not;
-    tf32 is a setting of CUDA's products (`matmul_precision`).
+    `eager` is the definition, which autograd differentiates to any order; `fused` is fast. In bf16, products and what
+    is saved for backward are rounded, whereas sums, normalisation and softmax are not. tf32 is a setting of CUDA's
+    products (see `matmul_precision`).
     """
 
     name: str = "eager"
@@ -26,17 +27,17 @@ class Engine(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """The dtype of products; None for that of the weights."""
+        """Returns the dtype of products, None for that of the weights."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
     def relaxed(self, *args) -> Tensor:
-        """See `reference.relaxed`."""
+        """Returns the hidden states (T, B, H) of the relaxed cell, for the arguments of `reference.relaxed`."""
         return (
             fused.relaxed(*args, compute_dtype=self.compute_dtype) if self.name == "fused" else reference.relaxed(*args)
         )
 
     def discrete(self, *args) -> Tensor:
-        """See `reference.discrete`."""
+        """Returns the hidden states (T, B, H) of one genotype's cell, for the arguments of `reference.discrete`."""
         return (
             fused.discrete(*args, compute_dtype=self.compute_dtype)
             if self.name == "fused"
@@ -44,18 +45,22 @@ class Engine(NamedTuple):
         )
 
     def nll(self, hiddens: Tensor, mask: Tensor | None, embedding: Tensor, bias: Tensor, y: Tensor) -> Tensor:
-        """See `linear_cross_entropy.nll`."""
+        """Returns the mean negative log-likelihood in nats per word of the target words y (T, B), a scalar.
+
+        The logits are (hiddens * mask) @ embedding.T + bias, with hiddens (T, B, H), mask (B, H), embedding (V, H) and
+        bias (V,), as in `linear_cross_entropy.nll`.
+        """
         if self.name == "fused":
             return linear_cross_entropy.nll(hiddens, mask, embedding, bias, y, self.compute_dtype)
         logits = F.linear(drop(hiddens, mask).flatten(0, 1), embedding, bias)  # (TB, V)
         return F.cross_entropy(logits, y.flatten())
 
     def with_cuda_graphs(self, step: Step, device: torch.device, beside: Graphs | None = None) -> Graphs:
-        """`step`, to be taken again and again in a few shapes; the fast engine replays it on CUDA, by graphs that share
-        a pool of memory with those of the step `beside` it, which never runs at the same time.
+        """Returns `step` for repeated calls with a few shapes; on CUDA the fast engine replays it from graphs.
 
-        Not among several ranks: no graph holds what goes between them, nor may it be captured while NCCL's threads ask
-        how far that is.
+        These graphs share a pool of memory with those of the step `beside` it, which must never run at the same time.
+        With several ranks there are no graphs: a graph does not contain the communication between ranks, nor may it be
+        captured while NCCL's threads query the progress of that communication.
         """
         if beside is not None:
             return Graphs(step, beside.capture)

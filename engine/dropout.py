@@ -1,9 +1,9 @@
-"""Dropout for a recurrent language model: masks that are drawn once and then held.
+"""Dropout for a recurrent language model, with masks that are sampled once per batch and then held fixed.
 
-A mask is a tensor of zeros and 1 / (1 - p), drawn for one batch and applied to every time step of it. The
-masks of a batch are an explicit value, `Masks`, so that several passes over the same batch can share them:
-without that, a difference between two passes measures the masks and not the weights (see architect.py). The
-active set of relu is held in the same way where such a difference is taken.
+A mask is a tensor of zeros and 1 / (1 - p), sampled for one batch and applied to each of its time steps. The masks of
+a batch are an explicit value, `Masks`, so that several passes over the same batch can share them. Otherwise a
+difference between two passes would measure the masks and not the weights (see architect.py). Where such a difference is
+taken, the active set of relu is held fixed in the same way.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class DropoutRates(NamedTuple):
-    """Probability of dropping, each in [0, 1)."""
+    """The probabilities of dropping an element, each in [0, 1)."""
 
     dropout: float = 0.0  # output of the cell, before the decoder
     dropouth: float = 0.0  # hidden state, inside the cell's products
@@ -23,20 +23,23 @@ class DropoutRates(NamedTuple):
 
 
 class FrozenReLU:
-    """relu whose active set is that of the first pass, in every later pass over the same batch.
+    """A relu that keeps the active set of the first pass in every later pass over the same batch.
 
-    Between two nearby sets of weights a few of the millions of activations cross relu's kink; each makes the
-    gradient jump, and a difference of gradients measures those jumps. With the active set held, the network
-    is smooth in its weights, and where the set was taken it has the same derivatives of every order. One engine's set
-    is not for another, whose H may be filled up.
+    Between two nearby sets of weights a few of the millions of activations cross relu's kink. Each of them makes the
+    gradient jump, and a difference of gradients measures those jumps. With a fixed active set, the network is smooth in
+    its weights, and at the weights of the first pass it has the same derivatives of every order as with relu. The
+    active set of one engine does not fit the other engine, which may pad H.
     """
 
     def __init__(self):
-        self.active: dict[tuple[int, int], Tensor] = {}  # by time step and node, (i, B, H) of bool
-        self.parts: dict[tuple[int, int], FrozenReLU] = {}  # of small batches
+        self.active: dict[tuple[int, int], Tensor] = {}  # (i, B, H) of bool, by time step and node i
+        self.parts: dict[tuple[int, int], FrozenReLU] = {}  # of micro-batches, by `start` and `stop`
 
     def active_set(self, u: Tensor, place: tuple[int, int]) -> Tensor:
-        """Where relu lets through the u (i, B, H) of this place, bool (i, B, H)."""
+        """Returns where relu is active at `place`, a time step and a node i, bool (i, B, H).
+
+        The first call for a place records where u (i, B, H) is positive, and later calls return that record.
+        """
         if place not in self.active:
             self.active[place] = u.detach() > 0
         return self.active[place]
@@ -45,15 +48,15 @@ class FrozenReLU:
         return u * self.active_set(u, place)
 
     def rows(self, start: int, stop: int) -> "FrozenReLU":
-        """The one for batch rows start..stop-1."""
+        """Returns the relu of the micro-batch of elements start..stop-1, which has an active set of its own."""
         return self.parts.setdefault((start, stop), FrozenReLU())
 
 
 class Masks(NamedTuple):
-    """What is held over every pass over one batch; None where nothing is dropped, or relu is free."""
+    """The masks, and the relu, that all passes over one batch share; None where nothing is dropped or relu is plain."""
 
     word: Tensor | None = None  # (V, 1)
-    connections: Tensor | None = None  # (G H, H), of torch's own cells, in the place of `hidden`
+    connections: Tensor | None = None  # (G H, H), for torch's own cells, instead of `hidden`
     embedding: Tensor | None = None  # (B, E)
     x: Tensor | None = None  # (B, E)
     hidden: Tensor | None = None  # (B, H)
@@ -61,7 +64,7 @@ class Masks(NamedTuple):
     relu: FrozenReLU | None = None
 
     def rows(self, start: int, stop: int) -> "Masks":
-        """The masks of batch rows start..stop-1; the word types and connections dropped are the whole batch's."""
+        """Returns the masks of the batch elements start..stop-1, with the whole batch's `word` and `connections`."""
         per_row = (None if mask is None else mask[start:stop] for mask in self[2:-1])
         return Masks(
             self.word, self.connections, *per_row, relu=None if self.relu is None else self.relu.rows(start, stop)
@@ -69,12 +72,15 @@ class Masks(NamedTuple):
 
 
 def drop(value: Tensor, mask: Tensor | None) -> Tensor:
-    """`value * mask`, or `value` itself where there is no mask."""
+    """Returns `value * mask`, or `value` itself if the mask is None."""
     return value if mask is None else value * mask
 
 
 def sample_mask(rows: int, columns: int, p: float, like: Tensor) -> Tensor | None:
-    """(rows, columns) of zeros with probability p and 1 / (1 - p) otherwise; None for p = 0."""
+    """Returns a new mask (rows, columns), whose elements are 0 with probability p, else 1 / (1 - p); None for p = 0.
+
+    The mask has the dtype and the device of `like`.
+    """
     if p == 0:
         return None
     return torch.empty(rows, columns, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)
@@ -83,8 +89,11 @@ def sample_mask(rows: int, columns: int, p: float, like: Tensor) -> Tensor | Non
 def sample_masks(
     rates: DropoutRates, batch_size: int, embedding: Tensor, nhid: int, connections: Tensor | None = None
 ) -> Masks:
-    """Masks of one batch of `batch_size` rows for an embedding matrix (V, E) and `nhid` hidden units; `dropouth` is of
-    the hidden-to-hidden connections (G H, H) where they are given, else of the hidden state."""
+    """Returns new masks for a batch of `batch_size` elements, an embedding matrix (V, E) and `nhid` hidden units.
+
+    The rate `dropouth` applies to the hidden-to-hidden `connections` (G H, H) if they are given, else to the hidden
+    state.
+    """
     ntoken, ninp = embedding.shape
     return Masks(
         word=sample_mask(ntoken, 1, rates.dropoute, embedding),

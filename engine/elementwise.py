@@ -1,4 +1,4 @@
-"""Element-wise functions that compiled kernels share."""
+"""Element-wise functions that the compiled kernels share."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,17 @@ LOG2_E = 1.4426950408889634
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)), by exp2, which is the exponential that Inductor leaves where it is used."""
+    """Returns 1 / (1 + exp(-x)), computed with exp2, the exponential that Inductor computes inline where it is used."""
     return 1 / (1 + torch.exp2(-LOG2_E * x))
 
 
 def sigmoid_tanh(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Both of one exponential, in that dtype or that of x. Of tanh that has the absolute error of 1 in its dtype, which
-    for an x in float32 is too much for the small arguments of a young model, whose batch normalisation enlarges them:
-    there, the series. (An x that was rounded to bfloat16 has lost more than that.)"""
+    """Returns sigmoid(x) and tanh(x), both from one exponential, in `dtype` or by default in that of x.
+
+    This tanh has the absolute error that rounding a 1 has in its dtype. For an x in float32 that is too much: at the
+    start of training the arguments are small, and batch normalisation scales them up. Small arguments therefore take
+    the Taylor series. An x that was rounded to bfloat16 has lost more than that, and takes no series.
+    """
     small_matter = x.dtype == torch.float32
     x = x.to(dtype or x.dtype)
     e = torch.exp2(-LOG2_E * x)
@@ -27,7 +30,9 @@ def sigmoid_tanh(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, T
 
 
 def force_materialize(x: Tensor) -> Tensor:
-    """x, which Inductor gives a buffer of its own, and with it a place in the order of loops. A sum can join the
-    loop of an element-wise result that has come before it; else it would be a loop of its own, computing all again.
-    (The buffer itself is optimised away.)"""
+    """Returns x, for which Inductor allocates a buffer of its own, and so gives it a place in the order of the loops.
+
+    A sum can be fused with the loop of an element-wise result that precedes it. Otherwise it would be a separate loop
+    that computes everything again. The buffer itself is optimised away.
+    """
     return x.as_strided(x.shape, x.stride())

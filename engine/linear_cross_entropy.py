@@ -1,7 +1,7 @@
-"""The loss of a tied decoder, fast: a few logits at a time, their gradient in their place, and no product with
-what dropout has set to zero.
+"""The fast loss of a tied decoder: it computes a few logits at a time, replaces them by their gradient in place, and
+skips products with what dropout has set to zero.
 
-Shapes: T time steps, B batch, H hidden, H' with zeros behind (`factors`), V words.
+Shapes: T time steps, B batch, H hidden, H' hidden with padding (`factors`), V words of the vocabulary.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from engine.elementwise import LOG2_E
 from engine.inductor import kernel
 from engine.matmul import Workspace, add_rows, addmm_, padding
 
-CHUNK = 1 << 25  # bytes of logits held at once, and of their tangents
-SKIP_FROM = 128  # hidden units
-COPY_FROM = 4096  # words, which make up for copying the decoder
-BLOCK = 512  # rows or columns copied at once
+CHUNK = 1 << 25  # A `TimeChunk` of several time steps has at most so many bytes of logits; their tangents take as many.
+SKIP_FROM = 128  # From this number of hidden units on, skipping what dropout has set to zero can pay.
+COPY_FROM = 4096  # From this number of target words on, transposing the decoder in memory can pay.
+BLOCK = 512  # `in_rows` copies so many rows or columns of a matrix at once.
 
 
 def nll(
@@ -30,24 +30,26 @@ def nll(
     y: Tensor,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Mean negative log-likelihood in nats of the words y (T, B) under softmax(outputs @ embedding.T + bias), where
-    outputs (T, B, H) are the hidden states times the mask (B, H).
+    """Returns the mean negative log-likelihood, in nats per word, of the target words y (T, B), a scalar.
 
-    embedding (V, H), bias (V,); `compute_dtype` is the dtype of products. The gradient is formed with the loss, while
-    the logits are at hand, for those arguments that want one. Of the second derivatives there are those in the hidden
-    states.
+    The probabilities are softmax(outputs @ embedding.T + bias), where outputs (T, B, H) are the hidden states times
+    the mask (B, H), with embedding (V, H) and bias (V,). `compute_dtype` is the dtype of products, by default that of
+    the hidden states. The gradient is computed together with the loss, while the logits are in memory, for those
+    arguments that require one. The only second derivatives are those with respect to the hidden states; a third
+    derivative raises RuntimeError.
     """
     wants = [torch.is_grad_enabled() and argument.requires_grad for argument in (hiddens, embedding, bias)]
     return TiedDecoder.apply(wants, compute_dtype or hiddens.dtype, hiddens, mask, embedding, bias, y)
 
 
+# `TiedDecoder.forward` computes `nll` and its gradient together, and `backward` only multiplies the gradient by g.
 class TiedDecoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, wants, compute_dtype, hiddens, mask, embedding, bias, y):
         skipped = worth_skipping(mask, compute_dtype)
         outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, compute_dtype)  # (T, B, H'), (H', V)
         losses, share = hiddens.new_empty(y.shape), 1 / y.numel()
-        by_words = torch.empty(decoder.shape[::-1], device="meta").t()  # only its layout, (H', V)
+        by_words = torch.empty(decoder.shape[::-1], device="meta").t()  # (H', V), without storage, for its layout alone
         alike = outputs, by_words if skipped is None else decoder, bias
         d_outputs, d_decoder, d_bias = (
             torch.zeros_like(like, dtype=dtype, device=y.device) if want else None
@@ -88,7 +90,12 @@ class TiedDecoder(torch.autograd.Function):
 
 
 class TiedDecoderBack(torch.autograd.Function):
-    """The way back from the loss, where it is to be differentiated itself: in the hidden states, along everything."""
+    """The backward pass of `TiedDecoder`, for when it is itself to be differentiated.
+
+    Its own `backward` takes a direction in the hidden states (T, B, H), the embedding (V, H) and the bias (V,), and
+    returns g times the derivative, along this direction, of the gradient with respect to the hidden states
+    (`r_gradient`). For the embedding it returns NaNs (`unformed_grad`). A third derivative raises RuntimeError.
+    """
 
     @staticmethod
     def forward(ctx, compute_dtype, found, mask, y, g, hiddens, embedding, bias):
@@ -115,7 +122,7 @@ class TiedDecoderBack(torch.autograd.Function):
             of_hiddens,
             unformed_grad(inputs[1]),
             None,
-        )  # the embedding has another share
+        )  # The embedding is not given None, since autograd would take the terms of its other uses for the whole.
 
 
 def r_gradient(
@@ -129,8 +136,12 @@ def r_gradient(
     y: Tensor,
     compute_dtype: torch.dtype,
 ) -> Tensor:
-    """The tangent of the gradient of `nll` in the hidden states, (T, B, H), as these, the embedding and the bias go
-    along the v's (see second_derivative.py)."""
+    """Returns the tangent of the gradient of `nll` with respect to the hidden states, (T, B, H).
+
+    It is the derivative of that gradient as the hidden states (T, B, H), the embedding (V, H) and the bias (V,) move
+    along `v_hiddens`, `v_embedding` and `v_bias` of the same shapes (see second_derivative.py). The prefix r_ marks
+    tangents.
+    """
     skipped = worth_skipping(mask, compute_dtype)
     outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, compute_dtype)
     r_outputs, r_decoder = factors(drop(v_hiddens, mask), v_embedding, skipped, compute_dtype)
@@ -152,7 +163,10 @@ def r_gradient(
 
 
 def to_softmax(logits: Tensor, bias: Tensor, words: Tensor, scale: float) -> Tensor:
-    """logits (n, V) without their bias become scale * softmax; returns the losses (n,) of the words (n, 1)."""
+    """Replaces logits (n, V), which lack their bias (V,), by scale * softmax(logits + bias) in place.
+
+    Returns the negative log-likelihoods (n,) in nats of the target words (n, 1).
+    """
     losses = bias.new_empty(len(words))
     of_words = logits.gather(1, words).to(bias.dtype) + bias.detach()[words]  # (n, 1)
     softmax(logits, bias.detach(), of_words, scale, losses)
@@ -160,25 +174,33 @@ def to_softmax(logits: Tensor, bias: Tensor, words: Tensor, scale: float) -> Ten
 
 
 def subtract_one_hot(flat: Tensor, words: Tensor, share: float) -> None:
-    """Less `share` at the word (n, 1) of each row (n, V). (`scatter_add_` goes through a copy of all rows in bf16.)"""
+    """Subtracts `share` in place from the entry of each row of `flat` (n, V) at its target word, of `words` (n, 1).
+
+    It does not use `scatter_add_`, which in bf16 makes a copy of the whole matrix.
+    """
     flat[torch.arange(len(flat), device=flat.device), words.squeeze(1)] -= share
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, of matrices or batches of them."""
+    """Adds a @ b to `total` in place, for matrices or for batches of matrices."""
     total.addmm_(a, b) if a.dim() == 2 else total.baddbmm_(a, b)
 
 
-# The words are taken a piece at a time, of which there are two kinds: a few time steps, or a few rows of the batch with
-# the outputs that dropout has left of them. (In a piece, n = words, r = rows, k = outputs kept.)
+# The target words are processed in chunks, of which there are two kinds: a few time steps of the whole batch, or a few
+# batch elements with the hidden units that dropout has left them. Shapes in a chunk: n target words, r batch elements,
+# k hidden units left.
 
 
 def factors(
     outputs: Tensor, embedding: Tensor, skipped: Tensor | None, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The outputs (T, B, H') and the decoder (H', V) in that dtype. This is turned over in memory where it is gathered
-    from, and where products are so quick that they would wait for that each time, if there are words enough to make up
-    for it. Else both have zeros behind if products want them."""
+    """Returns the outputs (T, B, H') and the decoder (H', V), the factors of the logits, in `compute_dtype`.
+
+    The arguments are the outputs (T, B, H), the embedding (V, H) and what `worth_skipping` returns. The decoder is
+    transposed in memory if its rows are to be gathered (`skipped`). It also is on a CPU with AMX, whose fast products
+    would otherwise wait for the transposition each time, if the target words are enough to make up for the copy
+    (`COPY_FROM`). In both cases H' = H. Otherwise both factors are padded as `padding` requires.
+    """
     outputs, decoder = outputs.to(compute_dtype), embedding.to(compute_dtype)
     enough = outputs.shape[:2].numel() >= COPY_FROM
     if skipped is not None or (enough and has_amx(decoder.device, compute_dtype)):
@@ -189,7 +211,11 @@ def factors(
 
 
 def in_rows(matrix: Tensor) -> Tensor:
-    """matrix, contiguous. One that lies in memory column by column torch copies at a fifth of the speed in one go."""
+    """Returns the matrix contiguous, row by row in memory.
+
+    On a CPU it is copied in blocks, since torch copies a matrix that lies in memory column by column at a fifth of the
+    speed if it is copied as a whole.
+    """
     if matrix.is_contiguous() or matrix.is_cuda:
         return matrix.contiguous()
     rows, longer = torch.empty_like(matrix, memory_format=torch.contiguous_format), int(matrix.size(1) > len(matrix))
@@ -199,14 +225,18 @@ def in_rows(matrix: Tensor) -> Tensor:
 
 
 def chunks(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Chunk"]:
-    """All words (T, B) once, for a decoder (H', V); without products with what the mask `skipped` drops."""
+    """Yields chunks that contain every target word (T, B) once, for a decoder (H', V).
+
+    With a mask `skipped` (B, H), the chunks leave the hidden units that it drops out of the products.
+    """
     if skipped is None:
         steps = max(1, CHUNK // (decoder.size(1) * B * decoder.itemsize))
         for t in range(0, T, steps):
             yield TimeChunk(slice(t, t + steps), decoder, min(steps, T - t) * B)
         return
-    # What is kept of an output differs from row to row of the batch, but not from time step to time step. A few rows
-    # at once, one for each core, that keep about as many; zeros fill up the rest.
+    # The hidden units that are left differ between batch elements, but not between time steps. A chunk has one batch
+    # element for each thread. They are sorted so that those of one chunk have about as many units left; dropped units,
+    # whose outputs are 0, pad the others to the largest number.
     together = torch.get_num_threads()
     counts, rows = (skipped != 0).sum(1).sort()
     kept = skipped[rows].topk(int(counts.max()), dim=1).indices  # (B, k)
@@ -214,17 +244,19 @@ def chunks(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator[
         yield BatchChunk(rows[b : b + together], kept[b : b + together, : counts[b : b + together].max()], decoder, T)
 
 
+# A chunk selects its part of the outputs (`rows`), the decoder (`columns`) and the target words (`words`), and puts its
+# part of the losses (`put_losses`), of the gradient of the outputs (`put`) and of the decoder's (`addmm_`) in place.
 class Chunk:
     def __init__(self, decoder: Tensor, *words: int):
         self.shape, self.space = (*words, decoder.size(1)), Workspace(decoder.dtype, decoder.dtype, decoder.device)
 
     def take(self) -> Tensor:
-        """A buffer for this piece's logits, (..., V)."""
+        """Returns an uninitialised buffer for the logits of this chunk, (..., V)."""
         return self.space.take(*self.shape)
 
 
 class TimeChunk(Chunk):
-    """A few time steps."""
+    """A chunk of a few time steps of the whole batch, n target words."""
 
     def __init__(self, steps: slice, decoder: Tensor, n: int):
         super().__init__(decoder, n)
@@ -246,11 +278,11 @@ class TimeChunk(Chunk):
         d_outputs[self.steps] = d.view_as(d_outputs[self.steps])
 
     def addmm_(self, d_decoder: Tensor, part: Tensor, d: Tensor, columns: Tensor) -> None:
-        addmm_(d_decoder.t(), d.t(), part)  # (V, H), as it lies in memory
+        addmm_(d_decoder.t(), d.t(), part)  # (V, H'), the layout that it has in memory
 
 
 class BatchChunk(Chunk):
-    """A few rows of the batch, with the outputs that are kept of each."""
+    """A chunk of r batch elements at all time steps, with the k hidden units that dropout has left each of them."""
 
     def __init__(self, rows: Tensor, kept: Tensor, decoder: Tensor, T: int):
         super().__init__(decoder, len(rows), T)
@@ -276,27 +308,33 @@ class BatchChunk(Chunk):
         d_outputs[:, self.index] = filled.transpose(0, 1)
 
     def addmm_(self, d_decoder: Tensor, part: Tensor, d: Tensor, columns: Tensor) -> None:
-        torch.bmm(part.mT, d, out=columns)  # which have done their duty
+        torch.bmm(part.mT, d, out=columns)  # The columns are no longer needed.
         d_decoder.index_add_(0, self.kept.flatten(), columns.flatten(0, 1).to(d_decoder.dtype))
 
 
 def worth_skipping(mask: Tensor | None, compute_dtype: torch.dtype) -> Tensor | None:
-    """The mask (B, H), if so much is dropped that gathering what is kept pays. Not in a narrow model, where the product
-    is the least of it; nor in bf16 on a processor with units for it (AMX), where a whole product costs less than a
-    gathering; nor on CUDA, where the host would have to wait to hear how much is dropped."""
+    """Returns the mask (B, H) if it drops so much that gathering the remaining hidden units pays, else None.
+
+    That is less than 60 % remaining. It does not pay in a narrow model (below `SKIP_FROM`), where the product is the
+    smallest part of the cost; nor in bf16 on a processor with AMX, where a whole product costs less than gathering; nor
+    on CUDA, where the host would have to wait for the number of dropped units.
+    """
     if mask is None or mask.device.type != "cpu" or mask.size(1) < SKIP_FROM or has_amx(mask.device, compute_dtype):
         return None
     return mask if (mask != 0).float().mean().item() < 0.6 else None
 
 
 def has_amx(device: torch.device, compute_dtype: torch.dtype) -> bool:
-    """Whether it is a processor with units for products of that dtype."""
+    """Returns whether the device is a CPU with AMX, units for bfloat16 products, and `compute_dtype` is bfloat16."""
     return device.type == "cpu" and compute_dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 @kernel
 def softmax(logits, bias, of_words, scale, losses):
-    """losses (n,) = -log softmax at the words, whose logits (n, 1) are given; logits (n, V) become scale * softmax."""
+    """Writes -log softmax(logits + bias) at the target words to `losses` (n,), and scale * softmax to `logits` (n, V).
+
+    `of_words` (n, 1) are the logits of the target words with their bias, and bias is (V,).
+    """
     z = logits.to(bias.dtype) + bias
     top = z.amax(-1, keepdim=True)
     e = torch.exp2(LOG2_E * (z - top))
@@ -307,6 +345,9 @@ def softmax(logits, bias, of_words, scale, losses):
 
 @kernel
 def r_softmax(p, r_bias, scale, r_logits):
-    """The tangent of p = scale * softmax (n, V) in the place of that of the logits without their bias."""
+    """Replaces `r_logits` (n, V), the tangent of the logits without bias, by the tangent of p = scale * softmax (n, V).
+
+    `r_bias` (V,) is the tangent of the bias.
+    """
     p, r_z = p.to(r_bias.dtype), r_logits.to(r_bias.dtype) + r_bias
     r_logits.copy_(p * (r_z - (p * r_z).sum(-1, keepdim=True) / scale))

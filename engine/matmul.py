@@ -1,4 +1,4 @@
-"""Matrix products in a chosen precision, by the library that is quickest for them, into given tensors."""
+"""Matrix products into given tensors, in a chosen precision and by the library that is fastest for them."""
 
 import json
 from collections.abc import Iterator
@@ -15,32 +15,35 @@ from torch import Tensor
 
 from engine.inductor import START, kernel
 
-ALIGNMENT = 16  # elements, of which the rows of a matrix are to hold a whole number of times: each then begins a vector
+# The length of a matrix row should be a multiple of this many elements, so that each row begins at a whole vector.
+ALIGNMENT = 16
 
 
 class Workspace(NamedTuple):
-    """Where a pass puts what it computes."""
+    """Allocates the tensors into which a pass writes what it computes."""
 
-    compute_dtype: torch.dtype  # of products and of what is kept
+    compute_dtype: torch.dtype  # of products and of what is saved for backward
     accum_dtype: torch.dtype  # of sums
     device: torch.device
 
     def take(self, *shape: int, accumulator: bool = False) -> Tensor:
-        """An uninitialised tensor, in `compute_dtype` or in `accum_dtype` for an accumulator."""
+        """Returns an uninitialised tensor of this shape, in `compute_dtype`, or in `accum_dtype` for an accumulator."""
         dtype = self.accum_dtype if accumulator else self.compute_dtype
         return torch.empty(START + prod(shape), dtype=dtype, device=self.device)[START:].view(shape)
 
 
 def padding(rows: Tensor, compute_dtype: torch.dtype) -> int:
-    """How many zeros are to follow each of these rows (..., n) so that products in that dtype are quick; none on a CPU
-    in fp32, where products are as quick without."""
+    """Returns with how many zeros to pad the rows (..., n) of a matrix so that products in `compute_dtype` are fast.
+
+    That is 0 on a CPU unless `compute_dtype` is bfloat16, since products there are as fast without padding.
+    """
     return 0 if compute_dtype != torch.bfloat16 and rows.device.type == "cpu" else -rows.size(-1) % ALIGNMENT
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b for rows a and a weight b, by the library that is quicker at it on this processor.
+    """Writes a @ b to `out`, for a (n, k) and a weight b (k, m), by the library that is faster on this processor.
 
-    oneDNN's lead is in few rows of a large weight; it is very slow at weights that are a slice of something wider.
+    oneDNN is ahead where a has few rows and b is large. It is very slow where b is a slice of a wider matrix.
     """
     lead = a.dtype == torch.float32 and a.device.type == "cpu" and len(a) <= 512 and b.numel() >= 1 << 17
     if lead and (b.is_contiguous() or b.t().is_contiguous()) and onednn_is_quicker():
@@ -50,13 +53,17 @@ def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def onednn(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 by oneDNN; torch.mm takes MKL."""
+    """Returns a @ b in fp32, computed by oneDNN, whereas torch.mm uses MKL."""
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 
 @cache
 def onednn_is_quicker() -> bool:
-    """Measured once a machine, and kept beside the compiled kernels: a run that goes on must choose as before."""
+    """Returns whether oneDNN multiplies faster than MKL on this machine.
+
+    This is measured once per machine, version of torch and number of threads. The result is stored beside the compiled
+    kernels, since a resumed run must make the same choice.
+    """
     if not torch.backends.mkldnn.is_available():
         return False
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -66,7 +73,7 @@ def onednn_is_quicker() -> bool:
         return json.loads(noted.read_text()) == "onednn"
     except (OSError, ValueError):
         pass
-    a, weights = torch.ones(64, 512), torch.ones(32, 512, 1024)  # as many weights as fill a cache, in turn
+    a, weights = torch.ones(64, 512), torch.ones(32, 512, 1024)  # So many weights fill a cache if used in turn.
     out = torch.empty(64, 1024)
     seconds = {"mkl": [], "onednn": []}
     for _ in range(5):
@@ -79,14 +86,14 @@ def onednn_is_quicker() -> bool:
                 multiply(b)
             seconds[name].append(perf_counter() - clock)
     quicker = min(seconds, key=lambda name: median(seconds[name]))
-    with suppress(OSError):  # a cache that cannot be written to is no reason to stop
+    with suppress(OSError):  # If the file cannot be written, the next process measures again.
         noted.parent.mkdir(parents=True, exist_ok=True)
         noted.write_text(json.dumps(quicker))
     return quicker == "onednn"
 
 
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total may be wider than a and b."""
+    """Adds a @ b to `total` in place, where `total` may have a wider dtype than a and b."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -94,11 +101,11 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def add_rows(total: Tensor, rows: Tensor) -> None:
-    """total (V,) += the sum of the rows (n, V), where total may be wider than they are."""
+    """Adds the sum of the rows of a matrix (n, V) to `total` (V,) in place; `total` may have a wider dtype."""
     if total.dtype == rows.dtype:
         total.add_(rows.sum(0))
     else:
-        add_narrow_rows(rows, total)  # of which torch would make a wide copy first
+        add_narrow_rows(rows, total)  # torch would first copy all rows to the wider dtype.
 
 
 @kernel
@@ -108,8 +115,10 @@ def add_narrow_rows(rows, total):
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """CUDA's products of fp32 tensors in TF32 inside, torch's own LSTM and GRU included, if that is the precision, else
-    in full."""
+    """Runs CUDA's products of fp32 tensors in TF32 inside the context if `precision` is "tf32", else in full fp32.
+
+    This includes torch's own LSTM and GRU. The settings from before are restored at the end.
+    """
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:

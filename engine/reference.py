@@ -1,9 +1,10 @@
-"""The recurrence over a whole sequence: what a cell computes, written as in the paper.
+"""Defines what a cell computes over a whole sequence, written as in the paper (DARTS).
 
     hiddens = relaxed(x, h0, W0, Ws, probs, x_mask, h_mask)                # search: every edge, every primitive
     hiddens = discrete(x, h0, W0, Ws, recurrent, concat, x_mask, h_mask)   # retraining: one genotype
 
-Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives.
+Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives. The equations (F1) to (F6) are in
+docs/engine.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from engine.dropout import FrozenReLU, drop
 
 NORM_EPS = 1e-5
-NORMS = ("batch", "layer", "none")  # of the relaxed cell's states
+NORMS = ("batch", "layer", "none")  # These are the ways to normalise the states of the relaxed cell.
 ACTIVATIONS = {
     "tanh": torch.tanh,
     "relu": torch.relu,
@@ -24,11 +25,12 @@ ACTIVATIONS = {
 
 
 def normalise(s: Tensor, norm: str) -> Tensor:
-    """The states (..., B, H) with mean 0 and variance 1, without affine part; with norm "none" the states themselves.
+    """Returns the states s (..., B, H) normalised to mean 0 and variance 1 (F5), without an affine part.
 
-    "batch" takes mean and variance of each hidden unit over the batch at hand, in evaluation too (DARTS, appendix
-    A.1.1), so that there are no buffers that the passes of an architecture step could disturb. "layer" takes them over
-    the hidden units of each row (Ba, Kiros & Hinton 2016), so that no row depends on another.
+    The norm "batch" takes the mean and variance of each hidden unit over the current batch, in evaluation too (DARTS,
+    appendix A.1.1), so that there are no buffers that the passes of an architecture step could change. "layer" takes
+    them over the hidden units of each batch element (Ba, Kiros & Hinton 2016), so that no batch element depends on
+    another. "none" returns s itself.
     """
     if norm == "none":
         return s
@@ -38,12 +40,19 @@ def normalise(s: Tensor, norm: str) -> Tensor:
 
 
 def cell_inputs(x: Tensor, W0: Tensor, x_mask: Tensor | None) -> Iterator[Tensor]:
-    """The input's half of `[c0, h0]` for each time step, (B, 2H), from one product over all of them."""
+    """Yields the input's term of the preactivations [c_0, u_0] (F1) of each time step, (B, 2H).
+
+    One product over all time steps computes them, from x (T, B, E), W0 (E + H, 2H) and x_mask (B, E).
+    """
     return (drop(x, x_mask) @ W0[: x.size(-1)]).unbind(0)
 
 
 def initial_state(xW: Tensor, h: Tensor, W0_h: Tensor, h_mask: Tensor | None) -> Tensor:
-    """s_0 = h + sigmoid(c0) * (tanh(h0) - h), (B, H)."""
+    """Returns node 0 before normalisation, h + sigmoid(c_0) * (tanh(u_0) - h), (B, H) (F1).
+
+    Here [c_0, u_0] = xW + (h * h_mask) @ W0_h, with xW (B, 2H) the input's term, h (B, H) the hidden state of the
+    previous time step, W0_h (H, 2H) and h_mask (B, H).
+    """
     c, u = (xW + drop(h, h_mask) @ W0_h).chunk(2, dim=-1)  # (B, H) each
     return h + torch.sigmoid(c) * (torch.tanh(u) - h)
 
@@ -59,19 +68,20 @@ def relaxed(
     held_relu: FrozenReLU | None = None,
     norm: str = "batch",
 ) -> Tensor:
-    """Hidden states (T, B, H) of the continuous relaxation (DARTS, section 2.2 and 3.1.2).
+    """Returns the hidden states (T, B, H) of the continuous relaxation (DARTS, sections 2.2 and 3.1.2; F1 to F6).
 
-    x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N times (H, 2H), probs (N(N+1)/2, K) the softmaxed
-    architecture parameters, x_mask (B, E), h_mask (B, H). Node i reads rows i(i-1)/2 .. of probs, one for
-    each predecessor 0..i-1, and
+    The shapes are x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N times (H, 2H), x_mask (B, E), h_mask (B, H), and probs
+    (N(N+1)/2, K), the softmax of the architecture parameters. The edges of node i = 1..N, one for each predecessor
+    j = 0..i-1, are the i rows of probs from i(i-1)/2 on. With [c_j, u_j] = (s_j * h_mask) @ Ws[i - 1],
 
-        s_i = norm( sum_j sum_{k != none} p_k * [s_j + sigmoid(c_j) * (f_k(h_j) - s_j)] ),
+        s_i = norm( sum_j sum_{k != none} p_k * [s_j + sigmoid(c_j) * (f_k(u_j) - s_j)] ),
 
-    where `norm` is one of `NORMS` (see `normalise`); with "none" the sum over j is a mean, since nothing else would
-    keep the size of the states from growing with the number of predecessors. s_0 is normalised too.
+    where `norm` is one of `NORMS` (see `normalise`). With "none" the sum over j is a mean, since nothing else would
+    keep the size of the states from growing with the number of predecessors. s_0 is normalised too. The hidden state
+    is the mean of s_1 .. s_N. A `held_relu` replaces relu.
 
-    The sum over k is taken first: with P = sum_{k != none} p_k each j contributes
-    P s_j + sigmoid(c_j) * (sum_k p_k f_k(h_j) - P s_j).
+    The sum over k is taken first: with P = sum_{k != none} p_k, each j contributes
+    P s_j + sigmoid(c_j) * (sum_k p_k f_k(u_j) - P s_j).
     """
     W0_h = W0[x.size(-1) :]
     rows = probs.split(list(range(1, len(Ws) + 1)))  # N times (i, K)
@@ -83,7 +93,7 @@ def relaxed(
             c, u = (drop(s, h_mask) @ W).chunk(2, dim=-1)  # (i, B, H) each
             p = p[:, 1:, None, None]  # (i, K-1, 1, 1)
             relu = torch.relu(u) if held_relu is None else held_relu(u, (t, len(states)))
-            activations = (torch.tanh(u), relu, torch.sigmoid(u), u)  # (i, B, H) each, in the order of PRIMITIVES
+            activations = (torch.tanh(u), relu, torch.sigmoid(u), u)  # (i, B, H) each, in the order of `PRIMITIVES`
             mixed = sum(p[:, k] * f for k, f in enumerate(activations))  # (i, B, H)
             kept = p.sum(1) * s  # (i, B, H)
             each = kept + torch.sigmoid(c) * (mixed - kept)  # (i, B, H)
@@ -103,10 +113,11 @@ def discrete(
     x_mask: Tensor | None = None,
     h_mask: Tensor | None = None,
 ) -> Tensor:
-    """Hidden states (T, B, H) of the cell of one genotype (DARTS, section 3.1.2).
+    """Returns the hidden states (T, B, H) of the cell of one genotype (DARTS, section 3.1.2).
 
-    Shapes as in `relaxed`. Node i with operation f and predecessor j is
-    s_i = s_j + sigmoid(c) * (f(h) - s_j) with [c, h] = (s_j * h_mask) @ Ws[i]; the output is the mean of the
+    The shapes are x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N times (H, 2H), x_mask (B, E) and h_mask (B, H).
+    `recurrent` has for each node i = 1..N the name of its operation f (see `ACTIVATIONS`) and its predecessor j, and
+    s_i = s_j + sigmoid(c) * (f(u) - s_j) with [c, u] = (s_j * h_mask) @ Ws[i - 1]. The hidden state is the mean of the
     nodes in `concat`.
     """
     W0_h = W0[x.size(-1) :]

@@ -1,10 +1,10 @@
 """Log-probabilities of the next word over the whole vocabulary, and the losses that need all of them.
 
-A model with one softmax and one pass over a batch takes a quicker way to its loss (`Engine.nll`). What is here holds
-the log-probabilities of a few rows at a time and forms their gradient at once: those of a whole batch would be the
-largest tensors of a step several times over.
+A model with one softmax and one pass over a batch computes its loss faster by `Engine.nll`. The functions of this
+module hold the log-probabilities of only a few tokens at a time and form their gradient at once, since those of a whole
+batch would be the largest tensors of a step several times over.
 
-Shapes: T time steps, B batch, n rows (tokens of a batch), H hidden, V words, K experts.
+Shapes: T time steps, B batch, n tokens of a batch, H hidden, V words, K experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,16 @@ from torch.nn import functional as F
 
 from engine.autograd import forbid_double_backward
 
-CHUNK = 1 << 21  # logits at once
-PIECES = 8  # at least: all that is held of one is then about what a plain loss holds of the whole
+CHUNK = 1 << 21  # This is the largest number of logits held at once.
+# This is the least number of chunks: one then holds in all about as much as a plain loss holds of the whole batch.
+PIECES = 8
 
 
 def tied(outputs: Tensor, embedding: Tensor, bias: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
-    """log softmax(outputs @ embedding.T + bias): outputs (n, H), embedding (V, H), bias (V,) -> (n, V).
+    """Returns log softmax(outputs @ embedding.T + bias), (n, V).
 
-    `compute_dtype` is the dtype of the product, None for that of the weights.
+    The shapes are outputs (n, H), embedding (V, H) and bias (V,). `compute_dtype` is the dtype of the product, None for
+    that of the weights.
     """
     compute_dtype = compute_dtype or bias.dtype
     return ((outputs.to(compute_dtype) @ embedding.t().to(compute_dtype)).to(bias.dtype) + bias).log_softmax(-1)
@@ -32,10 +34,12 @@ def mixed(
     outputs: Tensor, embedding: Tensor, bias: Tensor, prior: Tensor, latent: Tensor, latent_bias: Tensor,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """The log of sum_k pi_k softmax(tanh(outputs @ latent_k + latent_bias_k) @ embedding.T + bias) with
-    pi = softmax(outputs @ prior) (Yang et al. 2018), (n, V).
+    """Returns the log-probabilities (n, V) of a mixture of K softmaxes (Yang et al. 2018).
 
-    outputs (n, H), embedding (V, H), bias (V,), prior (H, K), latent (H, K H), latent_bias (K H,).
+    They are the log of sum_k pi_k softmax(tanh(outputs @ latent_k + latent_bias_k) @ embedding.T + bias) with
+    pi = softmax(outputs @ prior). The shapes are outputs (n, H), embedding (V, H), bias (V,), prior (H, K),
+    latent (H, K H) and latent_bias (K H,). `compute_dtype` is the dtype of the product with the embedding, None for
+    that of the weights.
     """
     K, H = prior.size(1), outputs.size(1)
     share = (outputs @ prior).log_softmax(-1)  # (n, K)
@@ -45,7 +49,7 @@ def mixed(
 
 
 class Mixture(nn.Module):
-    """The weights that a mixture of K softmaxes has beside the embedding and its bias."""
+    """Holds the weights that a mixture of K softmaxes has in addition to the embedding and its bias."""
 
     def __init__(self, nhid: int, experts: int, initrange: float):
         super().__init__()
@@ -55,18 +59,20 @@ class Mixture(nn.Module):
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """(KL(P || Q) + KL(Q || P)) / 2 of log-probabilities p and q (n, V), summed over words: (n,)."""
+    """Returns (KL(P || Q) + KL(Q || P)) / 2 in nats, (n,), for the log-probabilities p and q (n, V)."""
     return ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2
 
 
 def losses(
     log_probs: Callable[..., Tensor], weights: Sequence[Tensor], passes: Sequence[Tensor], y: Tensor, rdrop: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """(total, nll): the mean negative log-likelihood (nats) of the words y (T, B) over one or two passes, and in
-    `total` also `rdrop` times the mean divergence of the two (R-Drop, Liang et al. 2021, with the mean of both
-    likelihoods in the place of their sum).
+    """Returns the loss and the mean negative log-likelihood of the words y (T, B), both in nats per word, as scalars.
 
-    passes: outputs (T, B, H) each. log_probs(outputs (n, H), *weights) -> (n, V). Of `nll` there is no gradient.
+    The likelihood is the mean over one or two passes. The loss adds `rdrop` times the mean divergence between the two
+    (R-Drop, Liang et al. 2021, with the mean of both likelihoods in place of their sum). Only the loss is
+    differentiable, and only once: a second derivative raises RuntimeError.
+
+    `passes` are outputs (T, B, H) each, and log_probs(outputs (n, H), *weights) returns log-probabilities (n, V).
     """
     V, experts = len(weights[1]), weights[2].size(1) if len(weights) > 2 else 1
     size = max(1, min(CHUNK // (V * experts), -(-y.numel() // (PIECES * experts))))
@@ -83,7 +89,11 @@ def losses(
 
 
 class InPieces(torch.autograd.Function):
-    """The sums of (loss, what is reported of it) over pieces of the rows; the gradient of a piece is formed with it."""
+    """Sums a loss and a figure to report over chunks of the tokens, and forms each chunk's gradient along with it.
+
+    loss(words (n,), outputs of each pass, weights) returns both as scalars, for the `words` of one chunk of `size`
+    tokens. `tensors` are the outputs (TB, H) of the `passes`, then the weights; `wants` says whether to form gradients.
+    """
 
     @staticmethod
     def forward(ctx, loss, size, wants, words, passes, *tensors):

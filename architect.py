@@ -1,29 +1,30 @@
-"""The architecture step: alphas move down the validation loss that the weights would have after their step.
+"""The two updates of DARTS' algorithm 1: that of the weights, and that of the alphas, which looks one step ahead.
 
     first order:  grad = d/d alpha L_valid(w, alpha)
     unrolled:     grad = d/d alpha L_valid(w', alpha) - eta c d/d alpha (d/dw L_train(w, alpha) . v)
 
-with w' = w - eta (c g + wdecay w), g = d/dw L_train(w, alpha), c = min(1, clip / |g|) held constant, and
-v = d/dw' L_valid(w', alpha) (DARTS, equations 6 and 7, for the weight step that is really taken). The first
-term is the direct part, the second the implicit part. The product in the second is had by differentiating twice
-("exact"), or is a central difference of d/d alpha L_train at w +- R v / |v| ("finite"). With momentum the step
-adds what is kept of earlier gradients, which no alpha of now can change; where each element of g is limited, v counts
-only at those below the limit.
+Here w' = w - eta (c g + wdecay w) are the weights after a virtual step, g = d/dw L_train(w, alpha),
+c = min(1, clip / |g|) is held constant, and v = d/dw' L_valid(w', alpha) (DARTS, equations 6 and 7, for the weight step
+that is really taken). The first term is the direct part, the second the implicit part. The product in the implicit part
+is computed by differentiating twice ("exact"), or as a central difference of d/d alpha L_train at w +- R v / |v|
+("finite"). Momentum adds a multiple of earlier gradients to the step, on which the present alphas have no influence.
+Where each element of g is limited, v counts only for the elements below the limit.
 
-A loss is given as a function of a batch that gives it in parts which sum to the whole, computed one by one; of
-several, only one part's graph lives at a time. Every pass over one batch uses the masks that the batch carries; for a
-difference also the same active set of relu, which the first pass takes at w: it would else measure masks and kinks
-instead of curvature.
+A loss is a function of a batch that yields parts which sum to the loss of the batch. They are computed one by one, so
+that only one part's graph is alive at a time. All passes over one batch use the dropout masks that the batch carries.
+For the central difference, relu is also held at the active set of the first pass, since the difference would otherwise
+measure masks and kinks instead of curvature.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from engine.matmul import matmul_precision
 
@@ -31,21 +32,73 @@ RADIUS = 1e-4
 Product = Callable[[list[Tensor]], Tensor]  # v -> d/d alpha (d/dw L_train . v), shape of the alphas
 
 
+@dataclass(frozen=True)
+class WeightUpdate:
+    """How a gradient moves the weights: it is clipped, weight decay and momentum are added, and lr times that is taken.
+
+    The weight step and the virtual step of the search both clip with `clip_`. The former then lets the optimizer that
+    `training.optimizers.new_optimizer` makes from the same object take its step, the latter adds `deltas`.
+
+    Args:
+        clip_norm: the largest norm of the whole gradient; 0 for no limit.
+        clip_value: the largest absolute value of an element of the gradient, applied first; 0 for no limit.
+        weight_decay: the factor of the weights that is added to the gradient.
+        momentum: the momentum of the optimizer "momentum".
+    """
+
+    clip_norm: float = 0.0
+    clip_value: float = 0.0
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+
+    @torch.no_grad()
+    def clip_(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Clips the gradients in place.
+
+        Returns their norm before that, and the factor c = min(1, clip_norm / norm) by which they were multiplied (after
+        each element was limited); both are scalar tensors, so that nothing waits for a GPU.
+        """
+        before = norm = get_total_norm(gradients)
+        if self.clip_value:
+            torch._foreach_clamp_min_(gradients, -self.clip_value)
+            torch._foreach_clamp_max_(gradients, self.clip_value)
+            norm = get_total_norm(gradients)
+        if not self.clip_norm:
+            return before, torch.ones_like(norm)
+        torch._foreach_mul_(gradients, factor := (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return before, factor
+
+    def unlimited(self, gradients: list[Tensor]) -> list[Tensor] | None:
+        """Returns where the elements of the gradients are within `clip_value`; None if there is no limit."""
+        return [g.abs() <= self.clip_value for g in gradients] if self.clip_value else None
+
+    def deltas(
+        self, weights: list[Tensor], clipped: list[Tensor], lr: float | Tensor, velocity: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Returns what a step of SGD adds to each weight, given the clipped gradient.
+
+        `velocity` is what momentum adds to the gradient (`training.optimizers.velocity`).
+        """
+        steps = [-lr * (g + self.weight_decay * w.detach()) for g, w in zip(clipped, weights, strict=True)]
+        return steps if velocity is None else [step - lr * old for step, old in zip(steps, velocity, strict=True)]
+
+
 class Architect:
-    """Owns the alphas' optimizer and computes their gradient; the weights come back bit for bit.
+    """Owns the optimizer of the alphas and computes their gradient; leaves the weights bit-identical.
 
     Args:
         weights: the parameters w, any shapes.
         alphas: the architecture parameters (N(N+1)/2, K).
         train_loss, valid_loss: batch -> parts of the loss, each with `.total` (scalar to differentiate) and
-            `.hidden` (rows of the state to go on from). `train_loss` is the loss of the weight step.
-        precise_loss: the same loss as `train_loss` for a difference, in full precision.
-        clip, clip_value, wdecay: of the weight step, which the virtual step imitates.
+            `.hidden` (the last hidden states of the part's share of the batch). `train_loss` is the loss of the weight
+            step.
+        precise_loss: `train_loss` in full precision, for the central difference; `train_loss` itself if None.
+        update: the update of the weights, which the virtual step previews.
         hessian: None for the first-order step, else "finite" or "exact".
-        lr, arch_wdecay: of Adam on the alphas.
-        average: puts the mean over all ranks into tensors, where the batch's rows are split
+        lr, arch_wdecay: the learning rate and weight decay of Adam on the alphas.
+        average: replaces tensors by their mean over all ranks, where the batch is split among ranks
             (experiment/distributed.py).
-        mean_alphas: whether a mean of the alphas over the steps is kept, for `averaged(architect.optimizer)`.
+        mean_alphas: whether to keep a mean of the alphas over the steps, for `averaged(architect.optimizer)`.
         radius: R of the central difference.
     """
 
@@ -57,9 +110,7 @@ class Architect:
         valid_loss: Callable[[Any], Iterable],
         precise_loss: Callable[[Any], Iterable] | None = None,
         *,
-        clip: float,
-        wdecay: float,
-        clip_value: float = 0.0,
+        update: WeightUpdate,
         hessian: str | None = None,
         lr: float = 3e-3,
         arch_wdecay: float = 1e-3,
@@ -70,23 +121,22 @@ class Architect:
         self.weights, self.alphas = weights, alphas
         self.train_loss, self.valid_loss = train_loss, valid_loss
         self.precise_loss = precise_loss or train_loss
-        self.clip, self.clip_value, self.wdecay = clip or math.inf, clip_value or math.inf, wdecay
-        self.hessian, self.radius = hessian, radius
+        self.update, self.hessian, self.radius = update, hessian, radius
         self.average = average or (lambda tensors: None)
         adam = AveragedAdam if mean_alphas else torch.optim.Adam
         self.optimizer = adam([alphas], lr=lr, weight_decay=arch_wdecay, capturable=alphas.is_cuda)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of `optimizer`; there is no other."""
+        """Returns the state of `optimizer`; there is no other."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The state of `optimizer` as it was saved, on whatever kind of device that was."""
+        """Loads a state of `optimizer` that was saved on any kind of device."""
         groups = [{**group, "capturable": self.alphas.is_cuda} for group in state["param_groups"]]
         self.optimizer.load_state_dict({**state, "param_groups": groups})
 
     def step(self, train: Any, valid: Any, eta: float | Tensor, velocity: list[Tensor] | None = None) -> Tensor:
-        """One Adam step on the alphas; returns the hidden states (B, H) that the validation text ends in.
+        """Takes one Adam step on the alphas; returns the hidden states (B, H) after the validation batch.
 
         eta is the learning rate of the weight step that follows, `velocity` what its momentum adds to the gradient.
         """
@@ -99,43 +149,38 @@ class Architect:
     def gradient(
         self, train: Any, valid: Any, eta: float | Tensor, velocity: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(direct, implicit, hidden): the gradient is direct - implicit; implicit is None in first order."""
+        """Returns (direct, implicit, hidden): the gradient is direct - implicit; implicit is None in first order."""
         if self.hessian is None:
             [direct], hidden = self.gradients(self.valid_loss(valid), [self.alphas])
             return direct, None, hidden
 
         g, product = self.exact_hvp(train) if self.hessian == "exact" else self.finite_difference_hvp(train)
-        limited = self.clip_value < math.inf
-        if limited:
-            free = [g_i.abs() <= self.clip_value for g_i in g]
-            g = [g_i.clamp(-self.clip_value, self.clip_value) for g_i in g]
-        c = clip_coefficient(g, self.clip)
-        steps = [-eta * (c * g_i + self.wdecay * w.detach()) for g_i, w in zip(g, self.weights, strict=True)]
-        if velocity is not None:
-            steps = [step - eta * kept for step, kept in zip(steps, velocity, strict=True)]
+        unlimited = self.update.unlimited(g)
+        _, c = self.update.clip_(g)
+        deltas = self.update.deltas(self.weights, g, eta, velocity)
         del g
-        with perturbed(self.weights, steps):
+        with perturbed(self.weights, deltas):  # the virtual step
             (direct, *v), hidden = self.gradients(self.valid_loss(valid), [self.alphas, *self.weights])
-        if limited:
-            v = [v_i * free_i for v_i, free_i in zip(v, free, strict=True)]
+        if unlimited is not None:
+            v = [v_i * within for v_i, within in zip(v, unlimited, strict=True)]
         return direct, eta * c * product(v), hidden
 
     def gradients(self, parts: Iterable, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Gradient of the sum of the parts with respect to the inputs alone, and the hidden states (B, H)."""
+        """Returns the gradient of the sum of the parts with respect to the inputs, and the hidden states (B, H)."""
         totals, hidden = None, []
         with requires_grad_only(inputs, of=[*self.weights, self.alphas]):
             for part in parts:
-                found = torch.autograd.grad(part.total, inputs)
-                totals = list(found) if totals is None else [a.add_(b) for a, b in zip(totals, found, strict=True)]
+                grads = torch.autograd.grad(part.total, inputs)
+                totals = list(grads) if totals is None else [a.add_(b) for a, b in zip(totals, grads, strict=True)]
                 hidden.append(part.hidden)
-                del part  # and what it remembers, before the next one
+                del part  # frees its graph before the next one is built
         self.average(totals)
         return totals, torch.cat(hidden)
 
     def exact_hvp(self, train: Any) -> tuple[list[Tensor], Product]:
-        """d/dw L_train, and its product by differentiating that gradient in turn.
+        """Returns g = d/dw L_train and a function v -> d/d alpha (g . v) that differentiates g once more.
 
-        A single part's graph is kept from one to the other; several parts are passed over once more.
+        The graph of a single part is kept for the product; several parts are computed a second time.
         """
         parts = self.train_loss(train)
 
@@ -146,7 +191,7 @@ class Architect:
             total = torch.zeros_like(self.alphas)
             for graph in kept or map(differentiable, parts):
                 total += torch.autograd.grad(graph, self.alphas, v)[0]
-                del graph  # and what it remembers, before the next one
+                del graph  # frees it before the next one is built
             self.average([total])
             return total
 
@@ -158,12 +203,13 @@ class Architect:
         return g, product
 
     def finite_difference_hvp(self, train: Any) -> tuple[list[Tensor], Product]:
-        """d/dw L_train, and its product by a central difference."""
+        """Returns g = d/dw L_train and a function v -> d/d alpha (g . v) that takes a central difference."""
         return self.gradients(self.train_loss(train), self.weights)[0], partial(self.finite_product, train)
 
     def finite_product(self, train: Any, v: list[Tensor]) -> Tensor:
-        """d/d alpha (d/dw L_train . v) by a central difference at radius R along v / |v| (DARTS, equation 8)."""
-        scale = self.radius / total_norm(v).clamp(min=1e-30)  # all of v may be 0, and the product then is
+        """Returns d/d alpha (d/dw L_train . v) by a central difference of radius R along v / |v| (DARTS, equation
+        8)."""
+        scale = self.radius / get_total_norm(v).clamp(min=1e-30)  # v may be 0; the product is then 0 too
         ends = []
         for sign in (1, -1):
             with perturbed(self.weights, [sign * scale * v_i for v_i in v]), matmul_precision("fp32"):
@@ -172,19 +218,9 @@ class Architect:
         return (ends[0] - ends[1]) / (2 * scale)
 
 
-def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of all elements together, a scalar tensor (no host synchronisation)."""
-    return torch.nn.utils.get_total_norm(tensors)
-
-
-def clip_coefficient(gradient: list[Tensor], clip: float) -> Tensor:
-    """What `torch.nn.utils.clip_grad_norm_` multiplies a gradient by: min(1, clip / norm), a scalar tensor."""
-    return (clip / (total_norm(gradient) + 1e-6)).clamp(max=1.0)
-
-
 @contextmanager
 def requires_grad_only(inputs: list[Tensor], of: list[Tensor]) -> Iterator[None]:
-    """Of these tensors none but the inputs wants a gradient inside, so that none is formed for nothing."""
+    """Inside, only the inputs among the tensors of `of` require gradients, so that autograd computes no others."""
     others = [tensor for tensor in of if not any(tensor is wanted for wanted in inputs)]
     for tensor in others:
         tensor.requires_grad_(False)
@@ -197,9 +233,9 @@ def requires_grad_only(inputs: list[Tensor], of: list[Tensor]) -> Iterator[None]
 
 @contextmanager
 def perturbed(weights: list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
-    """The weights plus the deltas inside; outside, the very tensors that they were before.
+    """Inside, the weights have the values w + delta; afterwards they have their old storage again.
 
-    They are put elsewhere and not written over: a graph that is kept of them is still right afterwards.
+    The sums are new tensors: the old values are not overwritten, so that a saved graph that refers to them stays valid.
     """
     before = [w.data for w in weights]
     after = [w.data + delta for w, delta in zip(weights, deltas, strict=True)]
@@ -213,18 +249,18 @@ def perturbed(weights: list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
 
 
 class AveragedAdam(torch.optim.Adam):
-    """torch's Adam, which also keeps a mean of each parameter over its steps and moves nothing of what Adam does.
+    """Adam that also keeps a mean of each parameter over the steps; the steps themselves are those of torch's Adam.
 
-    The mean is one by polynomial decay (Shamir & Zhang, ICML 2013, section 4): step t weighs as t^DECAY, up to lower
-    powers, so that how the parameters began is forgotten while the last swings are still averaged out.
+    The mean has polynomial decay (Shamir & Zhang, ICML 2013, section 4): the weight of step t grows like t^DECAY, so
+    that the first steps are forgotten while the last oscillations are averaged out.
     """
 
     DECAY = 3  # measured in docs/signal.md
 
     @torch.no_grad()
     def step(self, closure=None):
-        found = super().step(closure)
+        loss = super().step(closure)
         for parameter, state in self.state.items():
             mean = state.setdefault("ax", torch.zeros_like(parameter))
             mean += (parameter - mean) * ((self.DECAY + 1) / (state["step"] + self.DECAY))
-        return found
+        return loss

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from architect import WeightUpdate
 from engine import Engine
 from engine.dropout import DropoutRates
 from experiment import checkpoint, resume, signals, startup
@@ -46,13 +47,14 @@ class RetrainState:
         self.model = model.with_engine(Engine(args.engine, args.precision))
         ranks.seed(args.seed)
         self.weights = self.model.weights()
+        self.update = WeightUpdate(args.clip, args.clip_value, args.wdecay, args.momentum)
         self.phase = "sgd" if args.optimizer == "ntasgd" else args.optimizer
         self.optimizer, self.trigger = self.new_optimizer(self.phase), NonMonotonicTrigger(args.nonmono)
         self.start_epoch()
         self.capture()
 
     def new_optimizer(self, phase: str) -> torch.optim.Optimizer:
-        return new_optimizer(phase, self.weights, self.args.lr, self.args.wdecay, self.args.momentum)
+        return new_optimizer(phase, self.weights, self.args.lr, self.update)
 
     def capture(self) -> None:
         """On CUDA, the gradient becomes a graph that is replayed."""
@@ -69,7 +71,7 @@ class RetrainState:
             self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta, rdrop=args.rdrop,
             fraternal=args.fraternal,
         )  # fmt: skip
-        return clipped_gradient(losses, self.weights, args.clip, args.clip_value, self.ranks.all_reduce_mean)
+        return clipped_gradient(losses, self.weights, self.update, self.ranks.all_reduce_mean)
 
     def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Loss (nats per word) and gradient norm of a training batch; the gradient is in .grad."""

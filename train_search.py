@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from architect import Architect
+from architect import Architect, WeightUpdate
 from data import Cursor
 from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU
@@ -52,7 +52,8 @@ class SearchState:
         self.model = model.with_engine(Engine(args.engine, args.precision))
         ranks.seed(args.seed)
         self.weights = self.model.weights()
-        self.optimizer = new_optimizer(args.optimizer, self.weights, args.lr, args.wdecay, args.momentum)
+        self.update = WeightUpdate(args.clip, args.clip_value, args.wdecay, args.momentum)
+        self.optimizer = new_optimizer(args.optimizer, self.weights, args.lr, self.update)
         self.hessian = args.hessian if args.unrolled else None
         self.architect = self.architect_of(self.model, self.micro_batch_size, self.hessian)
         self.diagnosis = Diagnosis(
@@ -71,9 +72,9 @@ class SearchState:
         regularised = {**at_once, "alpha": args.alpha, "beta": args.beta}
         return Architect(
             self.weights, model.alphas, partial(MicroBatches, model, **regularised),
-            partial(MicroBatches, model, **at_once), partial(MicroBatches, precise, **regularised), clip=args.clip,
-            wdecay=args.wdecay, clip_value=args.clip_value, hessian=hessian, lr=args.arch_lr,
-            arch_wdecay=args.arch_wdecay, average=self.ranks.all_reduce_mean, mean_alphas=args.derive_from == "mean",
+            partial(MicroBatches, model, **at_once), partial(MicroBatches, precise, **regularised),
+            update=self.update, hessian=hessian, lr=args.arch_lr, arch_wdecay=args.arch_wdecay,
+            average=self.ranks.all_reduce_mean, mean_alphas=args.derive_from == "mean",
         )  # fmt: skip
 
     def capture(self) -> None:
@@ -104,7 +105,7 @@ class SearchState:
         """Loss (nats per word), hidden state (B, H) and gradient norm of a training batch; the gradient is in .grad."""
         args, batch = self.args, Batch(x, y, hidden, self.model.sample_masks(self.batch_size))
         losses = MicroBatches(self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta)
-        return clipped_gradient(losses, self.weights, args.clip, args.clip_value, self.ranks.all_reduce_mean)
+        return clipped_gradient(losses, self.weights, self.update, self.ranks.all_reduce_mean)
 
     def alpha_step(self, lr: float, x: Tensor, y: Tensor) -> None:
         """Moves the alphas down the gradient of the next validation batch's loss at the weights that the next weight

@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from step import BETA, CLIP, search_parts
+from step import BETA, UPDATE, search_parts
 
 from data import Cursor, batchify, load_corpus
 from engine import Engine
@@ -56,7 +56,7 @@ def curve(engine: Engine, args: argparse.Namespace, others: tuple[Engine, ...] =
         if others:
             (here, gradient), *there = (loss_and_gradient(model.with_engine(e), batch) for e in (engine, *others))
             gaps.append([(abs(nll - here), ((g - gradient).norm() / gradient.norm()).item()) for nll, g in there])
-        nll, hidden, _ = clipped_gradient(train_loss(batch), model.weights(), CLIP)
+        nll, hidden, _ = clipped_gradient(train_loss(batch), model.weights(), UPDATE)
         optimizer.step()
         optimizer.zero_grad()
         found.append(nll.item())

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hessian import Agreement
 
-from architect import Architect, clip_coefficient, total_norm
+from architect import Architect
 from experiment import signals
 from genotypes import PRIMITIVES
 from training.diagnostics import cosine
@@ -36,14 +37,14 @@ def parts_of(agreement: Agreement) -> tuple[dict[str, Tensor], float, float]:
     direct, implicit, _ = architect.gradient(train, valid, eta)
     v = architect.v
     g, product = Architect.exact_hvp(architect, train)
-    c = clip_coefficient(g, architect.clip)
-    dot = sum((a * b).sum() for a, b in zip(g, v, strict=True))
-    parallel = eta * c * product([dot / total_norm(g) ** 2 * g_i for g_i in g])
+    dot, size = sum((a * b).sum() for a, b in zip(g, v, strict=True)), get_total_norm(g)
+    _, c = architect.update.clip_([g_i.clone() for g_i in g])
+    parallel = eta * c * product([dot / size**2 * g_i for g_i in g])
     directions = {
         "direct": -direct, "implicit": implicit, "of it, along g": parallel, "of it, the rest": implicit - parallel,
         "whole": implicit - direct,
     }  # fmt: skip
-    return directions, (dot / total_norm(g) / total_norm(v)).item(), c.item()
+    return directions, (dot / size / get_total_norm(v)).item(), c.item()
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from architect import RADIUS, Architect, Product
+from architect import RADIUS, Architect, Product, WeightUpdate
 from data import Cursor, batchify, load_corpus
 from engine import PRECISIONS, Engine
 from engine.dropout import DropoutRates, FrozenReLU
@@ -76,7 +76,7 @@ class Agreement:
             return Observed(
                 model.weights(), model.alphas, partial(MicroBatches, here, **regularised),
                 partial(MicroBatches, here, **parts), partial(MicroBatches, precise, **regularised),
-                clip=flags.clip, clip_value=flags.clip_value, wdecay=flags.wdecay, hessian=hessian,
+                update=WeightUpdate(flags.clip, flags.clip_value, flags.wdecay), hessian=hessian,
             )  # fmt: skip
 
         self.definition = architect(Engine("eager"), "exact")

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from architect import Architect
+from architect import Architect, WeightUpdate
 from engine import PRECISIONS, Engine
 from engine.dropout import DropoutRates, FrozenReLU
 from engine.matmul import matmul_precision, onednn
@@ -53,7 +53,7 @@ TRAIN = {"T": 35, "B": 64, "H": 850, "V": 10_000}
 SMALL = {"T": 35, "B": 32, "H": 64, "V": 10_000, "N": 8}
 GROWTH = {"T": (9, 18, 35, 70), "B": (32, 64, 128, 256), "H": (75, 150, 300, 600), "N": (2, 4, 8, 12)}
 STEPS = ("search-first", "search-unrolled", "search-exact", "train", "evaluate")
-CLIP, BETA = 0.25, 1e-3
+UPDATE, BETA = WeightUpdate(clip_norm=0.25, weight_decay=5e-7), 1e-3
 RATES = {"search": DropoutRates(0.75, 0.25, 0.75, 0.2, 0.0), "train": DropoutRates(0.75, 0.25, 0.75, 0.2, 0.1)}
 
 
@@ -74,7 +74,7 @@ def search_step(variant: Variant, sizes: dict, device: torch.device, hessian: st
     def step() -> None:
         held = model.sample_masks(B)._replace(relu=FrozenReLU() if hessian == "finite" else None)
         architect.step(Batch(x, y, hidden, held), Batch(y, x, hidden, model.sample_masks(B)), eta=20.0)
-        clipped_gradient(train_loss(Batch(x, y, hidden, model.sample_masks(B))), model.weights(), CLIP)
+        clipped_gradient(train_loss(Batch(x, y, hidden, model.sample_masks(B))), model.weights(), UPDATE)
         optimizer.step()
         optimizer.zero_grad(set_to_none=device.type == "cpu")
 
@@ -86,9 +86,7 @@ def search_parts(model: RNNModelSearch, B: int, lr: float, hessian: str | None) 
     weights, precise = model.weights(), model.with_engine(Engine(model.engine.name))
     valid_loss = partial(MicroBatches, model, small_batch_size=B)
     train_loss, precise_loss = (partial(MicroBatches, m, small_batch_size=B, beta=BETA) for m in (model, precise))
-    architect = Architect(
-        weights, model.alphas, train_loss, valid_loss, precise_loss, clip=CLIP, wdecay=5e-7, hessian=hessian
-    )
+    architect = Architect(weights, model.alphas, train_loss, valid_loss, precise_loss, update=UPDATE, hessian=hessian)
     return architect, train_loss, torch.optim.SGD(weights, lr=lr, weight_decay=5e-7)
 
 
@@ -101,7 +99,7 @@ def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[]
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
     def step() -> None:
-        clipped_gradient(loss(Batch(x, y, hidden, model.sample_masks(B))), model.weights(), CLIP)
+        clipped_gradient(loss(Batch(x, y, hidden, model.sample_masks(B))), model.weights(), UPDATE)
         optimizer.step()
         optimizer.zero_grad(set_to_none=device.type == "cpu")
 

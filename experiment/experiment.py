@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from architect import WeightUpdate
 from data import Corpus, batchify, get_batch, segments
 from engine.matmul import matmul_precision
 from experiment import arguments, checkpoint, resume, startup
@@ -26,6 +27,7 @@ class TrainingState(Protocol):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    update: WeightUpdate
     train_text: Tensor  # (n, B), this rank's columns
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,8 +265,8 @@ class Experiment:
         args = self.args
         with matmul_precision(args.precision), startup.memory_explained(args):
             self.run.log(overfit(
-                state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size, args.clip,
-                args.clip_value,
+                state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size,
+                state.update,
             ))  # fmt: skip
 
     def exit_interrupted(self) -> int:

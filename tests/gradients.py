@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from architect import Architect
+from architect import Architect, WeightUpdate
 from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU, Masks
 from experiment.distributed import Distributed, exit_process
@@ -44,14 +44,16 @@ def gradients(ranks, micro_batch_size, norm):
         train_loss = partial(MicroBatches, model, **rows, alpha=0.5, beta=0.5)
         for hessian in (None, "finite", "exact"):
             architect = Architect(
-                weights, model.alphas, train_loss, valid_loss, clip=0.25, wdecay=1e-3, hessian=hessian,
-                average=ranks.all_reduce_mean,
+                weights, model.alphas, train_loss, valid_loss, update=WeightUpdate(0.25, weight_decay=1e-3),
+                hessian=hessian, average=ranks.all_reduce_mean,
             )  # fmt: skip
             train, valid = batch(ranks, 1, FrozenReLU()), batch(ranks, 2)
             direct, implicit, hidden = architect.gradient(train, valid, eta=5.0)
             found[f"{name}, alphas, {hessian}"] = direct if implicit is None else direct - implicit
             found[f"{name}, hidden, {hessian}"] = ranks.all_gather(hidden)
-        nll, hidden, size = clipped_gradient(train_loss(batch(ranks, 1)), weights, 0.25, 0.0, ranks.all_reduce_mean)
+        nll, hidden, size = clipped_gradient(
+            train_loss(batch(ranks, 1)), weights, WeightUpdate(0.25), ranks.all_reduce_mean
+        )
         found |= {f"{name}, nll": nll, f"{name}, norm": size, f"{name}, hidden": ranks.all_gather(hidden)}
         found |= {f"{name}, weight {i}": weight.grad for i, weight in enumerate(weights)}
     return found

@@ -1,56 +1,50 @@
-"""The gradient of a batch, part by part, clipped."""
+"""Computes the gradient of a batch, part by part, and clips it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
+from architect import WeightUpdate
 from training.losses import Losses
 
 
 def accumulate_gradients(parts: Iterable[Losses], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Add the gradient of every part to the `.grad` of the weights, and of nothing else.
+    """Adds the gradient of every part to the `.grad` of the weights, and of no other tensor.
 
-    Returns the NLL (nats per word) of the whole batch and the state (B, S) that it ends in.
+    Returns the NLL (nats per word) of the whole batch and its last hidden states (B, S).
     """
     nll, hidden = 0.0, []
     for part in parts:
         part.total.backward(inputs=weights)
         nll = nll + part.nll
         hidden.append(part.hidden)
-        del part  # and what it remembers, before the next one
+        del part  # frees its graph before the next one is built
     return nll, torch.cat(hidden)
 
 
 def clipped_gradient(
     parts: Iterable[Losses],
     weights: list[Tensor],
-    clip: float,
-    clip_value: float = 0.0,
+    update: WeightUpdate,
     average: Callable[[list[Tensor]], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the parts in the `.grad` of the weights, ready for a step; returns what `accumulate_gradients`
-    does, and its norm before it was clipped.
+    """Puts the clipped gradient of the sum of the parts into the `.grad` of the weights.
 
-    First no element is to be larger than `clip_value`, then the norm of all no larger than `clip`; 0 is for no limit.
-    `average` puts the mean over all ranks into tensors (see experiment/distributed.py). `Architect` foresees the same.
+    Returns the NLL (nats per word) of the whole batch, its last hidden states (B, S), and the norm of the gradient
+    before it was clipped. `average` replaces tensors by their mean over all ranks (experiment/distributed.py).
     """
     nll, hidden = accumulate_gradients(parts, weights)
     if average is not None:
         average([nll, *(w.grad for w in weights)])
-    norm = get_total_norm([w.grad for w in weights])
-    if clip_value:
-        clip_grad_value_(weights, clip_value)
-    if clip:
-        clip_grads_with_norm_(weights, clip, get_total_norm([w.grad for w in weights]) if clip_value else norm)
+    norm, _ = update.clip_([w.grad for w in weights])
     return nll, hidden, norm
 
 
 @contextmanager
 def scaled_lr(optimizer: torch.optim.Optimizer, scale: float) -> Iterator[float]:
-    """The learning rate times `scale` for the steps inside; gives that rate, and restores the old one."""
+    """Multiplies the learning rate by `scale` inside, yields the scaled rate, and restores the old one afterwards."""
     before = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] *= scale

@@ -1,11 +1,11 @@
-"""The optimizers of the weights, and the average that some of them keep.
+"""The optimizers of the weights, and the average of the weights that some of them keep.
 
-Every one is torch's, with weight decay as torch defines it there: added to the gradient, but for adamw, which shrinks
-the weights themselves by lr * wdecay a step (Loshchilov & Hutter 2019). NT-ASGD starts to average the weights when the
-validation loss has stopped falling (Merity et al. 2017, section 4):
+All are torch's. Weight decay is added to the gradient, except in adamw, which multiplies the weights by 1 - lr * wdecay
+at each step (Loshchilov & Hutter 2019). NT-ASGD starts to average the weights when the validation loss has stopped
+falling (Merity et al. 2017, section 4):
 
-if trigger.fires(valid_loss):
-    optimizer = ASGD(model.weights(), lr, t0=0, lambd=0, weight_decay=wdecay)
+if trigger.step(valid_loss):
+    optimizer = new_optimizer("asgd", model.weights(), lr, update)
 with averaged(optimizer):
     loss = evaluate(...)
 """
@@ -16,16 +16,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from architect import WeightUpdate
+
 OPTIMIZERS = ("sgd", "asgd", "momentum", "adam", "adamw")
-LIKE_SGD = ("sgd", "asgd", "momentum")  # whose step is the rate times a gradient plus what does not depend on it
-# What suits the published sizes: for Adam a common choice, for momentum what moves as far as SGD in the long run.
+LIKE_SGD = ("sgd", "asgd", "momentum")  # those whose step is that of `WeightUpdate.deltas`
+# Rates for the published sizes. That of Adam is a common choice; momentum 0.9 moves 10 times as far as SGD at one rate.
 DEFAULT_LR = {"ntasgd": 20.0, "sgd": 20.0, "asgd": 20.0, "momentum": 2.0, "adam": 1e-3, "adamw": 1e-3}
 
 
-def new_optimizer(
-    name: str, weights: list[Tensor], lr: float, wdecay: float, momentum: float = 0.9
-) -> torch.optim.Optimizer:
-    """One of `OPTIMIZERS`, before its first step; asgd averages from that on."""
+def new_optimizer(name: str, weights: list[Tensor], lr: float, update: WeightUpdate) -> torch.optim.Optimizer:
+    """Returns one of `OPTIMIZERS` before its first step; asgd averages the weights from its first step on."""
+    wdecay, momentum = update.weight_decay, update.momentum
     return {
         "sgd": lambda: torch.optim.SGD(weights, lr=lr, weight_decay=wdecay),
         "asgd": lambda: averaging_sgd(weights, lr, wdecay),
@@ -36,18 +37,18 @@ def new_optimizer(
 
 
 def velocity(optimizer: torch.optim.Optimizer) -> list[Tensor] | None:
-    """momentum times the running sum of gradients, for each weight: what the next step adds to its gradient. None
-    where there is none, before the first step too."""
+    """Returns what momentum will add to the gradient of each weight in the next step: momentum times the running sum of
+    gradients; None for an optimizer without momentum and before the first step."""
     [group] = optimizer.param_groups
     buffers = [optimizer.state.get(w, {}).get("momentum_buffer") for w in group["params"]]
     return None if any(buffer is None for buffer in buffers) else [group["momentum"] * buffer for buffer in buffers]
 
 
 class NonMonotonicTrigger:
-    """Fires when the validation loss has stopped falling (Merity et al. 2017, algorithm 1).
+    """Detects when the validation loss has stopped falling (Merity et al. 2017, algorithm 1).
 
-    That is: more than `nonmono` losses are on record, and the new one is above the smallest of all but the
-    last `nonmono`. The new loss is then put on record.
+    `step` returns True if more than `nonmono` losses were recorded before and the new one is above the smallest of all
+    but the last `nonmono` of them; it then records the new loss.
     """
 
     def __init__(self, nonmono: int):
@@ -67,10 +68,10 @@ class NonMonotonicTrigger:
 
 
 class ASGD(torch.optim.ASGD):
-    """torch's ASGD, but each step has the learning rate of its own parameter group.
+    """torch's ASGD, except that each step uses the present learning rate of its parameter group.
 
-    torch computes the step size at the end of the step before, so that a rate scaled for one segment of text
-    would act on the next one. Without decay of the step size (lambd = 0, the only use here) it is just lr.
+    torch computes the step size at the end of the previous step, so that a rate that was scaled for one segment of text
+    would be applied to the next one. Without decay of the step size (lambd = 0, the only use here) it equals lr.
     """
 
     def step(self, closure=None):
@@ -83,7 +84,7 @@ class ASGD(torch.optim.ASGD):
         return super().step(closure)
 
     def load_state_dict(self, state: dict) -> None:
-        """Of a run on any device: where torch keeps its counters depends on where the weights are now."""
+        """Loads a state that was saved on any device; `capturable` depends on the present device of the weights."""
         groups = [
             {**old, "capturable": new["capturable"]}
             for old, new in zip(state["param_groups"], self.param_groups, strict=True)
@@ -92,14 +93,14 @@ class ASGD(torch.optim.ASGD):
 
 
 def averaging_sgd(weights: list[Tensor], lr: float, wdecay: float) -> ASGD:
-    """SGD that averages from its first step on."""
-    on_gpu = weights[0].is_cuda  # then torch keeps its counters there, and does not wait for them
+    """Returns SGD that averages the weights from its first step on."""
+    on_gpu = weights[0].is_cuda  # torch then keeps its step counters on the GPU, which avoids synchronisation
     return ASGD(weights, lr=lr, t0=0, lambd=0, weight_decay=wdecay, capturable=on_gpu)
 
 
 @contextmanager
 def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Parameters that are their average inside, the raw ones again outside; no change where an optimizer has none."""
+    """Inside, the parameters have their averaged values, if the optimizer keeps an average; outside the raw ones."""
     raw = {}
     for parameter, state in optimizer.state.items():
         if "ax" in state:
@@ -113,6 +114,6 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def saved_average(optimizer_state: dict) -> list[Tensor] | None:
-    """The averaged weights in an optimizer's `state_dict()`, in the order of its parameters; None without."""
+    """Returns the averaged weights in an optimizer's `state_dict()`, in the order of its parameters, or None."""
     states = optimizer_state["state"]
     return [states[i]["ax"] for i in sorted(states)] if states and "ax" in states[min(states)] else None

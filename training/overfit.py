@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from architect import WeightUpdate
 from data import get_batch
 from engine.dropout import Masks
 from training.evaluation import perplexity
@@ -23,8 +24,7 @@ def overfit(
     text: Tensor,
     bptt: int,
     small_batch_size: int,
-    clip: float,
-    clip_value: float,
+    update: WeightUpdate,
 ) -> str:
     """Take steps on the first segment of a text (n, B), without dropout, until its perplexity is below `KNOWN`; returns
     a line that says so. Raises `RunError` if it is not after `STEPS`, or not a number."""
@@ -32,7 +32,7 @@ def overfit(
     weights, ppl = model.weights(), math.inf
     with tqdm(range(STEPS + 1), desc="one batch", unit="step", leave=False, disable=None, dynamic_ncols=True) as bar:
         for step in bar:
-            nll, _, _ = clipped_gradient(MicroBatches(model, batch, small_batch_size), weights, clip, clip_value)
+            nll, _, _ = clipped_gradient(MicroBatches(model, batch, small_batch_size), weights, update)
             ppl = perplexity(nll.item())
             bar.set_postfix_str(f"ppl {ppl:.2f}")
             if ppl < KNOWN:

@@ -8,7 +8,7 @@ import torch
 from torch.func import functional_call
 
 import train_search
-from architect import Architect, clip_coefficient, perturbed
+from architect import Architect, WeightUpdate, perturbed
 from engine.dropout import FrozenReLU
 from training.gradients import clipped_gradient
 from training.losses import MicroBatches, losses
@@ -53,7 +53,9 @@ def brute_force(model, train, valid, eta, clip, wdecay, alpha=AR, beta=TAR, limi
     return torch.autograd.grad(valid_loss, alphas)[0]
 
 
-def architect(model, hessian="exact", clip=CLIP, small=tiny.B, train_loss=None, valid_loss=None, **options):
+def architect(
+    model, hessian="exact", clip=CLIP, clip_value=0.0, small=tiny.B, train_loss=None, valid_loss=None, **options
+):
     valid_loss = valid_loss or partial(MicroBatches, model, small_batch_size=small)
     train_loss = train_loss or partial(MicroBatches, model, small_batch_size=small, alpha=AR, beta=TAR)
     return Architect(
@@ -61,8 +63,7 @@ def architect(model, hessian="exact", clip=CLIP, small=tiny.B, train_loss=None, 
         model.alphas,
         train_loss,
         valid_loss,
-        clip=clip,
-        wdecay=WDECAY,
+        update=WeightUpdate(clip, clip_value, WDECAY),
         hessian=hessian,
         **options,
     )
@@ -118,7 +119,8 @@ def test_momentum_moves_the_virtual_step(model, batches):
 def test_the_virtual_step_is_the_step_that_the_optimizer_takes(model, batches, name, clip, limit):
     """Three times, so that momentum and averages have something to remember."""
     weights, seen = model.weights(), []
-    optimizer = new_optimizer(name, weights, ETA, WDECAY)
+    update = WeightUpdate(clip, limit, WDECAY)
+    optimizer = new_optimizer(name, weights, ETA, update)
 
     def valid_loss(batch):
         seen.append([w.detach().clone() for w in weights])
@@ -127,7 +129,7 @@ def test_the_virtual_step_is_the_step_that_the_optimizer_takes(model, batches, n
     unrolled = architect(model, clip=clip, clip_value=limit, valid_loss=valid_loss)
     for train in (batches[0], batches[1], batches[0]):
         unrolled.gradient(train, batches[1], ETA, velocity(optimizer))
-        clipped_gradient(MicroBatches(model, train, tiny.B, alpha=AR, beta=TAR), weights, clip, limit)
+        clipped_gradient(MicroBatches(model, train, tiny.B, alpha=AR, beta=TAR), weights, update)
         optimizer.step()
         optimizer.zero_grad()
         torch.testing.assert_close(seen.pop(), [w.detach() for w in weights], rtol=1e-6, atol=1e-7)  # ASGD: in fp32
@@ -142,7 +144,7 @@ def test_the_unrolled_gradient_is_the_slope_of_the_loss_after_the_step(model, ba
         loss = functional_call(module, {**weights, alphas_name: alphas}, (train, AR, TAR))
         return torch.autograd.grad(loss, list(weights.values()))
 
-    c = clip_coefficient(list(gradient_of_weights(model.alphas.detach())), CLIP)
+    _, c = WeightUpdate(CLIP).clip_(list(gradient_of_weights(model.alphas.detach())))
 
     def after_the_step(alphas):
         g = gradient_of_weights(alphas)
@@ -238,12 +240,14 @@ def test_every_weight_takes_the_virtual_step(model, batches):
 
 def test_the_clip_coefficient_is_capped_at_one():
     """Trap: small gradients were scaled up. And a large one is scaled as the weight step scales it."""
-    assert clip_coefficient([torch.tensor([1e-3, 0.0])], 0.25).item() == 1.0
+    assert WeightUpdate(0.25).clip_([torch.tensor([1e-3, 0.0])])[1].item() == 1.0
     w = torch.nn.Parameter(torch.zeros(5))
     w.grad = torch.arange(5.0)
-    expected = w.grad * clip_coefficient([w.grad], 0.25)
-    torch.nn.utils.clip_grad_norm_([w], 0.25)
-    torch.testing.assert_close(w.grad, expected)
+    clipped = [w.grad.clone()]
+    norm, c = WeightUpdate(0.25).clip_(clipped)
+    torch.testing.assert_close(clipped, [w.grad * c])
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_([w], 0.25))
+    torch.testing.assert_close(clipped, [w.grad])
 
 
 def test_the_virtual_step_follows_the_loss_of_the_weight_step(model, batches):
@@ -274,8 +278,7 @@ def test_the_search_gives_the_architect_the_loss_of_its_weight_step(monkeypatch,
     assert seen["train"].keywords["beta"] == 0.25
     assert seen["precise"].keywords == seen["train"].keywords
     assert not {"alpha", "beta"} & seen["valid"].keywords.keys()
-    assert seen["options"]["clip"] == 0.125
-    assert seen["options"]["wdecay"] == 0.01
+    assert seen["options"]["update"] == WeightUpdate(clip_norm=0.125, weight_decay=0.01)
     assert seen["options"]["hessian"] == hessian
 
 

@@ -177,7 +177,7 @@ def test_the_virtual_step_of_a_search_has_its_momentum_and_its_limit(corpus, tmp
 
     class Spy(train_search.Architect):
         def step(self, train, valid, eta, velocity):
-            seen.append((self.clip, self.clip_value, velocity))
+            seen.append((self.update.clip_norm, self.update.clip_value, velocity))
             return super().step(train, valid, eta, velocity)
 
     monkeypatch.setattr(train_search, "Architect", Spy)

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import utils
-from architect import Architect, perturbed
+from architect import Architect, WeightUpdate, perturbed
 from engine import Engine, dispatch
 from engine.cuda_graphs import Capture, Graphs
 from engine.dropout import FrozenReLU, Masks
@@ -179,7 +179,9 @@ def test_on_cuda_replayed_steps_of_the_alphas_are_the_plain_ones(hessian):
     for capture in (None, Capture()):
         model = tiny.search_model().float().cuda().with_engine(Engine("fused"))
         loss, batch = partial(MicroBatches, model, small_batch_size=tiny.B), tiny.batch(tiny.search_model(), 1)
-        architect = Architect(model.weights(), model.alphas, loss, loss, clip=0.25, wdecay=1e-2, hessian=hessian)
+        architect = Architect(
+            model.weights(), model.alphas, loss, loss, update=WeightUpdate(0.25, weight_decay=1e-2), hessian=hessian
+        )
 
         def step(x, y, hidden, architect=architect):
             train = Batch(x, y, hidden, Masks(relu=FrozenReLU() if architect.hessian == "finite" else None))

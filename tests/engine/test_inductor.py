@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import evaluate
 import train
 import train_search
-from architect import Architect
+from architect import Architect, WeightUpdate
 from engine import elementwise, matmul
 from engine.matmul import add_rows, addmm_, matmul_precision
 from model import RNNModel
@@ -290,7 +290,7 @@ def test_a_difference_is_taken_in_full_precision_when_all_else_is_in_tf32():
         return parts
 
     architect = Architect(
-        [w], alphas, loss("train"), loss("valid"), loss("precise"), clip=1.0, wdecay=0.0, hessian="finite"
+        [w], alphas, loss("train"), loss("valid"), loss("precise"), update=WeightUpdate(1.0), hessian="finite"
     )
     with matmul_precision("tf32"):
         architect.gradient(None, None, 0.1)

@@ -27,7 +27,7 @@ from test_fused import (
 )
 from test_reference import oracle_masks
 
-from architect import Architect
+from architect import Architect, WeightUpdate
 from engine import Engine, fused, linear_cross_entropy, reference
 from engine.dropout import FrozenReLU
 from training.losses import MicroBatches, losses
@@ -250,7 +250,8 @@ def test_an_architect_finds_the_same_gradient_with_either_engine(small, norm):
         behind = model.with_engine(Engine(name))
         architect = Architect(
             model.weights(), model.alphas, partial(Counted, behind, small_batch_size=small, beta=0.7),
-            partial(MicroBatches, behind, small_batch_size=small), clip=0.25, wdecay=1e-2, hessian="exact",
+            partial(MicroBatches, behind, small_batch_size=small), update=WeightUpdate(0.25, weight_decay=1e-2),
+            hessian="exact",
         )  # fmt: skip
         found[name] = architect.gradient(train, valid, eta=0.7)
     for one, other in zip(*found.values(), strict=True):

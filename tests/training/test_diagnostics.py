@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_search
-from architect import Architect
+from architect import Architect, WeightUpdate
 from engine.dropout import DropoutRates
 from engine.reference import NORMS
 from experiment import checkpoint, progress
@@ -30,7 +30,9 @@ def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0, norm="batch
 
     def architect_of(model, micro_batch_size, hessian):
         loss = partial(MicroBatches, model, small_batch_size=micro_batch_size)
-        return Architect(model.weights(), model.alphas, loss, loss, clip=0.25, wdecay=1e-3, hessian=hessian)
+        return Architect(
+            model.weights(), model.alphas, loss, loss, update=WeightUpdate(0.25, weight_decay=1e-3), hessian=hessian
+        )
 
     if text is None:
         text = torch.randint(tiny.V, (80, tiny.B), generator=torch.Generator().manual_seed(seed))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from architect import WeightUpdate
 from genotypes import DARTS_V1
 from training.gradients import clipped_gradient, scaled_lr
 from training.losses import Losses
@@ -40,7 +41,7 @@ def trajectory(name, w, gradients, rates):
 def test_steps_are_those_of_the_equations_at_the_rate_of_each(name):
     gradients, rates = [0.3, -1.0, 0.2, 0.7, -0.1], [0.1, 0.05, 0.1, 0.02, 0.1]
     w = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer, found = new_optimizer(name, [w], 0.1, DECAY, MOMENTUM), []
+    optimizer, found = new_optimizer(name, [w], 0.1, WeightUpdate(weight_decay=DECAY, momentum=MOMENTUM)), []
     for g, lr in zip(gradients, rates, strict=True):
         w.grad = torch.tensor([g], dtype=torch.float64)
         with scaled_lr(optimizer, lr / 0.1):
@@ -68,7 +69,7 @@ class Linear:
 )  # fmt: skip
 def test_clipping_limits_each_element_and_then_the_norm(values, clip, limit):
     loss = Linear([torch.tensor(values[:2], dtype=torch.float64), torch.tensor(values[2:], dtype=torch.float64)])
-    _, _, norm = clipped_gradient(loss.parts(), loss.weights, clip, limit)
+    _, _, norm = clipped_gradient(loss.parts(), loss.weights, WeightUpdate(clip, limit))
     assert norm.item() == pytest.approx(math.sqrt(sum(v * v for v in values)), abs=1e-12)  # before any of it
     expected = [max(-limit, min(limit, v)) if limit else v for v in values]
     length = math.sqrt(sum(v * v for v in expected))
@@ -80,8 +81,8 @@ def test_clipping_limits_each_element_and_then_the_norm(values, clip, limit):
 
 def test_velocity_is_what_momentum_adds_to_the_next_gradient():
     weights = tiny.discrete_model(DARTS_V1).weights()
-    assert velocity(new_optimizer("sgd", weights, 0.1, 0.0)) is None
-    optimizer = new_optimizer("momentum", weights, 0.1, 0.0, MOMENTUM)
+    assert velocity(new_optimizer("sgd", weights, 0.1, WeightUpdate())) is None
+    optimizer = new_optimizer("momentum", weights, 0.1, WeightUpdate(momentum=MOMENTUM))
     assert velocity(optimizer) is None
     assert not optimizer.state  # asking leaves no trace
     first = [torch.randn_like(w) for w in weights]

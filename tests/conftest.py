@@ -1,4 +1,4 @@
-"""Settings and fixtures that the tests share."""
+"""The tests share these settings and fixtures."""
 
 import os
 
@@ -16,5 +16,5 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """The folder of a corpus of a made-up language, on which a run takes a second; no test may write to it."""
+    """Returns the folder of a corpus of a made-up language, on which a run takes a second; no test may write to it."""
     return write_corpus(tmp_path_factory.mktemp("corpus"), train=30, valid=16, test=16)

@@ -1,4 +1,4 @@
-"""What data.py promises: the corpora word for word, faults told all at once, and every row learned once."""
+"""data.py reads corpora word for word, reports all errors together, and uses each time step as an input once."""
 
 import hashlib
 import itertools
@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import data
 
-# tokens by split, then types: the table of Mikolov et al. 2010 with <eos>, and of Merity et al. 2017
+# The numbers of tokens by split, and of types, are from the table of Mikolov et al. 2010 with <eos> and from that of
+# Merity et al. 2017.
 PUBLISHED = {
     "penn": (929_589, 73_760, 82_430, 10_000),
     "wikitext-2": (2_088_628, 217_646, 245_569, 33_278),
@@ -40,13 +41,13 @@ def words_of(corpus: data.Corpus, split: str) -> list[str]:
     return [corpus.words[i] for i in getattr(corpus, split).tolist()]
 
 
-def same(a: data.Corpus, b: data.Corpus) -> bool:
+def same_corpus(a: data.Corpus, b: data.Corpus) -> bool:
     ids = all(getattr(a, split).equal(getattr(b, split)) for split in data.SPLITS)
     return ids and (a.name, a.words, a.unknown, a.sha256) == (b.name, b.words, b.unknown, b.sha256)
 
 
-def lines_of(path: Path) -> list[str]:
-    """The oracle of tokenising: a plain loop over a text file."""
+def reference_tokens(path: Path) -> list[str]:
+    """Tokenizes a text file with a plain loop, as the reference for `data.tokens`."""
     words = []
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -55,7 +56,7 @@ def lines_of(path: Path) -> list[str]:
     return words
 
 
-def never(*args: object, **kwargs: object) -> None:
+def fail_if_called(*args: object, **kwargs: object) -> None:
     raise AssertionError("this must not be called")
 
 
@@ -83,23 +84,23 @@ def test_real_corpus_has_the_published_counts(real):
 
 def test_real_corpus_is_the_files_word_for_word(real):
     for split in ("valid", "test"):
-        assert words_of(real.corpus, split) == lines_of(real.root / real.name / f"{split}.txt")
+        assert words_of(real.corpus, split) == reference_tokens(real.root / real.name / f"{split}.txt")
 
 
 def test_real_vocabulary_is_in_order_of_first_appearance(real):
     assert real.corpus.words == list(dict.fromkeys(words_of(real.corpus, "train")))
 
 
-def test_real_checksums_and_sizes_are_those_of_the_sources(real):
+def test_real_checksums_and_sizes_match_the_sources(real):
     for split, source in data.CORPORA[real.name].items():
         raw = (real.root / real.name / f"{split}.txt").read_bytes()
         assert (len(raw), hashlib.sha256(raw).hexdigest()) == (source.size, source.sha256)
         assert real.corpus.sha256[split] == source.sha256
 
 
-def test_real_corpus_comes_from_its_cache_the_second_time_and_is_the_same(real, monkeypatch):
-    monkeypatch.setattr(data, "_index", never)
-    assert same(data.load_corpus(real.name, real.root), real.corpus)
+def test_real_corpus_is_read_unchanged_from_its_cache(real, monkeypatch):
+    monkeypatch.setattr(data, "_index", fail_if_called)
+    assert same_corpus(data.load_corpus(real.name, real.root), real.corpus)
 
 
 def test_real_corpus_with_one_changed_byte_is_refused(real, tmp_path):
@@ -111,10 +112,10 @@ def test_real_corpus_with_one_changed_byte_is_refused(real, tmp_path):
     with pytest.raises(data.DataError, match=r"valid\.txt: .*remove it") as caught:
         data.load_corpus(real.name, tmp_path)
     assert len(caught.value.faults) == 1
-    assert (folder / "valid.txt").read_bytes() == raw  # refused, but left to its owner
+    assert (folder / "valid.txt").read_bytes() == raw  # The rejected file is unchanged.
 
 
-def test_read_split_of_a_real_corpus_is_the_corpus(real):
+def test_read_split_of_a_real_corpus_matches_the_corpus(real):
     ids, _ = data.read_split(real.name, "valid", real.corpus.words, real.root)
     assert ids.dtype == torch.int64 and ids.equal(real.corpus.valid)
 
@@ -126,13 +127,13 @@ text_lines = st.text(st.sampled_from("ab \t\n\r\x0b\x0c\x1c\x1d\x1e\x85\xa0\u200
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text_lines)
-def test_tokens_are_those_of_a_loop_over_the_file(tmp_path, text):
+def test_tokens_match_a_loop_over_the_file(tmp_path, text):
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
-    assert list(data.tokens(text)) == lines_of(path)
+    assert list(data.tokens(text)) == reference_tokens(path)
 
 
-def test_a_last_line_without_newline_ends_like_the_others(tmp_path):
+def test_last_line_without_newline_ends_with_eos(tmp_path):
     texts = dict.fromkeys(data.SPLITS, "a b\r\nc")
     corpus = data.load_corpus(str(write_folder(tmp_path, **texts)))
     assert words_of(corpus, "train") == ["a", "b", "<eos>", "c", "<eos>"]
@@ -147,14 +148,14 @@ def test_unknown_words_become_unk_and_are_counted(tmp_path):
     assert words_of(corpus, "test") == ["<unk>", "b", "<unk>", "<eos>"]
 
 
-def test_an_unk_of_train_itself_is_used(tmp_path):
+def test_unk_of_the_train_text_is_reused(tmp_path):
     folder = write_folder(tmp_path, train="<unk> b\n", valid="x\n", test="b <unk>\n")
     corpus = data.load_corpus(str(folder))
     assert corpus.words == ["<unk>", "b", "<eos>"]
     assert corpus.valid.tolist() == [0, 2] and corpus.unknown == {"x": 1}
 
 
-def test_no_unk_is_added_where_nothing_is_unknown(tmp_path):
+def test_no_unk_is_added_without_unknown_words(tmp_path):
     assert data.UNK not in data.load_corpus(str(write_folder(tmp_path, **TEXTS))).words
 
 
@@ -169,13 +170,13 @@ def test_read_split_reads_no_other_split(tmp_path):
     assert len(data.read_split(str(folder), "test", ["<unk>"])[0]) == 4
 
 
-def test_read_split_refuses_unknown_words_where_there_is_no_unk(tmp_path):
+def test_read_split_rejects_unknown_words_without_unk(tmp_path):
     folder = write_folder(tmp_path, **TEXTS)
     with pytest.raises(data.DataError, match="2 words of test"):
         data.read_split(str(folder), "test", ["<eos>", "the"])
 
 
-def test_every_fault_of_a_folder_is_told_at_once(tmp_path):
+def test_all_errors_of_a_folder_are_reported_together(tmp_path):
     folder = write_folder(tmp_path, valid=" \n\t\n", test=b"good line\nbad \xff line\n")
     with pytest.raises(data.DataError) as caught:
         data.load_corpus(str(folder))
@@ -186,12 +187,12 @@ def test_every_fault_of_a_folder_is_told_at_once(tmp_path):
     assert str(caught.value) == "\n".join(caught.value.faults)
 
 
-def test_a_file_of_no_bytes_is_empty(tmp_path):
+def test_zero_byte_file_is_reported_as_empty(tmp_path):
     with pytest.raises(data.DataError, match=r"train\.txt: empty"):
         data.load_corpus(str(write_folder(tmp_path, **TEXTS | {"train": ""})))
 
 
-def test_a_folder_in_place_of_a_file_is_a_fault(tmp_path):
+def test_folder_in_place_of_a_file_is_an_error(tmp_path):
     write_folder(tmp_path, train="a\n", valid="a\n")
     (tmp_path / "test.txt").mkdir()
     with pytest.raises(data.DataError, match=r"test\.txt: not a file") as caught:
@@ -200,7 +201,7 @@ def test_a_folder_in_place_of_a_file_is_a_fault(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ptb", "no/such/folder"])
-def test_an_unknown_name_is_answered_with_the_choices(name):
+def test_unknown_corpus_name_lists_the_choices(name):
     with pytest.raises(data.DataError) as caught:
         data.load_corpus(name)
     assert all(choice in str(caught.value) for choice in (name, "penn", "wikitext-2", "builtin", "folder"))
@@ -217,12 +218,12 @@ def cached(tmp_path) -> SimpleNamespace:
     return SimpleNamespace(name=str(folder), folder=folder, corpus=corpus, path=path)
 
 
-def test_the_cache_gives_the_corpus_again(cached, monkeypatch):
-    monkeypatch.setattr(data, "_index", never)
-    assert same(data.load_corpus(cached.name), cached.corpus)
+def test_cache_restores_the_corpus(cached, monkeypatch):
+    monkeypatch.setattr(data, "_index", fail_if_called)
+    assert same_corpus(data.load_corpus(cached.name), cached.corpus)
 
 
-def test_no_damage_to_the_cache_changes_the_corpus(cached):
+def test_damaged_cache_is_rejected_or_restores_the_same_corpus(cached):
     raw = cached.path.read_bytes()
     rng = random.Random(0)
     damaged = [raw[:n] for n in range(0, len(raw), 499)]
@@ -233,11 +234,11 @@ def test_no_damage_to_the_cache_changes_the_corpus(cached):
     for content in damaged:
         cached.path.write_bytes(content)
         corpus = data._load_cache(cached.path, cached.name, cached.corpus.sha256)
-        assert corpus is None or same(corpus, cached.corpus)
+        assert corpus is None or same_corpus(corpus, cached.corpus)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "shortened", "missing", "range", "words"])
-def test_a_damaged_cache_is_rebuilt(cached, damage):
+def test_damaged_cache_is_rebuilt(cached, damage):
     raw = cached.path.read_bytes()
     with np.load(cached.path) as file:
         arrays = dict(file)
@@ -246,7 +247,7 @@ def test_a_damaged_cache_is_rebuilt(cached, damage):
     elif damage == "flipped":
         at = raw.index(arrays["train"].tobytes())
         cached.path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
-    elif damage == "shortened":  # in the header of an array, where numpy has no check of its own
+    elif damage == "shortened":  # The damage is in the header of an array, which numpy does not check.
         cached.path.write_bytes(raw.replace(b"(12000,)", b"(10000,)", 1))
     else:
         if damage == "missing":
@@ -256,22 +257,22 @@ def test_a_damaged_cache_is_rebuilt(cached, damage):
         else:
             arrays["words"] = np.frombuffer(b"a b", np.uint8)
         np.savez(cached.path, **arrays)
-    assert same(data.load_corpus(cached.name), cached.corpus)
-    assert cached.path.read_bytes() == raw  # whole again for the next time
+    assert same_corpus(data.load_corpus(cached.name), cached.corpus)
+    assert cached.path.read_bytes() == raw  # The cache has been restored.
 
 
-def test_a_changed_corpus_is_not_served_from_the_old_cache(cached):
-    write_folder(cached.folder, valid="b x\n")  # as many words as before
+def test_changed_corpus_invalidates_the_cache(cached):
+    write_folder(cached.folder, valid="b x\n")  # The number of words is unchanged.
     assert words_of(data.load_corpus(cached.name), "valid") == ["b", "<unk>", "<eos>"]
 
 
-def test_swapped_splits_are_not_served_from_the_old_cache(cached):
+def test_swapped_splits_invalidate_the_cache(cached):
     write_folder(cached.folder, valid="y c\n", test="a x\n")
     assert words_of(data.load_corpus(cached.name), "valid") == ["<unk>", "c", "<eos>"]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write to any folder")
-def test_a_folder_that_cannot_be_written_is_no_fault(tmp_path):
+def test_corpus_loads_from_a_read_only_folder(tmp_path):
     write_folder(tmp_path, **TEXTS)
     tmp_path.chmod(0o555)
     try:
@@ -280,7 +281,7 @@ def test_a_folder_that_cannot_be_written_is_no_fault(tmp_path):
         tmp_path.chmod(0o755)
 
 
-def test_a_cache_that_cannot_be_written_is_no_fault_and_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_cache_write_is_no_error_and_leaves_no_file(tmp_path, monkeypatch):
     def refuse(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -296,7 +297,7 @@ CONTENT = b"some words of a corpus\n" * 9000
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves CONTENT at /good, and at the other paths what a server should not."""
+    """Serves CONTENT at /good, and faulty responses at the other paths."""
 
     def do_GET(self) -> None:
         kind = self.path.strip("/").split(".")[0]
@@ -317,12 +318,12 @@ class Server(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if kind == "endless":
-            for _ in range(500):  # 100 MB, unless the client has enough and goes away
+            for _ in range(500):  # The response has 100 MB unless the client disconnects.
                 self.wfile.write(body)
             self.server.overruns.append(self.path)
         elif kind in ("closes", "resets", "stalls"):
             self.wfile.write(body[: len(body) // 2])
-            if kind == "resets":  # with no lingering, closing sends a reset
+            if kind == "resets":  # Without lingering, closing sends a reset.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             if kind == "stalls":
                 self.server.released.wait(5)
@@ -337,7 +338,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.handle_error = lambda *args: None  # broken connections are the point
+    server.handle_error = lambda *args: None  # The tests break connections on purpose.
     server.requests, server.overruns, server.released = [], [], threading.Event()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -358,43 +359,43 @@ def source_at(server: ThreadingHTTPServer, kind: str) -> data.Source:
     return data.Source(url, hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
 
 
-def test_a_good_download_is_all_that_appears(server, tmp_path, capsys):
+def test_download_writes_only_the_requested_file(server, tmp_path, capsys):
     data.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
     assert [path.name for path in (tmp_path / "penn").iterdir()] == ["train.txt"]
     assert (tmp_path / "penn" / "train.txt").read_bytes() == CONTENT
-    assert capsys.readouterr().err == ""  # no progress bar where there is no terminal
+    assert capsys.readouterr().err == ""  # There is no progress bar without a terminal.
 
 
 BAD = ["tampered", "truncated", "long", "endless", "gone", "closes", "resets", "stalls", "babbles"]
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_download_leaves_nothing_and_says_what_to_do(server, tmp_path, monkeypatch, kind):
+def test_bad_download_leaves_no_file_and_suggests_a_remedy(server, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(data, "TIMEOUT", 0.3)
     source = source_at(server, kind)
     with pytest.raises(data.DataError) as caught:
         data.download(source, tmp_path / "train.txt")
-    (fault,) = caught.value.faults
-    assert "\n" not in fault
-    assert all(part in fault for part in (str(tmp_path / "train.txt"), source.url, "--data builtin"))
+    (error,) = caught.value.faults
+    assert "\n" not in error
+    assert all(part in error for part in (str(tmp_path / "train.txt"), source.url, "--data builtin"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_download_stops_reading_at_its_size(server, tmp_path):
+def test_download_stops_reading_at_the_expected_size(server, tmp_path):
     server.overruns.clear()
     with pytest.raises(data.DataError):
         data.download(source_at(server, "endless"), tmp_path / "train.txt")
     assert server.overruns == []
 
 
-def test_a_download_never_replaces_a_file_by_a_bad_one(server, tmp_path):
+def test_bad_download_does_not_replace_an_existing_file(server, tmp_path):
     (tmp_path / "train.txt").write_text("mine")
     with pytest.raises(data.DataError):
         data.download(source_at(server, "closes"), tmp_path / "train.txt")
     assert (tmp_path / "train.txt").read_text() == "mine"
 
 
-def test_an_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
+def test_interrupted_download_leaves_no_file(server, tmp_path, monkeypatch):
     def interrupt(fd: int) -> None:
         raise KeyboardInterrupt
 
@@ -404,7 +405,7 @@ def test_an_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_a_fault(server, tmp_path):
+def test_download_to_an_unwritable_path_is_an_error(server, tmp_path):
     (tmp_path / "penn").write_text("a file where the folder should be")
     with pytest.raises(data.DataError, match="download failed"):
         data.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
@@ -412,7 +413,7 @@ def test_a_place_that_cannot_be_written_is_a_fault(server, tmp_path):
 
 @pytest.fixture
 def served(server, monkeypatch) -> ThreadingHTTPServer:
-    """`penn` comes from the local server, and its requests are counted anew."""
+    """Makes the local server the source of `penn` and clears its list of requests."""
     monkeypatch.setitem(data.CORPORA, "penn", {s: source_at(server, f"good.{s}") for s in data.SPLITS})
     server.requests.clear()
     return server
@@ -424,25 +425,25 @@ def test_only_missing_files_are_downloaded_and_only_once(served, tmp_path):
     first = data.load_corpus("penn", tmp_path)
     assert served.requests == ["/good.train", "/good.test"]
     assert data.is_available("penn", tmp_path)
-    assert same(data.load_corpus("penn", tmp_path), first)
+    assert same_corpus(data.load_corpus("penn", tmp_path), first)
     assert len(served.requests) == 2
 
 
-def test_without_a_network_every_missing_file_is_named(tmp_path, monkeypatch):
-    with socket.socket() as unused:  # bound, but nobody listens: connections are refused
+def test_download_without_network_names_every_missing_file(tmp_path, monkeypatch):
+    with socket.socket() as unused:  # The port is bound but nobody listens, so connections are refused.
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
         sources = {split: data.Source(url + split, "0" * 64, 10) for split in data.SPLITS}
         monkeypatch.setitem(data.CORPORA, "penn", sources)
         with pytest.raises(data.DataError) as caught:
             data.load_corpus("penn", tmp_path)
-    for fault, split in zip(caught.value.faults, data.SPLITS, strict=True):
-        assert str(tmp_path / "penn" / f"{split}.txt") in fault
-        assert url + split in fault and "--data builtin" in fault
+    for error, split in zip(caught.value.faults, data.SPLITS, strict=True):
+        assert str(tmp_path / "penn" / f"{split}.txt") in error
+        assert url + split in error and "--data builtin" in error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_builtin_and_folders_are_available_and_other_names_are_not(tmp_path):
+def test_is_available_is_true_for_builtin_and_existing_folders_only(tmp_path):
     assert data.is_available("builtin") and data.is_available(str(tmp_path))
     assert not data.is_available("penn", tmp_path) and not data.is_available("no such name")
 
@@ -455,39 +456,39 @@ def builtin() -> data.Corpus:
     return data.load_corpus("builtin")
 
 
-def test_builtin_is_the_same_every_time_and_needs_no_file(builtin, tmp_path, monkeypatch):
+def test_builtin_is_deterministic_and_needs_no_file(builtin, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert same(data.load_corpus("builtin"), builtin)
+    assert same_corpus(data.load_corpus("builtin"), builtin)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_builtin_has_no_paragraph_twice():
-    # of the text, since paragraphs of ids may differ in rare words alone
+def test_builtin_has_no_duplicate_paragraph():
+    # The texts are compared and not the ids, which are equal if paragraphs differ in rare words alone.
     texts = data._builtin_texts()
     lines = Counter(line for split in data.SPLITS for line in texts[split].splitlines())
     assert len(lines) > 1000 and max(lines.values()) == 1
 
 
-def test_builtin_splits_have_their_shares(builtin):
+def test_builtin_splits_have_80_10_and_10_percent_of_the_words(builtin):
     sizes = torch.tensor([len(getattr(builtin, split)) for split in data.SPLITS], dtype=torch.float64)
     assert sizes.sum() > 50_000
     assert (sizes / sizes.sum() - torch.tensor([0.8, 0.1, 0.1])).abs().max() < 0.05
 
 
-def test_builtin_vocabulary_is_what_train_has_three_times(builtin):
+def test_builtin_vocabulary_has_words_with_3_occurrences_in_train(builtin):
     counts = Counter(words_of(builtin, "train"))
     assert set(counts) == set(builtin.words) and min(counts.values()) >= 3
     assert counts["<unk>"] < 0.1 * len(builtin.train)
 
 
-def test_builtin_counts_what_became_unk_in_valid_and_test(builtin):
+def test_builtin_counts_unknown_words_of_valid_and_test(builtin):
     replaced = sum(words_of(builtin, split).count("<unk>") for split in ("valid", "test"))
     assert sum(builtin.unknown.values()) == replaced > 0
     assert not set(builtin.unknown) & set(builtin.words)
 
 
 @pytest.mark.parametrize("split", data.SPLITS)
-def test_read_split_of_builtin_is_the_corpus(builtin, split):
+def test_read_split_of_builtin_matches_the_corpus(builtin, split):
     ids, sha256 = data.read_split("builtin", split, builtin.words)
     assert ids.equal(getattr(builtin, split))
     assert sha256 == builtin.sha256[split]
@@ -498,20 +499,20 @@ def test_read_split_of_builtin_is_the_corpus(builtin, split):
 
 @settings(deadline=None)
 @given(st.integers(2, 200), st.integers(1, 20))
-def test_batchify_is_a_plain_loop(n, batch_size):
+def test_batchify_matches_a_plain_loop(n, batch_size):
     if n // batch_size < 2:
         with pytest.raises(data.DataError, match=f"batch size {batch_size}"):
             data.batchify(torch.arange(n), batch_size)
         return
-    rows = n // batch_size
-    expected = [[column * rows + row for column in range(batch_size)] for row in range(rows)]
+    n_steps = n // batch_size
+    expected = [[b * n_steps + t for b in range(batch_size)] for t in range(n_steps)]
     result = data.batchify(torch.arange(n), batch_size)
     assert result.tolist() == expected
     assert result.is_contiguous()
 
 
-def test_targets_are_the_next_words_and_the_last_batch_is_shorter():
-    source = data.batchify(torch.arange(26), 4)  # the alphabet of the docstring: 6 rows
+def test_targets_are_the_next_words_and_the_last_segment_is_shorter():
+    source = data.batchify(torch.arange(26), 4)  # This is the alphabet of the docstring, with 6 time steps.
     x, y = data.get_batch(source, 0, 4)
     assert x.tolist() == source[:4].tolist() and y.equal(x + 1)
     x, y = data.get_batch(source, 4, 4)
@@ -524,28 +525,28 @@ def rng(seed: int = 0) -> torch.Generator:
 
 @settings(deadline=None)
 @given(
-    n_rows=st.integers(0, 400), bptt=st.integers(1, 40), std=st.sampled_from([0.0, 5.0, 50.0]),
+    n_steps=st.integers(0, 400), bptt=st.integers(1, 40), std=st.sampled_from([0.0, 5.0, 50.0]),
     max_delta=st.sampled_from([None, 0, 20]), start=st.integers(0, 50), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_segments_take_each_row_as_input_once(n_rows, bptt, std, max_delta, start, seed):
-    rows = []
-    for i, seq_len in data.segments(n_rows, bptt, rng(seed), std, max_delta, start):
+def test_segments_cover_each_input_time_step_once(n_steps, bptt, std, max_delta, start, seed):
+    covered = []
+    for i, seq_len in data.segments(n_steps, bptt, rng(seed), std, max_delta, start):
         assert seq_len >= 1
-        rows += range(i, i + seq_len)
-    assert rows == list(range(start, n_rows - 1))
+        covered += range(i, i + seq_len)
+    assert covered == list(range(start, n_steps - 1))
 
 
-def test_without_jitter_one_segment_in_twenty_is_half_as_long():
+def test_one_segment_in_twenty_has_half_the_length_without_jitter():
     lengths = Counter(seq_len for _, seq_len in list(data.segments(200_000, 35, rng()))[:-1])
     assert set(lengths) == {35, 17}
-    assert lengths[17] / lengths.total() == pytest.approx(0.05, abs=0.01)  # 3.5 standard errors
+    assert lengths[17] / lengths.total() == pytest.approx(0.05, abs=0.01)  # The tolerance is 3.5 standard errors.
 
 
-def test_jitter_is_normal_about_the_base():
+def test_jitter_is_normal_around_the_base_length():
     lengths = torch.tensor([n for _, n in data.segments(400_000, 70, rng(), std=5.0)][:-1], dtype=torch.float64)
-    full = lengths[lengths > 52]  # halves are at 35 +- 5
+    full = lengths[lengths > 52]  # Segments of half the length have 35 +- 5.
     assert len(full) / len(lengths) == pytest.approx(0.95, abs=0.01)
-    assert full.mean().item() == pytest.approx(69.5, abs=0.3)  # int() takes a half off
+    assert full.mean().item() == pytest.approx(69.5, abs=0.3)  # int() lowers the mean by a half.
     assert full.std().item() == pytest.approx(5.0, abs=0.3)
 
 
@@ -554,7 +555,7 @@ def test_jitter_is_clamped_at_5_and_at_max_delta():
     assert min(lengths) == 5 and max(lengths) == 55
 
 
-def test_without_max_delta_there_is_no_upper_bound():
+def test_segment_length_is_unbounded_without_max_delta():
     assert max(n for _, n in data.segments(50_000, 35, rng(), std=30.0)) > 70
 
 
@@ -571,7 +572,7 @@ def test_segments_resume_where_they_stopped(std):
     assert begun + list(data.segments(5000, 35, resumed, std, 20, start=i + seq_len)) == whole
 
 
-def test_segments_leave_the_global_generator_alone():
+def test_segments_do_not_use_the_global_generator():
     before = torch.get_rng_state()
     list(data.segments(1000, 35, rng(), 5.0, 20))
     assert torch.get_rng_state().equal(before)
@@ -581,14 +582,14 @@ def test_segments_leave_the_global_generator_alone():
 
 
 @settings(deadline=None)
-@given(rows=st.integers(2, 60), lengths=st.lists(st.integers(1, 59), min_size=1, max_size=30))
-def test_cursor_gives_full_segments_in_order_or_wraps(rows, lengths):
-    source = torch.arange(rows * 3).view(rows, 3)
+@given(n_steps=st.integers(2, 60), lengths=st.lists(st.integers(1, 59), min_size=1, max_size=30))
+def test_cursor_gives_full_segments_in_order_or_wraps(n_steps, lengths):
+    source = torch.arange(n_steps * 3).view(n_steps, 3)
     cursor, position = data.Cursor(source), 0
     for seq_len in lengths:
         x, y, wrapped = cursor.take(seq_len)
-        full = min(seq_len, rows - 1)
-        fits = position + seq_len <= rows - 1
+        full = min(seq_len, n_steps - 1)
+        fits = position + seq_len <= n_steps - 1
         assert wrapped == (not fits and position > 0)
         assert x.equal(source[0 if wrapped else position :][:full])
         assert y.equal(x + 3)
@@ -596,7 +597,7 @@ def test_cursor_gives_full_segments_in_order_or_wraps(rows, lengths):
         assert cursor.position == position
 
 
-def test_cursor_goes_on_from_a_saved_position():
+def test_cursor_resumes_from_a_saved_position():
     source = torch.arange(80).view(40, 2)
     first, second = data.Cursor(source), data.Cursor(source)
     first.take(11)

@@ -1,4 +1,4 @@
-"""Genotypes: the published cells, every form round trips, and nothing malformed gets through or is run."""
+"""Genotypes match the papers and round-trip in every format, and malformed input is rejected without being run."""
 
 import json
 import math
@@ -16,15 +16,15 @@ OPS = ["tanh", "relu", "sigmoid", "identity"]
 
 @st.composite
 def cells(draw):
-    """Any valid genotype, drawn without the code under test."""
+    """Generates any valid genotype without the code under test."""
     n = draw(st.integers(1, 64))
     recurrent = tuple((draw(st.sampled_from(OPS)), draw(st.integers(0, i))) for i in range(n))
     concat = draw(st.lists(st.integers(1, n), min_size=1, unique=True))
     return Genotype(recurrent, tuple(concat))
 
 
-def refusal(call, *args) -> str:
-    """The message of the GenotypeError that the call must raise, checked to be one line."""
+def error_message(call, *args) -> str:
+    """Returns the message of the GenotypeError that the call must raise, after checking that it is one line."""
     with pytest.raises(GenotypeError) as caught:
         call(*args)
     message = str(caught.value)
@@ -32,7 +32,7 @@ def refusal(call, *args) -> str:
     return message
 
 
-def test_published_cells_are_the_papers():
+def test_published_cells_match_the_papers():
     every = "1 2 3 4 5 6 7 8"
     spelled = {
         "DARTS_V1": ("relu 0, relu 1, tanh 2, relu 3, relu 4, identity 1, relu 5, relu 1", every),
@@ -56,7 +56,7 @@ def test_published_cells_are_the_papers():
 
 @settings(max_examples=50, deadline=None)
 @given(cells())
-def test_every_form_reads_back(cell):
+def test_every_format_round_trips(cell):
     as_json = json.dumps(to_json(cell))
     positional = f"Genotype({cell.recurrent!r}, {cell.concat!r})"
     lists = f"Genotype(concat={list(cell.concat)}, recurrent={[list(node) for node in cell.recurrent]})"
@@ -68,7 +68,7 @@ def test_every_form_reads_back(cell):
     assert from_json({**to_json(cell), "note": "kept out"}) == cell
 
 
-def test_text_is_the_published_one():
+def test_str_has_the_published_format():
     cell = Genotype((("sigmoid", 0), ("relu", 1)), (1, 2))
     assert str(cell) == repr(cell) == "Genotype(recurrent=[('sigmoid', 0), ('relu', 1)], concat=[1, 2])"
     assert parse("Genotype(recurrent=[('sigmoid', 0), ('relu', 1)], concat=range(1, 3))") == cell
@@ -79,30 +79,30 @@ def test_resolve_reads_runs_and_files(tmp_path):
     cell = random_genotype(5)
     run = tmp_path / "a run (1)"
     run.mkdir()
-    assert "genotype.json" in refusal(resolve, str(run))
+    assert "genotype.json" in error_message(resolve, str(run))
     written = {"genotype": to_json(cell), "epoch": 50, "probabilities": [[0.2] * 5] * 36}
     (run / "genotype.json").write_text(json.dumps(written, indent=4))
     assert resolve(str(run)) == resolve(f"{run}/") == resolve(str(run / "genotype.json")) == cell
 
     path = tmp_path / "cell.json"
-    assert "cell.json" in refusal(resolve, str(path))
+    assert "cell.json" in error_message(resolve, str(path))
     for content in (b"", b"\xff\xfe", b"{", b"[1]", b"[" * 500_000, b'{"a": 1}', b" " * 1_000_001):
         path.write_bytes(content)
-        assert "cell.json" in refusal(resolve, str(path))
+        assert "cell.json" in error_message(resolve, str(path))
     path.write_text(json.dumps(to_json(cell)) + " " * 900_000)
     assert resolve(str(path)) == cell
 
 
-def test_resolve_names():
+def test_resolve_reads_names_and_random_seeds():
     assert resolve("random:7") == random_genotype(7)
-    assert "did you mean DARTS_V2?" in refusal(resolve, "darts_v2")
-    message = refusal(resolve, "LSTM")
+    assert "did you mean DARTS_V2?" in error_message(resolve, "darts_v2")
+    message = error_message(resolve, "LSTM")
     for form in ("ENAS", "DARTS_V1", "DARTS_V2", "random:SEED", ".json", "Genotype("):
         assert form in message
     for seed in ("", "x", "-1", "1.5", "٣", "9" * 19):
-        refusal(resolve, f"random:{seed}")
+        error_message(resolve, f"random:{seed}")
     for arch in ("", " ", "\0", "\0.json", "a" * 100_000, "a/" * 3_000 + "b.json", "Genotype" + "(" * 30_000):
-        refusal(resolve, arch)
+        error_message(resolve, arch)
 
 
 BAD_CELLS = {
@@ -138,13 +138,13 @@ BAD_CELLS = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD_CELLS)
-def test_faults_are_refused_in_every_form(fault):
-    recurrent, concat = BAD_CELLS[fault]
-    refusal(validate, Genotype(recurrent, concat))
-    refusal(from_json, {"recurrent": recurrent, "concat": concat})
-    if fault != "predecessor huge":  # has no decimal text: Python refuses to write it
-        refusal(parse, f"Genotype(recurrent={recurrent!r}, concat={concat!r})")
+@pytest.mark.parametrize("case", BAD_CELLS)
+def test_invalid_cells_are_rejected_in_every_format(case):
+    recurrent, concat = BAD_CELLS[case]
+    error_message(validate, Genotype(recurrent, concat))
+    error_message(from_json, {"recurrent": recurrent, "concat": concat})
+    if case != "predecessor huge":  # Python refuses to write this number as decimal text.
+        error_message(parse, f"Genotype(recurrent={recurrent!r}, concat={concat!r})")
 
 
 BAD_TEXTS = [
@@ -207,13 +207,13 @@ BAD_TEXTS = [
 
 
 @pytest.mark.parametrize("text", BAD_TEXTS, ids=range(len(BAD_TEXTS)))
-def test_malformed_texts_are_refused(text):
-    refusal(parse, text)
+def test_parse_rejects_malformed_texts(text):
+    error_message(parse, text)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=80), st.sampled_from(["{}", "{{{}", "Genotype({})", "Genotype([('relu', 0)], {})"]))
-def test_any_text_is_a_genotype_or_one_line(text, frame):
+def test_any_text_gives_a_genotype_or_a_one_line_error(text, frame):
     for call in (parse, resolve):
         try:
             validate(call(frame.format(text)))
@@ -230,7 +230,7 @@ json_values = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(json_values, json_values)
-def test_any_json_is_a_genotype_or_one_line(left, right):
+def test_any_json_gives_a_genotype_or_a_one_line_error(left, right):
     for obj in (left, {"genotype": left}, {"recurrent": left, "concat": right}):
         try:
             validate(from_json(obj))
@@ -238,7 +238,7 @@ def test_any_json_is_a_genotype_or_one_line(left, right):
             assert len(str(error).splitlines()) == 1
 
 
-def test_nothing_is_evaluated(tmp_path):
+def test_parse_and_resolve_execute_no_code(tmp_path):
     touched = tmp_path / "touched"
     act = f"open({str(touched)!r}, 'w')"
     for text in (
@@ -250,28 +250,28 @@ def test_nothing_is_evaluated(tmp_path):
         f"{act}(recurrent=[('relu', 0)], concat=[1])",
         f"(lambda Genotype: Genotype)({act})",
     ):
-        refusal(parse, text)
-        refusal(resolve, text)
+        error_message(parse, text)
+        error_message(resolve, text)
     assert not touched.exists()
 
 
 def test_random_genotype_is_uniform_and_reproducible():
-    draws = [random_genotype(seed) for seed in range(2_000)]
-    assert draws == [random_genotype(seed) for seed in range(2_000)] and len(set(draws)) > 1_990
+    samples = [random_genotype(seed) for seed in range(2_000)]
+    assert samples == [random_genotype(seed) for seed in range(2_000)] and len(set(samples)) > 1_990
     for i in range(8):
         for column, values in ((0, OPS), (1, range(i + 1))):
-            counts = Counter(cell.recurrent[i][column] for cell in draws)
+            counts = Counter(cell.recurrent[i][column] for cell in samples)
             assert set(counts) == set(values)
-            expected = len(draws) / len(values)
+            expected = len(samples) / len(values)
             chi2 = sum((count - expected) ** 2 / expected for count in counts.values())
             freedom = len(values) - 1
-            # Mean k and variance 2k: five standard deviations and a little for the long tail.
+            # Chi-squared has mean k and variance 2k; 3 is added to five standard deviations for the long tail.
             assert chi2 <= freedom + 5 * math.sqrt(2 * freedom) + 3
-    assert all(cell.concat == tuple(range(1, 9)) for cell in draws)
+    assert all(cell.concat == tuple(range(1, 9)) for cell in samples)
 
 
 @pytest.mark.parametrize("steps", [1, 64])
-def test_random_genotype_of_other_sizes(steps):
+def test_random_genotype_has_the_requested_number_of_nodes(steps):
     cell = random_genotype(0, steps)
     validate(cell)
     assert len(cell.recurrent) == len(cell.concat) == steps
@@ -279,5 +279,5 @@ def test_random_genotype_of_other_sizes(steps):
 
 
 @pytest.mark.parametrize("steps", [0, -1, 65, 10**9])
-def test_random_genotype_refuses_other_sizes(steps):
-    refusal(random_genotype, 0, steps)
+def test_random_genotype_rejects_invalid_numbers_of_nodes(steps):
+    error_message(random_genotype, 0, steps)

@@ -1,6 +1,6 @@
-"""The page of a run or a study: one file that opens offline, with all there is to see and links to where it is from.
+"""The page of a run or a study is one file that opens offline, has every picture and links to its sources.
 
-The tests that open it need Chromium and its driver (Debian: chromium, chromium-driver).
+The tests that open it in a browser need Chromium and its driver (Debian: chromium, chromium-driver).
 """
 
 import json
@@ -33,10 +33,10 @@ def write_json(path, value):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A search of 50 epochs, with odd names."""
+    """Writes a search of 50 epochs whose path and flags have special characters."""
     folder = tmp_path_factory.mktemp("runs & more") / "search #1"
     write_rows(folder, search_rows(EPOCHS))
-    last = [row for row in search_rows(EPOCHS) if row["kind"] == "epoch"][-1]
+    last = [record for record in search_rows(EPOCHS) if record["kind"] == "epoch"][-1]
     write_json(folder / "config.json", {"flags": {"data": ODD, "epochs": EPOCHS, "seed": 3, "device": "cpu"}})
     write_json(folder / "result.json", {
         "kind": "search", "valid_ppl": last["valid_ppl"], "test_ppl": 81.5, "genotype": last["genotype"],
@@ -77,7 +77,7 @@ def study(tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """What a page loads and links to, its ids, and its text."""
+    """Parses a page for what it loads, its links, its ids and its text."""
 
     def __init__(self, path):
         super().__init__()
@@ -98,12 +98,12 @@ class Page(HTMLParser):
         self.words.append(data.strip())
 
 
-def test_the_page_of_a_run_is_one_file_with_every_picture(run):
+def test_run_page_is_one_file_with_every_picture(run):
     assert main(["report", str(run)]) == 0
     path = run / "report.html"
     page = Page(path)
     assert path.stat().st_size < 3e6
-    assert page.loads == ["data:,"]  # nothing from anywhere
+    assert page.loads == ["data:,"]  # The page loads nothing.
     outside = set(re.findall(r'(?:href|src)\s*=\s*"(\w+:[^"]*)"|url\((?!#)([^)]*)\)', page.text))
     assert outside == {("data:,", "")}
     assert {"cell", "formation", "curves", "genotype", "edges", "signal"} <= set(page.ids)
@@ -115,7 +115,7 @@ def test_the_page_of_a_run_is_one_file_with_every_picture(run):
     assert "<img" not in page.text and "&lt;img" in page.text
 
 
-def test_text_that_is_no_text_is_shown_as_far_as_it_is(run, tmp_path):
+def test_flags_with_invalid_unicode_are_replaced_and_escaped(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     write_rows(tmp_path / "run", search_rows(2, nodes=3))
     (tmp_path / "run" / "config.json").write_text(json.dumps({"flags": {"data": "\ud800</script>", "epochs": 10**400}}))
@@ -123,7 +123,7 @@ def test_text_that_is_no_text_is_shown_as_far_as_it_is(run, tmp_path):
     assert "?&lt;/script&gt;" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_every_picture_follows_the_page_s_ink_but_for_the_primitives(run, tmp_path):
+def test_pictures_use_the_page_colours_except_for_primitives(run, tmp_path):
     report.write(run, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     inside = text[text.index("<svg") :]
@@ -133,36 +133,36 @@ def test_every_picture_follows_the_page_s_ink_but_for_the_primitives(run, tmp_pa
         assert colour.lower() in inside.lower()
 
 
-def test_a_page_elsewhere_links_back(run, tmp_path):
+def test_page_outside_the_run_directory_links_to_its_files(run, tmp_path):
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     for link in set(Page(tmp_path / "page.html").links):
         assert (tmp_path / unquote(link)).exists(), link
 
 
-def test_the_page_of_a_study_has_each_cell_once_with_its_means(study):
+def test_study_page_has_each_cell_once_with_its_means(study):
     assert main(["report", str(study)]) == 0
     page = Page(study / "report.html")
     rows = re.findall(r'<tr data-cell="([^"]*)">(.*?)</tr>', page.text, re.DOTALL)
-    found = {cell: re.findall(r'data-value="([^"]*)"', row) for cell, row in rows}
-    assert list(found) == ["random-2", "LSTM", "first-1", ODD.replace("<", "&lt;").replace(">", "&gt;").replace(
+    values = {cell: re.findall(r'data-value="([^"]*)"', row) for cell, row in rows}
+    assert list(values) == ["random-2", "LSTM", "first-1", ODD.replace("<", "&lt;").replace(">", "&gt;").replace(
         '"', "&#34;"), "random-1"]  # fmt: skip
-    assert found["random-2"] == ["10.0", "70.5", "69.25"] and found["LSTM"] == ["", "75.5", ""]
-    assert found["first-1"] == ["91.0", "80.25", ""] and found["random-1"] == ["100.0", "", ""]
-    assert page.text.count("<template") == 3  # of the cells whose genotype is known; LSTM is torch's own
+    assert values["random-2"] == ["10.0", "70.5", "69.25"] and values["LSTM"] == ["", "75.5", ""]
+    assert values["first-1"] == ["91.0", "80.25", ""] and values["random-1"] == ["100.0", "", ""]
+    assert page.text.count("<template") == 3  # These are of the cells with a known genotype; LSTM is torch's own.
     for link in ("select/random-1", "retrain/random-2", "baseline/LSTM", "retrain/random-2/3"):
         assert link in page.links
     assert "<img" not in page.text
     assert "p = 0.500" in page.text and "1.25" in page.words
 
 
-def test_a_study_that_has_just_begun_says_so(tmp_path):
+def test_page_of_a_new_study_reports_no_leaderboard_yet(tmp_path):
     event = {"trial": "baseline/LSTM/1", "event": "started"}
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
     assert main(["report", str(tmp_path)]) == 0
     assert "No leaderboard yet" in (tmp_path / "report.html").read_text()
 
 
-def test_what_was_halved_or_failed_is_told_of(tmp_path):
+def test_study_page_reports_halved_and_failed_trials(tmp_path):
     events = [
         {"trial": "select/random-1/1", "event": "done", "valid_ppl": 90.0},
         {"trial": "select/random-2/1", "event": "halved", "valid_ppl": 120.0},
@@ -190,7 +190,7 @@ def test_what_was_halved_or_failed_is_told_of(tmp_path):
     "{", '{"cells": 3, "chosen": [], "methods": {}, "cost": [7, {"stage": ["x"], "runs": "many"}]}',
     '{"chosen": {"run": 3}, "methods": [{}], "proxies": [{"proxy": "a", "tau": [1, null, "x"]}]}',
 ])  # fmt: skip
-def test_a_damaged_leaderboard_leaves_the_rest(summary, study, tmp_path):
+def test_study_page_is_written_with_a_damaged_leaderboard(summary, study, tmp_path):
     shutil.copytree(study, tmp_path / "study")
     (tmp_path / "study" / "leaderboard.json").write_text(summary)
     assert main(["report", str(tmp_path / "study")]) == 0
@@ -199,7 +199,7 @@ def test_a_damaged_leaderboard_leaves_the_rest(summary, study, tmp_path):
 
 @pytest.mark.parametrize(("name", "text"), [("config.json", "{"), ("config.json", '{"flags": 3}'), ("result.json", "{"),
                                             ("genotype.json", "[]")])  # fmt: skip
-def test_damaged_files_of_a_run_leave_the_rest(name, text, run, tmp_path):
+def test_run_page_is_written_with_damaged_files(name, text, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     write_rows(tmp_path / "run", search_rows(2, nodes=3))
     (tmp_path / "run" / name).write_text(text)
@@ -207,7 +207,7 @@ def test_damaged_files_of_a_run_leave_the_rest(name, text, run, tmp_path):
     assert {"cell", "curves", "edges"} <= set(Page(tmp_path / "run" / "report.html").ids)
 
 
-def test_a_retraining_has_its_cell_and_its_curve(tmp_path):
+def test_retraining_page_has_the_cell_and_its_curves(tmp_path):
     write_rows(tmp_path, train_rows(9, averaged=4))
     write_json(tmp_path / "config.json", {"flags": {"arch": str(DARTS_V1), "epochs": 9}})
     assert main(["report", str(tmp_path)]) == 0
@@ -216,9 +216,7 @@ def test_a_retraining_has_its_cell_and_its_curve(tmp_path):
     assert str(DARTS_V1) in page.words
 
 
-def test_the_page_loads_itself_again_only_while_it_is_watched_and_the_run_is_not_over(
-    run, tmp_path, monkeypatch, capsys
-):
+def test_page_refreshes_only_while_watched_and_the_run_is_unfinished(run, tmp_path, monkeypatch, capsys):
     live = tmp_path / "live"
     shutil.copytree(run, live)
     write_rows(live, search_rows(2, nodes=3))
@@ -253,7 +251,7 @@ def test_ctrl_c_ends_the_watch(run, tmp_path, monkeypatch, capsys):
     assert "refresh" not in (tmp_path / "live" / "report.html").read_text()
 
 
-def test_the_watch_waits_for_a_first_row_but_not_for_a_directory(run, tmp_path, monkeypatch, capsys):
+def test_watch_waits_for_a_first_record_but_not_for_a_directory(run, tmp_path, monkeypatch, capsys):
     live = tmp_path / "live"
     live.mkdir()
 
@@ -271,7 +269,7 @@ def test_the_watch_waits_for_a_first_row_but_not_for_a_directory(run, tmp_path, 
     assert end.value.code == 2 and "no such directory" in capsys.readouterr().err
 
 
-# --- in a browser ---
+# --- Pages in a browser ---
 
 
 @pytest.fixture(scope="module")
@@ -293,16 +291,16 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
-def opened(browser, folder):
-    """The page, in a window of a laptop, in the light."""
+def open_page(browser, folder):
+    """Opens the page in a window of a laptop's width, with the light colour scheme."""
     if not Path(folder, "report.html").exists():
         main(["report", str(folder)])
-    look(browser, 1000, "light")
+    set_window(browser, 1000, "light")
     browser.get(Path(folder, "report.html").as_uri())
     return browser
 
 
-def look(browser, width, scheme):
+def set_window(browser, width, scheme):
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -314,10 +312,10 @@ def column(browser, n):
     return [text.strip() for text in browser.execute_script(script, n)]
 
 
-def test_a_run_s_page_has_no_error_and_its_formation_plays(run, browser):
-    page = opened(browser, run)
+def test_run_page_plays_its_formation_without_browser_errors(run, browser):
+    page = open_page(browser, run)
     assert page.get_log("browser") == []
-    # What an eye sees of each part: the opacity of all that it is in, times that of its stroke, if it has one.
+    # The visible opacity of a part is that of its stroke, or 0 without a stroke, times those of all elements around it.
     seen = """const found = {};
       for (const part of document.querySelectorAll('#formation svg g[id^="formation-"]')) {
         const path = part.querySelector('path'), name = part.id.slice('formation-'.length);
@@ -334,7 +332,7 @@ def test_a_run_s_page_has_no_error_and_its_formation_plays(run, browser):
         page.execute_script("""const slider = document.querySelector('#formation input');
           slider.value = arguments[0]; slider.dispatchEvent(new Event('input'))""", moment)  # fmt: skip
         assert page.execute_script(seen) == rounded[moment]
-    page.refresh()  # as --watch does: what was chosen stays
+    page.refresh()  # --watch refreshes the page too, and the chosen moment must stay.
     assert page.execute_script(seen) == rounded[0]
     assert page.execute_script("return document.querySelector('#formation output').textContent") == "0.3 epochs"
     page.find_element("css selector", "#formation button").click()
@@ -344,14 +342,15 @@ def test_a_run_s_page_has_no_error_and_its_formation_plays(run, browser):
     assert page.get_log("browser") == []
 
 
-def test_a_click_on_a_heading_sorts_and_one_on_a_row_shows_its_cell(study, browser):
+def test_study_table_sorts_by_heading_and_shows_the_cell_of_a_row(study, browser):
     from selenium.webdriver import ActionChains
 
-    page = opened(browser, study)
+    page = open_page(browser, study)
     assert page.get_log("browser") == []
     headings = page.find_elements("css selector", "#leaderboard th button")
     headings[1].click()
-    assert column(page, 0) == ["random-2", "first-1", ODD, "random-1", "LSTM"]  # by number, what is missing last
+    # The order is numeric, with missing values last.
+    assert column(page, 0) == ["random-2", "first-1", ODD, "random-1", "LSTM"]
     headings[1].click()
     assert column(page, 0) == ["random-1", ODD, "first-1", "random-2", "LSTM"]
     headings[0].click()
@@ -370,21 +369,21 @@ def test_a_click_on_a_heading_sorts_and_one_on_a_row_shows_its_cell(study, brows
     for row in page.find_elements("css selector", "#leaderboard tbody tr"):
         ActionChains(page).move_to_element(row).perform()
         shown = page.execute_script("return [...document.querySelectorAll('tr.shown')].map(row => row.dataset.cell)")
-        assert shown == [row.get_attribute("data-cell")]  # and the table has not moved away under the pointer
+        assert shown == [row.get_attribute("data-cell")]  # The table has not moved under the pointer.
     assert page.get_log("browser") == []
 
 
 @pytest.mark.parametrize("width", [360, 1000])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone_and_can_be_read_in_the_dark(width, scheme, run, study, browser):
+def test_page_fits_a_phone_and_has_contrast_in_both_colour_schemes(width, scheme, run, study, browser):
     for folder in (run, study):
-        page = opened(browser, folder)
-        look(page, width, scheme)
+        page = open_page(browser, folder)
+        set_window(page, width, scheme)
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
         ink, paper = (
             sum(map(int, re.findall(r"\d+", page.execute_script(script))[:3])) / 3
             for script in (
-                "return getComputedStyle(document.querySelector('svg [id$=\"node-0\"] path')).stroke",  # of a cell
+                "return getComputedStyle(document.querySelector('svg [id$=\"node-0\"] path')).stroke",  # of a node
                 "return getComputedStyle(document.querySelector('section')).backgroundColor",
             )
         )

@@ -1,4 +1,4 @@
-"""A trial's process: begun, gone on with, failed, and ended with whoever started it."""
+"""The process of a trial starts, resumes, fails, and ends with its parent process."""
 
 import json
 import os
@@ -24,16 +24,16 @@ def job(tmp_path):
     return Job("select/cell/1", "train.py", (*FLAGS, "--epochs", "3", "--data", str(tmp_path)))
 
 
-def test_a_trial_is_run_told_of_and_not_run_again(job, tmp_path):
-    told = []
-    jobs.run(job, tmp_path / "study", tmp_path, 1, told.append)
+def test_finished_trial_reports_its_epochs_and_is_not_run_again(job, tmp_path):
+    records = []
+    jobs.run(job, tmp_path / "study", tmp_path, 1, records.append)
     folder = tmp_path / "study" / job.name
-    assert [row["epoch"] for row in told] == [1, 2, 3]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
     assert job.is_done(tmp_path / "study")
-    assert metrics.result(folder)["test_ppl"] is None  # the test text stays unread
+    assert metrics.result(folder)["test_ppl"] is None  # The test text was not evaluated.
     before, again = outcome(folder), []
     jobs.run(job, tmp_path / "study", tmp_path, 1, again.append)
-    assert again == told
+    assert again == records
     assert outcome(folder) == before
 
     test = job._replace(test=True)
@@ -45,8 +45,8 @@ def test_a_trial_is_run_told_of_and_not_run_again(job, tmp_path):
     assert after["valid_ppl"] == before["result.json"]["valid_ppl"]
 
 
-def test_a_trial_goes_on_from_its_own_checkpoint(job, tmp_path):
-    """The flags of the run count, not those that it would be begun with."""
+def test_killed_trial_resumes_from_its_checkpoint(job, tmp_path):
+    """A resumed trial takes its flags from config.json and ignores those of the job."""
     whole, cut = tmp_path / "whole", tmp_path / "study"
     jobs.run(job, whole, tmp_path, 1, list)
     flags = [*job.flags, "--save", str(cut / job.name), "--test", "skip"]
@@ -56,19 +56,19 @@ def test_a_trial_goes_on_from_its_own_checkpoint(job, tmp_path):
         while not (cut / job.name / "metrics.jsonl").exists():
             time.sleep(0.01)
         process.kill()
-    told = []
-    jobs.run(job._replace(flags=("--not_a_flag",)), cut, tmp_path, 1, told.append)
-    assert [row["epoch"] for row in told] == [1, 2, 3]
+    records = []
+    jobs.run(job._replace(flags=("--not_a_flag",)), cut, tmp_path, 1, records.append)
+    assert [record["epoch"] for record in records] == [1, 2, 3]
     assert metrics.result(cut / job.name)["valid_ppl"] == metrics.result(whole / job.name)["valid_ppl"]
 
 
-def test_a_trial_that_cannot_run_fails_with_its_last_line(job, tmp_path):
+def test_failed_trial_raises_with_its_last_line_of_output(job, tmp_path):
     with pytest.raises(TrialFailed, match=r"select/cell/1: train.py: error: --lr 0.0: must be above 0"):
         jobs.run(job._replace(flags=(*job.flags, "--lr", "0")), tmp_path / "study", tmp_path, 1, list)
 
 
-def test_a_trial_ends_with_the_process_that_started_it(job, tmp_path):
-    """Else it would hold its directory against the next attempt."""
+def test_trial_is_killed_when_its_parent_process_is_killed(job, tmp_path):
+    """A trial that outlived its parent would hold the lock of its directory and block the next attempt."""
     job = job._replace(flags=(*job.flags, "--epochs", "5000"))
     code = f"from study import jobs; jobs.run(jobs.{job!r}, jobs.Path({str(tmp_path)!r}), {str(tmp_path)!r}, 1, list)"
     lock = tmp_path / job.name / "lock"
@@ -85,6 +85,6 @@ def test_a_trial_ends_with_the_process_that_started_it(job, tmp_path):
         time.sleep(0.01)
 
 
-def test_a_trial_whose_result_is_damaged_is_not_over(tmp_path):
+def test_trial_with_a_damaged_result_is_not_done(tmp_path):
     (tmp_path / "result.json").write_text('{"valid_ppl": NaN, "genotype": "LSTM"}')
     assert not Job(".", "train.py", ()).is_done(tmp_path)

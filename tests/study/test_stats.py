@@ -1,4 +1,4 @@
-"""Rank correlations, bootstrap and permutation test, against their definitions written out."""
+"""Rank correlations, bootstrap intervals and permutation tests match their written-out definitions."""
 
 import math
 from itertools import combinations
@@ -14,7 +14,7 @@ PAIRS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, ma
 
 
 def tau_b(x, y):
-    """(concordant - discordant) / sqrt(pairs untied in x * pairs untied in y) (Kendall 1945)."""
+    """Returns (concordant - discordant) / sqrt(pairs untied in x * pairs untied in y), after Kendall (1945)."""
     score = untied_x = untied_y = 0
     for i, j in combinations(range(len(x)), 2):
         a, b = (x[i] > x[j]) - (x[i] < x[j]), (y[i] > y[j]) - (y[i] < y[j])
@@ -23,7 +23,7 @@ def tau_b(x, y):
 
 
 def rho(x, y):
-    """Pearson's correlation of the mean ranks."""
+    """Returns Pearson's correlation of the mean ranks."""
 
     def ranks(values):
         return [sum(v < u for v in values) + (sum(v == u for v in values) + 1) / 2 for u in values]
@@ -34,13 +34,13 @@ def rho(x, y):
 
 @given(PAIRS)
 @settings(max_examples=60, deadline=None)
-def test_the_correlations_are_their_definitions(pairs):
+def test_rank_correlations_match_their_definitions(pairs):
     x, y = zip(*pairs, strict=True)
     assert stats.kendall(x, y) == pytest.approx(tau_b(x, y), nan_ok=True)
     assert stats.spearman(x, y) == pytest.approx(rho(x, y), nan_ok=True)
 
 
-def test_an_interval_is_narrow_where_cells_are_many_and_seeds_agree():
+def test_bootstrap_interval_widens_with_the_noise_between_seeds():
     rng = np.random.default_rng(0)
     quality = np.arange(12.0)
     alike = [[q + noise for noise in 0.01 * rng.normal(size=2)] for q in quality]
@@ -49,7 +49,7 @@ def test_an_interval_is_narrow_where_cells_are_many_and_seeds_agree():
     assert 0.9 < low <= high < 1.001
 
     both = [[[q + noise for noise in 0.01 * rng.normal(size=2)] for q in quality] for _ in range(2)]
-    assert stats.agreement(stats.kendall, *both, resamples=200).low > 0.99  # a cell drawn twice ties with itself
+    assert stats.agreement(stats.kendall, *both, resamples=200).low > 0.99  # A cell sampled twice ties with itself.
 
     noisy = [[q + noise for noise in 20 * rng.normal(size=2)] for q in quality]
     value, low, high = stats.agreement(stats.kendall, noisy, [[q] for q in quality], resamples=200)
@@ -57,20 +57,20 @@ def test_an_interval_is_narrow_where_cells_are_many_and_seeds_agree():
     assert high - low > 0.4
 
 
-def test_seeds_are_drawn_anew_too():
-    """Two cells whose seeds overlap: half of the draws rank them the other way."""
+def test_bootstrap_resamples_the_seeds():
+    """The seeds of the two cells overlap, so half of the resamples rank the cells in the opposite order."""
     x, y = [[0.0, 3.0], [1.0, 2.0]], [[0.0], [1.0]]
     _, low, high = stats.agreement(stats.kendall, x, y, resamples=200)
     assert (low, high) == (-1.0, 1.0)
 
 
-def test_an_agreement_without_different_cells_is_none():
+def test_agreement_of_equal_cells_is_nan():
     assert all(math.isnan(v) for v in stats.agreement(stats.kendall, [[1.0], [1.0]], [[2.0], [3.0]], resamples=50))
 
 
 @given(st.lists(st.lists(st.floats(-9, 9), min_size=1, max_size=4), min_size=1, max_size=4))
 @settings(max_examples=40, deadline=None)
-def test_the_spread_between_seeds_is_pooled(values):
+def test_seed_spread_is_the_pooled_standard_deviation(values):
     squares = sum((v - sum(cell) / len(cell)) ** 2 for cell in values for v in cell)
     freedom = sum(len(cell) - 1 for cell in values)
     expected = math.sqrt(squares / freedom) if freedom else math.nan
@@ -79,8 +79,8 @@ def test_the_spread_between_seeds_is_pooled(values):
 
 @given(st.lists(st.integers(0, 30), min_size=4, max_size=8, unique=True), st.integers(2, 6))
 @settings(max_examples=30, deadline=None)
-def test_the_permutation_test_counts_every_split(values, n):
-    """Two-sided as SciPy has it: twice the smaller tail, at most 1."""
+def test_permutation_test_matches_enumeration_of_all_splits(values, n):
+    """The p-value is two-sided as in SciPy: twice the smaller tail, and at most 1."""
     n = min(n, len(values) - 2)
     x, y = values[:n], values[n:]
 
@@ -88,18 +88,17 @@ def test_the_permutation_test_counts_every_split(values, n):
         a = [values[i] for i in chosen]
         return sum(a) / n - (sum(values) - sum(a)) / (len(values) - n)
 
-    found = [difference(chosen) for chosen in combinations(range(len(values)), n)]
-    here = difference(range(n))
-    below, above = (sum(s * d <= s * here + 1e-9 for d in found) / len(found) for s in (1, -1))
+    differences = [difference(chosen) for chosen in combinations(range(len(values)), n)]
+    observed = difference(range(n))
+    below, above = (sum(s * d <= s * observed + 1e-9 for d in differences) / len(differences) for s in (1, -1))
     assert stats.permutation_test(x, y) == pytest.approx(min(1.0, 2 * min(below, above)))
 
 
-def test_one_value_is_no_sample():
+def test_permutation_test_of_a_single_value_is_nan():
     assert math.isnan(stats.permutation_test([1.0], [2.0, 3.0]))
 
 
-def test_the_level_is_the_share_of_draws_inside():
-    """A mean's interval covers it about as often as it says."""
+def test_bootstrap_interval_covers_the_mean_about_as_often_as_its_level():
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(100):

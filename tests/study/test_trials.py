@@ -1,4 +1,4 @@
-"""A study from its plan to its leaderboard, and whatever is killed on the way."""
+"""A study runs from its plan to its leaderboard, even if its workers, its driver or Ray are killed."""
 
 import csv
 import json
@@ -42,13 +42,13 @@ def corpus(tmp_path_factory):
 
 
 def flags(corpus, folder, *more):
-    # with initial weights and a norm under which the four searches find four cells
+    # With these initial weights and this norm, the four searches find four different cells.
     sizes = ("--train_flags", SIZES, "--search_flags", f"{SIZES} --norm batch --init_range 0.04 --arch_lr 0.003")
     return ["--study", str(folder), "--data", str(corpus), *sizes, *SMALL, *map(str, more)]
 
 
-class Alone:
-    """In the place of Ray: one job after the other, in this process. Knows the jobs that it ran, and fails some."""
+class SerialRunner:
+    """Replaces Ray: runs the jobs one by one in this process, lists them in `ran`, and fails those in `fails`."""
 
     def __init__(self):
         self.ran, self.fails = [], set()
@@ -67,88 +67,88 @@ class Alone:
                 script, *given = job.command(study)
                 assert SCRIPTS[Path(script).name].main(given) == 0
                 self.ran.append(job.name)
-            for row in metrics.epochs(study / job.name):
-                board.epoch(job, row["epoch"], row["valid_ppl"], row["seconds"])
+            for record in metrics.epochs(study / job.name):
+                board.epoch(job, record["epoch"], record["valid_ppl"], record["seconds"])
             board.ended(job)
 
 
 @contextmanager
-def in_the_place_of_ray():
-    """With one thread, as a trial has."""
-    threads, stand_in = torch.get_num_threads(), Alone()
+def replace_ray():
+    """Runs the jobs of a study in this process instead of Ray's, on one thread as in a trial."""
+    threads, runner = torch.get_num_threads(), SerialRunner()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_backend, "connected", lambda address: nullcontext())
         patch.setattr(ray_backend, "max_concurrent_trials", lambda share: 2)
         patch.setattr(ray_backend, "has_gpus", lambda: False)
-        patch.setattr(ray_backend, "run_all", stand_in.run_all)
+        patch.setattr(ray_backend, "run_all", runner.run_all)
         torch.set_num_threads(1)
-        yield stand_in
+        yield runner
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def alone():
-    with in_the_place_of_ray() as stand_in:
-        yield stand_in
+def serial():
+    with replace_ray() as runner:
+        yield runner
 
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """A study that nobody disturbed."""
+    """Runs a study without interruption and returns its folder."""
     folder = tmp_path_factory.mktemp("whole") / "study"
-    with in_the_place_of_ray():
+    with replace_ray():
         assert trials.main(["run", *flags(corpus, folder)]) == 0
     return folder
 
 
-def board_of(folder):
-    """leaderboard.json without what tells the time."""
-    found = json.loads((folder / "leaderboard.json").read_text())
-    found["cost"] = [row["runs"] for row in found["cost"]]
-    for row in found["proxies"]:
-        del row["cost"], row["recommended"]
-    return found
+def read_leaderboard(folder):
+    """Returns the content of leaderboard.json without the values that depend on measured times."""
+    board = json.loads((folder / "leaderboard.json").read_text())
+    board["cost"] = [stage["runs"] for stage in board["cost"]]
+    for proxy in board["proxies"]:
+        del proxy["cost"], proxy["recommended"]
+    return board
 
 
-# --- the whole ---
+# --- Complete studies ---
 
 
-def test_a_study_ends_with_a_leaderboard(whole):
-    found = board_of(whole)
-    assert len(found["cells"]) == 6
-    assert {m["method"]: m["n"] for m in found["methods"]} == {"first": 2, "unrolled": 2, "random": 2}
-    assert found["searched_against_random"]["searched"] == 4
-    assert [a["n"] for a in found["agreement"]] == [4, 2]
-    assert [b["cell"] for b in found["baselines"]] == ["LSTM"]
-    assert len(found["baselines"][0]["curve"]) == 3
-    assert found["failures"] == []
-    assert found["stopped"] == {}
+def test_study_writes_a_leaderboard_with_all_results(whole):
+    board = read_leaderboard(whole)
+    assert len(board["cells"]) == 6
+    assert {m["method"]: m["n"] for m in board["methods"]} == {"first": 2, "unrolled": 2, "random": 2}
+    assert board["searched_against_random"]["searched"] == 4
+    assert [a["n"] for a in board["agreement"]] == [4, 2]
+    assert [b["cell"] for b in board["baselines"]] == ["LSTM"]
+    assert len(board["baselines"][0]["curve"]) == 3
+    assert board["failures"] == []
+    assert board["stopped"] == {}
 
-    best = min(found["cells"], key=lambda row: row["retrain"] or 1e9)
-    assert found["cells"][0] == best
-    assert found["chosen"]["cell"] == best["cell"]
-    assert found["chosen"]["valid_ppl"] == best["retrain"]
-    retrained = {row["cell"] for row in found["cells"] if row["retrain"] is not None}
-    assert retrained == {row["cell"] for row in sorted(found["cells"], key=lambda row: row["select"])[:2]}
-    for method in found["methods"]:
-        values = [row["select"] for row in found["cells"] if row["cell"].startswith(method["method"])]
+    best = min(board["cells"], key=lambda cell: cell["retrain"] or 1e9)
+    assert board["cells"][0] == best
+    assert board["chosen"]["cell"] == best["cell"]
+    assert board["chosen"]["valid_ppl"] == best["retrain"]
+    retrained = {cell["cell"] for cell in board["cells"] if cell["retrain"] is not None}
+    assert retrained == {cell["cell"] for cell in sorted(board["cells"], key=lambda cell: cell["select"])[:2]}
+    for method in board["methods"]:
+        values = [cell["select"] for cell in board["cells"] if cell["cell"].startswith(method["method"])]
         assert method["mean"] == pytest.approx(mean(values))
 
 
-def test_the_test_text_is_read_once(whole):
+def test_only_the_chosen_cell_is_evaluated_on_the_test_text(whole):
     read = [path for path in whole.glob("**/result.json") if json.loads(path.read_text())["test_ppl"] is not None]
-    chosen = board_of(whole)["chosen"]
+    chosen = read_leaderboard(whole)["chosen"]
     assert read == [whole / chosen["run"] / "result.json"]
     assert chosen["test_ppl"] > 1
 
 
-def test_selection_never_sees_the_text_of_the_alphas(whole):
+def test_searches_train_the_alphas_on_held_out_train_text(whole):
     for path in whole.glob("search/*/*/config.json"):
         assert json.loads(path.read_text())["flags"]["search_split"] == "train"
     assert len(list(whole.glob("search/*/*/config.json"))) == 4
 
 
-def test_every_cell_has_the_same_budget(whole):
+def test_selection_runs_differ_in_the_genotype_only(whole):
     budgets = [json.loads(path.read_text())["flags"] for path in whole.glob("select/*/*/config.json")]
     assert len(budgets) == 6
     alike = [{k: v for k, v in budget.items() if k not in ("arch", "save")} for budget in budgets]
@@ -156,95 +156,95 @@ def test_every_cell_has_the_same_budget(whole):
     assert len({budget["arch"] for budget in budgets}) == 6
 
 
-def test_the_files_for_programs(whole):
+def test_leaderboard_csv_and_markdown_match_the_json(whole):
     with open(whole / "leaderboard.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [row["cell"] for row in table] == [row["cell"] for row in board_of(whole)["cells"]]
-    assert float(table[0]["select"]) == board_of(whole)["cells"][0]["select"]
+    assert [row["cell"] for row in table] == [row["cell"] for row in read_leaderboard(whole)["cells"]]
+    assert float(table[0]["select"]) == read_leaderboard(whole)["cells"][0]["select"]
     text = (whole / "leaderboard.md").read_text()
     for part in ("# Leaderboard", "two-sided permutation test", "## Proxies", "## Cost", "core-hours", "Genotype("):
         assert part in text
 
 
 def copy_without(whole, folder, *parts):
-    """The same study, left before these parts of it were done."""
+    """Copies the study without some of its parts, as if it had been interrupted before them."""
     shutil.copytree(whole, folder)
     for part in parts:
         shutil.rmtree(folder / part)
     for name in ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "lock"):
         (folder / name).unlink()
-    kept = [event for event in events(folder) if (folder / event["trial"] / "result.json").exists()]
-    (folder / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in kept))
+    remaining = [event for event in events(folder) if (folder / event["trial"] / "result.json").exists()]
+    (folder / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in remaining))
     return folder
 
 
 @pytest.fixture
-def left(whole, tmp_path):
-    """The same study, left in the middle of its selection."""
+def interrupted(whole, tmp_path):
+    """Copies the study without the rest of its selection and all that follows."""
     return copy_without(whole, tmp_path / "study", "retrain", "select/random-1", "select/unrolled-2", "select/first-2")
 
 
-def test_a_study_goes_on_where_it_was_left(whole, left, alone):
-    assert trials.main(["run", "--resume", "--study", str(left)]) == 0
-    names = [name.split("/")[0] for name in alone.ran]
-    assert names == ["select"] * 3 + ["retrain"] * 2 + ["retrain"]  # the last reads the test text
-    assert board_of(left) == board_of(whole)
+def test_resumed_study_runs_only_the_missing_trials(whole, interrupted, serial):
+    assert trials.main(["run", "--resume", "--study", str(interrupted)]) == 0
+    names = [name.split("/")[0] for name in serial.ran]
+    assert names == ["select"] * 3 + ["retrain"] * 2 + ["retrain"]  # The last run evaluates the test text.
+    assert read_leaderboard(interrupted) == read_leaderboard(whole)
 
 
-def test_an_interrupted_study_says_how_to_go_on(left, alone, monkeypatch, capsys):
-    """Ray obeys Ctrl-C by ending its trials, and returns."""
+def test_interrupted_study_prints_the_resume_command(interrupted, serial, monkeypatch, capsys):
+    """Ray responds to Ctrl-C by ending its trials, and `run_all` returns."""
     monkeypatch.setattr(ray_backend, "run_all", lambda *_: None)
-    assert trials.main(["run", "--resume", "--study", str(left)]) == 130
-    assert f"python trials.py run --resume --study {left}" in capsys.readouterr().out
+    assert trials.main(["run", "--resume", "--study", str(interrupted)]) == 130
+    assert f"python trials.py run --resume --study {interrupted}" in capsys.readouterr().out
 
 
-def test_stage_by_stage_is_the_same(whole, corpus, tmp_path, alone):
+def test_stages_run_one_by_one_give_the_same_leaderboard(whole, corpus, tmp_path, serial):
     for stage in ("search", "select", "retrain", "baseline", "proxy", "report"):
         given = flags(corpus, tmp_path / "study") if stage == "search" else ["--study", str(tmp_path / "study")]
         assert trials.main([stage, *given]) == 0
-    assert board_of(tmp_path / "study") == board_of(whole)
+    assert read_leaderboard(tmp_path / "study") == read_leaderboard(whole)
 
 
-# --- what ends early ---
+# --- Failures and budgets ---
 
 
-def test_what_fails_is_left_out_and_told_until_it_is_done(whole, left, alone):
-    alone.fails = {"select/random-1/1"}
-    assert trials.main(["run", "--resume", "--study", str(left)]) == 0
-    found = board_of(left)
-    assert found["failures"] == [{"trial": "select/random-1/1", "reason": "error: it was to fail"}]
-    assert {m["method"]: m["n"] for m in found["methods"]} == {"first": 2, "unrolled": 2, "random": 1}
-    assert found["searched_against_random"]["left_out"] == ["random-1"]
-    assert "Left out, as no short training of theirs ended: random-1." in (left / "leaderboard.md").read_text()
+def test_failed_trials_are_reported_and_left_out_until_rerun(whole, interrupted, serial):
+    serial.fails = {"select/random-1/1"}
+    assert trials.main(["run", "--resume", "--study", str(interrupted)]) == 0
+    board = read_leaderboard(interrupted)
+    assert board["failures"] == [{"trial": "select/random-1/1", "reason": "error: it was to fail"}]
+    assert {m["method"]: m["n"] for m in board["methods"]} == {"first": 2, "unrolled": 2, "random": 1}
+    assert board["searched_against_random"]["left_out"] == ["random-1"]
+    assert "Left out, as no short training of theirs ended: random-1." in (interrupted / "leaderboard.md").read_text()
 
-    alone.fails = set()
-    assert trials.main(["select", "--resume", "--study", str(left)]) == 0
-    assert trials.main(["report", "--study", str(left)]) == 0
-    found = board_of(left)
-    assert found["failures"] == []
-    assert found["methods"] == board_of(whole)["methods"]
+    serial.fails = set()
+    assert trials.main(["select", "--resume", "--study", str(interrupted)]) == 0
+    assert trials.main(["report", "--study", str(interrupted)]) == 0
+    board = read_leaderboard(interrupted)
+    assert board["failures"] == []
+    assert board["methods"] == read_leaderboard(whole)["methods"]
 
 
-def test_too_many_failures_end_a_study(corpus, tmp_path, alone, capsys):
-    alone.fails = {"search/first/1", "search/first/2"}
+def test_too_many_failures_stop_a_study(corpus, tmp_path, serial, capsys):
+    serial.fails = {"search/first/1", "search/first/2"}
     assert trials.main(["run", *flags(corpus, tmp_path / "study")]) == 1
-    assert board_of(tmp_path / "study")["stopped"] == {"search": "failures"}
+    assert read_leaderboard(tmp_path / "study")["stopped"] == {"search": "failures"}
     assert "search stopped: too many trials failed" in capsys.readouterr().out
     assert not (tmp_path / "study" / "select").exists()
 
 
-def test_a_budget_ends_a_study_that_more_of_it_lets_go_on(whole, left, alone):
-    assert trials.main(["run", "--resume", "--study", str(left), "--budget_hours", "1e-6"]) == 0
-    assert board_of(left)["stopped"] == {"select": "budget"}
-    assert alone.ran == []
-    assert trials.main(["run", "--resume", "--study", str(left), "--budget_hours", "0"]) == 0
-    assert board_of(left) == board_of(whole)
+def test_study_stopped_by_its_budget_resumes_without_a_budget(whole, interrupted, serial):
+    assert trials.main(["run", "--resume", "--study", str(interrupted), "--budget_hours", "1e-6"]) == 0
+    assert read_leaderboard(interrupted)["stopped"] == {"select": "budget"}
+    assert serial.ran == []
+    assert trials.main(["run", "--resume", "--study", str(interrupted), "--budget_hours", "0"]) == 0
+    assert read_leaderboard(interrupted) == read_leaderboard(whole)
 
 
-# --- the plan ---
+# --- Plan and cost ---
 
 
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(corpus, tmp_path, alone, capsys):
+def test_dry_run_prints_the_plan_and_writes_no_file(corpus, tmp_path, serial, capsys):
     assert trials.main(["run", *flags(corpus, tmp_path / "runs" / "study"), "--dry_run"]) == 0
     assert list((tmp_path / "runs").iterdir()) == []
     out = capsys.readouterr().out
@@ -257,19 +257,19 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(corpus, tmp_path, alone, c
 
 
 @pytest.mark.parametrize("script", ["train.py --bptt_std 0", "train_search.py --search_split train", "train.py"])
-def test_the_steps_that_are_foreseen_are_taken_on_average(corpus, script):
+def test_estimated_steps_match_the_mean_of_sampled_segments(corpus, script):
     name, *more = script.split()
     job = Job("x", name, (*SIZES.split(), "--bptt", "12", "--epochs", "40", "--data", str(corpus), *more))
     args = cost.parse(job)
-    text, rows = SCRIPTS[name].texts_to_read(load_corpus(str(corpus)), args)["train"]
+    text, batch_size = SCRIPTS[name].texts_to_read(load_corpus(str(corpus)), args)["train"]
     rng = torch.Generator().manual_seed(0)
-    taken = sum(
-        1 for _ in range(40) for _ in segments(len(text) // rows, 12, rng, args.bptt_std, args.max_seq_len_delta)
+    total = sum(
+        1 for _ in range(40) for _ in segments(len(text) // batch_size, 12, rng, args.bptt_std, args.max_seq_len_delta)
     )
-    assert cost.steps(job, load_corpus(str(corpus))) == pytest.approx(taken, rel=0.15)
+    assert cost.steps(job, load_corpus(str(corpus))) == pytest.approx(total, rel=0.15)
 
 
-def test_jobs_that_differ_in_seed_and_genotype_alone_are_of_one_kind():
+def test_job_kind_ignores_seed_genotype_and_run_length():
     a = Job("a", "train.py", ("--arch", "DARTS", "--seed", "1", "--epochs", "5"))
     assert cost.kind(a) == cost.kind(
         Job("b", "train.py", ("--arch", "random:7", "--seed", "2", "--limit_tokens", "99"))
@@ -278,15 +278,15 @@ def test_jobs_that_differ_in_seed_and_genotype_alone_are_of_one_kind():
     assert cost.kind(a) != cost.kind(Job("d", "train.py", ("--emsize", "100")))
 
 
-def test_a_pace_is_read_from_a_probe(tmp_path):
-    times = [9.0, 12.0, 13.0, 13.5, 14.0, 14.5, 15.0, 15.5]  # the first steps compile
+def test_timing_is_read_from_the_metrics_of_a_probe(tmp_path):
+    times = [9.0, 12.0, 13.0, 13.5, 14.0, 14.5, 15.0, 15.5]  # The first steps include compilation.
     lines = [{"kind": "interval", "seconds": t} for t in times] + [{"kind": "epoch", "seconds": 17.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert cost.read(tmp_path) == (0.5, 2.0)
 
 
-def test_a_search_is_probed_on_a_text_that_is_long_enough(tmp_path):
-    """For the weights' batch and for the larger one of the alphas, with alphas that move."""
+def test_search_probe_has_enough_text_and_trains_the_alphas(tmp_path):
+    """The text suffices for the batch of the weights and the larger batch of the alphas, which train from the start."""
     flags = "--data builtin --batch_size 4 --arch_batch_size 400 --search_split train --arch_start 3 --bptt 2".split()
     job = cost.probe(Job("a", "train_search.py", tuple(flags)), "probe")
     args = cost.parse(job)
@@ -294,29 +294,29 @@ def test_a_search_is_probed_on_a_text_that_is_long_enough(tmp_path):
     assert startup.length_faults(args, train_search.texts_to_read(load_corpus("builtin"), args)) == []
 
 
-def test_the_wall_clock_is_that_of_the_last_to_end():
+def test_makespan_is_the_end_time_of_the_last_job():
     assert cost.makespan([3, 3, 3], 2) == 6
     assert cost.makespan([1, 1, 1, 5], 2) == 6
     assert cost.makespan([], 2) == 0
 
 
-# --- the cells ---
+# --- Cells ---
 
 
-def test_a_cell_that_two_searches_found_is_trained_once():
+def test_cell_found_by_two_searches_is_trained_once():
     cell, other = random_genotype(1), random_genotype(2)
-    found = distinct([("first-1", cell), ("first-2", other), ("unrolled-1", cell)])
-    assert [c.found_by for c in found] == [("first-1", "unrolled-1"), ("first-2",)]
+    cells = distinct([("first-1", cell), ("first-2", other), ("unrolled-1", cell)])
+    assert [c.found_by for c in cells] == [("first-1", "unrolled-1"), ("first-2",)]
 
 
-def test_searched_and_random_cells_take_turns(whole):
+def test_searched_and_random_cells_alternate(whole):
     args = arguments.build_parser().parse_args(["run", *flags("penn", whole)])
     assert [cell.label.split("-")[0] for cell in Study(whole, args).cells()][:4:2] == ["first", "unrolled"]
     assert [cell.label for cell in Study(whole, args).cells()][1:4:2] == ["random-1", "random-2"]
 
 
-def test_what_is_retrained_has_other_seeds_than_what_was_selected(whole):
-    """What a cell owed to luck in its short training it does not keep."""
+def test_selection_and_retraining_use_different_seeds(whole):
+    """A new seed does not inherit the luck of the short training that selected the cell."""
     seeds = {
         stage: {json.loads(path.read_text())["flags"]["seed"] for path in whole.glob(f"{stage}/*/*/config.json")}
         for stage in ("select", "retrain")
@@ -324,48 +324,48 @@ def test_what_is_retrained_has_other_seeds_than_what_was_selected(whole):
     assert seeds == {"select": {1}, "retrain": {2}}
 
 
-def test_the_choice_stays_once_it_has_read_the_test_text(whole, left, alone):
-    """Else a second cell would read it too when a retraining that had failed is done later."""
-    best = board_of(whole)["cells"][0]["cell"]
-    alone.fails = {f"retrain/{best}/2"}
-    assert trials.main(["run", "--resume", "--study", str(left), "--top", "4"]) == 0
-    chosen = board_of(left)["chosen"]
+def test_chosen_cell_is_fixed_once_evaluated_on_the_test_text(whole, interrupted, serial):
+    """A changed choice would evaluate a second cell on the test text when a failed retraining is rerun later."""
+    best = read_leaderboard(whole)["cells"][0]["cell"]
+    serial.fails = {f"retrain/{best}/2"}
+    assert trials.main(["run", "--resume", "--study", str(interrupted), "--top", "4"]) == 0
+    chosen = read_leaderboard(interrupted)["chosen"]
     assert chosen["cell"] != best
-    alone.fails = set()
-    assert trials.main(["run", "--resume", "--study", str(left)]) == 0
-    assert board_of(left)["chosen"] == chosen
-    assert [row["retrain"] for row in board_of(left)["cells"] if row["cell"] == best] != [None]
-    read = [path for path in left.glob("**/result.json") if json.loads(path.read_text())["test_ppl"] is not None]
-    assert read == [left / chosen["run"] / "result.json"]
+    serial.fails = set()
+    assert trials.main(["run", "--resume", "--study", str(interrupted)]) == 0
+    assert read_leaderboard(interrupted)["chosen"] == chosen
+    assert [cell["retrain"] for cell in read_leaderboard(interrupted)["cells"] if cell["cell"] == best] != [None]
+    read = [path for path in interrupted.glob("**/result.json") if json.loads(path.read_text())["test_ppl"] is not None]
+    assert read == [interrupted / chosen["run"] / "result.json"]
 
 
-def test_a_proxy_is_not_held_against_itself(whole):
-    """The short training of full size is read from one seed, the long one from the other."""
+def test_proxy_agreement_compares_runs_with_different_seeds(whole):
+    """The short training at full size is taken from one seed, and the long training from the other."""
     args = arguments.build_parser().parse_args(["run", *flags("penn", whole)])
-    [row] = leaderboard.proxies(Study(whole, args))
+    [proxy] = leaderboard.proxies(Study(whole, args))
     short = [metrics.epochs(whole / f"proxy/full/{cell}/1")[0]["valid_ppl"] for cell in args.proxy_cells]
     long = [min(r["valid_ppl"] for r in metrics.epochs(whole / f"proxy/full/{c}/2")) for c in args.proxy_cells]
-    assert row["tau"][0] == kendall(short, long)
-    assert row["cells"] == 2
+    assert proxy["tau"][0] == kendall(short, long)
+    assert proxy["cells"] == 2
 
 
 @pytest.mark.parametrize(
-    ("there", "cpus", "gpus", "fit"),
+    ("available", "cpus", "gpus", "fit"),
     [
         ({"CPU": 8}, 1, 0, 8), ({"CPU": 8}, 3, 0, 2), ({"CPU": 4}, 8, 0, 0), ({"CPU": 2}, 0.5, 0, 4),
         ({"CPU": 64, "GPU": 4}, 1, 0.25, 16), ({"CPU": 64, "GPU": 4}, 1, 0.75, 4), ({"CPU": 64, "GPU": 4}, 1, 2, 2),
         ({"CPU": 2, "GPU": 4}, 1, 0.25, 2), ({"CPU": 8}, 1, 1, 0),
     ],
 )  # fmt: skip
-def test_how_many_trials_fit_on_a_machine(there, cpus, gpus, fit):
-    assert ray_backend.fitting(there, ray_backend.Resources(cpus, gpus)) == fit
+def test_number_of_trials_that_fit_on_a_machine(available, cpus, gpus, fit):
+    assert ray_backend.fitting(available, ray_backend.Resources(cpus, gpus)) == fit
 
 
-# --- what is refused ---
+# --- Errors ---
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--train_flags", "--lr 'x"], "--train_flags: No closing quotation; close the quotes"),
@@ -390,16 +390,16 @@ def test_how_many_trials_fit_on_a_machine(there, cpus, gpus, fit):
         (["--resume"], "there is no study (study.json is missing)"),
     ],
 )
-def test_what_a_study_cannot_be_is_said_in_a_line(more, said, corpus, tmp_path, capsys):
+def test_invalid_study_flags_exit_2_with_the_reason(more, message, corpus, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         trials.main(["run", *flags(corpus, tmp_path / "study"), *more])
     assert end.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (["run"], "its baseline has begun; add --resume to go on, or take another"),
         (
@@ -409,22 +409,24 @@ def test_what_a_study_cannot_be_is_said_in_a_line(more, said, corpus, tmp_path, 
         (["run", "--resume", "--train_flags", "--lr 3"], "--train_flags: the study in {} has begun with --emsize 8"),
     ],
 )
-def test_a_stage_that_has_begun_stays_what_it_is(given, said, whole, capsys):
+def test_changing_flags_of_a_started_stage_exits_2(given, message, whole, capsys):
     with pytest.raises(SystemExit) as end:
         trials.main([*given, "--study", str(whole)])
     assert end.value.code == 2
-    assert said.format(whole) in capsys.readouterr().err
+    assert message.format(whole) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("stage", "said"), [("select", "no cell has been found"), ("retrain", "no cell has been sel")])
-def test_a_stage_without_the_one_before_it_is_refused(stage, said, corpus, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("stage", "message"), [("select", "no cell has been found"), ("retrain", "no cell has been sel")]
+)
+def test_stage_without_its_preceding_stage_exits_2(stage, message, corpus, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         trials.main([stage, *flags(corpus, tmp_path / "study", "--methods", "first")])
     assert end.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_another_text_under_the_same_name_is_refused(whole, tmp_path, capsys):
+def test_changed_corpus_of_an_existing_study_exits_2(whole, tmp_path, capsys):
     other = write_corpus(tmp_path, train=41, valid=16, test=16)
     study = shutil.copytree(whole, tmp_path / "study", ignore=shutil.ignore_patterns(*arguments.STAGE_FLAGS))
     with pytest.raises(SystemExit) as end:
@@ -433,7 +435,7 @@ def test_another_text_under_the_same_name_is_refused(whole, tmp_path, capsys):
     assert "not the text that the study in" in capsys.readouterr().err
 
 
-def test_a_damaged_study_is_refused(whole, tmp_path, capsys):
+def test_damaged_study_json_exits_2(whole, tmp_path, capsys):
     flags = (whole / "study.json").read_text()
     for text in ("{", "[]", "{}", flags.replace('"seeds": 2', '"seeds": "two"'), flags.replace('"top"', '"tip"')):
         (tmp_path / "study.json").write_text(text)
@@ -443,7 +445,7 @@ def test_a_damaged_study_is_refused(whole, tmp_path, capsys):
         assert "study.json is damaged" in capsys.readouterr().err
 
 
-def test_without_ray_one_line_says_how_to_get_it(corpus, tmp_path):
+def test_missing_ray_exits_1_with_an_install_hint(corpus, tmp_path):
     code = (
         "import sys; sys.modules['ray'] = None; import trials; from experiment.signals import run_script; "
         "sys.exit(run_script(trials.main))"
@@ -457,12 +459,12 @@ def test_without_ray_one_line_says_how_to_get_it(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "no such host:6379", "127.0.0.1:x"])
-def test_a_cluster_that_is_not_there_is_told_in_a_line(address):
+def test_unreachable_ray_address_raises_run_error(address):
     with pytest.raises(RunError, match=f"--address {address}: cannot reach Ray there"), ray_backend.connected(address):
         pass
 
 
-# --- Ray itself ---
+# --- Studies with Ray ---
 
 
 def study_process(*given):
@@ -478,8 +480,8 @@ def parent(pid):
 
 
 def children(pid, name):
-    found = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if name in line]
+    output = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line.split()[0]) for line in output.stdout.splitlines() if name in line]
 
 
 def done(folder):
@@ -487,12 +489,12 @@ def done(folder):
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
-def test_a_worker_the_driver_and_ray_are_killed_and_the_study_ends_the_same(whole, tmp_path):
+def test_study_with_killed_worker_driver_and_raylet_ends_the_same(whole, tmp_path):
     folder = copy_without(whole, tmp_path / "study", "search", "select", "retrain")
     first = study_process("run", "--resume", "--study", str(folder))
 
     def trial():
-        """The process of a search that has begun, read from its lock."""
+        """Returns the process id of a search that has a checkpoint and no result, read from its lock."""
         for lock in folder.glob("search/*/*/lock"):
             if (lock.parent / "last.pt").exists() and not (lock.parent / "result.json").exists():
                 return json.loads(lock.read_text())["pid"]
@@ -517,14 +519,15 @@ def test_a_worker_the_driver_and_ray_are_killed_and_the_study_ends_the_same(whol
     third = study_process("run", "--resume", "--study", str(folder))
     out, _ = third.communicate(timeout=300)
     assert third.returncode == 0, out
-    chosen = folder / board_of(whole)["chosen"]["run"] / "result.json"  # which was resumed to read the test text
+    # The run of the chosen cell is resumed to evaluate the test text, so its result changes.
+    chosen = folder / read_leaderboard(whole)["chosen"]["run"] / "result.json"
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items() if path != chosen)
-    assert board_of(folder) == board_of(whole)
+    assert read_leaderboard(folder) == read_leaderboard(whole)
     assert list(folder.glob("tune-*")) == []
 
 
-def test_halving_spares_what_falls_behind(corpus, tmp_path):
-    """Ray's ASHA: of six cells some are ended before their last epoch, and the rest compete."""
+def test_halving_stops_some_cells_before_their_last_epoch(corpus, tmp_path):
+    """Ray's ASHA ends at least two of six cells early and trains at least one to its last epoch."""
     given = flags(
         corpus, tmp_path / "study", "--methods", "random", "--random_cells", 6, "--select_epochs", 9, "--halving"
     )

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from data import DataError, batchify, read_split
+from data import read_split
 from engine.dropout import DropoutRates
 from engine.reference import NORMS
 from experiment import arguments, signals
@@ -22,7 +22,7 @@ from model import RNNModel, retrain_model
 from model_search import RNNModelSearch
 from training.evaluation import evaluate, perplexity
 from training.optimizers import saved_average
-from utils import choose_device
+from utils import DataError, batchify, choose_device
 
 
 def build_parser() -> arguments.Parser:

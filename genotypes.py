@@ -1,10 +1,10 @@
-"""What a recurrent cell is on paper: its type, the published cells, and reading one from text or JSON.
+"""Defines the genotype of a recurrent cell and the published cells, and reads a genotype from text or JSON.
 
-A cell has N nodes. Node i = 1..N applies one activation to one earlier node; node 0 is s_0, made from the
-input x_t and the previous hidden state h_{t-1}. The cell's output is the mean of the nodes in `concat`
-(DARTS, Liu, Simonyan & Yang, ICLR 2019, arXiv:1806.09055, sections 2.1 and 3.1.2).
+A cell has N nodes. Node i = 1..N applies one activation to one earlier node; node 0 is s_0, computed from the input x_t
+and the previous hidden state h_{t-1}. The cell's output is the mean of the nodes in `concat` (DARTS, Liu, Simonyan &
+Yang, ICLR 2019, arXiv:1806.09055, sections 2.1 and 3.1.2).
 
-A genotype that comes from outside is parsed, never evaluated, and every fault is one `GenotypeError`.
+A genotype that comes from outside is parsed, never evaluated, and every fault in it raises `GenotypeError`.
 """
 
 import ast
@@ -21,21 +21,21 @@ STEPS = 8
 CONCAT = tuple(range(1, STEPS + 1))
 
 MAX_NODES = 64
-MAX_TEXT = 20_000  # characters
-MAX_FILE = 1_000_000  # bytes
+MAX_TEXT = 20_000  # This is the largest number of characters of a genotype's text.
+MAX_FILE = 1_000_000  # This is the largest number of bytes of a genotype's file.
 
 
 class GenotypeError(ValueError):
-    """A genotype that cannot be used; the message is one line for a person."""
+    """Reports a genotype that cannot be used, in a message of one line for a person."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
 
 
 class Genotype(NamedTuple):
-    """A discrete cell: `recurrent[i - 1]` is (op, predecessor) of node i, `concat` the nodes averaged.
+    """Describes a discrete cell: `recurrent[i - 1]` is (op, predecessor) of node i, `concat` lists the averaged nodes.
 
-    Its text, `Genotype(recurrent=[('sigmoid', 0), ('relu', 1)], concat=[1, 2])`, is what `parse` reads.
+    `parse` reads its repr, such as `Genotype(recurrent=[('sigmoid', 0), ('relu', 1)], concat=[1, 2])`.
     """
 
     recurrent: tuple[tuple[str, int], ...]
@@ -45,7 +45,7 @@ class Genotype(NamedTuple):
         return f"Genotype(recurrent={list(self.recurrent)}, concat={list(self.concat)})"
 
 
-# Found by reinforcement learning over shared weights (Pham et al., ICML 2018).
+# This cell was found by reinforcement learning over shared weights (Pham et al., ICML 2018).
 ENAS = Genotype(
     recurrent=(
         ("tanh", 0),
@@ -63,7 +63,7 @@ ENAS = Genotype(
     concat=(2, 5, 6, 9, 10, 11),
 )
 
-# First order, Penn Treebank.
+# This cell was found by the first-order search on Penn Treebank.
 DARTS_V1 = Genotype(
     recurrent=(
         ("relu", 0),
@@ -78,7 +78,7 @@ DARTS_V1 = Genotype(
     concat=CONCAT,
 )
 
-# Second order (unrolled), Penn Treebank.
+# This cell was found by the second-order (unrolled) search on Penn Treebank.
 DARTS_V2 = Genotype(
     recurrent=(
         ("sigmoid", 0),
@@ -95,16 +95,16 @@ DARTS_V2 = Genotype(
 
 DARTS = DARTS_V2
 
-BASELINES = ("LSTM", "GRU")  # torch's own cells, which train.py takes beside genotypes
+BASELINES = ("LSTM", "GRU")  # These are torch's own cells, which train.py accepts as well as genotypes.
 
 PUBLISHED = {"ENAS": ENAS, "DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "DARTS": DARTS}
 
 
 def validate(genotype: Genotype) -> None:
-    """Raise `GenotypeError` unless the genotype is a cell that can be built.
+    """Raises `GenotypeError` unless the genotype describes a cell that can be built.
 
-    1 to `MAX_NODES` nodes; each op a primitive other than none; node i's predecessor an int in 0..i-1;
-    concat not empty, ints in 1..N, none twice.
+    Such a cell has 1 to `MAX_NODES` nodes. Each op is a primitive other than none, and the predecessor of node i is an
+    int in 0..i-1. concat is not empty and contains ints in 1..N, none of them twice.
     """
     recurrent, concat = genotype
     if not isinstance(recurrent, list | tuple):
@@ -123,7 +123,7 @@ def validate(genotype: Genotype) -> None:
     if not isinstance(concat, list | tuple | range) or not concat:
         raise GenotypeError(f"concat must be a list of at least one node, not {_short(concat)}")
     seen = set()
-    for j in concat:  # stops at the first bad entry, so that range(1, 10**9) costs nothing
+    for j in concat:  # The loop stops at the first bad entry, so that range(1, 10**9) costs nothing.
         if type(j) is not int or not 1 <= j <= len(recurrent):
             raise GenotypeError(f"concat: nodes are integers in 1..{len(recurrent)}, not {_short(j)}")
         if j in seen:
@@ -132,10 +132,11 @@ def validate(genotype: Genotype) -> None:
 
 
 def parse(text: str) -> Genotype:
-    """Read a genotype from its literal text or from JSON; nothing is evaluated.
+    """Returns the genotype that a text describes as a literal or as JSON; nothing is evaluated.
 
-    Literal: `Genotype(recurrent=[('relu', 0), ...], concat=range(1, 9))`, lists or tuples, keywords or not.
-    JSON: as `from_json` takes it. Raises `GenotypeError`.
+    A literal is `Genotype(recurrent=[('relu', 0), ...], concat=range(1, 9))`, with lists or tuples and with or without
+    keywords. JSON is an object that `from_json` accepts. Raises `GenotypeError`, also for more than `MAX_TEXT`
+    characters.
     """
     if len(text) > MAX_TEXT:
         raise GenotypeError(f"a genotype's text has at most {MAX_TEXT:,} characters, not {len(text):,}")
@@ -144,14 +145,14 @@ def parse(text: str) -> Genotype:
 
 
 def to_json(genotype: Genotype) -> dict[str, Any]:
-    """`{"recurrent": [["relu", 0], ...], "concat": [1, ...]}`, plain lists all through."""
+    """Returns `{"recurrent": [["relu", 0], ...], "concat": [1, ...]}`, in which all sequences are lists."""
     return {"recurrent": [list(node) for node in genotype.recurrent], "concat": list(genotype.concat)}
 
 
 def from_json(obj: Any) -> Genotype:
-    """The inverse of `to_json`; other keys are ignored, and `{"genotype": {...}}` is looked into.
+    """Returns the genotype that `to_json` turned into `obj`, or into the value of the key "genotype" of `obj`.
 
-    The second form is the one that a search writes to genotype.json. Raises `GenotypeError`.
+    The second form is the one that a search writes to genotype.json. Other keys are ignored. Raises `GenotypeError`.
     """
     if isinstance(obj, dict) and "recurrent" not in obj:
         obj = obj.get("genotype")
@@ -161,10 +162,10 @@ def from_json(obj: Any) -> Genotype:
 
 
 def random_genotype(seed: int, steps: int = STEPS) -> Genotype:
-    """A cell of `steps` nodes, uniform over ops other than none and over predecessors; concat is every node.
+    """Returns a random cell of `steps` nodes, uniform over ops other than none and over predecessors.
 
-    What random search draws from (the paper's baseline; Li & Talwalkar, UAI 2019). Raises `GenotypeError` for
-    steps outside 1..MAX_NODES.
+    Every node is in concat. Random search samples its cells from this distribution (the paper's baseline; Li &
+    Talwalkar, UAI 2019). Raises `GenotypeError` for steps outside 1..MAX_NODES.
     """
     if not 1 <= steps <= MAX_NODES:
         raise GenotypeError(f"a genotype has 1 to {MAX_NODES} nodes, not {steps}")
@@ -174,9 +175,10 @@ def random_genotype(seed: int, steps: int = STEPS) -> Genotype:
 
 
 def resolve(arch: str) -> Genotype:
-    """What `--arch` means: a published name, `random:SEED`, a run directory, a JSON file, or literal text.
+    """Returns the genotype that the value of `--arch` specifies.
 
-    Files are UTF-8 and at most 1 MB. Raises `GenotypeError`.
+    The value is a published name, `random:SEED`, a run directory with a genotype.json, a JSON file, or a text for
+    `parse`. Files are UTF-8 and at most 1 MB. Raises `GenotypeError`.
     """
     if arch in PUBLISHED:
         return PUBLISHED[arch]
@@ -184,7 +186,7 @@ def resolve(arch: str) -> Genotype:
         if not re.fullmatch(r"random:[0-9]{1,18}", arch):
             raise GenotypeError(f"random:SEED takes a whole number of 1 to 18 digits, not {_short(arch[7:])}")
         return random_genotype(int(arch[7:]))
-    # os.path's tests answer False, where pathlib's may raise, for a text that is too long to be a path.
+    # For a text that is too long to be a path, os.path's tests return False, whereas pathlib's may raise.
     if os.path.isdir(arch):
         return _read(os.path.join(arch, "genotype.json"))
     if os.path.isfile(arch) or (arch.endswith(".json") and "\0" not in arch):
@@ -201,17 +203,21 @@ def resolve(arch: str) -> Genotype:
 
 
 def resolve_cell(arch: str) -> Genotype | str:
-    """What `--arch` of train.py means: a baseline's name, or what `resolve` makes of it. Raises `GenotypeError`."""
+    """Returns the cell that the value of train.py's `--arch` specifies.
+
+    It is the name of a baseline, in capitals, if the value is one in any case, else the genotype that `resolve`
+    returns. Raises `GenotypeError`.
+    """
     return arch.upper() if arch.upper() in BASELINES else resolve(arch)
 
 
 def cell_to_json(cell: Genotype | str) -> dict[str, Any] | str:
-    """`to_json` of a genotype, the name of a baseline as it is."""
+    """Returns what `to_json` makes of a genotype, or the name of a baseline unchanged."""
     return cell if isinstance(cell, str) else to_json(cell)
 
 
 def cell_from_json(obj: Any) -> Genotype | str:
-    """The inverse of `cell_to_json`. Raises `GenotypeError`."""
+    """Returns the cell that `cell_to_json` turned into `obj`. Raises `GenotypeError`."""
     return obj if isinstance(obj, str) and obj in BASELINES else from_json(obj)
 
 
@@ -243,7 +249,7 @@ def _parse_json(text: str) -> Genotype:
 
 def _parse_literal(text: str) -> Genotype:
     try:
-        with warnings.catch_warnings():  # an odd escape in the text is no news for stderr
+        with warnings.catch_warnings():  # Invalid escapes in the text must not print warnings.
             warnings.simplefilter("ignore")
             call = ast.parse(text, mode="eval").body
         if not _calls(call, "Genotype"):
@@ -261,7 +267,10 @@ def _parse_literal(text: str) -> Genotype:
 
 
 def _literal(node: ast.expr) -> Any:
-    """The value of a tree of ints, strings, lists, tuples and `range`; lists become tuples."""
+    """Returns the value of a tree of ints, strings, lists, tuples and `range`, in which lists become tuples.
+
+    Raises `GenotypeError` for any other tree.
+    """
     if isinstance(node, ast.Constant) and type(node.value) in (int, str):
         return node.value
     if isinstance(node, ast.List | ast.Tuple):
@@ -270,7 +279,7 @@ def _literal(node: ast.expr) -> Any:
         try:
             return range(*map(_literal, node.args))
         except (TypeError, ValueError):
-            pass  # bounds that range() does not take: refused below
+            pass  # Bounds that range() does not accept are reported below.
     what = _short(ast.unparse(node))
     raise GenotypeError(f"a genotype's text holds strings, whole numbers, lists and range(), not {what}")
 
@@ -285,7 +294,10 @@ def _build(recurrent: Any, concat: Any) -> Genotype:
 
 
 def _short(value: Any, limit: int = 60) -> str:
-    """repr, cut to fit a message; an int of thousands of digits has none."""
+    """Returns the repr of a value, cut to `limit` characters, or its type's name if there is no repr.
+
+    An int of thousands of digits has no repr.
+    """
     try:
         text = repr(value)
     except (ValueError, RecursionError):

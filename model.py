@@ -1,6 +1,6 @@
-"""The language model that a genotype is retrained in: embedding, one recurrent cell, tied decoder.
+"""Defines the language model in which a genotype is retrained: an embedding, one recurrent cell and a tied decoder.
 
-Shapes: T time steps, B batch, E embedding, H hidden, V words, N nodes. E = H, since the decoder's weight is
+Shapes: T time steps, B batch, E embedding, H hidden, S state, V words, N nodes. E = H, since the decoder's weight is
 the embedding's.
 """
 
@@ -21,13 +21,16 @@ NO_MASKS = Masks()
 
 
 def default_init_range(nhid: int) -> float:
-    """The bound of the uniform initial weights at a width: 0.04, the published one, at the published 850 hidden units,
-    and elsewhere such that a product over the width keeps the size that it has there."""
+    """Returns the bound of the uniform initial weights of a model with `nhid` hidden units.
+
+    It is the published 0.04 for the published 850 hidden units, and scales as 1 / sqrt(nhid), so that products over the
+    hidden units have the same size in every model.
+    """
     return 0.04 * math.sqrt(850 / nhid)
 
 
 class DARTSCell(nn.Module):
-    """A cell with one operation and one predecessor per node (DARTS, section 3.1.2)."""
+    """Implements a cell with one operation and one predecessor per node (DARTS, section 3.1.2)."""
 
     def __init__(self, ninp: int, nhid: int, genotype: Genotype, init_range: float):
         super().__init__()
@@ -35,13 +38,13 @@ class DARTSCell(nn.Module):
         self.W0, self.Ws = cell_weights(ninp, nhid, len(genotype.recurrent), init_range)
 
     def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
-        """x (T, B, E), state (B, H) -> hidden states (T, B, H), the last of them (B, H)."""
+        """Returns the hidden states (T, B, H) and the last of them (B, H), for x (T, B, E) and state (B, H)."""
         hiddens = engine.discrete(x, state, self.W0, self.Ws, *self.genotype, masks.x, masks.hidden)
         return hiddens, hiddens[-1]
 
 
 def cell_weights(ninp: int, nhid: int, nodes: int, init_range: float) -> tuple[nn.Parameter, nn.ParameterList]:
-    """W0 (E + H, 2H) and N matrices Ws (H, 2H), uniform between -init_range and init_range."""
+    """Returns W0 (E + H, 2H) and N matrices Ws (H, 2H), uniform between -init_range and init_range."""
 
     def weight(rows: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(rows, 2 * nhid).uniform_(-init_range, init_range))
@@ -50,11 +53,11 @@ def cell_weights(ninp: int, nhid: int, nodes: int, init_range: float) -> tuple[n
 
 
 class RNNModel(nn.Module):
-    """Word ids to the cell's outputs, and those to log-probabilities of the next word.
+    """Maps word ids to the cell's outputs, and those to log-probabilities of the next word.
 
-    Every mask that a training pass needs comes in from outside (`sample_masks`), so the module has no training
-    mode: called without masks it drops nothing. `init_range` bounds the uniform initial weights of the embedding and
-    of a mixture; the cell comes with weights of its own.
+    Every mask of a training pass is an argument (see `sample_masks`), so the module has no training mode: without masks
+    it drops nothing. With more than one expert, the decoder is a mixture of `n_experts` softmaxes. `init_range` bounds
+    the uniform initial weights of the embedding and of the mixture; the cell initialises its own.
     """
 
     def __init__(
@@ -69,27 +72,38 @@ class RNNModel(nn.Module):
         self.engine = Engine()
 
     def with_engine(self, engine: Engine) -> "RNNModel":
-        """The same parameters behind another engine."""
+        """Returns a model that shares this model's parameters and computes with another engine."""
         other = copy(self)
         other.engine = engine
         return other
 
     def forward(self, x: Tensor, state: Tensor, masks: Masks = NO_MASKS) -> tuple[Tensor, Tensor]:
-        """x (T, B) word ids, state (B, S) -> hidden states (T, B, H), the state (B, S) that the next segment starts
-        from. S = H, and the state is the last hidden state, but for an LSTM."""
+        """Returns the hidden states (T, B, H) and the state (B, S) from which the next segment starts.
+
+        The arguments are the word ids x (T, B) and the state (B, S) before them. S = H, and the state is the last
+        hidden state, except for an LSTM.
+        """
         embedded = F.embedding(x, self.embedding)  # (T, B, E)
         if masks.word is not None:
-            embedded = embedded * F.embedding(x, masks.word)  # a dropped word type is dropped wherever it stands
+            # The mask is indexed by word id, so that a dropped word type is dropped at every position.
+            embedded = embedded * F.embedding(x, masks.word)
         return self.cell(drop(embedded, masks.embedding), state, masks, self.engine)
 
     def nll(self, hiddens: Tensor, y: Tensor, masks: Masks = NO_MASKS) -> Tensor:
-        """Mean negative log-likelihood in nats of the words y (T, B) given the hidden states (T, B, H)."""
+        """Returns the mean negative log-likelihood of the words y (T, B), in nats per word, as a scalar.
+
+        The hidden states (T, B, H) come from `forward`, before `masks.output` is applied.
+        """
         if self.mixture is None:
             return self.engine.nll(hiddens, masks.output, self.embedding, self.bias, y)
         return self.word_losses([drop(hiddens, masks.output)], y)[0]
 
     def word_losses(self, passes: Sequence[Tensor], y: Tensor, rdrop: float = 0.0) -> tuple[Tensor, Tensor]:
-        """See `softmax_losses.losses`; passes are dropped outputs (T, B, H)."""
+        """Returns the loss and the mean negative log-likelihood of the words y (T, B), both in nats per word.
+
+        `passes` are the outputs (T, B, H) of one or two passes after dropout, and `rdrop` is the coefficient of R-Drop,
+        which compares two of them (see `softmax_losses.losses`). A second derivative raises RuntimeError.
+        """
         log_probs = softmax_losses.tied if self.mixture is None else softmax_losses.mixed
         weights = [self.embedding, self.bias, *([] if self.mixture is None else self.mixture.parameters())]
         return softmax_losses.losses(
@@ -97,15 +111,15 @@ class RNNModel(nn.Module):
         )
 
     def sample_masks(self, batch_size: int) -> Masks:
-        """New dropout masks for a batch, from torch's global generator."""
+        """Returns new dropout masks for a batch of `batch_size` elements, sampled from torch's global generator."""
         return sample_masks(self.rates, batch_size, self.embedding, self.nhid, getattr(self.cell, "connections", None))
 
     def initial_hidden(self, batch_size: int) -> Tensor:
-        """The state before a text's first word: zeros, (B, S)."""
+        """Returns the state (B, S) before the first word of a text, which is zero."""
         return self.embedding.new_zeros(batch_size, getattr(self.cell, "state_size", self.nhid))
 
     def weights(self) -> list[nn.Parameter]:
-        """What the weight step trains; for a retrained cell that is every parameter."""
+        """Returns the parameters that the weight step trains; for a retrained cell these are all parameters."""
         return list(self.parameters())
 
 
@@ -117,10 +131,11 @@ def retrain_model(
     n_experts: int = 1,
     init_range: float | None = None,
 ) -> RNNModel:
-    """The language model around the cell of a genotype, or a baseline of that name, with so many softmaxes.
+    """Returns the language model with the cell of a genotype, or with the baseline "LSTM" or "GRU".
 
-    `init_range` is by default that of the width (`default_init_range`); a baseline's cell keeps torch's own initial
-    weights, which follow the width too.
+    Its decoder is a mixture of `n_experts` softmaxes if there is more than one. `init_range` is
+    `default_init_range(nhid)` by default; a baseline's cell keeps torch's own initial weights, whose range depends on
+    nhid too.
     """
     init_range = default_init_range(nhid) if init_range is None else init_range
     built = BaselineCell(nhid, nhid, cell) if isinstance(cell, str) else DARTSCell(nhid, nhid, cell, init_range)
@@ -128,27 +143,27 @@ def retrain_model(
 
 
 class BaselineCell(nn.Module):
-    """An LSTM or a GRU of one layer.
+    """Implements an LSTM or a GRU of one layer.
 
-    torch computes the whole sequence in one call, in which the hidden state cannot be dropped: `dropouth` drops
-    connections instead, elements of the hidden-to-hidden matrix, which are then missing over the whole sequence and in
-    every row (Merity et al. 2017, section 2). `dropoutx` drops inputs as it does for other cells.
+    torch computes the whole sequence in one call, in which the hidden state cannot be dropped. Instead `dropouth` drops
+    connections, which are elements of the hidden-to-hidden matrix. They are then missing at every time step and for
+    every batch element (Merity et al. 2017, section 2). `dropoutx` drops inputs, as it does for other cells.
     """
 
     def __init__(self, ninp: int, nhid: int, name: str):
         super().__init__()
         self.name, self.rnn = name, {"LSTM": nn.LSTM, "GRU": nn.GRU}[name](ninp, nhid)
-        self.state_size = 2 * nhid if name == "LSTM" else nhid  # an LSTM's is [h, c]
+        self.state_size = 2 * nhid if name == "LSTM" else nhid  # The state of an LSTM is [h, c].
 
     @property
     def connections(self) -> Tensor:
-        """The hidden-to-hidden matrix (G H, H)."""
+        """Returns the hidden-to-hidden matrix (G H, H), where G is 4 for an LSTM and 3 for a GRU."""
         return self.rnn.weight_hh_l0
 
     def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
-        """x (T, B, E), state (B, S) -> hidden states (T, B, H), the state (B, S) after them.
+        """Returns the hidden states (T, B, H) and the state (B, S) after them, for x (T, B, E) and state (B, S).
 
-        The engine is not asked, and --precision bf16 is for the decoder alone: torch's kernel runs in fp32, or TF32.
+        The engine is not used, and --precision bf16 applies to the decoder alone: torch's kernel runs in fp32 or TF32.
         """
         rnn = self.rnn
         weights = [rnn.weight_ih_l0, drop(self.connections, masks.connections), rnn.bias_ih_l0, rnn.bias_hh_l0]

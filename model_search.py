@@ -1,4 +1,4 @@
-"""The language model that is searched: every edge carries every primitive, weighted by the softmaxed alphas.
+"""Defines the language model of the search, whose edges carry every primitive, weighted by the softmax of the alphas.
 
 Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives.
 """
@@ -13,9 +13,9 @@ from model import RNNModel, cell_weights, default_init_range
 
 
 class DARTSCellSearch(nn.Module):
-    """The continuous relaxation of the cell (DARTS, section 2.2), with its architecture parameters.
+    """Implements the continuous relaxation of the cell (DARTS, section 2.2), with its architecture parameters.
 
-    `norm` is that of its states, one of `reference.NORMS`.
+    `norm`, one of `reference.NORMS`, is the normalisation of its states.
     """
 
     def __init__(self, ninp: int, nhid: int, norm: str, init_range: float, steps: int = STEPS):
@@ -25,16 +25,16 @@ class DARTSCellSearch(nn.Module):
         self.alphas = nn.Parameter(1e-3 * torch.randn(steps * (steps + 1) // 2, len(PRIMITIVES)))
 
     def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
-        """x (T, B, E), state (B, H) -> hidden states (T, B, H), the last of them (B, H)."""
+        """Returns the hidden states (T, B, H) and the last of them (B, H), for x (T, B, E) and state (B, H)."""
         probs = self.alphas.softmax(dim=-1)  # (N(N+1)/2, K)
-        # An active set is held for a difference, which is taken in full precision: so is the set.
+        # Relu's active set is frozen for a difference, which is computed in full precision, and so is the active set.
         relu = masks.relu if engine.precision == "fp32" else None
         hiddens = engine.relaxed(x, state, self.W0, self.Ws, probs, masks.x, masks.hidden, relu, self.norm)
         return hiddens, hiddens[-1]
 
 
 class RNNModelSearch(RNNModel):
-    """A language model with two sets of parameters: `weights()` and `alphas` (N(N+1)/2, K)."""
+    """Implements a language model with two sets of parameters: `weights()` and `alphas` (N(N+1)/2, K)."""
 
     def __init__(
         self,
@@ -53,19 +53,20 @@ class RNNModelSearch(RNNModel):
         return self.cell.alphas
 
     def weights(self) -> list[nn.Parameter]:
-        """Every parameter but the alphas."""
+        """Returns every parameter except the alphas."""
         return [parameter for parameter in self.parameters() if parameter is not self.alphas]
 
     def genotype(self) -> Genotype:
-        """The discrete cell that the alphas point to (`derive`)."""
+        """Returns the discrete cell that `derive` makes of the softmax of the alphas."""
         return derive(self.alphas.detach().softmax(dim=-1))
 
 
 def derive(probs: Tensor) -> Genotype:
-    """The most likely cell (DARTS, section 2.4): for each node the predecessor whose strongest primitive other
-    than `none` has the largest probability, with that primitive; the output is the mean of all nodes.
+    """Returns the most likely discrete cell (DARTS, section 2.4).
 
-    probs (N(N+1)/2, K); the rows of node i = 1..N are its predecessors 0..i-1.
+    Each node gets the predecessor whose strongest primitive other than `none` has the largest probability, and that
+    primitive. The output is the mean of all nodes. probs (N(N+1)/2, K) has one row for each edge, and the edges of node
+    i = 1..N come from its predecessors 0..i-1.
     """
     strength, primitive = probs[:, 1:].max(dim=-1)  # (N(N+1)/2,)
     recurrent, start = [], 0

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from architect import Architect, WeightUpdate
-from data import Cursor
 from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU
 from experiment import checkpoint, signals, startup
@@ -30,6 +29,7 @@ from training.evaluation import format_perplexity, perplexity
 from training.gradients import clipped_gradient, scaled_lr
 from training.losses import Batch, MicroBatches
 from training.optimizers import averaged, new_optimizer, velocity
+from utils import Cursor
 
 REASONS = ("patience", "stable", "identity")  # to stop before the last epoch
 

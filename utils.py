@@ -1,27 +1,60 @@
-"""The device that a run computes on and its memory, and the errors that end a run with one line."""
+"""What every part needs: errors for people, the device, whole files, and texts cut into batches.
+
+`batchify` lays a stream of word ids out as B columns of consecutive words, here the alphabet with B = 4:
+
+    a g m s
+    b h n t
+    c i o u
+    d j p v
+    e k q w
+    f l r x         y and z are left over and dropped
+
+The columns are treated as independent texts: the model never sees that g follows f, and in return reads B words at
+once. `segments` cuts the time axis into segments of about bptt time steps, and `get_batch` returns a segment and the
+words that follow each of its words.
+
+Shapes: T time steps, B batch, n time steps of a whole text.
+"""
 
 import ctypes
 import os
+import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class RunError(Exception):
-    """A run that cannot go on, through no fault of the program; the message is one line for a person."""
+    """An error that ends a run and is no fault of the program; the message is one line for a person."""
 
 
 class Diverged(RunError):
-    """A loss or a gradient that no training recovers from."""
+    """The loss or the gradient has become so large that training does not recover."""
+
+
+class DataError(Exception):
+    """Data that cannot be used; `faults` has a line for each: the file or flag, what is wrong, what to do."""
+
+    def __init__(self, *faults: str):
+        self.faults = list(faults)
+        super().__init__("\n".join(faults))
 
 
 def choose_device(name: str, deterministic: bool = False) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU. Deterministic, what runs there gives the same
-    bits every time, and an operation that cannot raises RuntimeError. On the CPU, memory is kept (`keep_memory`)."""
+    """Returns the device of a name; `auto` is the first CUDA device, or the CPU if there is none.
+
+    With `deterministic`, equal runs are bit-identical, and an operation that cannot be raises RuntimeError. On the CPU
+    freed memory is kept for the process (`keep_memory`).
+    """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it before its first product
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -33,10 +66,117 @@ def choose_device(name: str, deterministic: bool = False) -> torch.device:
 
 
 def keep_memory() -> None:
-    """What this process frees it keeps for its next step, since on a CPU fresh pages cost more than most of what is
-    computed there, and torch asks for new ones all the time. For glibc's malloc, which else gives large pieces back to
-    the system at once; where there is another, nothing changes."""
+    """Makes glibc's malloc keep freed memory for this process; other allocators are left as they are.
+
+    By default glibc returns large blocks to the system at once, and torch allocates them again at every step: on a CPU
+    the page faults of new memory then cost more than most operations.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file that replaces `path` at the end of the block, after it was flushed to the disk.
+
+    `path` is never partial: after an error, also one inside the block, it is unchanged and nothing is left beside it.
+    The folder of `path` is created if it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    finally:
+        with suppress(OSError):  # a failing disk may refuse this too
+            temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flushes the names in a folder to the disk, if the file system allows it."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(number)
+    except OSError:
+        pass  # some network file systems do not support it; the file itself has been flushed
+    finally:
+        os.close(number)
+
+
+def batchify(ids: Tensor, batch_size: int) -> Tensor:
+    """Cuts `ids` (tokens,) into B columns that follow each other in the text: (tokens // B, B), contiguous.
+
+    Raises DataError if that gives fewer than the two time steps that one prediction takes.
+    """
+    length = len(ids) // batch_size
+    if length < 2:
+        raise DataError(
+            f"batch size {batch_size}: too large for a text of {len(ids):,} tokens, which must have at least"
+            f" {2 * batch_size:,}; use a longer text"
+        )
+    return ids[: length * batch_size].reshape(batch_size, length).t().contiguous()  # (tokens // B, B)
+
+
+def get_batch(source: Tensor, i: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Returns inputs and targets, both (T, B), from time step `i` of `source` (n, B); T < seq_len at its end."""
+    seq_len = min(seq_len, len(source) - 1 - i)
+    return source[i : i + seq_len], source[i + 1 : i + 1 + seq_len]
+
+
+def segments(
+    length: int,
+    bptt: int,
+    generator: torch.Generator,
+    std: float = 0.0,
+    max_delta: int | None = None,
+    start: int = 0,
+) -> Iterator[tuple[int, int]]:
+    """Yields (i, seq_len) such that each of the time steps start..length-2 is an input once.
+
+    The base length is `bptt` with probability 0.95, else half of it. With `std` the length is normal about the base, at
+    least 5 and at most bptt + max_delta (Merity et al. 2018, section 4.1). Numbers are drawn one segment at a time, so
+    that the sequence continues unchanged when the state of `generator` (CPU) is restored and the next time step is
+    given as `start`.
+    """
+    i = start
+    while i < length - 1:
+        drawn = bptt if torch.rand((), generator=generator).item() < 0.95 else bptt / 2
+        if std > 0:
+            drawn = max(5, int(drawn + std * torch.randn((), generator=generator).item()))
+            if max_delta is not None:
+                drawn = min(drawn, bptt + max_delta)
+        seq_len = min(max(1, int(drawn)), length - 1 - i)
+        yield i, seq_len
+        i += seq_len
+
+
+class Cursor:
+    """Takes full segments from `source` (n, B) without end: it starts again at the beginning when the text runs out.
+
+    Its only state is `position`, the next time step: save it in a checkpoint and set it on resuming.
+    """
+
+    def __init__(self, source: Tensor):
+        self.source = source
+        self.position = 0
+
+    def take(self, seq_len: int) -> tuple[Tensor, Tensor, bool]:
+        """Returns inputs and targets, both (T, B), and whether it started again: the hidden state is then reset.
+
+        T = seq_len, or all of a source that has fewer than seq_len + 1 time steps.
+        """
+        wrapped = self.position > 0 and self.position + seq_len > len(self.source) - 1
+        if wrapped:
+            self.position = 0
+        x, y = get_batch(self.source, self.position, seq_len)
+        self.position += len(x)
+        return x, y, wrapped

@@ -22,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from step import BETA, UPDATE, search_parts
 
-from data import Cursor, batchify, load_corpus
+from data import load_corpus
 from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU
 from experiment import signals
 from model_search import RNNModelSearch
 from training.gradients import clipped_gradient
 from training.losses import Batch, losses
+from utils import Cursor, batchify
 
 ENGINES = {"eager fp32": Engine(), "fused fp32": Engine("fused"), "fused bf16": Engine("fused", "bf16")}
 RATES = DropoutRates(dropout=0.3, dropouth=0.1, dropoutx=0.3, dropouti=0.1)

@@ -24,13 +24,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from architect import RADIUS, Architect, Product, WeightUpdate
-from data import Cursor, batchify, load_corpus
+from data import load_corpus
 from engine import PRECISIONS, Engine
 from engine.dropout import DropoutRates, FrozenReLU
 from experiment import checkpoint, signals
 from experiment.search_arguments import search_texts
 from model_search import RNNModelSearch
 from training.losses import Batch, MicroBatches
+from utils import Cursor, batchify
 
 RADII = [RADIUS / 3, RADIUS, 3 * RADIUS, 10 * RADIUS]
 

@@ -1,10 +1,10 @@
-"""Saving and loading the one `state` of a run: atomic, sealed by a checksum, in two copies, and no code inside.
+"""Saves and loads the state of a run: atomically, with a checksum, in two generations, and without executable code.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, in torch's zip format. It is read with
-`weights_only=True`, which builds nothing else: a file from a stranger cannot run code. The sha256 of the file
-stands at its end, where a zip file has room for a comment, so that `torch.load` reads it like any other.
+`weights_only=True`, which builds nothing else, so that a file from a stranger cannot run code. The sha256 of the file
+is at its end, in the comment of the zip file, so that `torch.load` reads it like any other.
 
-Equal states give equal bytes; what time it is has no place in a state.
+Equal states give identical files; a state contains no wall-clock time.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,15 +29,17 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from utils import atomic_write
+
 FORMAT = 4
-# What a checkpoint's pickle may name: what torch writes for tensors. (`weights_only` would also build a bytearray of
-# any size.)
+# The names that a checkpoint's pickle may contain, which are those that torch writes for tensors. (`weights_only` would
+# also build a bytearray of any size.)
 GLOBALS = re.compile(r"torch [A-Za-z]+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 BUILDERS = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
-LARGEST = 1e38  # that float32 holds
+LARGEST = 1e38  # about the largest number of float32
 CHECKSUM = "sha256 {}"
 CHECKSUM_SIZE = len(CHECKSUM.format("")) + 64  # bytes
-# What torch's reader raises on bytes that are not what they claim to be.
+# The errors that torch's reader raises on damaged or forged files.
 UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -58,59 +60,49 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be read or written; the message is one line for a person."""
 
 
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write the state under a temporary name, flush it to the disk, and rename: `path` is whole or untouched.
+def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    """Writes the state to `path` atomically; a valid checkpoint that is replaced is kept as `previous`, if given.
 
-    Raises `CheckpointError` if the disk is full or will not be written to.
+    Raises `CheckpointError` if the disk is full or cannot be written.
     """
-    with written(state, path) as temporary:
-        os.replace(temporary, path)
-
-
-def save_last(state: dict[str, Any], folder: Path) -> None:
-    """The same for last.pt, and the one before it becomes previous.pt, once the new one is on the disk."""
-    last, previous = folder / "last.pt", folder / "previous.pt"
-    with written(state, last) as temporary:
-        if is_valid(last):
-            second_name = folder / f".previous.pt.{os.getpid()}.tmp"
-            try:
-                second_name.unlink(missing_ok=True)
-                try:
-                    os.link(last, second_name)
-                except OSError:  # a file system without links
-                    shutil.copyfile(last, second_name)
-                os.replace(second_name, previous)
-            finally:
-                with suppress(OSError):
-                    second_name.unlink(missing_ok=True)
-        os.replace(temporary, last)
-
-
-@contextmanager
-def written(state: dict[str, Any], path: Path) -> Iterator[Path]:
-    """A file beside `path` that holds the state, to be renamed inside; gone when this ends."""
     data = with_checksum(state)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with atomic_write(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-        flush_folder(path.parent)
+            if previous and is_valid(path):
+                file.flush()
+                os.fsync(file.fileno())  # the new checkpoint is on the disk before `previous` changes
+                link(path, previous)
     except OSError as error:
         free = f", and {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free" if path.parent.exists() else ""
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror or error}); it takes {len(data) / 1e6:,.1f} MB{free}; what was"
             " saved before is untouched"
         ) from error
+
+
+def save_last(state: dict[str, Any], folder: Path) -> None:
+    """Writes last.pt atomically; the last.pt that it replaces is kept as previous.pt. Raises `CheckpointError`."""
+    save(state, folder / "last.pt", previous=folder / "previous.pt")
+
+
+def link(path: Path, second: Path) -> None:
+    """Makes `second` a second name of the file at `path` (a copy, on file systems without links), atomically."""
+    temporary = second.with_name(f".{second.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, second)
     finally:
-        with suppress(OSError):  # a disk that lets nothing be removed either
+        with suppress(OSError):  # a failing disk may refuse this too
             temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The state saved at `path`, its tensors on the CPU. Raises `CheckpointError`."""
+    """Returns the state saved at `path`, with its tensors on the CPU. Raises `CheckpointError`."""
     damaged = CheckpointError(f"{path}: not a checkpoint, or a damaged one")
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -124,19 +116,19 @@ def load(path: str | Path) -> dict[str, Any]:
             older = " (or one of an earlier version, which alone can go on with it)" if isinstance(state, dict) else ""
             raise CheckpointError(f"{path}: not a checkpoint of this project, format {FORMAT}{older}")
         if not all(t.device.type == "cpu" and t.nbytes <= t.untyped_storage().nbytes() for t in tensors(state)):
-            raise damaged  # a few bytes that would unfold to many
+            raise damaged  # a small file whose tensors would be expanded to a large size
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UNREADABLE as error:
         if out_of_memory(error):
-            raise  # which says nothing of the file
+            raise  # the file may be intact
         raise damaged from error
     return state
 
 
 def load_last(folder: str | Path) -> tuple[dict[str, Any] | None, str | None]:
-    """The state to go on from, None for a run that was ended before it took a step; and a line for its user where
-    last.pt is lost and previous.pt was taken. Raises `CheckpointError` if neither can be read."""
+    """Returns the state to resume from, or None for a run that ended before its first step; and a line for the user if
+    previous.pt had to be read in the place of a damaged last.pt. Raises `CheckpointError` if neither can be read."""
     last, previous, metrics = (Path(folder, name) for name in ("last.pt", "previous.pt", "metrics.jsonl"))
     if not last.exists() and not previous.exists() and not (metrics.exists() and metrics.stat().st_size):
         return None, None
@@ -145,33 +137,33 @@ def load_last(folder: str | Path) -> tuple[dict[str, Any] | None, str | None]:
     except CheckpointError as error:
         if not previous.exists():
             raise
-        return load(previous), f"{error}; going on from {previous.name}, the one before it"
+        return load(previous), f"{error}; resuming from {previous.name}, the checkpoint before it"
 
 
 class CheckpointManager:
-    """Saves a run's state when it is time, and when it is told to; of several ranks the one that `writes`."""
+    """Saves the checkpoints of a run, on the rank that `writes`, and knows when the next one is due."""
 
     def __init__(self, folder: Path, minutes: float, writes: bool = True):
         self.folder, self.seconds, self.writes = folder, 60 * minutes, writes
         self.saved = time.monotonic()
 
     def due(self) -> bool:
-        """Whether the last save is so long ago that the next one should be now."""
+        """Returns whether the last save was at least the given minutes ago."""
         return time.monotonic() - self.saved >= self.seconds
 
     def save_last(self, state: dict[str, Any]) -> None:
-        """Save as last.pt."""
+        """Saves last.pt, and keeps the one before as previous.pt."""
         if self.writes:
             save_last(state, self.folder)
         self.saved = time.monotonic()
 
     def save_best(self, state: dict[str, Any]) -> None:
-        """Save as best.pt."""
+        """Saves best.pt."""
         if self.writes:
             save(state, self.folder / "best.pt")
 
     def replace(self, state: dict[str, Any]) -> None:
-        """Save as last.pt, and previous.pt stays what it is."""
+        """Saves last.pt and leaves previous.pt unchanged."""
         if self.writes:
             save(state, self.folder / "last.pt")
 
@@ -180,20 +172,20 @@ class CheckpointManager:
 
 
 def with_checksum(state: dict[str, Any]) -> bytes:
-    """A checkpoint's bytes, its checksum at their end."""
+    """Returns the bytes of a checkpoint, with the checksum at their end."""
     file = io.BytesIO()
     torch.save(canonical({"format": FORMAT, **state}), file)
-    file.seek(-2, os.SEEK_END)  # the length of a zip file's comment, which torch leaves at 0
+    file.seek(-2, os.SEEK_END)  # the length field of the zip comment, which torch writes as 0
     file.write(struct.pack("<H", CHECKSUM_SIZE))
     file.write(CHECKSUM.format(hashlib.sha256(file.getbuffer()).hexdigest()).encode())
     return file.getvalue()
 
 
 def canonical(value: Any) -> Any:
-    """The value built anew, so that its bytes tell what it is and not how it came about.
+    """Returns a copy of the value whose pickle depends on its contents alone.
 
-    Pickle writes a string that is the same object as an earlier one otherwise than one that is merely equal, and
-    a tensor with all of the memory that it is a view of.
+    Pickle distinguishes a string that is the same object as an earlier one from one that is merely equal, and writes a
+    view of a tensor with all of the memory behind it.
     """
     if isinstance(value, dict):
         return {canonical(key): canonical(part) for key, part in value.items()}
@@ -207,7 +199,7 @@ def canonical(value: Any) -> Any:
 
 
 def has_checksum(file: BinaryIO) -> bool:
-    """Whether a file ends with the checksum of what comes before."""
+    """Returns whether a file ends with the checksum of the bytes before it."""
     left = file.seek(0, os.SEEK_END) - CHECKSUM_SIZE
     digest = hashlib.sha256()
     file.seek(0)
@@ -221,7 +213,7 @@ def has_checksum(file: BinaryIO) -> bool:
 
 
 def is_valid(path: Path) -> bool:
-    """Whether there is a file with a right checksum."""
+    """Returns whether `path` is a file whose checksum is right."""
     try:
         with open(path, "rb") as file:
             return has_checksum(file)
@@ -230,8 +222,8 @@ def is_valid(path: Path) -> bool:
 
 
 def is_safe(file: BinaryIO) -> bool:
-    """Whether a zip file's parts are stored as they are, in as many bytes as they have, and build tensors and plain
-    values alone: nothing would swell."""
+    """Returns whether a zip file holds only uncompressed parts, no larger than the file, and its pickle builds only
+    tensors and plain values: loading it then takes no more memory than its size suggests."""
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
@@ -245,13 +237,13 @@ def is_safe(file: BinaryIO) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that there is no memory, on a GPU or on the host."""
+    """Returns whether an error means that there is no memory left, on a GPU or on the host."""
     texts = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in it; a part that is there many times is looked into once."""
+    """Yields every tensor in a nested value; a part that occurs several times is visited once."""
     seen, todo = set(), [value]
     while todo:
         value = todo.pop()
@@ -262,29 +254,15 @@ def tensors(value: Any) -> Iterator[Tensor]:
             todo.extend(value.values() if isinstance(value, dict) else value)
 
 
-def flush_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where a folder can be opened for that."""
-    try:
-        number = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(number)
-    except OSError:
-        pass  # some network file systems have no such thing; the file itself is there
-    finally:
-        os.close(number)
-
-
 # --- form ---
 
 
 def validate_state(found: Any, form: Any, where: str = "state") -> None:
-    """Raises ValueError unless `found` has all that `form` has, and every part of it is of the same kind.
+    """Raises ValueError unless `found` has all keys of `form`, and each of its values is of the same kind.
 
-    That is: dicts with the keys of the form (an empty one passes: an optimizer before its first step), tensors of
-    its shapes and dtypes, numbers that do not count below zero, and lists that are like the form's entry by entry
-    or, of another length, like its first entry.
+    A dict has the keys of the form (an empty dict passes: an optimizer before its first step). A tensor has the form's
+    shape and dtype, and an integer is not negative. A list matches the form entry by entry; one of another length
+    matches the first entry of the form.
     """
     if isinstance(form, dict):
         if not isinstance(found, dict) or (found and not form.keys() <= found.keys()):
@@ -309,7 +287,7 @@ def validate_state(found: Any, form: Any, where: str = "state") -> None:
 
 
 def optimizer_template(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The form of an optimizer's state once it has taken a step: of a copy that takes one along nothing."""
+    """Returns the form of an optimizer's state after a step, from a copy that takes a step with zero gradients."""
     optimizer = deepcopy(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -322,7 +300,7 @@ def optimizer_template(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def rng_state(device: torch.device, bptt_rng: torch.Generator) -> dict[str, Tensor]:
-    """The state of every generator that a run draws from."""
+    """Returns the state of each random number generator that a run uses."""
     state = {"torch": torch.get_rng_state(), "bptt": bptt_rng.get_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -330,7 +308,7 @@ def rng_state(device: torch.device, bptt_rng: torch.Generator) -> dict[str, Tens
 
 
 def set_rng_state(state: dict[str, Tensor], device: torch.device, bptt_rng: torch.Generator) -> None:
-    """Continue every generator where `rng_state` found it; one of a device that is not in use is left out."""
+    """Restores the generators to a state that `rng_state` returned; the generator of an unused device is ignored."""
     torch.set_rng_state(state["torch"])
     bptt_rng.set_state(state["bptt"])
     if device.type == "cuda" and "cuda" in state:

@@ -1,11 +1,11 @@
-"""Data parallel training: the processes that `torchrun` starts take a batch's rows between them.
+"""Data parallel training: the processes that `torchrun` starts share the elements of each batch.
 
     torchrun --nproc_per_node 2 train_search.py --unrolled
 
-Every rank has all weights and its own rows of text, hidden state and masks. What a step needs of all rows, the
-gradients, is averaged over the ranks, so that all take the same step; what is decided once (a loss that is judged, an
-epoch that ends, a signal), the first rank decides. It alone writes. gloo carries what lies on a CPU, NCCL what lies on
-a GPU. Started without torchrun, a process is the first rank of one, and nothing here does anything.
+Every rank has all weights, and the text, hidden states and masks of its own batch elements. Gradients are averaged over
+the ranks, so that all ranks take the same step. The main rank, rank 0, evaluates the losses that decisions depend on,
+and it alone writes files; a signal to any rank stops all of them. gloo exchanges tensors on a CPU, NCCL those on a GPU.
+A process that was started without torchrun is the main rank of one rank, and nothing here communicates.
 """
 
 import atexit
@@ -21,14 +21,21 @@ from torch import Tensor, distributed
 
 from utils import RunError
 
-PATIENCE = timedelta(hours=2)  # that a rank waits for another, which may be evaluating or compiling
-SEEDS_APART = 1_000_003  # of the masks that two ranks draw
+PATIENCE = timedelta(hours=2)  # A rank may have to wait for another that evaluates or compiles.
+SEEDS_APART = 1_000_003  # This is the difference between the mask seeds of successive ranks.
 
 T = TypeVar("T")
 
 
 class Distributed:
-    """This process, `rank`, among `size`; `local` of them are on this machine before it."""
+    """One rank of a data parallel run, with the exchanges between ranks; each raises `RunError` if a rank is lost.
+
+    Attributes:
+        rank: the rank of this process; the main rank is 0.
+        size: the number of ranks.
+        local: the rank of this process among those on its machine.
+        on_this_machine: the number of ranks on its machine.
+    """
 
     def __init__(self):
         launched = distributed.is_available() and distributed.is_torchelastic_launched()
@@ -42,7 +49,7 @@ class Distributed:
             atexit.register(distributed.destroy_process_group)
 
     def command(self, script: str) -> str:
-        """What starts as many ranks again."""
+        """Returns the command that starts `script` with as many ranks again."""
         if self.size == 1:
             return f"python {script}"
         machines = self.size // self.on_this_machine
@@ -54,24 +61,26 @@ class Distributed:
         return self.rank == 0
 
     def device(self, device: torch.device) -> torch.device:
-        """The device of this rank: of several GPUs each takes its own."""
+        """Returns the device of this rank; with several ranks and "cuda", each takes a GPU of its own."""
         if device.type == "cuda" and self.size > 1:
             device = torch.device("cuda", self.local)
             torch.cuda.set_device(device)
         return device
 
     def seed(self, seed: int) -> None:
-        """Let this rank draw other masks than the others, once the weights are made; the first draws what a process
-        alone would."""
+        """Seeds the generator so that each rank samples other masks; to be called once the weights are made.
+
+        The generator of the main rank is left as it is, so that it samples the same masks as a single process.
+        """
         if not self.is_main:
             torch.manual_seed(seed + SEEDS_APART * self.rank)
 
     def shard(self, whole: Tensor, dim: int = 0) -> Tensor:
-        """This rank's part of what has the whole batch along `dim`."""
+        """Returns this rank's part of a tensor that has the whole batch along `dim`."""
         return whole if self.size == 1 else whole.chunk(self.size, dim)[self.rank].contiguous()
 
     def all_gather(self, part: Tensor) -> Tensor:
-        """The whole batch, of the parts (rows, S) of all ranks."""
+        """Returns the whole batch (B, S), concatenated from the parts (B / ranks, S) of all ranks."""
         if self.size == 1:
             return part
         parts = [torch.empty_like(part) for _ in range(self.size)]
@@ -80,7 +89,7 @@ class Distributed:
         return torch.cat(parts)
 
     def all_reduce_mean(self, tensors: list[Tensor]) -> None:
-        """Put the mean over all ranks into the tensors, by one exchange."""
+        """Replaces the tensors by their means over all ranks, in one exchange."""
         if self.size == 1:
             return
         bucket = torch.cat([tensor.flatten() for tensor in tensors])
@@ -91,7 +100,7 @@ class Distributed:
             tensor.copy_(part.view_as(tensor))
 
     def all_reduce_any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is up on any rank."""
+        """Returns for each flag whether it is True on any rank."""
         if self.size == 1:
             return list(flags)
         found = torch.tensor(flags, dtype=torch.int32)
@@ -100,7 +109,7 @@ class Distributed:
         return found.bool().tolist()
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order."""
+        """Returns the values of all ranks, in the order of the ranks."""
         found: list[Any] = [value] * self.size
         if self.size > 1:
             with together():
@@ -108,7 +117,7 @@ class Distributed:
         return found
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
-        """What the first rank makes, on all."""
+        """Calls `make` on the main rank alone, and returns its result on every rank."""
         if self.size == 1:
             return make()
         found = [make() if self.is_main else None]
@@ -118,11 +127,10 @@ class Distributed:
 
 
 def exit_process(code: int) -> int:
-    """The exit code of a process that is done: one of several ranks ends right here.
+    """Returns `code`, or, in one of several ranks, flushes the output and exits with `code` at once.
 
-    What lies on the disk is whole by then, and so is what was said; but while torch takes down what carried the
-    gradients, a rank that was done has been seen to abort (3 of 90 runs on a busy machine, torch 2.13, gloo),
-    and torchrun takes that for a failed run.
+    The files of the run must be complete by then. A rank that returned instead was seen to abort while torch destroyed
+    the process group (3 of 90 runs on a busy machine, torch 2.13, gloo), which torchrun takes for a failed run.
     """
     if distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()
@@ -133,7 +141,7 @@ def exit_process(code: int) -> int:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What goes wrong between ranks becomes a `RunError`."""
+    """Turns a RuntimeError of an exchange between ranks inside the block into a `RunError`."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Keeps one run going, whatever it trains: its flags and texts, progress, checkpoints, and why it ends."""
+"""Runs one search or retraining: its flags and texts, progress, checkpoints, rollbacks, and the reason that it ends."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from architect import WeightUpdate
-from data import Corpus, batchify, get_batch, segments
+from data import Corpus
 from engine.matmul import matmul_precision
 from experiment import arguments, checkpoint, resume, startup
 from experiment.distributed import Distributed
@@ -19,7 +19,7 @@ from experiment.signals import StopSignal
 from training.early_stopping import Patience
 from training.evaluation import evaluate, perplexity
 from training.overfit import overfit
-from utils import Diverged, choose_device
+from utils import Diverged, batchify, choose_device, get_batch, segments
 
 
 class TrainingState(Protocol):
@@ -28,35 +28,35 @@ class TrainingState(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     update: WeightUpdate
-    train_text: Tensor  # (n, B), this rank's columns
+    train_text: Tensor  # (n, B), the batch elements of this rank
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes, the same on every rank."""
+        """Returns everything that training changes, with the same value on every rank."""
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave; captured CUDA graphs are dropped."""
+        """Restores what `state_dict` returned, and drops captured CUDA graphs."""
 
     def template(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Those parts of a `state_dict` that have another form once training has begun."""
+        """Returns the parts of a `state_dict` that have another form once training has begun."""
 
     def validate(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError for a state that has the right form and that no run can have."""
+        """Raises ValueError for a state of the right form that no run can have."""
 
     def start_epoch(self) -> None:
-        """Forgets the hidden states of the epoch before."""
+        """Resets the hidden states to their initial values."""
 
     def interval_record(self) -> dict[str, Any]:
-        """What a log interval's record in metrics.jsonl has besides the loss."""
+        """Returns what the record of a log interval in metrics.jsonl has besides the loss."""
 
     def epoch_record(self) -> dict[str, Any]:
-        """What an epoch's record in metrics.jsonl has besides the losses."""
+        """Returns what the record of an epoch in metrics.jsonl has besides the losses."""
 
     def describe(self) -> str:
-        """A line for the log at each interval and epoch; empty for none."""
+        """Returns a line for the log at each interval and epoch; empty for none."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has saved its state."""
+    """Raised when the run was asked to stop and has saved its state."""
 
 
 class Experiment:
@@ -64,10 +64,10 @@ class Experiment:
 
     Args:
         kind: "search" or "train".
-        parser: of the script's flags.
+        parser: the parser of the script's flags.
         argv: the flags, None for those of the command line.
         texts_to_read: corpus, flags -> word ids (n,) and batch size of each text, by name.
-        reasons: what the run may be stopped by before its last epoch.
+        reasons: the reasons for which the run may be stopped before its last epoch.
     """
 
     def __init__(
@@ -97,17 +97,17 @@ class Experiment:
         self.checkpoints = checkpoint.CheckpointManager(
             self.run.folder, args.checkpoint_minutes, writes=self.ranks.is_main
         )
-        self.best, self.stopped_by, self.interrupted = float("inf"), "", False  # `best` is a validation loss
+        self.best, self.stopped_by, self.interrupted = float("inf"), "", False  # `best` is the lowest validation loss.
 
     def __enter__(self) -> "Experiment":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Lets other processes write to the run directory."""
+        """Releases the run directory, so that other processes may write to it."""
         self.run.release()
 
     def sharded(self, name: str) -> Tensor:
-        """This rank's columns (n, B / ranks) of a text."""
+        """Returns the batch elements of this rank, (n, B / ranks), of the text with this name."""
         return self.ranks.shard(self.texts[name], dim=1)
 
     # --- state ---
@@ -118,7 +118,7 @@ class Experiment:
         }  # fmt: skip
 
     def state_dict(self, state: TrainingState) -> dict[str, Any]:
-        """A checkpoint: what is trained, where the run stands, and what tells it from another run."""
+        """Returns a checkpoint: what is trained, the progress of the run, and what identifies it."""
         return {
             **resume.identity(self.kind, self.args, self.corpus, self.ranks.size), **state.state_dict(),
             **{name: part.state_dict() for name, part in self.parts().items()},
@@ -133,7 +133,10 @@ class Experiment:
         self.best, self.stopped_by = saved["best"], saved["stopped_by"]
 
     def start(self, state: TrainingState, *first_lines: str) -> None:
-        """Resumes from the state that was saved, or begins with these lines in the log; then config.json is written."""
+        """Resumes from the saved state, or begins a run and logs these lines; writes config.json.
+
+        Ends the script with exit code 2 if the saved state cannot be loaded.
+        """
         if self.saved:
             with resume.restoring(self.parser, self.run):
                 template = {**self.state_dict(state), **state.template(self.saved)}
@@ -149,7 +152,7 @@ class Experiment:
             return
         for line in first_lines:
             self.run.log(line)
-        if self.best < float("inf"):  # of weights that another run trained
+        if self.best < float("inf"):  # The weights were trained by another run.
             self.checkpoints.save_best(self.state_dict(state))
         self.checkpoints.save_last(self.state_dict(state))
 
@@ -157,7 +160,10 @@ class Experiment:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Trains inside: signals are obeyed, products have the --precision, running out of memory is explained."""
+        """Handles signals, sets the --precision of matrix products and explains out-of-memory errors inside the block.
+
+        An `Interrupted` that the block raises sets `interrupted` and goes no further.
+        """
         with StopSignal() as self.signal, matmul_precision(self.args.precision), startup.memory_explained(self.args):
             try:
                 yield
@@ -168,12 +174,13 @@ class Experiment:
         return self.progress.epoch > self.args.epochs or bool(self.stopped_by)
 
     def epochs(self) -> Iterator[int]:
-        """The number of each epoch that is left, the present one again after a rollback."""
+        """Yields the number of each epoch that is left; the present one again after a rollback."""
         while not self.is_finished():
             yield self.progress.epoch
 
     def segments(self, text: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets (T, B) of each segment of a text (n, B) that is left of this epoch, behind a bar."""
+        """Yields the inputs and targets (T, B) of each segment of a text (n, B) that is left of this epoch, with a
+        progress bar."""
         args = self.args
         lengths = segments(
             len(text), args.bptt, self.bptt_rng, args.bptt_std, args.max_seq_len_delta, start=self.progress.row
@@ -182,13 +189,13 @@ class Experiment:
             yield get_batch(text, i, seq_len)
 
     def set_lr(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives the optimizer the learning rate of the next step."""
+        """Sets the optimizer's learning rate for the next step."""
         self.schedule.set_rate(optimizer, self.progress.step, self.progress.position())
 
     def after_step(self, state: TrainingState, nll: Tensor, norm: Tensor, lr: float, seq_len: int) -> None:
-        """Counts a step with this loss (nats per word), gradient norm and scaled learning rate, and logs it when it is
-        time. Raises `Diverged`."""
-        state.optimizer.zero_grad(set_to_none=self.device.type == "cpu")  # on CUDA they stay where graphs write them
+        """Counts a step on a segment of `seq_len` time steps with this loss (nats per word), gradient norm and scaled
+        learning rate, and logs at each --log_interval. Raises `Diverged`."""
+        state.optimizer.zero_grad(set_to_none=self.device.type == "cpu")  # CUDA graphs write to the same tensors.
         self.progress.advance(nll, norm, (seq_len, self.args.batch_size), lr)
         self.monitor.add(nll, norm)
         if self.progress.step % self.args.log_interval == 0:
@@ -198,7 +205,10 @@ class Experiment:
                 self.run.log(line)
 
     def save_if_due(self, state: TrainingState) -> None:
-        """Saves the state after --checkpoint_minutes and when the run is asked to stop, then raising `Interrupted`."""
+        """Saves the state after --checkpoint_minutes, and when the run is asked to stop, then raising `Interrupted`.
+
+        Raises `Diverged` instead of saving weights that have diverged.
+        """
         stopping, due = self.ranks.all_reduce_any(self.signal.requested, self.checkpoints.due())
         if stopping or due:
             self.check_weights(state)
@@ -207,16 +217,16 @@ class Experiment:
             raise Interrupted
 
     def check_weights(self, state: TrainingState) -> None:
-        """Raises `Diverged` unless the present weights are fit to be saved."""
+        """Raises `Diverged` if a step, or the present weights' loss on the first training segment, has diverged."""
         beginning = state.train_text[: self.args.bptt + 1, : self.micro_batch_size]
         self.monitor.check_weights(self.evaluate(state.model, beginning, "train"))
 
     def evaluate(self, model: nn.Module, text: Tensor, name: str) -> float:
-        """Nats per word of a text (n, B), the same on every rank."""
+        """Returns the loss of a text (n, B), in nats per word, the same on every rank; the main rank evaluates it."""
         return self.ranks.broadcast_from_main(lambda: evaluate(model, text, self.args.bptt, name))
 
     def close_epoch(self, state: TrainingState, valid_loss: float) -> None:
-        """Logs the epoch, and saves the weights as best.pt if no epoch before had a lower validation loss."""
+        """Logs the epoch, and saves best.pt if its validation loss (nats per word) is the lowest so far."""
         lr = state.optimizer.param_groups[0]["lr"]
         self.progress.close_epoch(valid_loss, lr, **state.epoch_record())
         state.start_epoch()
@@ -227,8 +237,8 @@ class Experiment:
             self.run.log(line)
 
     def end_epoch(self, state: TrainingState, valid_loss: float, reason: str) -> None:
-        """Saves the state at an epoch's end, and ends the run if there is a reason to. Raises `Interrupted` where the
-        run is asked to stop."""
+        """Saves the state at the end of an epoch, and ends the run if `reason` is not empty. Raises `Interrupted` if
+        the run is asked to stop."""
         self.schedule.close_epoch(valid_loss)
         self.stopped_by = reason
         if reason:
@@ -239,8 +249,8 @@ class Experiment:
 
     @contextmanager
     def rollback_on_divergence(self, state: TrainingState) -> Iterator[None]:
-        """When training diverges inside, goes back to the last checkpoint with --backoff times the learning rate and
-        other random numbers; raises RunError after --max_rollbacks of them."""
+        """Goes back to the last checkpoint when training diverges inside the block, with --backoff times the learning
+        rate and other random numbers; raises RunError after --max_rollbacks such rollbacks."""
         try:
             yield
         except Diverged as fault:
@@ -261,7 +271,7 @@ class Experiment:
     # --- the end ---
 
     def overfit(self, state: TrainingState) -> None:
-        """Trains on one batch alone, for --overfit."""
+        """Trains on a single batch and logs the result, for --overfit."""
         args = self.args
         with matmul_precision(args.precision), startup.memory_explained(args):
             self.run.log(overfit(
@@ -270,15 +280,15 @@ class Experiment:
             ))  # fmt: skip
 
     def exit_interrupted(self) -> int:
-        """Says how to resume; returns the exit code of an interrupted run."""
+        """Logs the command that resumes the run; returns the exit code of an interrupted run."""
         return self.run.interrupted(self.ranks.command(self.parser.prog))
 
     def perplexity(self, model: nn.Module, name: str) -> float:
-        """Of a text by its name, measured by this process alone."""
+        """Returns the perplexity of the text with this name, measured by this process alone."""
         return perplexity(evaluate(model, self.texts[name], self.args.bptt, name))
 
     def write_result(self, **result: Any) -> None:
-        """Writes result.json."""
+        """Writes result.json, with `result` among its entries."""
         self.run.write("result.json", {
             "kind": self.kind, "epochs": self.progress.epoch - 1, "steps": self.progress.step,
             "seconds": self.progress.elapsed(), **result, "stopped_by": self.stopped_by or "epochs",

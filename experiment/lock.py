@@ -1,4 +1,4 @@
-"""One writer for a run directory: a lock that the operating system takes back when its process ends, in any way."""
+"""A lock that lets one process write to a run directory; the operating system releases it when that process ends."""
 
 import fcntl
 import json
@@ -12,13 +12,15 @@ NAME = "lock"
 
 
 class Locked(Exception):
-    """Another process writes to the directory; the message says which."""
+    """Raised when another process holds the lock of a directory; the message names both."""
 
 
 class Lock:
-    """Held from its making to the end of the process, or to `release`. Raises `Locked`.
+    """Locks `folder` until `release` or the end of the process, and writes the process and host to its lock file.
 
-    The file stays when the lock is gone; what it says counts for nothing then.
+    The file stays when the lock is released, and its content has no meaning then. On a file system without locks it
+    prints a note and locks nothing. Raises `Locked` if another process holds the lock, OSError that names the file if
+    it cannot be written.
     """
 
     def __init__(self, folder: Path):
@@ -29,7 +31,7 @@ class Lock:
             owner = said(self.file)
             self.file.close()
             raise Locked(f"{folder} is in use by {owner}") from error
-        except OSError as error:  # a file system that has no locks
+        except OSError as error:  # The file system has no locks.
             print(f"note: {folder} cannot be locked ({error.strerror}); let one process at a time use it",
                   file=sys.stderr)  # fmt: skip
         try:
@@ -44,7 +46,7 @@ class Lock:
 
 
 def owner(folder: Path) -> str | None:
-    """Which process writes to the directory; None if none does."""
+    """Returns the process that holds the lock of `folder`, for a message; None if none does or there are no locks."""
     try:
         with open(folder / NAME, encoding="utf-8") as file:
             try:
@@ -52,12 +54,12 @@ def owner(folder: Path) -> str | None:
             except BlockingIOError:
                 return said(file)
     except OSError:
-        pass  # no such file, or no locks
+        pass  # There is no lock file, or the file system has no locks.
     return None
 
 
 def said(file: TextIO) -> str:
-    """The process that a lock file names."""
+    """Returns the process and host that an open lock file names, for a message."""
     file.seek(0)
     try:
         holder = json.loads(file.read(1000))

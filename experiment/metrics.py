@@ -1,6 +1,6 @@
-"""What runs and studies have written down, as it is read again: by a study that goes on, a report, a picture.
+"""Reads the results, metrics and events that runs and studies have written, for resumed studies, reports and pictures.
 
-A directory may be half written, damaged or a stranger's: what cannot be used is passed over, and nothing raises.
+A directory may be incomplete, damaged or from an unknown source: what cannot be used is skipped, and nothing raises.
 """
 
 import json
@@ -12,11 +12,11 @@ from typing import Any
 from genotypes import GenotypeError, cell_from_json
 
 EVENTS = "events.jsonl"
-LARGEST = 2**1023  # a float holds it; infinity and what is no number are not below
+LARGEST = 2**1023  # A float can hold this; infinity, NaN and integers too large for a float are not below it.
 
 
 def result(folder: Path) -> dict[str, Any] | None:
-    """result.json of a run; None before its end, and for a damaged one, which the run writes again when it goes on."""
+    """Returns result.json of a run; None before the run ends and for a damaged file, which a resumed run rewrites."""
     found = read_json(folder / "result.json") or {}
     try:
         cell_from_json(found["genotype"])
@@ -27,12 +27,12 @@ def result(folder: Path) -> dict[str, Any] | None:
 
 
 def is_number(value: Any) -> bool:
-    """Finite, and not a truth value."""
+    """Returns whether `value` is a finite int or float; a bool is not."""
     return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """An object from a file that is written whole or not at all; None if it is not there."""
+    """Returns the object in a JSON file that is written atomically; None if the file is missing or holds no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -41,14 +41,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Of metrics.jsonl, but for a line that is being written."""
+    """Yields the records of metrics.jsonl that have a kind and a time; a line that is being written is skipped."""
     for row in lines(folder / "metrics.jsonl"):
         if isinstance(row.get("kind"), str) and is_number(row.get("seconds")):
             yield row
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that has one on a line; what is none is passed over."""
+    """Yields the JSON objects of a file with one on each line; every other line, and a missing file, is skipped."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -60,13 +60,13 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def epochs(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the epochs that are behind."""
+    """Returns the records of the completed epochs of a run."""
     of_epochs = (row for row in rows(folder) if row["kind"] == "epoch")
     return [row for row in of_epochs if is_number(row.get("valid_ppl")) and type(row.get("epoch")) is int]
 
 
 def seconds(folder: Path) -> float:
-    """Of work on a run so far, as far as it has said."""
+    """Returns the seconds of work on a run up to its last record; 0 if there is none."""
     return max((row["seconds"] for row in rows(folder)), default=0.0)
 
 
@@ -74,7 +74,7 @@ def seconds(folder: Path) -> float:
 
 
 def events(study: Path) -> list[dict[str, Any]]:
-    """The rows of events.jsonl, but for one that a full disk cut off."""
+    """Returns the complete events of a study's events.jsonl; a line that a full disk truncated is skipped."""
     rows = (
         row for row in lines(study / EVENTS) if isinstance(row.get("trial"), str) and isinstance(row.get("event"), str)
     )

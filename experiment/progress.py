@@ -1,4 +1,4 @@
-"""Where a run stands and what its user sees of it: a bar, a log line at each interval, rows of metrics."""
+"""Tracks the progress of a run and reports it: a progress bar, a log line at each interval, records of metrics."""
 
 import math
 import time
@@ -18,21 +18,27 @@ from utils import Diverged
 class Progress:
     """Counts epochs, steps and tokens, and averages the training loss.
 
-    The running sums stay on the device; they are read once a second at most for the bar, and at the log
-    interval, so that a GPU is not waited for at every step.
+    The running sums stay on the device. They are read at the log interval, and at most once a second for the bar, so
+    that the host does not wait for a GPU at every step.
+
+    Args:
+        run: the run directory that logs and records.
+        device: holds the running sums.
+        epochs: the number of epochs of the whole run.
+        epoch_rows: the number of time steps of an epoch.
     """
 
     def __init__(self, run: Run, device: torch.device, epochs: int, epoch_rows: int):
         self.run, self.epochs, self.epoch_rows = run, epochs, epoch_rows
-        self.epoch, self.row, self.step = 1, 0, 0  # row: where the next segment of the text starts
-        self.seconds = 0.0  # of all processes that worked on this run, as far as metrics.jsonl has them
+        self.epoch, self.row, self.step = 1, 0, 0  # `row` is the time step at which the next segment starts.
+        self.seconds = 0.0  # This includes earlier processes of a resumed run, up to the last record kept.
         self.interval = Sum(device)
-        self.norm = Sum(device)  # of the gradient, step by step
-        self.whole = Sum(device)  # since the epoch began
+        self.norm = Sum(device)  # This sums the gradient norm of each step.
+        self.whole = Sum(device)  # This sums the loss since the epoch began.
         self.clock = self.shown = time.perf_counter()
 
     def track(self, segments: Iterable[tuple[int, int]], columns: int) -> Iterator[tuple[int, int]]:
-        """The segments, behind a bar that counts tokens."""
+        """Yields the segments, and shows a progress bar that counts tokens; `columns` is the batch size."""
         self.bar = tqdm(
             desc=f"epoch {self.epoch}/{self.epochs}", total=self.epoch_rows * columns, initial=self.row * columns,
             unit="tok", unit_scale=True, leave=False, disable=self.run.disable_progress_bar, dynamic_ncols=True,
@@ -42,7 +48,7 @@ class Progress:
             yield from segments
 
     def advance(self, nll: Tensor, norm: Tensor, shape: tuple[int, int], lr: float) -> None:
-        """One weight step was taken on a (T, B) segment with this loss (nats per word) and norm of the gradient."""
+        """Counts a weight step on a segment of shape (T, B) with this loss (nats per word) and gradient norm."""
         rows, columns = shape
         self.norm.add(norm, 1)
         self.interval.add(nll, rows * columns)
@@ -56,7 +62,7 @@ class Progress:
             self.bar.set_postfix_str(f"loss {loss:.3f}, ppl {perplexity(loss):.1f}, lr {lr:.3g}")
 
     def close_interval(self, lr: float, **extra: Any) -> None:
-        """Log the mean loss and norm of the gradient since the last time, with extra columns for metrics.jsonl."""
+        """Logs and records the mean loss and gradient norm since the last call; `extra` is added to the record."""
         loss, norm, seconds = self.interval.mean(), self.norm.mean(), self.elapsed()
         since, tokens = self.tick
         speed = (self.interval.tokens - tokens) / (time.perf_counter() - since)
@@ -74,21 +80,24 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside does not count as time that steps took, for the tokens per second."""
+        """Excludes the time spent inside the block from the logged tokens per second."""
         clock = time.perf_counter()
         yield
         since, tokens = self.tick
         self.tick = (since + time.perf_counter() - clock, tokens)
 
     def close_diagnosis(self, signal: NamedTuple) -> None:
-        """Log what a search was found to follow, and record it by its names."""
+        """Logs a diagnosis of a search's alpha gradients, and records each of its fields by name."""
         self.run.log(str(signal))
         self.run.record(
             kind="diagnosis", epoch=self.epoch, step=self.step, seconds=self.elapsed(), **signal._asdict()
         )  # fmt: skip
 
     def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
-        """Log the epoch's training loss and the validation loss, and go on to the next epoch."""
+        """Logs and records the training loss and the validation loss (nats per word) of an epoch, and begins the next.
+
+        Raises `Diverged` if the validation perplexity is not finite.
+        """
         loss, valid_ppl = self.whole.mean(), perplexity(valid_loss)
         if not math.isfinite(valid_ppl):
             raise Diverged(f"the validation loss is {valid_loss:.4g}")
@@ -96,7 +105,7 @@ class Progress:
         left = seconds / self.epoch * (self.epochs - self.epoch)
         self.run.log(
             f"epoch {self.epoch}/{self.epochs} done | train ppl {perplexity(loss):.2f} | valid loss {valid_loss:.4f}"
-            f" | valid ppl {valid_ppl:.2f}{note} | {tqdm.format_interval(seconds)} gone,"
+            f" | valid ppl {valid_ppl:.2f}{note} | {tqdm.format_interval(seconds)} elapsed,"
             f" {tqdm.format_interval(left)} left"
         )
         self.run.record(
@@ -107,11 +116,11 @@ class Progress:
         self.epoch, self.row = self.epoch + 1, 0
 
     def position(self) -> float:
-        """Epochs behind, the present one by the share of its text that has been read."""
+        """Returns the number of epochs so far, with the present one counted by the share of its text that was read."""
         return self.epoch - 1 + self.row / self.epoch_rows
 
     def elapsed(self) -> float:
-        """Seconds of work on this run so far."""
+        """Returns the seconds of work on this run so far, over all its processes."""
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         return self.seconds
@@ -128,7 +137,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; rows of metrics that were written after it are cut off, to be written again."""
+        """Restores a state; records of metrics.jsonl that are newer are removed, since they will be written again."""
         self.epoch, self.row, self.step = (state[key] for key in ("epoch", "row", "step"))
         self.interval.load_state_dict(state["interval"])
         self.norm.load_state_dict(state["norm"])
@@ -137,18 +146,18 @@ class Progress:
 
 
 class Sum:
-    """A loss summed over tokens (or a norm over steps); the sum stays on the device until its mean is asked for."""
+    """Sums a loss over tokens, or a norm over steps; the sum stays on the device until `mean` reads it."""
 
     def __init__(self, device: torch.device):
         self.total, self.tokens = torch.zeros((), dtype=torch.float64, device=device), 0
 
     def add(self, nll: Tensor, tokens: int) -> None:
-        """A mean over so many tokens."""
+        """Adds `nll`, a mean over this many tokens."""
         self.total += nll.double() * tokens
         self.tokens += tokens
 
     def mean(self) -> float:
-        """Loss per token; 0 before the first."""
+        """Returns the mean per token; 0 before the first."""
         return self.total.item() / max(self.tokens, 1)
 
     def reset(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from experiment.lock import Lock
+from utils import atomic_write
 
 
 def new_folder(kind: str) -> Path:
@@ -136,13 +137,9 @@ class Run:
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file atomically: it is complete or unchanged. Raises OSError that names the file."""
         path = self.folder / name
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with atomic_write(path) as file:
+                file.write(text.encode())
         except OSError as error:
             raise with_filename(error, path) from error
 

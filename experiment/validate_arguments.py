@@ -1,4 +1,4 @@
-"""What cannot be used of a script's flags: one check that reports every fault at once, each as a line for a person."""
+"""Checks the flags of a script and reports every fault at once, each in one line that names the flag and a remedy."""
 
 import math
 import os
@@ -14,12 +14,15 @@ from experiment import lock
 from genotypes import GenotypeError, resolve_cell
 from training.optimizers import LIKE_SGD
 
-LARGEST = 2**31  # of a flag that is a whole number
-LARGEST_NUMBER = 1e38  # of any other: that float32 holds
+LARGEST = 2**31  # An integer flag must be below this.
+LARGEST_NUMBER = 1e38  # A float flag must be at most this, so that float32 can hold it.
 
 
 def validate(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
-    """Every fault of the flags, one line each; an empty list if they can be used. `defaults` gives that of a flag."""
+    """Returns every fault of the flags, one line each; an empty list if they can be used.
+
+    defaults: name of a flag -> its default.
+    """
     return [
         *number_faults(args), *size_faults(args), *strategy_faults(args), *idle_faults(args, defaults),
         *device_faults(args.device), *run_faults(args), *precision_faults(args),
@@ -27,7 +30,7 @@ def validate(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
 
 
 def number_faults(args: Namespace) -> list[str]:
-    """Numbers out of their range."""
+    """Returns a fault for each number that is out of its range."""
     ranges = {
         "at least 1": (
             lambda x: x >= 1,
@@ -73,12 +76,12 @@ def number_faults(args: Namespace) -> list[str]:
 
 
 def normalises_over_rows(args: Namespace) -> bool:
-    """Whether these are the flags of a search whose cell has batch normalisation."""
+    """Returns whether these are the flags of a search whose cell has batch normalisation."""
     return getattr(args, "norm", None) == "batch"
 
 
 def size_faults(args: Namespace) -> list[str]:
-    """Sizes that do not fit together."""
+    """Returns a fault for each pair of sizes that do not fit together."""
     faults = []
     if not args.emsize == args.nhid == args.nhidlast:
         faults.append(
@@ -95,13 +98,14 @@ def size_faults(args: Namespace) -> list[str]:
         )
     if normalises_over_rows(args) and args.small_batch_size == 1:
         faults.append(
-            "--small_batch_size 1: --norm batch normalises over the rows and needs at least 2 at a time; take more, or "
-            "--norm layer"
+            "--small_batch_size 1: --norm batch normalises over the batch and needs at least 2 elements at a time; "
+            "take more, or --norm layer"
         )
     return faults
 
 
-# What has no effect but with other flags: named in the message, and whether they are given.
+# Maps each flag that needs other flags to have an effect to these, as the message names them, and to whether they are
+# given.
 INEFFECTIVE_FLAGS = {
     "momentum": ("--optimizer momentum", lambda a: a.optimizer == "momentum"),
     "nonmono": ("--optimizer ntasgd or --finetune", lambda a: a.optimizer == "ntasgd" or a.finetune),
@@ -121,7 +125,7 @@ INEFFECTIVE_FLAGS = {
 
 
 def idle_faults(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
-    """Flags that were given and would have no effect."""
+    """Returns a fault for each flag that differs from its default and would have no effect."""
     return [
         f"--{name} {getattr(args, name)}: is for {needs}; add that or leave it out"
         for name, (needs, is_given) in INEFFECTIVE_FLAGS.items()
@@ -130,15 +134,15 @@ def idle_faults(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
 
 
 def strategy_faults(args: Namespace) -> list[str]:
-    """Strategies that do not go together."""
+    """Returns a fault for each combination of strategies that is not possible."""
     faults = []
     if args.warmup and args.warmup_shape == "exponential" and args.warmup_start == 0:
         faults.append("--warmup_start 0: an exponential warm-up starts above 0; give one, or --warmup_shape linear")
     if args.final_lr > args.lr > 0:
-        faults.append(f"--final_lr {args.final_lr:g}: is above --lr {args.lr:g}, and a rate falls; take a smaller one")
+        faults.append(f"--final_lr {args.final_lr:g}: is above --lr {args.lr:g}, but the rate only falls; take less")
     if args.overfit:
         faults += [
-            f"--{name} {value}: has no part in --overfit; leave it out"
+            f"--{name} {value}: has no effect with --overfit; leave it out"
             for name in ("rdrop", "fraternal", "alpha", "warmup", "schedule", "patience")
             if (value := getattr(args, name, 0)) not in (0, "constant")
         ]
@@ -152,21 +156,24 @@ def strategy_faults(args: Namespace) -> list[str]:
             )
         if args.unrolled and args.optimizer not in LIKE_SGD:
             faults.append(
-                f"--unrolled: its virtual step is one of SGD, which --optimizer {args.optimizer} does not take; use "
+                f"--unrolled: its virtual step is a step of SGD, unlike those of --optimizer {args.optimizer}; use "
                 f"{', '.join(LIKE_SGD)}, or leave --unrolled out"
             )
         return faults
     rates = (args.dropout, args.dropouth, args.dropoutx, args.dropouti, args.dropoute)
     for name in ("rdrop", "fraternal"):
         if getattr(args, name) > 0 and not any(rates):
-            faults.append(f"--{name}: compares two passes with other dropout masks, and nothing is dropped")
+            faults.append(
+                f"--{name}: compares two passes with different dropout masks, but all dropout rates are 0; set one, or"
+                " leave it out"
+            )
     if args.finetune and args.optimizer != "asgd":
         faults.append(f"--finetune: averages from its first step on; leave out --optimizer {args.optimizer}")
     return faults
 
 
 def rank_faults(args: Namespace, ranks: int, on_this_machine: int) -> list[str]:
-    """What so many processes cannot share."""
+    """Returns a fault for each flag that does not allow `ranks` ranks, `on_this_machine` of them on this machine."""
     if ranks == 1 or args.batch_size < 1 or args.small_batch_size < 1:
         return []
     faults = []
@@ -176,17 +183,18 @@ def rank_faults(args: Namespace, ranks: int, on_this_machine: int) -> list[str]:
         faults.append(f"--batch_size {args.batch_size}: must divide evenly among {ranks} ranks")
     elif rows % min(rows, args.small_batch_size):
         faults.append(
-            f"--small_batch_size {args.small_batch_size}: must divide the {rows} rows that each of {ranks} ranks has"
+            f"--small_batch_size {args.small_batch_size}: must divide the {rows} batch elements of each of {ranks}"
+            " ranks"
         )
     elif arch_rest or arch_rows % min(rows, args.small_batch_size):
         faults.append(
             f"--arch_batch_size {args.arch_batch_size}: must divide evenly among {ranks} ranks, into multiples of the"
-            f" {min(rows, args.small_batch_size)} rows that each has at a time"
+            f" {min(rows, args.small_batch_size)} batch elements that each computes at a time"
         )
     elif rows == 1 and normalises_over_rows(args):
         faults.append(
-            f"--batch_size {args.batch_size}: --norm batch normalises over the rows and needs at least 2 on each of"
-            f" {ranks} ranks; take more, or --norm layer"
+            f"--batch_size {args.batch_size}: --norm batch normalises over the batch and needs at least 2 elements on"
+            f" each of {ranks} ranks; take more, or --norm layer"
         )
     if args.overfit:
         faults.append("--overfit: is for one process; start it without torchrun")
@@ -201,7 +209,7 @@ def rank_faults(args: Namespace, ranks: int, on_this_machine: int) -> list[str]:
 
 
 def device_faults(name: str) -> list[str]:
-    """A device that is not there."""
+    """Returns a fault if the device has an unknown name or this machine lacks it; an empty list otherwise."""
     if name in ("auto", "cpu"):
         return []
     kind, _, index = name.partition(":")
@@ -214,7 +222,7 @@ def device_faults(name: str) -> list[str]:
 
 
 def precision_faults(args: Namespace) -> list[str]:
-    """A precision that the engine or the device does not have."""
+    """Returns a fault if the engine or the device does not have the precision; an empty list otherwise."""
     if args.precision == "bf16" and args.engine == "eager":
         return ["--precision bf16: is for --engine fused; --engine eager computes in fp32 or tf32"]
     if args.precision == "tf32" and (args.device == "cpu" or not torch.cuda.is_available()):
@@ -223,12 +231,13 @@ def precision_faults(args: Namespace) -> list[str]:
 
 
 def holds_work(path: Path) -> bool:
-    """Whether a file in a run directory is more than what an end before the first step leaves behind."""
+    """Returns whether a file in a run directory is more than the lock or a temporary file, which are all that a run
+    leaves if it ends before its first step."""
     return path.name != lock.NAME and not path.name.endswith(".tmp")
 
 
 def run_faults(args: Namespace) -> list[str]:
-    """A run directory or an architecture that cannot be used."""
+    """Returns a fault for --save, --arch and --tensorboard each, if the directory, cell or package cannot be used."""
     folder, faults = Path(args.save), []
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -240,7 +249,7 @@ def run_faults(args: Namespace) -> list[str]:
             faults.append(f"--save {folder}: in use by {process}; take another")
         elif not args.resume and there == folder and any(holds_work(path) for path in folder.iterdir()):
             faults.append(f"--save {folder}: holds files already; add --resume to continue a run, or take another")
-    except OSError as error:  # a folder that may not be looked into, or a name that no folder can have
+    except OSError as error:  # The folder cannot be read, or no folder can have this name.
         faults.append(f"--save {folder}: cannot be used ({error.strerror})")
     if "arch" in vars(args):
         try:

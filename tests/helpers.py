@@ -1,4 +1,4 @@
-"""What tests of whole runs share: a made-up language to train on, and what a run leaves behind."""
+"""Helpers of several tests: a synthetic corpus, readers of a run's files and synthetic records of metrics.jsonl."""
 
 import json
 import math
@@ -10,13 +10,14 @@ from genotypes import PRIMITIVES
 from training.diagnostics import Signal
 
 ROOT = Path(__file__).parent.parent
-# Flags of a model so small that a run of either script takes a second.
+# These flags give a model so small that a run of either script takes a second.
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu".split()
-TIMES = {"seconds", "tokens_per_s"}  # of what is compared, all that may differ
+TIMINGS = {"seconds", "tokens_per_s"}  # equal runs may differ in these values alone
 
 
 def write_corpus(folder, **lines):
-    """train.txt, valid.txt and test.txt of so many lines of nine words; the words are not equally likely."""
+    """Writes train.txt, valid.txt and test.txt with the given numbers of lines; each line has nine words, and the words
+    are not equally likely."""
     rng = random.Random(0)
     for split, count in lines.items():
         text = "\n".join(" ".join(rng.choices("abcdefgh", weights=range(8, 0, -1), k=9)) for _ in range(count))
@@ -24,35 +25,35 @@ def write_corpus(folder, **lines):
     return folder
 
 
-def untimed(row):
-    return {key: value for key, value in row.items() if key not in TIMES}
+def without_timings(record):
+    return {key: value for key, value in record.items() if key not in TIMINGS}
 
 
-def rows(folder, kind=None):
-    """Of metrics.jsonl; all, or those of a kind."""
-    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [row for row in found if kind in (None, row["kind"])]
+def read_records(folder, kind=None):
+    """Returns the records of a run's metrics.jsonl: all of them, or those of one kind."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if kind in (None, record["kind"])]
 
 
 def outcome(folder):
-    """All that a run leaves, but for what tells the time."""
-    found = {name: (folder / name).read_bytes() for name in ("last.pt", "best.pt", "genotype.json")
+    """Returns the contents of a run's files without the timings, so that two runs can be compared bit by bit."""
+    files = {name: (folder / name).read_bytes() for name in ("last.pt", "best.pt", "genotype.json")
              if (folder / name).exists()}  # fmt: skip
-    found["result.json"] = untimed(json.loads((folder / "result.json").read_text()))
-    assert list(folder.glob(".*")) == []  # nothing half written is left
-    found["metrics.jsonl"] = list(map(untimed, rows(folder)))
-    return found
+    files["result.json"] = without_timings(json.loads((folder / "result.json").read_text()))
+    assert list(folder.glob(".*")) == []  # no temporary file is left
+    files["metrics.jsonl"] = list(map(without_timings, read_records(folder)))
+    return files
 
 
-def write_rows(folder, rows):
-    """metrics.jsonl of these."""
+def write_records(folder, records):
+    """Writes the records to metrics.jsonl in a folder, which it creates, and returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
 def most_likely(probabilities):
-    """The cell that alphas point to, by loops, as JSON."""
+    """Derives the most likely cell from the probabilities of the edges, with plain loops, as JSON."""
     recurrent, edge = [], 0
     while edge < len(probabilities):
         best = None
@@ -65,9 +66,9 @@ def most_likely(probabilities):
     return {"recurrent": recurrent, "concat": list(range(1, len(recurrent) + 1))}
 
 
-def search_rows(epochs, each=2, nodes=8, seed=0, diagnosed=True):
-    """Rows of metrics.jsonl such as a search writes, of alphas that wander."""
-    rng, found, step = random.Random(seed), [], 0
+def search_records(epochs, each=2, nodes=8, seed=0, diagnosed=True):
+    """Returns records such as a search writes to metrics.jsonl; the alphas follow a random walk."""
+    rng, records, step = random.Random(seed), [], 0
     alphas = [[rng.gauss(0, 0.01) for _ in PRIMITIVES] for _ in range(nodes * (nodes + 1) // 2)]
     for epoch in range(1, epochs + 1):
         for k in range(each + 1):
@@ -75,26 +76,27 @@ def search_rows(epochs, each=2, nodes=8, seed=0, diagnosed=True):
             alphas = [[a + rng.gauss(0, 0.1) for a in edge] for edge in alphas]
             powers = [[math.exp(a) for a in edge] for edge in alphas]
             probabilities = [[round(p / sum(edge), 5) for p in edge] for edge in powers]
-            row = {
+            record = {
                 "epoch": epoch, "step": step, "seconds": 0.5 * step, "lr": 20 / epoch / (1 + k),
                 "loss": 7 - 0.01 * step, "ppl": math.exp(7 - 0.01 * step), "genotype": most_likely(probabilities),
                 "probabilities": probabilities,
             }  # fmt: skip
             if k < each:
-                found.append(
-                    {"kind": "interval", **row, "rate": 20 / epoch, "norm": rng.uniform(0.1, 3), "tokens_per_s": 1e4}
+                records.append(
+                    {"kind": "interval", **record, "rate": 20 / epoch, "norm": rng.uniform(0.1, 3), "tokens_per_s": 1e4}
                 )
             else:
                 valid = 6.9 - 0.01 * step
-                found.append({"kind": "epoch", **row, "valid_loss": valid, "valid_ppl": math.exp(valid)})
+                records.append({"kind": "epoch", **record, "valid_loss": valid, "valid_ppl": math.exp(valid)})
         if diagnosed:
             values = {name: rng.uniform(0.1, 1) for name in Signal._fields}
-            found.append({"kind": "diagnosis", "epoch": epoch, "step": step, "seconds": 0.5 * step, **values})
-    return found
+            records.append({"kind": "diagnosis", "epoch": epoch, "step": step, "seconds": 0.5 * step, **values})
+    return records
 
 
-def train_rows(epochs, first=300.0, last=70.0, averaged=None):
-    """Such as a retraining writes, averaging its weights after so many epochs."""
+def train_records(epochs, first=300.0, last=70.0, averaged=None):
+    """Returns records such as a retraining writes to metrics.jsonl; from epoch `averaged` + 1 on it averages its
+    weights."""
     values = [first * (last / first) ** (epoch / epochs) for epoch in range(1, epochs + 1)]
     return [
         {"kind": "epoch", "epoch": epoch, "step": 50 * epoch, "seconds": 9.0 * epoch, "loss": math.log(value), "lr": 20,
@@ -105,17 +107,17 @@ def train_rows(epochs, first=300.0, last=70.0, averaged=None):
 
 
 def finish(process):
-    """What a process said that ended well."""
+    """Waits for a process, asserts that its exit code is 0 and returns its output."""
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return out
 
 
 def wait_for(holds, process, seconds=120):
-    """What `holds` gives once that is true, while the process runs."""
+    """Polls `holds` while the process runs, until its value is true, and returns that value."""
     until = time.monotonic() + seconds
-    while not (found := holds()):
+    while not (value := holds()):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.01)
-    return found
+    return value

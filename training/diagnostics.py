@@ -1,7 +1,7 @@
-"""Is there a signal? What a search can be asked about the gradient that its alphas follow, while it runs.
+"""Measures, while a search runs, whether the gradient that its alphas follow contains a signal.
 
-A measurement draws batches, masks and states of its own and leaves no trace: a search with `--diagnose_every` takes
-the very steps of one without.
+A measurement samples batches, masks and states of its own and changes nothing in the search: a search with
+`--diagnose_every` takes exactly the steps of one without.
 """
 
 import math
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from architect import Architect, perturbed, requires_grad_only
-from data import get_batch
 from engine import Engine
 from engine.dropout import FrozenReLU, Masks
 from engine.matmul import matmul_precision
@@ -23,27 +22,40 @@ from genotypes import PRIMITIVES, Genotype
 from model_search import RNNModelSearch
 from training.evaluation import evaluate
 from training.losses import Batch, MicroBatches
+from utils import get_batch
 
-BATCHES = 3  # pairs of a training and a validation batch whose alpha gradients are compared
-ROWS = 32  # of a batch for what is differentiated twice, which holds its whole graph
-SEGMENTS = 20  # of validation text for the gap between the relaxed and the discretised model
-PRODUCTS = 20  # Hessian-vector products for an eigenvalue
-PROBES = 4  # random directions for the sensitivity
-ONE_HOT_LOGIT = 50.0  # a logit that softmax makes 1 of, to the last digit of float32
+BATCHES = 3  # The alpha gradients of this many pairs of a training and a validation batch are compared.
+ROWS = 32  # A batch that is differentiated twice has at most this many elements, since its whole graph is in memory.
+SEGMENTS = 20  # The relaxed and the discretised model are compared on this many segments of validation text.
+PRODUCTS = 20  # An eigenvalue is computed from at most this many Hessian-vector products.
+PROBES = 4  # The sensitivity is estimated from this many random directions.
+ONE_HOT_LOGIT = 50.0  # The softmax of this logit, where all others are 0, is 1 to the last digit of float32.
 
 
 class Signal(NamedTuple):
-    """One measurement; None where there is no such part, or no finite number."""
+    """Holds one measurement, in which None stands for a missing implicit part or for a number that is not finite.
 
-    cosine_direct: float | None  # mean cosine between the alpha gradients of independent batches
+    Args:
+        cosine_direct: the mean cosine between the direct parts of the alpha gradients of independent batches.
+        cosine_implicit: the same mean for the implicit parts.
+        cosine_whole: the same mean for direct - implicit, which the alphas follow.
+        norm_ratio: the mean ratio of the norm of the implicit part to that of the direct part.
+        product_cosine: the cosine between the finite and the exact implicit part of one batch.
+        eigenvalue: the eigenvalue of largest magnitude of the Hessian of L_valid in alpha.
+        sensitivity: the root mean square growth of a small change of the state over one segment.
+        relaxed_loss: the loss of the relaxed model in nats per word of validation text.
+        discrete_loss: the same loss with the genotype in place of the mixture of primitives and the same weights.
+    """
+
+    cosine_direct: float | None
     cosine_implicit: float | None
-    cosine_whole: float | None  # of direct - implicit, what the alphas follow
-    norm_ratio: float | None  # implicit to direct
-    product_cosine: float | None  # of the finite to the exact implicit part, on one batch
-    eigenvalue: float | None  # of the Hessian of L_valid in alpha, the largest in magnitude
-    sensitivity: float | None  # root mean square growth of a small change of the state over one segment
-    relaxed_loss: float | None  # nats per word of validation text
-    discrete_loss: float | None  # with the genotype in the place of the mixture, same weights
+    cosine_whole: float | None
+    norm_ratio: float | None
+    product_cosine: float | None
+    eigenvalue: float | None
+    sensitivity: float | None
+    relaxed_loss: float | None
+    discrete_loss: float | None
 
     def __str__(self) -> str:
         return "signal: " + " | ".join(
@@ -52,18 +64,20 @@ class Signal(NamedTuple):
 
 
 class Diagnosis:
-    """Measures a search at its present weights.
+    """Measures the signal of a search at its present weights.
 
     Args:
-        model: behind the engine that searches.
-        architect_of: the model behind some engine, rows of a batch at a time and kind of product (None in first order)
-            -> an Architect on its weights and alphas with the search's own losses.
-        hessian: the kind that the search takes.
-        texts: word ids of the weights' and the alphas' text, (n, B) with the rows of this rank, and of validation.
-        rows_at_once: of a batch, as the search takes them.
-        bptt: length of every segment.
-        seed: of what is drawn, with the step.
-        seed_masks: seeds the generator of the masks, which are other ones on every rank.
+        model: the model that is searched, with the engine of the search.
+        architect_of: a function of the model with some engine, the size of a micro-batch and the kind of
+            Hessian-vector product (None in first order), which returns an `Architect` on the model's weights and alphas
+            with the search's own losses.
+        hessian: the kind of Hessian-vector product in the search: "finite", "exact", or None in first order.
+        texts: the word ids (n, B) of the weights' text and of the alphas' text, both with the batch elements of this
+            rank, and of the validation text.
+        micro_batch_size: the number of batch elements that the search computes at a time.
+        bptt: the length of every segment.
+        seed: the seed of everything that is sampled, after the step is added to it.
+        seed_masks: a function that seeds the generator of the masks, which differ from rank to rank.
     """
 
     def __init__(
@@ -81,22 +95,25 @@ class Diagnosis:
         self.train, self.alphas_text, self.valid = texts
         self.rows = min(ROWS, micro_batch_size)
         self.architect = architect_of(model, micro_batch_size, hessian)
-        precise = model.with_engine(Engine(model.engine.name))  # what is compared is small
+        precise = model.with_engine(Engine(model.engine.name))  # The compared parts are small and need full precision.
         kinds = ("finite", "exact") if hessian else ()
         self.by_product = {kind: architect_of(precise, self.rows, kind) for kind in kinds}
 
     def measure(
         self, step: int, genotype: Genotype, eta: float | Tensor, velocity: list[Tensor] | None = None
     ) -> Signal:
-        """At the alpha step that would follow now; `step` seeds what is drawn, `genotype` is what the search would end
-        with, eta and velocity as in `Architect`."""
+        """Returns the measurement of the alpha step that would follow now.
+
+        `step` seeds what is sampled, `genotype` is the one with which the search would end now, and `eta` and
+        `velocity` are the arguments of `Architect.step`.
+        """
         cuda = [self.train.device] if self.train.is_cuda else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(self.seed + step)
             self.seed_masks(self.seed + step)
-            rng = torch.Generator().manual_seed(self.seed + step)  # the same on every rank
+            rng = torch.Generator().manual_seed(self.seed + step)  # It is the same on every rank.
             agreement = self.agreement(rng, eta, velocity)
-            with matmul_precision("fp32"):  # whatever the search takes
+            with matmul_precision("fp32"):  # It replaces the precision of the search.
                 product_cosine = self.product_cosine(rng, eta, velocity)
                 eigenvalue = dominant_eigenvalue(self.hessian_product(rng), self.model.alphas)
                 change = sensitivity(self.model, self.batch(self.alphas_text, rng, self.rows))
@@ -104,7 +121,7 @@ class Diagnosis:
         return Signal(*(value if value is not None and math.isfinite(value) else None for value in found))
 
     def agreement(self, rng: torch.Generator, eta: float | Tensor, velocity: list[Tensor] | None) -> list[float | None]:
-        """How alike the alpha gradients of independent batches are: the first four of a `Signal`."""
+        """Returns the first four numbers of a `Signal`, which compare the alpha gradients of independent batches."""
         found = []
         for _ in range(BATCHES):
             train = self.batch(self.train, rng, held=self.hessian == "finite")
@@ -118,7 +135,10 @@ class Diagnosis:
         return [cosine(directs), cosine(implicits), cosine(whole), ratio]
 
     def product_cosine(self, rng: torch.Generator, eta: float | Tensor, velocity: list[Tensor] | None) -> float | None:
-        """Of the implicit part by a central difference to the one by differentiating twice, on the same batch."""
+        """Returns the cosine between two implicit parts of the same batch; None in first order.
+
+        One is computed by a central difference and the other by differentiating twice.
+        """
         if self.hessian is None:
             return None
         train = self.batch(self.train, rng, self.rows, held=True)
@@ -126,10 +146,13 @@ class Diagnosis:
         return cosine([architect.gradient(train, valid, eta, velocity)[1] for architect in self.by_product.values()])
 
     def hessian_product(self, rng: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """v -> H v, both with the alphas' shape, for H the Hessian of L_valid in alpha on one batch without dropout
-        (whose largest eigenvalue grows where a search collapses: Zela et al., ICLR 2020)."""
+        """Returns the function v -> H v, both with the alphas' shape, for the Hessian H of L_valid in alpha.
+
+        H is that of one batch without dropout. Its largest eigenvalue grows where a search collapses (Zela et al., ICLR
+        2020).
+        """
         batch = self.batch(self.alphas_text, rng, self.rows)._replace(masks=Masks())
-        eager = self.model.with_engine(Engine("eager"))  # the engine that differentiates twice
+        eager = self.model.with_engine(Engine("eager"))  # The fused engine has no such second derivative.
         alphas = self.model.alphas
         with requires_grad_only([alphas], of=[*self.model.weights(), alphas]):
             [loss] = MicroBatches(eager, batch, self.rows)
@@ -137,9 +160,11 @@ class Diagnosis:
         return lambda v: torch.autograd.grad(gradient, alphas, v, retain_graph=True)[0]
 
     def discretization_gap(self, genotype: Genotype) -> tuple[float, float]:
-        """Loss (nats per word) of the relaxed model and of the one that a genotype makes of it, with the same weights
-        and norm, over the beginning of the validation text. (Without a norm the mean over predecessors is left in, and
-        shrinks the genotype's states.)"""
+        """Returns the loss (nats per word) of the relaxed model, and its loss with the alphas of a genotype.
+
+        Both have the same weights and norm and are measured on the beginning of the validation text. (Without a norm,
+        the mean over predecessors remains and shrinks the states of the genotype.)
+        """
         text, alphas = self.valid[: SEGMENTS * self.bptt + 1], self.model.alphas
         relaxed = evaluate(self.model, text, self.bptt, "the relaxed model")
         certain = logits(genotype).to(alphas) - alphas.detach()
@@ -147,8 +172,11 @@ class Diagnosis:
             return relaxed, evaluate(self.model, text, self.bptt, "the discretised model")
 
     def batch(self, text: Tensor, rng: torch.Generator, rows: int | None = None, held: bool = False) -> Batch:
-        """A segment from anywhere in a text (n, B), its first `rows` columns, with fresh masks and the state in which
-        the segment before it ends; `held` for relu's active set."""
+        """Returns a random segment of the first `rows` columns of a text (n, B), or of all columns for None.
+
+        It has new masks and the state in which the segment before it ends. With `held`, the masks hold relu's active
+        set fixed (`FrozenReLU`).
+        """
         text = text[:, :rows]
         lead = min(self.bptt, (len(text) - 1) // 2)
         start = int(torch.randint(max(1, len(text) - lead - self.bptt), (), generator=rng))
@@ -162,12 +190,13 @@ class Diagnosis:
 
 
 def sensitivity(model: RNNModelSearch, batch: Batch, probes: int = PROBES) -> float:
-    """How a small change of the state before a segment has grown at its end: the root of the mean square of
-    |dh_T / dh_0 r| / |r| over random directions r, which is the Frobenius norm of that Jacobian (BH, BH) over sqrt(BH).
+    """Returns the factor by which a small change of the state before a segment has grown at the end of the segment.
 
-    Estimated without dropout by products of its transpose with `probes` normally distributed vectors. Above 1 by orders
-    of magnitude, the recurrence is chaotic: what it computes depends on how it began, and a gradient through it on the
-    batch at hand. Far below 1 it forgets.
+    It is the root mean square of |dh_T / dh_0 r| / |r| over random directions r, which is the Frobenius norm of the
+    Jacobian dh_T / dh_0 (BH, BH) over sqrt(BH). It is estimated without dropout, from products of the transposed
+    Jacobian with `probes` normally distributed vectors. If it is above 1 by orders of magnitude, the recurrence is
+    chaotic: its result depends on the initial state, and a gradient through it depends on the batch at hand. If it is
+    far below 1, the recurrence forgets the initial state.
     """
     hidden = batch.hidden.clone().requires_grad_()
     with requires_grad_only([], of=list(model.parameters())):
@@ -180,25 +209,28 @@ def sensitivity(model: RNNModelSearch, batch: Batch, probes: int = PROBES) -> fl
 
 
 def cosine(gradients: Sequence[Tensor]) -> float:
-    """Mean over all pairs."""
+    """Returns the mean cosine over all pairs of two or more gradients of the same shape."""
     of = partial(torch.cosine_similarity, dim=0)
     return mean(of(a.flatten(), b.flatten()).item() for a, b in combinations(gradients, 2))
 
 
 def dominant_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, steps: int = PRODUCTS) -> float:
-    """The eigenvalue of largest magnitude of a symmetric matrix that is known by its products with vectors of the shape
-    of `like`: Lanczos's method, as the projection on a Krylov space with an orthonormal basis (Golub & Van Loan,
-    section 10.1)."""
+    """Returns the eigenvalue of largest magnitude of a symmetric matrix, given by its products with vectors.
+
+    The vectors have the shape of `like`. Lanczos's method computes the eigenvalue from at most `steps` products, as the
+    projection on a Krylov space with an orthonormal basis (Golub & Van Loan, section 10.1). If a product is not finite,
+    the eigenvalue is nan.
+    """
     basis, images = [], []
     image = torch.randn_like(like)
     for _ in range(min(steps, like.numel())):
         vector = image.flatten().double()
         size = vector.norm()
-        for _ in range(2):  # once leaves what rounding made of it
+        for _ in range(2):  # After the first pass, rounding errors along the basis remain.
             for q in basis:
                 vector = vector - (q @ vector) * q
         if not vector.norm() > 1e-6 * size:
-            break  # the space is invariant: nothing more is in it
+            break  # The space is invariant, so that further products would add nothing to it.
         basis.append(vector / vector.norm())
         image = product(basis[-1].to(like).view_as(like))
         images.append(image.flatten().double())
@@ -212,7 +244,10 @@ def dominant_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, steps
 
 
 def logits(genotype: Genotype) -> Tensor:
-    """Alphas (N(N+1)/2, K) whose softmax is the genotype: its primitive on each of its edges, `none` on all others."""
+    """Returns alphas (N(N+1)/2, K) whose softmax is the genotype.
+
+    Their softmax is 1 for the genotype's primitive on each of its edges, and for `none` on all other edges.
+    """
     rows = []
     for i, (op, predecessor) in enumerate(genotype.recurrent, start=1):
         rows += [PRIMITIVES.index(op if j == predecessor else "none") for j in range(i)]

@@ -1,4 +1,4 @@
-"""Perplexity: how it is measured and how it is printed."""
+"""Measures the loss of a model on a text, and formats its perplexity."""
 
 import math
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import get_batch
 from engine.matmul import matmul_precision
+from utils import get_batch
 
-VALID_ROWS, TEST_ROWS = 10, 1  # the published batch sizes of evaluation
+VALID_ROWS, TEST_ROWS = 10, 1  # These are the published batch sizes of evaluation.
 
 
 @torch.no_grad()
 def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
-    """Mean negative log-likelihood in nats per predicted word of `source` (n, B), without dropout, in the precision of
-    the model's engine.
+    """Returns the mean negative log-likelihood in nats per predicted word of `source` (n, B), without dropout.
 
-    The hidden state is carried from segment to segment. exp of it is the perplexity. `name` is for the bar.
+    Its exp is the perplexity. It is computed in the precision of the model's engine, in segments of `bptt` time steps,
+    and the hidden state is carried from segment to segment. The progress bar shows `name`.
     """
 
     def segment(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,9 +25,8 @@ def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
         return model.nll(hiddens, y), hidden
 
     hidden = model.initial_hidden(source.size(1))
-    quick_segment = model.engine.with_cuda_graphs(
-        segment, source.device
-    )  # anew: the weights may lie elsewhere than last time
+    # Each evaluation captures new graphs, since the weights may have other addresses than in the last one.
+    quick_segment = model.engine.with_cuda_graphs(segment, source.device)
     total, count = torch.zeros((), dtype=torch.float64, device=source.device), 0
     starts = range(0, len(source) - 1, bptt)
     segments = tqdm(starts, desc=f"evaluating on {name}", unit="segment", leave=False, disable=None, dynamic_ncols=True)
@@ -41,10 +40,10 @@ def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
 
 
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats, infinite where that overflows."""
+    """Returns exp of a loss in nats per word, and infinity for a loss above 700, near which exp overflows."""
     return math.exp(loss) if not loss > 700 else math.inf
 
 
 def format_perplexity(test_ppl: float | None) -> str:
-    """The end of a run's last line."""
+    """Returns the end of a run's last line: the test perplexity, or for None that the test text was not read."""
     return "test text not read" if test_ppl is None else f"test ppl {test_ppl:.2f}"

@@ -1,6 +1,6 @@
-"""What is minimised: the training loss of a batch, and of its parts.
+"""Computes the training loss of a batch and of its micro-batches.
 
-Shapes: T time steps, B batch, H hidden.
+Shapes: T time steps, B batch, H hidden, S state.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,24 +12,30 @@ from engine.dropout import Masks, drop
 
 
 class Batch(NamedTuple):
-    """A segment of text, the state to start it from, and the dropout masks to hold over it; other masks too for
-    losses that compare two passes."""
+    """Holds a segment of text, the state from which it starts, and the dropout masks of all its time steps.
 
-    x: Tensor  # (T, B) word ids
-    y: Tensor  # (T, B) the next words
+    x holds word ids and y the next words. Losses that compare two passes need `second_masks` for the second pass.
+    """
+
+    x: Tensor  # (T, B)
+    y: Tensor  # (T, B)
     hidden: Tensor  # (B, S)
     masks: Masks
     second_masks: Masks | None = None
 
     def rows(self, start: int, stop: int) -> "Batch":
-        """Batch rows start..stop-1."""
+        """Returns the part of the batch with the batch elements start..stop-1."""
         x, y = self.x[:, start:stop], self.y[:, start:stop]
         second_masks = None if self.second_masks is None else self.second_masks.rows(start, stop)
         return Batch(x, y, self.hidden[start:stop], self.masks.rows(start, stop), second_masks)
 
 
 class Losses(NamedTuple):
-    """`total` is differentiated, `nll` (nats per word, detached) is reported, `hidden` (B, S) goes on."""
+    """Holds the loss of a batch or of a part of it.
+
+    The scalar `total` is differentiated, the scalar `nll` (nats per word, detached) is reported, and the next segment
+    starts from the state `hidden` (B, S).
+    """
 
     total: Tensor
     nll: Tensor
@@ -39,15 +45,17 @@ class Losses(NamedTuple):
 def losses(
     model, batch: Batch, alpha: float = 0.0, beta: float = 0.0, rdrop: float = 0.0, fraternal: float = 0.0
 ) -> Losses:
-    """NLL + activation regularisation + temporal activation regularisation (Merity et al. 2017, section 4.3).
+    """Returns the `Losses` of a batch: the NLL plus AR and TAR (Merity et al. 2017, section 4.3).
 
-    AR is alpha times the mean square of the dropped outputs; TAR is beta times the mean squared difference of
-    successive hidden states, without dropout, 0 for a single time step.
+    AR, activation regularisation, is `alpha` times the mean square of the outputs after dropout. TAR, temporal
+    activation regularisation, is `beta` times the mean squared difference of successive hidden states, without dropout,
+    and is 0 for a single time step.
 
-    A batch with second masks passes twice, with either set. Each term is then the mean over both passes, and what their
-    difference costs is added: `rdrop` times the mean divergence of their predictions (R-Drop, Liang et al. 2021; see
-    `softmax_losses.losses`), `fraternal` times the mean squared difference of their dropped outputs (Zolna et al. 2018,
-    with the outputs in the place of the logits). The hidden state of the first pass is the one returned.
+    A batch with second masks passes through the model twice, once with each set. Each term is then the mean over both
+    passes, and two penalties of their difference are added: `rdrop` times the mean divergence of their predictions
+    (R-Drop, Liang et al. 2021; see `softmax_losses.losses`), and `fraternal` times the mean squared difference of their
+    outputs after dropout (Zolna et al. 2018, with the outputs in place of the logits). Both coefficients need second
+    masks. The state that is returned is that of the first pass.
     """
     masks = [batch.masks] if batch.second_masks is None else [batch.masks, batch.second_masks]
     hiddens, states = zip(*(model(batch.x, batch.hidden, held) for held in masks), strict=True)  # (T, B, H) each
@@ -67,17 +75,17 @@ def losses(
 
 
 def mean(terms: Iterable[Tensor]) -> Tensor:
-    """Of one term, that term."""
+    """Returns the mean of one or more terms; the mean of one term is the term itself."""
     first, *others = terms
     return sum(others, first) / (1 + len(others)) if others else first
 
 
 class MicroBatches:
-    """The `losses` of each `small_batch_size` rows, as shares that sum to the loss of the whole batch.
+    """Yields the `losses` of one micro-batch after another, as shares that sum to the loss of the whole batch.
 
-    A small batch is computed when its turn comes, so that one graph is held at a time. Word for word
-    the whole batch's loss, as the masks are the whole batch's, but for the batch normalisation of a relaxed
-    cell, which sees the small batch.
+    A micro-batch has `small_batch_size` elements, which must divide the batch size. It is computed when it is asked
+    for, so that only one graph is in memory at a time. The masks are the whole batch's, so that every word has the same
+    loss as in the whole batch, except with the batch normalisation of a relaxed cell, which is over the micro-batch.
     """
 
     def __init__(self, model, batch: Batch, small_batch_size: int, **coefficients: float):
@@ -91,7 +99,7 @@ class MicroBatches:
         return map(self.part, self.starts)
 
     def part(self, start: int) -> Losses:
-        """The share of the rows from `start` on."""
+        """Returns the share of the micro-batch that begins with batch element `start`."""
         found = losses(self.model, self.batch.rows(start, start + self.size), **self.coefficients)
         share = self.size / self.batch.x.size(1)
         return Losses(share * found.total, share * found.nll, found.hidden)

@@ -1,4 +1,4 @@
-"""Whether a model learns at all: one batch, which any of these can learn by heart, before hours go into a text."""
+"""Tests whether a model learns at all, before hours go into a text: every model here can overfit one batch."""
 
 import math
 
@@ -7,15 +7,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from architect import WeightUpdate
-from data import get_batch
 from engine.dropout import Masks
 from training.evaluation import perplexity
 from training.gradients import clipped_gradient
 from training.losses import Batch, MicroBatches
-from utils import RunError
+from utils import RunError, get_batch
 
-KNOWN = 1.5  # perplexity of a batch that is known by heart
-STEPS = 2000  # at most
+KNOWN = 1.5  # A model overfits a batch if its perplexity is below this.
+STEPS = 2000  # This is the largest number of steps.
 
 
 def overfit(
@@ -26,8 +25,11 @@ def overfit(
     small_batch_size: int,
     update: WeightUpdate,
 ) -> str:
-    """Take steps on the first segment of a text (n, B), without dropout, until its perplexity is below `KNOWN`; returns
-    a line that says so. Raises `RunError` if it is not after `STEPS`, or not a number."""
+    """Trains on the first segment of a text (n, B), without dropout, until its perplexity is below `KNOWN`.
+
+    Returns a line with the perplexity and the number of steps. Raises `RunError` if the perplexity is not below `KNOWN`
+    after `STEPS` steps, or as soon as it is not finite. `update` clips the gradient.
+    """
     batch = Batch(*get_batch(text, 0, bptt), model.initial_hidden(text.size(1)), Masks())
     weights, ppl = model.weights(), math.inf
     with tqdm(range(STEPS + 1), desc="one batch", unit="step", leave=False, disable=None, dynamic_ncols=True) as bar:

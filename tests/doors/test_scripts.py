@@ -1,4 +1,4 @@
-"""The two scripts and evaluate.py as a user runs them: whole runs, resumed runs, interrupted runs."""
+"""Tests that run train_search.py, train.py and evaluate.py as a user does: whole runs and resumed runs."""
 
 import contextlib
 import json
@@ -12,17 +12,17 @@ import termios
 
 import pytest
 import torch
-from helpers import ROOT, rows, write_corpus
+from helpers import ROOT, read_records, write_corpus
 
 import genotypes
 
 SIZES = "--emsize 12 --batch_size 4 --bptt 8 --lr 1 --log_interval 5 --device cpu"
-UNTIMED = {"seconds"}  # the rest of a result is the same in every run
+TIMINGS = {"seconds"}  # equal runs may differ in these values of a result alone
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A few hundred words of a made-up language, in a folder."""
+    """A folder with a synthetic corpus of several hundred words."""
     return write_corpus(tmp_path_factory.mktemp("corpus"), train=60, valid=25, test=20)
 
 
@@ -53,11 +53,11 @@ def state(path):
 
 
 def differences(a, b, where=""):
-    """Where two states differ in so much as a bit."""
+    """Returns the paths of all entries that are not bit-identical in two nested states."""
     if isinstance(a, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
     if isinstance(a, dict):
-        keys = (a.keys() | b.keys()) - UNTIMED
+        keys = (a.keys() | b.keys()) - TIMINGS
         return [d for k in keys for d in differences(a.get(k), b.get(k), f"{where}/{k}")]
     if isinstance(a, list | tuple):
         pairs = [d for i, (x, y) in enumerate(zip(a, b, strict=False)) for d in differences(x, y, f"{where}/{i}")]
@@ -79,7 +79,7 @@ def trained(corpus, tmp_path_factory):
     return folder, done
 
 
-def test_a_search_leaves_what_the_contract_lists(searched):
+def test_search_writes_all_files_of_the_run_directory(searched):
     folder, done = searched
     files = {"config.json", "log.txt", "metrics.jsonl", "genotype.json", "result.json", "lock"}
     files |= {"last.pt", "previous.pt", "best.pt"}
@@ -88,10 +88,10 @@ def test_a_search_leaves_what_the_contract_lists(searched):
     assert result["kind"] == "search"
     assert result["epochs"] == 2
     assert result["stopped_by"] == "epochs"
-    assert result["steps"] == rows(folder, "epoch")[-1]["step"]
-    found = genotypes.from_json(result["genotype"])
-    assert found == genotypes.resolve(str(folder))
-    assert str(found) in done.stdout
+    assert result["steps"] == read_records(folder, "epoch")[-1]["step"]
+    genotype = genotypes.from_json(result["genotype"])
+    assert genotype == genotypes.resolve(str(folder))
+    assert str(genotype) in done.stdout
     probabilities = torch.tensor(read(folder, "genotype.json")["probabilities"])
     assert probabilities.shape == (36, 5)
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(36))
@@ -102,37 +102,37 @@ def test_a_search_leaves_what_the_contract_lists(searched):
     assert set(config["sha256"]) == {"train", "valid", "test"}
 
 
-def test_every_interval_of_a_search_has_a_genotype(searched):
+def test_every_search_interval_record_has_a_genotype(searched):
     folder, _ = searched
-    intervals = rows(folder, "interval")
-    assert [row["step"] for row in intervals] == [5 * (i + 1) for i in range(len(intervals))]
-    for row in intervals:
-        genotypes.from_json(row["genotype"])
-        assert row["ppl"] == pytest.approx(math.exp(row["loss"]))
-        assert row["tokens_per_s"] > 0
+    intervals = read_records(folder, "interval")
+    assert [record["step"] for record in intervals] == [5 * (i + 1) for i in range(len(intervals))]
+    for record in intervals:
+        genotypes.from_json(record["genotype"])
+        assert record["ppl"] == pytest.approx(math.exp(record["loss"]))
+        assert record["tokens_per_s"] > 0
 
 
-def test_logs_have_no_bar_codes(searched, trained):
+def test_logs_and_pipes_have_no_progress_bar_or_escape_codes(searched, trained):
     for folder, done in (searched, trained):
         for text in ((folder / "log.txt").read_text(), done.stdout, done.stderr):
             assert not re.search(r"[\r\x1b]|it/s|tok/s\]", text)
 
 
-def test_the_learning_rate_is_scaled_with_the_segment(trained):
+def test_learning_rate_is_proportional_to_segment_length(trained):
     folder, _ = trained
-    rates = {row["lr"] for row in rows(folder, "interval")}
+    rates = {record["lr"] for record in read_records(folder, "interval")}
     assert len(rates) > 1
     assert all(rate * 8 / 20 == pytest.approx(round(rate * 8 / 20)) for rate in rates)
-    assert {row["lr"] for row in rows(folder, "epoch")} == {20.0}
+    assert {record["lr"] for record in read_records(folder, "epoch")} == {20.0}
 
 
-def test_retraining_switches_to_averages_and_keeps_the_best(trained):
+def test_retraining_switches_to_asgd_and_reports_the_best_epoch(trained):
     folder, done = trained
-    epochs = rows(folder, "epoch")
+    epochs = read_records(folder, "epoch")
     assert epochs[0]["phase"] == "sgd"
     assert epochs[-1]["phase"] == "asgd"
     result = read(folder, "result.json")
-    assert result["valid_ppl"] == min(row["valid_ppl"] for row in epochs)
+    assert result["valid_ppl"] == min(record["valid_ppl"] for record in epochs)
     assert f"test ppl {result['test_ppl']:.2f}" in done.stdout
 
 
@@ -141,19 +141,19 @@ def perplexity_of(checkpoint, *flags):
     return float(re.search(r"perplexity ([\d.]+)", line).group(1))
 
 
-def test_evaluate_prints_what_the_runs_reported(searched, trained):
+def test_evaluate_reproduces_reported_perplexities(searched, trained):
     (search_folder, _), (train_folder, _) = searched, trained
     for checkpoint in (search_folder / "last.pt", train_folder / "best.pt"):
         for split in ("valid", "test"):
             reported = read(checkpoint.parent, "result.json")[f"{split}_ppl"]
             assert perplexity_of(checkpoint, "--split", split) == pytest.approx(reported, abs=6e-5)
-    # last.pt of the averaging phase: the raw weights go on, but the averaged ones were evaluated
-    last = rows(train_folder, "epoch")[-1]
+    # In the averaging phase last.pt has raw weights to train further, but evaluate.py must use the averaged ones.
+    last = read_records(train_folder, "epoch")[-1]
     assert last["phase"] == "asgd"
     assert perplexity_of(train_folder / "last.pt", "--split", "valid") == pytest.approx(last["valid_ppl"], abs=6e-5)
 
 
-def test_evaluate_reads_another_corpus_with_the_checkpoint_s_words(trained, tmp_path):
+def test_evaluate_uses_the_checkpoint_vocabulary_on_another_corpus(trained, tmp_path):
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text("h h h a b\n" * 20)
     assert perplexity_of(trained[0] / "best.pt", "--data", tmp_path) > 1
@@ -162,17 +162,17 @@ def test_evaluate_reads_another_corpus_with_the_checkpoint_s_words(trained, tmp_
     assert "vocabulary" in done.stderr
 
 
-CONTINUED = [  # test_crash.py has the others
+RESUMED = [  # test_crash.py tests runs with other flags
     (
         "train_search.py",
         ["--unrolled", "--search_split", "train", "--batch_size", 8, "--small_batch_size", 4, "--arch_start", 1],
     ),
-    ("train.py", ["--arch", "ENAS", "--nonmono", 9]),  # the last epochs before the switch
+    ("train.py", ["--arch", "ENAS", "--nonmono", 9]),  # no epoch reaches the switch to averaging
 ]
 
 
-@pytest.mark.parametrize(("script", "flags"), CONTINUED)
-def test_two_epochs_and_two_resumed_are_four(script, flags, corpus, tmp_path):
+@pytest.mark.parametrize(("script", "flags"), RESUMED)
+def test_run_resumed_after_two_of_four_epochs_is_bit_identical(script, flags, corpus, tmp_path):
     start = ["--data", corpus, *SIZES.split(), *flags]
     run(script, *start, "--save", tmp_path / "whole", "--epochs", 4)
     run(script, *start, "--save", tmp_path / "parts", "--epochs", 2)
@@ -181,11 +181,12 @@ def test_two_epochs_and_two_resumed_are_four(script, flags, corpus, tmp_path):
     assert {d for d in differences(whole, parts) if not d.startswith("/flags/")} == set()
     results = [read(tmp_path / name, "result.json") for name in ("whole", "parts")]
     assert differences(*results) == []
-    steps = [[(row["step"], row["loss"]) for row in rows(tmp_path / name, "interval")] for name in ("whole", "parts")]
+    whole, parts = (read_records(tmp_path / name, "interval") for name in ("whole", "parts"))
+    steps = [[(record["step"], record["loss"]) for record in records] for records in (whole, parts)]
     assert steps[0] == steps[1]
 
 
-def test_the_four_forms_of_arch_are_one_cell(searched, corpus, tmp_path):
+def test_all_four_forms_of_arch_give_the_same_cell(searched, corpus, tmp_path):
     folder, _ = searched
     text = str(genotypes.resolve(str(folder)))
     ends = []
@@ -197,7 +198,7 @@ def test_the_four_forms_of_arch_are_one_cell(searched, corpus, tmp_path):
     assert genotypes.from_json(read(tmp_path / "name", "result.json")["genotype"]) == genotypes.DARTS
 
 
-def test_the_held_out_tenth_is_never_trained_on_and_valid_is_not_searched_on(corpus):
+def test_search_split_train_holds_out_a_tenth_of_the_train_split(corpus):
     import data
     from experiment.search_arguments import search_texts
 
@@ -208,7 +209,7 @@ def test_the_held_out_tenth_is_never_trained_on_and_valid_is_not_searched_on(cor
     assert search_texts(loaded, "valid") == (loaded.train, loaded.valid)
 
 
-def test_help_names_every_flag_of_the_contract():
+def test_help_names_every_flag_and_its_default():
     both = """data emsize nhid nhidlast lr clip epochs batch_size small_batch_size bptt max_seq_len_delta dropout
         dropouth dropoutx dropouti dropoute alpha beta wdecay seed log_interval save resume device""".split()
     for script, more in (
@@ -219,44 +220,44 @@ def test_help_names_every_flag_of_the_contract():
         assert [flag for flag in [*both, *more.split()] if f"--{flag}" not in text] == []
         assert "None" not in text
         words = " ".join(text.split())
-        for flag in ("alpha", "dropoute", "bptt_std", "seed"):  # zeros are shown too
+        for flag in ("alpha", "dropoute", "bptt_std", "seed"):  # the help shows a default of zero too
             assert re.search(rf"--{flag} {flag.upper()} [^-]+\(default: [\d.]+\)", words), flag
 
 
-def test_a_run_that_diverges_every_time_ends_with_one_line(corpus, tmp_path):
+def test_run_that_keeps_diverging_exits_1_with_one_line(corpus, tmp_path):
     for script, log_interval in ((train, 5), (search, 1000)):
         folder = tmp_path / script.__name__
         done = script(corpus, folder, "--lr", 1e38, "--clip", 1e30, "--log_interval", log_interval, code=1)
         assert done.stderr.count("\n") == 1
-        assert "after 5 returns" in done.stderr
+        assert "after 5 rollbacks" in done.stderr
         assert "lower --lr" in done.stderr
-        assert [row["lr"] for row in rows(folder, "rollback")] == [1e38 * 0.5**n for n in range(1, 6)]
-        assert not (folder / "genotype.json").exists()  # NaN says nothing about a cell
+        assert [record["lr"] for record in read_records(folder, "rollback")] == [1e38 * 0.5**n for n in range(1, 6)]
+        assert not (folder / "genotype.json").exists()  # no cell is derived from NaN
     done = train(corpus, tmp_path / "none", "--lr", 1e38, "--clip", 1e30, "--max_rollbacks", 0, code=1)
     assert "at step 2: " in done.stderr
     assert not (tmp_path / "none" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(("script", "minutes"), [(search, 10), (train, 10), (train, 0)])
-def test_a_run_that_diverges_goes_on_from_its_last_checkpoint_with_a_lower_rate(script, minutes, corpus, tmp_path):
-    """1e9 is too much for these weights, and a hundred-thousandth of it is not. With a checkpoint at every step too:
-    weights that a step has just spoilt are not kept."""
+def test_diverged_run_rolls_back_to_last_checkpoint_with_lower_lr(script, minutes, corpus, tmp_path):
+    """These weights diverge with a learning rate of 1e9, and do not with a hundred-thousandth of it. No checkpoint has
+    weights that are not finite, even when the run saves one at every step."""
     folder = tmp_path / "run"
     flags = ["--lr", 1e9, "--clip", 1e9, "--backoff", 1e-5, "--epochs", 3, "--max_rollbacks", 3]
     done = script(corpus, folder, *flags, "--checkpoint_minutes", minutes)
-    [*back] = rows(folder, "rollback")
-    assert 1 <= len(back) <= 3
+    rollbacks = read_records(folder, "rollback")
+    assert 1 <= len(rollbacks) <= 3
     assert "back to epoch 1, step 0, with lr" in done.stdout
-    assert {row["lr"] for row in rows(folder, "epoch")} == {back[-1]["lr"]}
+    assert {record["lr"] for record in read_records(folder, "epoch")} == {rollbacks[-1]["lr"]}
     assert torch.isfinite(torch.cat([w.flatten() for w in state(folder / "previous.pt")["model"].values()])).all()
-    assert [row["epoch"] for row in rows(folder, "epoch")] == [1, 2, 3]
-    steps = [row["step"] for row in rows(folder, "interval")]
+    assert [record["epoch"] for record in read_records(folder, "epoch")] == [1, 2, 3]
+    steps = [record["step"] for record in read_records(folder, "interval")]
     assert steps == sorted(set(steps))
     assert math.isfinite(read(folder, "result.json")["valid_ppl"])
 
 
-def test_a_terminal_shows_a_bar_and_the_log_does_not(corpus, tmp_path):
-    """Loss, perplexity, learning rate, speed and the time left, once the first second is over."""
+def test_progress_bar_is_shown_on_a_terminal_and_not_in_the_log(corpus, tmp_path):
+    """The bar shows loss, perplexity, learning rate, speed and the time left, after the first second."""
     folder = tmp_path / "run"
     flags = ["--data", corpus, "--save", folder, *SIZES.split(), "--epochs", 40, "--log_interval", 10**6]
     pid, terminal = pty.fork()
@@ -264,7 +265,7 @@ def test_a_terminal_shows_a_bar_and_the_log_does_not(corpus, tmp_path):
         os.execv(sys.executable, command("train.py", flags))
     termios.tcsetwinsize(terminal, (40, 200))
     shown = b""
-    with contextlib.suppress(OSError):  # the end of a terminal is an error, not an end of file
+    with contextlib.suppress(OSError):  # a closed terminal raises OSError instead of giving an end of file
         while block := os.read(terminal, 4096):
             shown += block
     assert os.waitpid(pid, 0)[1] == 0
@@ -273,12 +274,13 @@ def test_a_terminal_shows_a_bar_and_the_log_does_not(corpus, tmp_path):
     assert not re.search(r"[\r\x1b]|tok/s, loss", (folder / "log.txt").read_text())
 
 
-def test_the_search_steps_over_full_validation_segments(monkeypatch, corpus, tmp_path):
-    """Trap: one alpha step in eight saw a handful of tokens. Here each sees as many time steps as the weights'."""
+def test_alpha_step_sees_as_many_time_steps_as_the_weight_step(monkeypatch, corpus, tmp_path):
+    """Every alpha step must see a full segment of its text; a segment cut off at the end of the text would leave a few
+    tokens for one alpha step in eight."""
     import train_search
     from architect import Architect
 
-    sizes, continued, wraps, hidden = [], [], 0, None
+    sizes, carried, wraps, hidden = [], [], 0, None
     clipped_gradient = train_search.clipped_gradient
 
     class Spy(Architect):
@@ -287,23 +289,23 @@ def test_the_search_steps_over_full_validation_segments(monkeypatch, corpus, tmp
             sizes.append((train.x.shape, valid.x.shape))
             wraps += not valid.hidden.any()
             assert eta.item() == pytest.approx(len(train.x) / 8)  # lr 1, bptt 8
-            # the text goes on from where the weight step before it ended, or from zeros in a new epoch
+            # The hidden state is the final one of the weight step before, or zeros in a new epoch.
             if train.hidden.any():
                 assert torch.equal(train.hidden, hidden)
-                continued.append(len(sizes))
+                carried.append(len(sizes))
             return super().step(train, valid, eta, velocity)
 
-    def keep(*arguments):
+    def record_hidden(*arguments):
         nonlocal hidden
         nll, hidden, norm = clipped_gradient(*arguments)
         return nll, hidden, norm
 
-    monkeypatch.setattr(train_search, "clipped_gradient", keep)
+    monkeypatch.setattr(train_search, "clipped_gradient", record_hidden)
     monkeypatch.setattr(train_search, "Architect", Spy)
     flags = f"--data {corpus} --save {tmp_path / 'run'} --epochs 3 --arch_start 0 {SIZES}"
     assert train_search.main(flags.split()) == 0
     assert len(sizes) > 40
-    assert len(continued) == len(sizes) - 3  # all but the first of each epoch
+    assert len(carried) == len(sizes) - 3  # all steps but the first of each epoch
     assert all(a == b for a, b in sizes)
-    assert 2 < wraps < len(sizes) / 2  # the state starts anew when the text does, and not oftener
+    assert 2 < wraps < len(sizes) / 2  # the hidden state is zeroed only when the text starts again
     assert os.path.exists(tmp_path / "run" / "result.json")

@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
-from helpers import SIZES, outcome, rows
+from helpers import SIZES, outcome, read_records
 
 import train
 import train_search
 from architect import Architect
-from data import batchify, load_corpus
+from data import load_corpus
 from engine.dropout import DropoutRates
 from engine.reference import NORMS
 from experiment import arguments, checkpoint
@@ -21,6 +21,7 @@ from model_search import RNNModelSearch, derive
 from training import evaluation
 from training.lr_schedule import DECAYS, SHAPES
 from training.optimizers import OPTIMIZERS as OF_SEARCH
+from utils import batchify
 
 OPTIMIZERS = ("ntasgd", *OF_SEARCH)
 SCRIPTS = {"train": train, "search": train_search}
@@ -87,7 +88,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(kind, flags, corpus, f
 
     clipped_gradient, evaluate = script.clipped_gradient, evaluation.evaluate
     steps = result(tmp_path / "whole")["steps"]
-    epochs = len(rows(tmp_path / "whole", "epoch"))
+    epochs = len(read_records(tmp_path / "whole", "epoch"))
     calls = {"step": 0, "valid": 0}
 
     def dying_step(*arguments):
@@ -132,7 +133,7 @@ def losses(corpus, tmp_path_factory):
         if (kind, flags) not in made:
             base = "--lr 5 --epochs 2 --dropout 0.2 --dropoutx 0.2 --optimizer sgd"
             folder = run(kind, corpus, tmp_path_factory.mktemp("seen") / "run", f"{base} {flags}")
-            made[kind, flags] = [(row["loss"], row.get("norm"), row.get("valid_loss")) for row in rows(folder)]
+            made[kind, flags] = [(row["loss"], row.get("norm"), row.get("valid_loss")) for row in read_records(folder)]
         return made[kind, flags]
 
     return get
@@ -150,7 +151,7 @@ def test_a_schedule_hears_of_every_epoch(kind, corpus, tmp_path, monkeypatch):
     heard = []
     monkeypatch.setattr(arguments.Schedule, "close_epoch", lambda self, loss: heard.append(loss))
     folder = run(kind, corpus, tmp_path / "run", "--lr 1 --epochs 2")
-    assert heard == [row["valid_loss"] for row in rows(folder, "epoch")]
+    assert heard == [row["valid_loss"] for row in read_records(folder, "epoch")]
 
 
 def test_momentum_of_another_size_is_another_run(losses):
@@ -247,11 +248,11 @@ def test_strategies_go_together(row, corpus, tmp_path):
         f"--engine {engine} --epochs 2 --dropout 0.2 --dropoutx 0.2 --dropouth 0.1 --dropoute 0"
     )
     folder = run("train", corpus, tmp_path / "run", flags)
-    one, two = rows(folder, "epoch")
+    one, two = read_records(folder, "epoch")
     assert two["loss"] < one["loss"] < math.log(10)
     assert two["valid_loss"] < one["valid_loss"]
-    assert all(math.isfinite(x) for row in rows(folder) for x in row.values() if isinstance(x, float))
-    assert all(row["norm"] > 0 for row in rows(folder, "interval"))
+    assert all(math.isfinite(x) for row in read_records(folder) for x in row.values() if isinstance(x, float))
+    assert all(row["norm"] > 0 for row in read_records(folder, "interval"))
 
 
 # --- why it stopped ---
@@ -259,7 +260,7 @@ def test_strategies_go_together(row, corpus, tmp_path):
 
 def test_patience_ends_with_the_best_weights(corpus, tmp_path):
     folder = run("train", corpus, tmp_path / "run", "--patience 2 --lr 20 --epochs 40 --arch DARTS")
-    found, losses = result(folder), [row["valid_loss"] for row in rows(folder, "epoch")]
+    found, losses = result(folder), [row["valid_loss"] for row in read_records(folder, "epoch")]
     assert found["stopped_by"] == "patience"
     assert found["epochs"] == len(losses) < 40
     assert losses.index(min(losses)) == len(losses) - 3
@@ -270,7 +271,7 @@ def test_patience_ends_with_the_best_weights(corpus, tmp_path):
 def test_a_search_that_loses_patience_ends_with_the_best_weights_and_their_genotype(optimizer, corpus, tmp_path):
     flags = f"--optimizer {optimizer} --patience 1 --lr 20 --epochs 40"
     folder = run("search", corpus, tmp_path / "run", flags)
-    found, epochs = result(folder), rows(folder, "epoch")
+    found, epochs = result(folder), read_records(folder, "epoch")
     best = min(epochs, key=lambda row: row["valid_loss"])
     assert found["stopped_by"] == "patience"
     assert best["epoch"] == len(epochs) - 1
@@ -337,15 +338,15 @@ def test_the_alphas_begin_to_move_after_arch_start(corpus, tmp_path):
     """Until then the steps are those of the weights alone, and no rule that stops a search looks at the genotype."""
     flags = "--arch_start 2 --epochs 4 --stop_stable 1 --max_identity 0 --arch_lr 0.01 --seed 6 --lr 1"
     folder = run("search", corpus, tmp_path / "run", flags)
-    probabilities = [row["probabilities"] for row in rows(folder) if row["epoch"] <= 2]
+    probabilities = [row["probabilities"] for row in read_records(folder) if row["epoch"] <= 2]
     assert all(found == probabilities[0] for found in probabilities)
-    assert result(folder)["epochs"] > 2 and rows(folder)[-1]["probabilities"] != probabilities[0]
+    assert result(folder)["epochs"] > 2 and read_records(folder)[-1]["probabilities"] != probabilities[0]
     torch.manual_seed(6)
     initial = RNNModelSearch(len(load_corpus(str(corpus)).words), 8, DropoutRates()).alphas.softmax(-1)
     assert probabilities[0] == [[round(p, 5) for p in edge] for edge in initial.tolist()]
-    losses = [row["loss"] for row in rows(folder) if row["epoch"] <= 2]
+    losses = [row["loss"] for row in read_records(folder) if row["epoch"] <= 2]
     still = run("search", corpus, tmp_path / "still", "--arch_start 2 --epochs 3 --arch_lr 1e-30 --seed 6 --lr 1")
-    assert [row["loss"] for row in rows(still) if row["epoch"] <= 2] == losses
+    assert [row["loss"] for row in read_records(still) if row["epoch"] <= 2] == losses
 
 
 def test_the_genotype_is_derived_from_the_mean_of_the_alphas(corpus, tmp_path):
@@ -355,15 +356,15 @@ def test_the_genotype_is_derived_from_the_mean_of_the_alphas(corpus, tmp_path):
     flags = "--epochs 3 --arch_start 1 --arch_lr 0.3 --lr 1 --log_interval 1"
     last = run("search", corpus, tmp_path / "last", f"{flags} --derive_from last")
     averaged = run("search", corpus, tmp_path / "mean", flags)
-    assert [row["loss"] for row in rows(last)] == [row["loss"] for row in rows(averaged)]
-    moved = [torch.tensor(row["probabilities"]) for row in rows(last, "interval") if row["epoch"] > 1]
-    of_mean = [torch.tensor(row["probabilities"]) for row in rows(averaged, "interval") if row["epoch"] > 1]
+    assert [row["loss"] for row in read_records(last)] == [row["loss"] for row in read_records(averaged)]
+    moved = [torch.tensor(row["probabilities"]) for row in read_records(last, "interval") if row["epoch"] > 1]
+    of_mean = [torch.tensor(row["probabilities"]) for row in read_records(averaged, "interval") if row["epoch"] > 1]
     weights = torch.tensor([t * (t + 1) * (t + 2.0) for t in range(1, len(moved) + 1)])
     for n, found in enumerate(of_mean, start=1):
         mean = torch.tensordot(weights[:n] / weights[:n].sum(), torch.stack(moved[:n]).log(), dims=1)
         torch.testing.assert_close(found, mean.softmax(-1), atol=5e-5, rtol=0)
     written = json.loads((averaged / "genotype.json").read_text())
-    assert written["genotype"] == result(averaged)["genotype"] == rows(averaged)[-1]["genotype"]
+    assert written["genotype"] == result(averaged)["genotype"] == read_records(averaged)[-1]["genotype"]
     assert derive(torch.tensor(written["probabilities"])) == from_json(written["genotype"])
     assert max((a - b).abs().max() for a, b in zip(moved, of_mean, strict=True)) > 0.1
 
@@ -408,7 +409,7 @@ def test_a_search_keeps_the_genotype_before_it_collapses(corpus, tmp_path, monke
 
     monkeypatch.setattr(train_search, "identities", identities)
     folder = run("search", corpus, tmp_path / "run", "--max_identity 4 --arch_lr 0.3 --arch_start 0 --epochs 9 --lr 1")
-    second, third = (row["genotype"] for row in rows(folder, "epoch")[1:])
+    second, third = (row["genotype"] for row in read_records(folder, "epoch")[1:])
     assert result(folder)["stopped_by"] == "identity"
     assert second != third
     kept = json.loads((folder / "genotype.json").read_text())
@@ -417,7 +418,7 @@ def test_a_search_keeps_the_genotype_before_it_collapses(corpus, tmp_path, monke
 
 def test_fine_tuning_starts_from_the_best_weights_and_ends_when_averaging_would_start(corpus, first_stage, tmp_path):
     folder = run("train", corpus, tmp_path / "run", f"--finetune {first_stage} --nonmono 1 --epochs 60 --lr 3")
-    epochs, before = rows(folder, "epoch"), result(first_stage)
+    epochs, before = read_records(folder, "epoch"), result(first_stage)
     assert {row["phase"] for row in epochs} == {"asgd"}
     losses = [row["valid_loss"] for row in epochs]
     assert result(folder)["stopped_by"] == "nonmono"
@@ -459,7 +460,7 @@ def test_one_batch_is_learned_by_heart_or_the_script_says_so(kind, corpus, tmp_p
 def test_a_rate_is_that_of_the_schedule_times_the_length_of_the_segment(corpus, tmp_path):
     """From the log of a run whose segments are all of one length, or half of it."""
     flags = "--warmup 10 --warmup_start 0.2 --lr 2 --bptt_std 0 --log_interval 1 --epochs 2"
-    found = rows(run("train", corpus, tmp_path / "run", flags), "interval")
+    found = read_records(run("train", corpus, tmp_path / "run", flags), "interval")
     for row in found[:-1]:
         step = row["step"] - 1
         rate = 2 * (0.2 + 0.8 * min(step / 10, 1))
@@ -491,9 +492,9 @@ REFUSED = [
     ("train", "--finetune FIRST --arch DARTS", "the weights of --finetune"),
     ("train", "--finetune=", "--finetune: there is no run in "),
     ("train", "--finetune ADAM", "--lr: give one for averaged SGD; that of --finetune "),
-    ("train", "--overfit --rdrop 3", "--rdrop 3.0: has no part in --overfit"),
-    ("train", "--overfit --schedule cosine", "--schedule cosine: has no part in --overfit"),
-    ("search", "--overfit --warmup 3", "--warmup 3: has no part in --overfit"),
+    ("train", "--overfit --rdrop 3", "--rdrop 3.0: has no effect with --overfit"),
+    ("train", "--overfit --schedule cosine", "--schedule cosine: has no effect with --overfit"),
+    ("search", "--overfit --warmup 3", "--warmup 3: has no effect with --overfit"),
     ("train", "--clip_value 1e300", "--clip_value 1e+300: must be at most 1e+38"),
     ("train", "--finetune NOWHERE", "--finetune: there is no run in NOWHERE"),
     ("train", "--finetune FIRST --data builtin", "not the text that the run in"),
@@ -504,7 +505,7 @@ REFUSED = [
     ("train", "--limit_tokens 5", "--limit_tokens 5: 5 tokens for train are too few"),
     ("train", "--optimizer lbfgs", "invalid choice"),
     ("search", "--optimizer ntasgd", "invalid choice"),
-    ("search", "--optimizer adam --unrolled", "--unrolled: its virtual step is one of SGD, which --optimizer adam"),
+    ("search", "--optimizer adam --unrolled", "--unrolled: its virtual step is a step of SGD, unlike those of --opt"),
     ("search", "--rdrop 1", "unrecognized arguments"),
     ("search", "--arch LSTM", "unrecognized arguments"),
     ("search", "--stop_stable -1", "--stop_stable -1: must be at least 0"),
@@ -513,7 +514,7 @@ REFUSED = [
     ("search", "--arch_batch_size 6", "--arch_batch_size 6: must be a multiple of --small_batch_size 4"),
     ("search", "--arch_batch_size 0", "--arch_batch_size 0: must be at least 1"),
     ("search", "--arch_batch_size 400", "tokens for the alphas are too few for 400 rows"),
-    ("search", "--norm batch --small_batch_size 1", "--norm batch normalises over the rows"),
+    ("search", "--norm batch --small_batch_size 1", "--norm batch normalises over the batch"),
     ("train", "--init_range 0", "--init_range 0.0: must be above 0"),
     ("train", "--norm layer", "unrecognized arguments"),
 ]

@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 import torch
 from gradients import B, gradients
-from helpers import ROOT, SIZES, finish, outcome, rows, wait_for
+from helpers import ROOT, SIZES, finish, outcome, read_records, wait_for
 
 import train
 from engine.reference import NORMS
@@ -73,7 +73,7 @@ def test_two_ranks_that_are_killed_end_as_if_they_had_not_been(name, corpus, tmp
     moment = random.Random(name).randrange(1, len(expected["metrics.jsonl"]) // 2)
 
     process = begin(name, corpus, folder)
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(rows(folder)) >= moment, process)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(read_records(folder)) >= moment, process)
     if name == "search":
         os.kill(workers(process)[-1], signal.SIGKILL)  # and torchrun ends the other one
     else:
@@ -88,7 +88,7 @@ def test_two_ranks_that_are_killed_end_as_if_they_had_not_been(name, corpus, tmp
     assert found.keys() == expected.keys()
     assert [key for key in expected if found[key] != expected[key]] == []
     if name == "retraining":
-        assert [row["phase"] for row in rows(whole, "epoch")][-1] == "asgd"  # both phases were there
+        assert [row["phase"] for row in read_records(whole, "epoch")][-1] == "asgd"  # both phases were there
 
 
 def test_a_run_of_two_ranks_is_not_continued_by_one(corpus, tmp_path, capsys):
@@ -120,11 +120,11 @@ def test_flags_that_ranks_cannot_share_are_refused_once(corpus, tmp_path):
         ({"batch_size": 9}, "--batch_size 9: must divide evenly among 4 ranks"),
         ({"batch_size": 2}, "--batch_size 2: must divide evenly among 4 ranks"),
         ({"small_batch_size": 2}, None),
-        ({"small_batch_size": 3}, "--small_batch_size 3: must divide the 4 rows that each of 4 ranks has"),
+        ({"small_batch_size": 3}, "--small_batch_size 3: must divide the 4 batch elements of each of 4 ranks"),
         ({"batch_size": 4, "norm": "layer"}, None),
         (
             {"batch_size": 4, "norm": "batch"},
-            "--batch_size 4: --norm batch normalises over the rows and needs at least 2 on each of 4 ranks",
+            "--batch_size 4: --norm batch normalises over the batch and needs at least 2 elements on each of 4 ranks",
         ),
         ({"arch_batch_size": 32}, None),
         (

@@ -85,7 +85,7 @@ def test_rollbacks_are_counted_and_end():
     for number in (1, 2):
         watch.rollbacks = watch.count(fault, 2, 7)
         assert watch.rollbacks == number
-    with pytest.raises(RunError, match=r"step 7 after 2 returns .*nan.*--lr"):
+    with pytest.raises(RunError, match=r"step 7 after 2 rollbacks .*nan.*--lr"):
         watch.count(fault, 2, 7)
     with pytest.raises(RunError, match="diverged at step 7: "):
         DivergenceMonitor(CPU, V).count(fault, 0, 7)

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
+import utils
 
 # The numbers of tokens by split, and of types, are from the table of Mikolov et al. 2010 with <eos> and from that of
 # Merity et al. 2017.
@@ -286,7 +287,7 @@ def test_failed_cache_write_is_no_error_and_leaves_no_file(tmp_path, monkeypatch
         raise PermissionError(13, "Permission denied")
 
     write_folder(tmp_path, **TEXTS)
-    monkeypatch.setattr(data.os, "replace", refuse)
+    monkeypatch.setattr(utils.os, "replace", refuse)
     assert len(data.load_corpus(str(tmp_path)).train) == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.txt", "train.txt", "valid.txt"]
 
@@ -399,7 +400,7 @@ def test_interrupted_download_leaves_no_file(server, tmp_path, monkeypatch):
     def interrupt(fd: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data.os, "fsync", interrupt)
+    monkeypatch.setattr(utils.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.download(source_at(server, "good"), tmp_path / "train.txt")
     assert list(tmp_path.iterdir()) == []
@@ -502,20 +503,20 @@ def test_read_split_of_builtin_matches_the_corpus(builtin, split):
 def test_batchify_matches_a_plain_loop(n, batch_size):
     if n // batch_size < 2:
         with pytest.raises(data.DataError, match=f"batch size {batch_size}"):
-            data.batchify(torch.arange(n), batch_size)
+            utils.batchify(torch.arange(n), batch_size)
         return
     n_steps = n // batch_size
     expected = [[b * n_steps + t for b in range(batch_size)] for t in range(n_steps)]
-    result = data.batchify(torch.arange(n), batch_size)
+    result = utils.batchify(torch.arange(n), batch_size)
     assert result.tolist() == expected
     assert result.is_contiguous()
 
 
 def test_targets_are_the_next_words_and_the_last_segment_is_shorter():
-    source = data.batchify(torch.arange(26), 4)  # This is the alphabet of the docstring, with 6 time steps.
-    x, y = data.get_batch(source, 0, 4)
+    source = utils.batchify(torch.arange(26), 4)  # This is the alphabet of the docstring, with 6 time steps.
+    x, y = utils.get_batch(source, 0, 4)
     assert x.tolist() == source[:4].tolist() and y.equal(x + 1)
-    x, y = data.get_batch(source, 4, 4)
+    x, y = utils.get_batch(source, 4, 4)
     assert x.tolist() == source[4:5].tolist() and y.tolist() == source[5:].tolist()
 
 
@@ -530,20 +531,20 @@ def rng(seed: int = 0) -> torch.Generator:
 )  # fmt: skip
 def test_segments_cover_each_input_time_step_once(n_steps, bptt, std, max_delta, start, seed):
     covered = []
-    for i, seq_len in data.segments(n_steps, bptt, rng(seed), std, max_delta, start):
+    for i, seq_len in utils.segments(n_steps, bptt, rng(seed), std, max_delta, start):
         assert seq_len >= 1
         covered += range(i, i + seq_len)
     assert covered == list(range(start, n_steps - 1))
 
 
 def test_one_segment_in_twenty_has_half_the_length_without_jitter():
-    lengths = Counter(seq_len for _, seq_len in list(data.segments(200_000, 35, rng()))[:-1])
+    lengths = Counter(seq_len for _, seq_len in list(utils.segments(200_000, 35, rng()))[:-1])
     assert set(lengths) == {35, 17}
     assert lengths[17] / lengths.total() == pytest.approx(0.05, abs=0.01)  # The tolerance is 3.5 standard errors.
 
 
 def test_jitter_is_normal_around_the_base_length():
-    lengths = torch.tensor([n for _, n in data.segments(400_000, 70, rng(), std=5.0)][:-1], dtype=torch.float64)
+    lengths = torch.tensor([n for _, n in utils.segments(400_000, 70, rng(), std=5.0)][:-1], dtype=torch.float64)
     full = lengths[lengths > 52]  # Segments of half the length have 35 +- 5.
     assert len(full) / len(lengths) == pytest.approx(0.95, abs=0.01)
     assert full.mean().item() == pytest.approx(69.5, abs=0.3)  # int() lowers the mean by a half.
@@ -551,30 +552,30 @@ def test_jitter_is_normal_around_the_base_length():
 
 
 def test_jitter_is_clamped_at_5_and_at_max_delta():
-    lengths = [n for _, n in data.segments(50_000, 35, rng(), std=30.0, max_delta=20)][:-1]
+    lengths = [n for _, n in utils.segments(50_000, 35, rng(), std=30.0, max_delta=20)][:-1]
     assert min(lengths) == 5 and max(lengths) == 55
 
 
 def test_segment_length_is_unbounded_without_max_delta():
-    assert max(n for _, n in data.segments(50_000, 35, rng(), std=30.0)) > 70
+    assert max(n for _, n in utils.segments(50_000, 35, rng(), std=30.0)) > 70
 
 
 @pytest.mark.parametrize("std", [0.0, 5.0])
 def test_segments_resume_where_they_stopped(std):
-    whole = list(data.segments(5000, 35, rng(), std, 20))
+    whole = list(utils.segments(5000, 35, rng(), std, 20))
     generator = rng()
-    running = data.segments(5000, 35, generator, std, 20)
+    running = utils.segments(5000, 35, generator, std, 20)
     begun = list(itertools.islice(running, 60))
     saved = generator.get_state()
     resumed = torch.Generator()
     resumed.set_state(saved)
     i, seq_len = begun[-1]
-    assert begun + list(data.segments(5000, 35, resumed, std, 20, start=i + seq_len)) == whole
+    assert begun + list(utils.segments(5000, 35, resumed, std, 20, start=i + seq_len)) == whole
 
 
 def test_segments_do_not_use_the_global_generator():
     before = torch.get_rng_state()
-    list(data.segments(1000, 35, rng(), 5.0, 20))
+    list(utils.segments(1000, 35, rng(), 5.0, 20))
     assert torch.get_rng_state().equal(before)
 
 
@@ -585,7 +586,7 @@ def test_segments_do_not_use_the_global_generator():
 @given(n_steps=st.integers(2, 60), lengths=st.lists(st.integers(1, 59), min_size=1, max_size=30))
 def test_cursor_gives_full_segments_in_order_or_wraps(n_steps, lengths):
     source = torch.arange(n_steps * 3).view(n_steps, 3)
-    cursor, position = data.Cursor(source), 0
+    cursor, position = utils.Cursor(source), 0
     for seq_len in lengths:
         x, y, wrapped = cursor.take(seq_len)
         full = min(seq_len, n_steps - 1)
@@ -599,7 +600,7 @@ def test_cursor_gives_full_segments_in_order_or_wraps(n_steps, lengths):
 
 def test_cursor_resumes_from_a_saved_position():
     source = torch.arange(80).view(40, 2)
-    first, second = data.Cursor(source), data.Cursor(source)
+    first, second = utils.Cursor(source), utils.Cursor(source)
     first.take(11)
     second.position = first.position
     for seq_len in (7, 15, 30):
@@ -608,7 +609,7 @@ def test_cursor_resumes_from_a_saved_position():
 
 
 def test_cursor_visits_every_target_of_an_even_stream():
-    cursor = data.Cursor(torch.arange(31).view(31, 1))
+    cursor = utils.Cursor(torch.arange(31).view(31, 1))
     taken = [cursor.take(10) for _ in range(6)]
     assert [wrapped for *_, wrapped in taken] == [False, False, False, True, False, False]
     assert torch.cat([y for _, y, _ in taken[:3]]).flatten().tolist() == list(range(1, 31))

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from helpers import search_rows, train_rows, write_rows
+from helpers import search_records, train_records, write_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex, to_rgb
@@ -29,12 +29,12 @@ EPOCHS = 12
 
 @pytest.fixture(scope="module")
 def records():
-    return search_rows(EPOCHS)
+    return search_records(EPOCHS)
 
 
 @pytest.fixture(scope="module")
 def run(records, tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("runs") / "search", records)
+    return write_records(tmp_path_factory.mktemp("runs") / "search", records)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_genotype_strip_has_a_bar_per_stretch_and_a_line_per_change(records, pic
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
 def test_stretches_tile_the_time_and_neighbours_differ(seeds):
-    cells = [(float(k), from_json(search_rows(1, 0, nodes=3, seed=seed)[0]["genotype"]))
+    cells = [(float(k), from_json(search_records(1, 0, nodes=3, seed=seed)[0]["genotype"]))
             for k, seed in enumerate(seeds, start=1)]  # fmt: skip
     for node in (1, 2, 3):
         stretches = [s for s in search_curves.stretches(cells) if s.node == node]
@@ -179,10 +179,12 @@ def test_each_formation_frame_shows_the_most_likely_cell(records, run):
 
 
 def test_formation_shows_the_recorded_genotype_where_probabilities_tie(tmp_path):
-    [record] = search_rows(1, 0, nodes=2, diagnosed=False)
+    [record] = search_records(1, 0, nodes=2, diagnosed=False)
     tie = [[0.2, 0.2, 0.2, 0.2, 0.2]] * 3
     cell = {"recurrent": [["sigmoid", 0], ["identity", 1]], "concat": [1, 2]}
-    _, [state] = animation.frames(History(write_rows(tmp_path, [{**record, "probabilities": tie, "genotype": cell}])))
+    _, [state] = animation.frames(
+        History(write_records(tmp_path, [{**record, "probabilities": tie, "genotype": cell}]))
+    )
     assert {gid for gid in state if gid.startswith("label-")} == {"label-0-1-sigmoid", "label-1-2-identity"}
     assert [gid for gid, seen in state.items() if gid.startswith("arc-") and seen == 1] == [
         "arc-0-1-sigmoid", "arc-1-2-identity"]  # fmt: skip
@@ -226,7 +228,7 @@ def test_gif_has_a_frame_per_record_and_the_colours_of_primitives(run, tmp_path)
         pixels = np.array(gif.convert("RGB")).reshape(-1, 3)
     colours, counts = np.unique(pixels, axis=0, return_counts=True)
     assert colours[counts.argmax()].tolist() == [255, 255, 255]  # The background is white.
-    shown = {op for op, _ in last(search_rows(EPOCHS), "epoch", "genotype")["recurrent"]}
+    shown = {op for op, _ in last(search_records(EPOCHS), "epoch", "genotype")["recurrent"]}
     for op in shown:
         ink = (255 * np.array(to_rgb(COLOURS[op]))).round()
         assert (np.abs(pixels - ink).max(1) <= 6).sum() > 50, op
@@ -253,9 +255,9 @@ def test_missing_ffmpeg_exits_2_with_the_reason(run, tmp_path, monkeypatch, caps
 
 
 def test_train_figure_has_every_run_its_switch_and_the_anchors(tmp_path):
-    runs = {"one": train_rows(40, averaged=25), "two": train_rows(30, last=90), "three": train_rows(5)}
+    runs = {"one": train_records(40, averaged=25), "two": train_records(30, last=90), "three": train_records(5)}
     for name, records in runs.items():
-        write_rows(tmp_path / name, records)
+        write_records(tmp_path / name, records)
         (tmp_path / name / "config.json").write_text(json.dumps({"flags": {"data": "penn", "limit_tokens": 0}}))
     histories = [History(tmp_path / name) for name in runs]
     with plain_style():
@@ -278,7 +280,7 @@ def test_train_figure_has_every_run_its_switch_and_the_anchors(tmp_path):
 
 @pytest.mark.parametrize("flags", [{"data": "builtin", "limit_tokens": 0}, {"data": "penn", "limit_tokens": 9}, None])
 def test_anchors_are_drawn_only_for_the_full_penn_treebank(flags, tmp_path):
-    write_rows(tmp_path / "run", train_rows(3))
+    write_records(tmp_path / "run", train_records(3))
     if flags is not None:
         (tmp_path / "run" / "config.json").write_text(json.dumps({"flags": flags}))
     with plain_style():
@@ -287,8 +289,8 @@ def test_anchors_are_drawn_only_for_the_full_penn_treebank(flags, tmp_path):
 
 
 def test_switch_without_later_validation_has_no_mark(tmp_path):
-    records = train_rows(6, averaged=4)
-    write_rows(
+    records = train_records(6, averaged=4)
+    write_records(
         tmp_path, [*records[:3], *({k: v for k, v in record.items() if k != "valid_ppl"} for record in records[3:])]
     )
     with plain_style():
@@ -298,7 +300,7 @@ def test_switch_without_later_validation_has_no_mark(tmp_path):
 
 def test_directory_names_with_special_characters_are_shown_unchanged(tmp_path):
     names = ["a$b_{$", "_b", "plain"]
-    histories = [History(write_rows(tmp_path / name, train_rows(3))) for name in names]
+    histories = [History(write_records(tmp_path / name, train_records(3))) for name in names]
     with plain_style():
         figure = train_figure(histories)
         figure.canvas.draw()
@@ -308,7 +310,7 @@ def test_directory_names_with_special_characters_are_shown_unchanged(tmp_path):
 def test_labels_of_nearby_anchors_are_merged(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"flags": {"data": "penn", "limit_tokens": 0}}))
     for first, groups in ((300.0, 1), (60.0, 4)):
-        write_rows(tmp_path, train_rows(9, first=first, last=58.3))
+        write_records(tmp_path, train_records(9, first=first, last=58.3))
         with plain_style():
             figure = train_figure([History(tmp_path)])
         figure.canvas.draw()
@@ -322,7 +324,7 @@ def test_labels_of_nearby_anchors_are_merged(tmp_path):
 
 def test_runs_with_equal_names_have_distinct_labels(tmp_path):
     for name in ("a/1", "b/1"):
-        write_rows(tmp_path / name, train_rows(3))
+        write_records(tmp_path / name, train_records(3))
     with plain_style():
         [axes] = train_figure([History(tmp_path / name) for name in ("a/1", "b/1")]).axes
     assert [line.get_label().split(":")[0] for line in axes.lines if line.get_gid()] == ["a/1", "b/1"]
@@ -332,7 +334,7 @@ def test_runs_with_equal_names_have_distinct_labels(tmp_path):
 
 
 def draw_search(records, tmp_path, **changes):
-    run = write_rows(tmp_path / "run", [{**record, **changes} for record in records])
+    run = write_records(tmp_path / "run", [{**record, **changes} for record in records])
     with plain_style():
         return search_curves.figures(History(run))
 
@@ -349,7 +351,7 @@ def test_time_is_in_weight_steps_before_the_first_epoch_ends(records, tmp_path):
 
 
 def test_time_is_extrapolated_at_the_pace_of_the_last_epoch(records, tmp_path):
-    history = History(write_rows(tmp_path / "run", records[:-3]))
+    history = History(write_records(tmp_path / "run", records[:-3]))
     steps = {record["epoch"]: record["step"] for record in records if record["kind"] == "epoch"}
     last_step, each = steps[11], steps[11] - steps[10]
     assert history.when(last_step) == 11
@@ -397,7 +399,7 @@ ODD = (
 @settings(max_examples=60, deadline=None)
 @given(odd=st.lists(st.tuples(st.integers(0, 20), st.sampled_from(ODD)), max_size=6))
 def test_malformed_lines_of_metrics_are_ignored(tmp_path_factory, odd):
-    records = search_rows(3, nodes=2)
+    records = search_records(3, nodes=2)
     lines = [json.dumps(record) for record in records]
     for place, line in odd:
         lines.insert(min(place, len(lines)), line)
@@ -412,7 +414,7 @@ def test_malformed_lines_of_metrics_are_ignored(tmp_path_factory, odd):
 
 
 def test_run_rolled_back_to_its_start_has_nothing_to_draw(tmp_path, capsys):
-    write_rows(tmp_path, [{"kind": "rollback", "epoch": 1, "step": 0, "lr": 1.0, "reason": "x", "seconds": 1.0}])
+    write_records(tmp_path, [{"kind": "rollback", "epoch": 1, "step": 0, "lr": 1.0, "reason": "x", "seconds": 1.0}])
     for command in ("search", "train"):
         with pytest.raises(SystemExit) as end:
             main([command, str(tmp_path), "--out", str(tmp_path / "a.svg")])
@@ -421,7 +423,7 @@ def test_run_rolled_back_to_its_start_has_nothing_to_draw(tmp_path, capsys):
 
 
 def test_edges_of_cells_with_too_many_nodes_are_not_drawn(tmp_path):
-    write_rows(tmp_path, search_rows(2, nodes=17))
+    write_records(tmp_path, search_records(2, nodes=17))
     with plain_style():
         assert list(search_curves.figures(History(tmp_path))) == ["curves", "genotype", "signal"]
     with pytest.raises(PictureError):
@@ -454,7 +456,7 @@ def test_directory_without_a_run_exits_2_with_one_line(command, text, tmp_path, 
 ])  # fmt: skip
 def test_invalid_arguments_exit_2_with_one_line(argv, message, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "train", train_rows(3))
+    write_records(tmp_path / "train", train_records(3))
     with pytest.raises(SystemExit) as end:
         main([{"RUN": str(run), "TRAIN": str(tmp_path / "train")}.get(word, word) for word in argv])
     [line] = capsys.readouterr().err.splitlines()

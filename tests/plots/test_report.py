@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from helpers import search_rows, train_rows, write_rows
+from helpers import search_records, train_records, write_records
 
 from genotypes import DARTS_V1, ENAS, random_genotype, to_json
 from plots import animation
@@ -35,8 +35,8 @@ def write_json(path, value):
 def run(tmp_path_factory):
     """Writes a search of 50 epochs whose path and flags have special characters."""
     folder = tmp_path_factory.mktemp("runs & more") / "search #1"
-    write_rows(folder, search_rows(EPOCHS))
-    last = [record for record in search_rows(EPOCHS) if record["kind"] == "epoch"][-1]
+    write_records(folder, search_records(EPOCHS))
+    last = [record for record in search_records(EPOCHS) if record["kind"] == "epoch"][-1]
     write_json(folder / "config.json", {"flags": {"data": ODD, "epochs": EPOCHS, "seed": 3, "device": "cpu"}})
     write_json(folder / "result.json", {
         "kind": "search", "valid_ppl": last["valid_ppl"], "test_ppl": 81.5, "genotype": last["genotype"],
@@ -64,7 +64,7 @@ def study(tmp_path_factory):
         events.append({"trial": name, "event": "done", "valid_ppl": value})
         test = 69.25 if name == "retrain/random-2/3" else None
         write_json(folder / name / "result.json", {"valid_ppl": value, "test_ppl": test, "genotype": genotype})
-        write_rows(folder / name, train_rows(6, last=value))
+        write_records(folder / name, train_records(6, last=value))
     write_json(folder / "study.json", {"flags": {}})
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     write_json(folder / "leaderboard.json", {
@@ -117,7 +117,7 @@ def test_run_page_is_one_file_with_every_picture(run):
 
 def test_flags_with_invalid_unicode_are_replaced_and_escaped(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    write_rows(tmp_path / "run", search_rows(2, nodes=3))
+    write_records(tmp_path / "run", search_records(2, nodes=3))
     (tmp_path / "run" / "config.json").write_text(json.dumps({"flags": {"data": "\ud800</script>", "epochs": 10**400}}))
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "?&lt;/script&gt;" in (tmp_path / "run" / "report.html").read_text()
@@ -201,14 +201,14 @@ def test_study_page_is_written_with_a_damaged_leaderboard(summary, study, tmp_pa
                                             ("genotype.json", "[]")])  # fmt: skip
 def test_run_page_is_written_with_damaged_files(name, text, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    write_rows(tmp_path / "run", search_rows(2, nodes=3))
+    write_records(tmp_path / "run", search_records(2, nodes=3))
     (tmp_path / "run" / name).write_text(text)
     assert main(["report", str(tmp_path / "run")]) == 0
     assert {"cell", "curves", "edges"} <= set(Page(tmp_path / "run" / "report.html").ids)
 
 
 def test_retraining_page_has_the_cell_and_its_curves(tmp_path):
-    write_rows(tmp_path, train_rows(9, averaged=4))
+    write_records(tmp_path, train_records(9, averaged=4))
     write_json(tmp_path / "config.json", {"flags": {"arch": str(DARTS_V1), "epochs": 9}})
     assert main(["report", str(tmp_path)]) == 0
     page = Page(tmp_path / "report.html")
@@ -219,7 +219,7 @@ def test_retraining_page_has_the_cell_and_its_curves(tmp_path):
 def test_page_refreshes_only_while_watched_and_the_run_is_unfinished(run, tmp_path, monkeypatch, capsys):
     live = tmp_path / "live"
     shutil.copytree(run, live)
-    write_rows(live, search_rows(2, nodes=3))
+    write_records(live, search_records(2, nodes=3))
     (live / "result.json").rename(tmp_path / "result.json")
     again = '<meta http-equiv="refresh"'
     assert again not in report.write(live).read_text()
@@ -240,7 +240,7 @@ def test_page_refreshes_only_while_watched_and_the_run_is_unfinished(run, tmp_pa
 
 def test_ctrl_c_ends_the_watch(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run, tmp_path / "live")
-    write_rows(tmp_path / "live", search_rows(2, nodes=3))
+    write_records(tmp_path / "live", search_records(2, nodes=3))
     (tmp_path / "live" / "result.json").unlink()
 
     def interrupt(seconds):
@@ -257,7 +257,7 @@ def test_watch_waits_for_a_first_record_but_not_for_a_directory(run, tmp_path, m
 
     def wait(seconds):
         assert not (live / "report.html").exists()
-        write_rows(live, search_rows(1, nodes=2))
+        write_records(live, search_records(1, nodes=2))
         shutil.copy(run / "result.json", live / "result.json")
 
     monkeypatch.setattr("visualize.time.sleep", wait)

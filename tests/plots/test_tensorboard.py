@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from helpers import SIZES, rows
+from helpers import SIZES, read_records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -25,7 +25,7 @@ def read_tensorboard(folder):
 
 def recorded_scalars(folder):
     scalars = {}
-    for record in rows(folder):
+    for record in read_records(folder):
         for name, value in record.items():
             if name not in OF_ROW and isinstance(value, int | float):
                 scalars.setdefault(f"{record['kind']}/{name}", []).append((record["step"], value))
@@ -39,7 +39,7 @@ def test_tensorboard_has_the_scalars_flags_and_cells_of_a_search(corpus, tmp_pat
     scalars, events = read_tensorboard(folder)
     assert recorded_scalars(folder) == scalars
     assert {"interval/loss", "epoch/valid_ppl", "diagnosis/eigenvalue"} <= scalars.keys()
-    cells = [record["genotype"] for record in rows(folder, "epoch")]
+    cells = [record["genotype"] for record in read_records(folder, "epoch")]
     changes = 1 + sum(a != b for a, b in pairwise(cells))
     assert len(events.Images("cell")) == changes
     [start] = [e for e in events.PluginTagToContent("hparams").items() if "session_start" in e[0]]
@@ -72,7 +72,9 @@ def test_tensorboard_enabled_on_resume_has_the_whole_run(corpus, tmp_path):
     assert train.main(["--resume", "--save", str(folder), "--epochs", "2", "--tensorboard"]) == 0
     scalars, _ = read_tensorboard(folder)
     assert recorded_scalars(folder) == scalars
-    assert [step for step, _ in scalars["epoch/valid_ppl"]] == [record["step"] for record in rows(folder, "epoch")]
+    assert [step for step, _ in scalars["epoch/valid_ppl"]] == [
+        record["step"] for record in read_records(folder, "epoch")
+    ]
 
 
 def test_invalid_values_of_a_record_are_left_out(tmp_path):

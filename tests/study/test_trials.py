@@ -18,7 +18,7 @@ from helpers import ROOT, wait_for, write_corpus
 import train
 import train_search
 import trials
-from data import load_corpus, segments
+from data import load_corpus
 from experiment import metrics, startup, validate_arguments
 from experiment.metrics import EVENTS, events
 from genotypes import random_genotype
@@ -26,7 +26,7 @@ from study import arguments, cost, leaderboard, ray_backend
 from study.design import Study, distinct
 from study.jobs import Job
 from study.stats import kendall
-from utils import RunError
+from utils import RunError, segments
 
 SCRIPTS = {"train.py": train, "train_search.py": train_search}
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --lr 1 --log_interval 100 --device cpu --engine eager"

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from helpers import rows, write_corpus
+from helpers import read_records, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -237,7 +237,9 @@ def test_a_search_that_is_measured_takes_the_steps_of_one_that_is_not(flags, tmp
     plain, measured = (tmp_path / name for name in ("plain", "measured"))
     assert (plain / "genotype.json").read_bytes() == (measured / "genotype.json").read_bytes()
     timed = {"seconds", "tokens_per_s"}
-    steps, also = ([{k: v for k, v in row.items() if k not in timed} for row in rows(f)] for f in (plain, measured))
+    steps, also = (
+        [{k: v for k, v in row.items() if k not in timed} for row in read_records(f)] for f in (plain, measured)
+    )
     assert [row for row in also if row["kind"] != "diagnosis"] == steps
     weights, others = (checkpoint.load(folder / "last.pt")["model"] for folder in (plain, measured))
     assert all(torch.equal(weights[name], others[name]) for name in weights)
@@ -257,5 +259,5 @@ def test_the_time_of_a_measurement_is_not_that_of_steps(tmp_path, monkeypatch):
         with here.paused():
             clock[0] += 50
         here.close_interval(1.0)
-    [row] = rows(tmp_path / "run")
+    [row] = read_records(tmp_path / "run")
     assert row["tokens_per_s"] == 30 / 2 and row["seconds"] == 52

@@ -32,7 +32,7 @@ from study.validate_arguments import (
     read_config,
     text_faults,
 )
-from utils import RunError
+from utils import DataError, RunError
 
 INSTALL = "trials.py needs Ray, SciPy and rich: pip install -r requirements-cluster.txt"
 
@@ -64,7 +64,7 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
     if not found:
         try:
             corpus = data.load_corpus(args.data)
-        except data.DataError as error:
+        except DataError as error:
             found += error.faults
     if corpus is not None:
         found += job_faults(parser, study, stages, corpus)

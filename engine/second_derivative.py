@@ -1,12 +1,14 @@
-"""The relaxed cell's mixed second derivative, without a difference: how the gradient of the probabilities changes as
-the weights go in a direction (Pearlmutter 1994, "Fast exact multiplication by the Hessian").
+"""Computes the mixed second derivative of the relaxed cell exactly, not by a finite difference.
 
-Everything that a pass over the sequence computes has a tangent, its derivative along that direction; `r_` names it.
-`r_forward` goes the way of the values once more and finds the tangents of the states, `r_backward` the way of the
-gradients, and finds those of the gradients. Each multiplies twice where the first pass did once, (a b)' = a' b + a b';
-both together as often as the two passes of a central difference.
+It is the change of the gradient of the probabilities as the weights move in a direction (Pearlmutter 1994, "Fast exact
+multiplication by the Hessian"). Every quantity that a pass over the sequence computes has a tangent, its derivative
+along that direction, named with the prefix `r_`. `r_forward` repeats the forward pass and computes the tangents of the
+states. `r_backward` repeats the backward pass and computes the tangents of the gradients. Each has two matrix products
+where the first pass had one, since (a b)' = a' b + a b'; together they have as many as the two passes of a central
+difference.
 
-Shapes: T time steps, B batch, H hidden, N nodes, K primitives.
+Shapes: T time steps, B batch, H hidden, N nodes, K primitives. H includes the padding of `fused.prepare`. The equations
+(F1) to (F6) and (B1) to (B7) are in docs/engine.md.
 """
 
 from typing import NamedTuple
@@ -36,13 +38,13 @@ from engine.matmul import matmul
 
 
 class Tangents(NamedTuple):
-    """What `r_backward` needs from `r_forward`."""
+    """The results of `r_forward` that `r_backward` needs."""
 
     states: Tensor  # (T, N+1, B, H)
     products: list[Tensor]  # N+1 times (T, i, B, 2H)
-    ratio: Tensor  # (T, N+1, H) or (T, N+1, B, 1), of `inverse` to itself
+    ratio: Tensor  # (T, N+1, H) or (T, N+1, B, 1), tangent of `inverse` divided by `inverse`
     hiddens: tuple[Tensor, ...]  # T+1 times (B, H)
-    direction: list[Tensor]  # directions of W0_h and Ws
+    direction: list[Tensor]  # directions of W0_h and Ws, (H, 2H) each
 
 
 def r_forward(
@@ -56,12 +58,17 @@ def r_forward(
     vh0: Tensor | None,
     direction: list[Tensor],
 ) -> tuple[Tangents, Tensor]:
-    """Tangents along vxW (T, B, 2H), vh0 (B, H) and, for W0_h and Ws, `direction`; the hidden states' (T, B, H)."""
+    """Returns the tangents that `r_backward` needs, and those of the hidden states (T, B, H).
+
+    The direction is vxW (T, B, 2H) for xW, vh0 (B, H) for h0, and `direction` for W0_h and Ws, (H, 2H) each. None
+    stands for a vxW or a vh0 of zeros. `trace` was saved by the forward pass with h0 (B, H), the `weights` W0_h and Ws,
+    probs (N(N+1)/2, K) and h_mask (B, H), and `hiddens` (T, B, H) is its result.
+    """
     space, states, masked, products, previous, inverse, held_relu, norm, share = trace
     (T, B, H), N = hiddens.shape, len(weights) - 1
     r_states = space.take(T, N + 1, B, H)
     r_products = [space.take(T, max(i, 1), B, 2 * H) for i in range(N + 1)]
-    r_masked, r_previous = space.take(N + 1, B, H), space.take(B, H)  # of one step
+    r_masked, r_previous = space.take(N + 1, B, H), space.take(B, H)  # of one time step only
     ratio = torch.empty_like(inverse)
     r_hiddens = torch.empty_like(hiddens)
     weights, direction = ([W.to(space.compute_dtype) for W in given] for given in (weights, direction))
@@ -110,15 +117,18 @@ def r_backward(
     h_mask: Tensor,
     r_g_hiddens: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tangents of the gradients of xW (T, B, 2H), h0 (B, H) and probs (N(N+1)/2, K), where that of the hidden states'
-    gradient is r_g_hiddens (T, B, H)."""
+    """Returns the tangents of the gradients of xW (T, B, 2H), h0 (B, H) and probs (N(N+1)/2, K).
+
+    r_g_hiddens (T, B, H) is the tangent of the gradient of the hidden states. `backward_pass` was saved by the backward
+    pass, `tangents` come from `r_forward`, and the other arguments are those of `r_forward`.
+    """
     space, states, _, products, _, inverse, held_relu, norm, share = trace
     received, dxW = backward_pass
     r_states, r_products, ratio, r_hs, direction = tangents
     (T, B, H), N = hiddens.shape, len(weights) - 1
     weights = [W.to(space.compute_dtype) for W in weights]
     r_dxW = space.take(T, B, 2 * H)
-    gradient = [space.take(4, i, B, H) for i in range(1, N + 1)]  # r_dc, r_du, dc, du
+    gradient = [space.take(4, i, B, H) for i in range(1, N + 1)]  # r_dc, r_du, dc, du of each node
     w = GradAccumulators(space, N, B, H)
     rows = of_nodes(probs)  # N times (i, K)
 
@@ -126,14 +136,14 @@ def r_backward(
     r_state, r_scale, r_below = by_node(r_states), by_node(ratio), before_node(r_states)
     preactivations, r_cus = ([cu.unbind(0) for cu in those] for those in (products, r_products))
     four, rows_of = [g.unbind(0) for g in gradient], [g.flatten(1, 2).unbind(0) for g in gradient]
-    factors = [  # of r_dc, r_du, dc, du
+    factors = [  # r_dc and r_du are multiplied by the transposed weights, dc and du by the transposed directions.
         [half.t() for half in (*halves(W), *halves(v))] for W, v in zip(weights, direction, strict=True)
     ]
     W0_t, v0_t = weights[0].t(), direction[0].t()
     gs, hs, dxWs, r_dxWs, r_dcs_0 = r_g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), r_dxW.unbind(0), halves(r_dxW)
 
     for t in reversed(range(T)):
-        here, there = 0, 1  # which of totals
+        here, there = 0, 1  # Each node reads one of the two `totals` and writes the other.
         w.begin_step(gs[t], h_mask)
         for i in range(N, 0, -1):
             cu = preactivations[i][t]
@@ -157,13 +167,17 @@ def r_backward(
     return r_dxW, w.grad_h0(h_mask), w.grad_probs()
 
 
-# The kernels, as those of cell_kernels.py.
+# The functions below follow those of cell_kernels.py. Each kernel is one pass and writes its last arguments.
 
 
 @kernel
 def r_start(cu, r_cu, h, r_h, norm, share, h_mask, state, inverse, r_state, r_masked, ratio):
-    """The tangent of s_0: cu, r_cu (B, 2H), h, r_h, h_mask, state (B, H), `norm` and `share` as in
-    `cell_kernels.average`, inverse (H,) or (B, 1) -> r_state, r_masked (B, H), ratio like inverse."""
+    """Computes the tangent of s_0 (F1, F5).
+
+    Reads cu and its tangent r_cu (B, 2H), h, r_h, h_mask and state (B, H), `norm` and `share` as in
+    `cell_kernels.average`, and inverse (H,) or (B, 1). Writes r_state and r_masked (B, H), and ratio, the tangent of
+    inverse divided by inverse, in its shape.
+    """
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h.dtype).chunk(2, dim=-1)
     gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]
@@ -173,8 +187,11 @@ def r_start(cu, r_cu, h, r_h, norm, share, h_mask, state, inverse, r_state, r_ma
 
 @kernel
 def r_node(cu, r_cu, states, r_states, p, active, norm, share, h_mask, state, inverse, r_state, r_masked, ratio):
-    """The tangent of s_i, with arguments as in `cell_kernels.relaxed_node` -> r_state, r_masked (B, H), ratio like
-    inverse."""
+    """Computes the tangent of s_i (F3 to F5).
+
+    Reads the arguments and results of `cell_kernels.relaxed_node`, and the tangents r_cu (i, B, 2H) and r_states
+    (i, B, H). Writes r_state and r_masked (B, H), and ratio, the tangent of inverse divided by inverse, in its shape.
+    """
     c, u = cu.chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h_mask.dtype).chunk(2, dim=-1)
     p = p[:, 1:, None, None]
@@ -186,7 +203,12 @@ def r_node(cu, r_cu, states, r_states, p, active, norm, share, h_mask, state, in
 
 
 def put_r_normalised(r_z, norm, share, h_mask, state, inverse, r_state, r_masked, ratio):
-    """Of s = (z - mean) / deviation, whose Jacobian is symmetric, and of 1 / deviation, relative to itself."""
+    """Writes the tangent of s = (z - mean) / deviation (F5), given that of z, r_z (B, H).
+
+    The Jacobian of the normalisation is symmetric, so that this is the formula of its backward pass. r_state is the
+    tangent of s, and r_masked that of s * h_mask, (B, H) each. ratio is the tangent of `inverse` = 1 / deviation,
+    divided by `inverse`, in its shape; it is not written if norm is "none".
+    """
     r_s = r_z
     if norm != "none":
         r_z, s = force_materialize(r_z), state.to(r_z.dtype)
@@ -198,8 +220,11 @@ def put_r_normalised(r_z, norm, share, h_mask, state, inverse, r_state, r_masked
 
 
 def r_normalise_back(r_g, g, norm, share, state, r_state, inverse, ratio):
-    """dz = inverse * (g - mean(g) - s mean(g s)) and its tangent, (B, H) each, the means as in
-    `cell_kernels.average`."""
+    """Returns dz = inverse * (g - mean(g) - s mean(g s)) (B2) and its tangent, (B, H) each.
+
+    g (B, H) is the gradient of the normalised s = `state`, and r_g its tangent. The means are those of
+    `cell_kernels.average`. If norm is "none", dz is g and its tangent is r_g.
+    """
     g = g.to(r_g.dtype)
     if norm == "none":
         return force_materialize(g), force_materialize(r_g)
@@ -215,7 +240,12 @@ def r_node_back(
     r_g, r_g_through, g, state, r_state, inverse, ratio, r_total, r_through, states, r_states, cu, r_cu, p, active,
     norm, share, h_mask, r_dc, r_du, dc, du, r_total_after, *sums,
 ):  # fmt: skip
-    """The tangent of `cell_kernels.relaxed_node_back` -> r_dc, r_du, and dc, du themselves, (i, B, H)."""
+    """Computes the tangent of the backward pass through a node, `cell_kernels.relaxed_node_back` (B2 to B5).
+
+    Here g (B, H) is the whole gradient of s_i, and r_g + r_g_through * h_mask its tangent. Writes r_dc, r_du, and dc, du
+    themselves, (i, B, H) each. r_total_after (i, B, H) is r_total + r_through * h_mask plus what this node adds
+    directly. The `sums`, (i, B) each, gain the tangents of the gradients of the probabilities.
+    """
     dz, r_dz = (
         d * of_sum(norm, len(p))
         for d in r_normalise_back(r_g + r_g_through * h_mask, g, norm, share, state, r_state, inverse, ratio)
@@ -225,9 +255,8 @@ def r_node_back(
     s, r_s = states.to(h_mask.dtype), r_states.to(h_mask.dtype)
     p = p[:, 1:, None, None]
     (tanh, relu, sig, u), slopes, mixed, slope = mixture(p, u, active)
-    second_derivative = (
-        p[:, 2] * slopes[2] * (1 - 2 * sig) - p[:, 0] * 2 * tanh * slopes[0]
-    )  # of relu and identity none
+    # The second derivatives of relu and identity are zero.
+    second_derivative = p[:, 2] * slopes[2] * (1 - 2 * sig) - p[:, 0] * 2 * tanh * slopes[0]
     gate, some = sigmoid(c.to(h_mask.dtype)), p.sum(1)
     r_gate = gate * (1 - gate) * r_c
     opened, r_opened = dz * gate, r_dz * gate + dz * r_gate
@@ -251,8 +280,12 @@ def r_node_back(
 def r_start_back(
     r_g, r_g_through, g, state, r_state, inverse, ratio, cu, r_cu, norm, share, h_mask, h, r_h, r_dc, r_du, r_direct
 ):
-    """The tangent of `cell_kernels.relaxed_start_back`, all (B, H) -> r_dc, r_du, and that of the hidden state's own
-    share."""
+    """Computes the tangent of the backward pass through s_0, `cell_kernels.relaxed_start_back` (B2, B6).
+
+    Here g (B, H) is the whole gradient of s_0, and r_g + r_g_through * h_mask its tangent. cu and r_cu are (B, 2H),
+    inverse and ratio (H,) or (B, 1). Writes r_dc, r_du and r_direct, (B, H) each. The last is the tangent of the part
+    of the hidden state's gradient that does not come through the product with W0.
+    """
     dz, r_dz = r_normalise_back(r_g + r_g_through * h_mask, g, norm, share, state, r_state, inverse, ratio)
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h.dtype).chunk(2, dim=-1)

@@ -258,8 +258,7 @@ def add_run_flags(parser: Parser, seed: int, log_interval: int) -> None:
         "--resume",
         action="store_true",
         help="continue the run in --save with its own flags; only --epochs, --log_interval, --checkpoint_minutes, "
-        "--backoff, --max_rollbacks, --test, --device, --diagnose_every, --tensorboard and the place of the same "
-        "--data may be given anew",
+        "--test, --device, --diagnose_every, --tensorboard and the path of the same --data may be given again",
     )
     run.add_argument(
         "--checkpoint_minutes",
@@ -267,13 +266,6 @@ def add_run_flags(parser: Parser, seed: int, log_interval: int) -> None:
         default=10.0,
         help="the longest time between two checkpoints, which are made at each epoch's end as well",
     )
-    run.add_argument(
-        "--backoff",
-        type=float,
-        default=0.5,
-        help="when the loss diverges, the run goes back to its last checkpoint and on with --lr times this",
-    )
-    run.add_argument("--max_rollbacks", type=int, default=5, help="how often it does that before it ends")
     run.add_argument("--device", default="auto", help="auto (CUDA where there is some), cpu, cuda or cuda:N")
     run.add_argument(
         "--deterministic",

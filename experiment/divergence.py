@@ -10,6 +10,8 @@ from utils import Diverged, RunError
 
 SPIKE_FACTOR = 3.0  # The loss has diverged when it is above this many times its running mean.
 MEMORY, RECENT = 100, 5  # The number of steps of the running mean, and of the mean that is compared with it.
+BACKOFF = 0.5  # the factor of the learning rate at a rollback
+MAX_ROLLBACKS = 5
 ADVICE = "start again with a lower --lr or a lower --clip"
 
 
@@ -62,11 +64,13 @@ class DivergenceMonitor:
         if not math.isfinite(loss) or loss > max(SPIKE_FACTOR * self.mean.item(), self.even):
             raise Diverged(f"the loss is {loss:.4g} with the weights of the last step")
 
-    def count(self, fault: Diverged, most: int, step: int) -> int:
-        """Returns the number of the rollback that follows `fault`; raises RunError if it would be more than `most`."""
-        if self.rollbacks >= most:
-            again = f" after {most} rollbacks to an earlier checkpoint" if most else ""
-            raise RunError(f"the run has diverged at step {step}{again}: {fault}; {ADVICE}")
+    def count(self, fault: Diverged, step: int) -> int:
+        """Returns the number of the next rollback; raises RunError if that is more than `MAX_ROLLBACKS`."""
+        if self.rollbacks >= MAX_ROLLBACKS:
+            raise RunError(
+                f"the run has diverged at step {step} after {MAX_ROLLBACKS} rollbacks to an earlier checkpoint:"
+                f" {fault}; {ADVICE}"
+            )
         return self.rollbacks + 1
 
     def state_dict(self) -> dict[str, Any]:

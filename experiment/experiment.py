@@ -13,7 +13,7 @@ from data import Corpus
 from engine.matmul import matmul_precision
 from experiment import arguments, checkpoint, resume, startup
 from experiment.distributed import Distributed
-from experiment.divergence import DivergenceMonitor
+from experiment.divergence import BACKOFF, DivergenceMonitor
 from experiment.progress import Progress
 from experiment.signals import StopSignal
 from training.early_stopping import Patience
@@ -249,16 +249,16 @@ class Experiment:
 
     @contextmanager
     def rollback_on_divergence(self, state: TrainingState) -> Iterator[None]:
-        """Goes back to the last checkpoint when training diverges inside the block, with --backoff times the learning
-        rate and other random numbers; raises RunError after --max_rollbacks such rollbacks."""
+        """Goes back to the last checkpoint when training diverges inside the block, with `BACKOFF` times the learning
+        rate and other random numbers; raises RunError after `MAX_ROLLBACKS` such rollbacks."""
         try:
             yield
         except Diverged as fault:
-            attempt = self.monitor.count(fault, self.args.max_rollbacks, self.progress.step)
+            attempt = self.monitor.count(fault, self.progress.step)
             saved = self.ranks.broadcast_from_main(lambda: checkpoint.load_last(self.run.folder)[0])
             self.load_state_dict(state, saved)
             self.monitor.rollbacks = attempt
-            self.schedule.scale *= self.args.backoff
+            self.schedule.scale *= BACKOFF
             progress = self.progress
             lr = self.schedule.rate(progress.step, progress.position())
             self.run.log(f"diverged ({fault}): back to epoch {progress.epoch}, step {progress.step}, with lr {lr:.4g}")

@@ -17,8 +17,8 @@ from training.optimizers import DEFAULT_LR
 # Flags that may differ between a run and its continuation; every other flag is fixed for the run. The data may be at
 # another path, but must be the same text.
 RESUMABLE = {
-    "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "backoff", "max_rollbacks",
-    "test", "diagnose_every", "tensorboard",
+    "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "test",
+    "diagnose_every", "tensorboard",
 }  # fmt: skip
 # Flags that --finetune takes from the run whose weights it starts from, unless they are given again.
 TUNED_WITH = {

@@ -19,7 +19,7 @@ from experiment.lock import Locked
 from experiment.resume import changed_flags, read_config, state_faults, tuned_with, tuning_faults
 from experiment.run_directory import NullRun, Run
 from genotypes import GenotypeError, resolve_cell
-from utils import RunError
+from utils import DataError, RunError
 
 # Maps the name of each text that a script reads to its word ids (n,) and the batch size that they are cut into.
 Texts = dict[str, tuple[Tensor, int]]
@@ -37,29 +37,28 @@ def start_run(
     The main rank decides for all ranks. Exits with code 2 on faults of the flags, the corpus or the saved state; raises
     `RunError` on another rank whose machine lacks the corpus or has a different one.
     """
-    if not ranks.is_main:
-        parser.quiet = True
-        told = ranks.broadcast_from_main(lambda: None)
-        if isinstance(told, int):
-            sys.exit(told)
-        args, saved, sha256 = told
+    parser.quiet = not ranks.is_main
+    started, exit_code = None, None
+    if ranks.is_main:
         try:
-            corpus = data.load_corpus(args.data)
-        except data.DataError as error:
-            raise RunError(f"on the machine of rank {ranks.rank}: {' '.join(error.faults)}") from error
-        if corpus.sha256 != sha256:
-            raise RunError(
-                f"--data {args.data}: another text on the machine of rank {ranks.rank} than of the first rank"
-            )
-        return args, corpus, NullRun(args.save), saved
+            started = start_on_main_rank(kind, parser, argv, texts, ranks)
+        except SystemExit as end:
+            exit_code = end.code
+    exit_code, shared = ranks.broadcast_from_main(
+        lambda: (exit_code, started and (started[0], started[3], started[1].sha256))
+    )
+    if exit_code is not None:
+        sys.exit(exit_code)
+    if started:
+        return started
+    args, saved, sha256 = shared
     try:
-        args, corpus, run, saved = start_on_main_rank(kind, parser, argv, texts, ranks)
-    except SystemExit as end:
-        code = end.code
-        ranks.broadcast_from_main(lambda: code)
-        raise
-    ranks.broadcast_from_main(lambda: (args, saved, corpus.sha256))
-    return args, corpus, run, saved
+        corpus = data.load_corpus(args.data)
+    except DataError as error:
+        raise RunError(f"on the machine of rank {ranks.rank}: {' '.join(error.faults)}") from error
+    if corpus.sha256 != sha256:
+        raise RunError(f"--data {args.data}: another text on the machine of rank {ranks.rank} than of the first rank")
+    return args, corpus, NullRun(args.save), saved
 
 
 def start_on_main_rank(
@@ -69,33 +68,14 @@ def start_on_main_rank(
     texts: Callable[[data.Corpus, Namespace], Texts],
     ranks: Distributed,
 ) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
-    """Returns the flags, the corpus, the run directory, and the state to resume from (None for a new run), on the main
-    rank.
+    """Returns what `start_run` does, on the main rank.
 
-    A resumed run takes the flags in its config.json, except for those given again. Nothing is downloaded for flags that
-    cannot be used, and the directory of a new run is created last. Exits with code 2 on faults.
+    Nothing is downloaded for flags that cannot be used, and the directory of a new run is created last. Exits with code
+    2 on faults, with one line for each.
     """
-    args, config, first = parser.parse_args(argv), None, None
-    if args.resume:
-        config = read_config(parser, args.save, "--resume")
-        parser.set_defaults(**config["flags"])
-    elif getattr(args, "finetune", None) is not None:
-        first = read_config(parser, args.finetune, "--finetune")
-        parser.set_defaults(**tuned_with(first["flags"], args), optimizer="asgd")
-    args = parser.parse_args(argv)
-    rate_given = args.lr is not None
-    arguments.complete(args, kind)
-    found = validate_arguments.validate(args, parser.get_default) + validate_arguments.rank_faults(
-        args, ranks.size, ranks.on_this_machine
-    )
-    if "arch" in vars(args):
-        args.arch = cell_text(args.arch)
-    if first is not None:
-        found += tuning_faults(args, first["flags"], rate_given)
-
+    args, earlier, found = read_flags(kind, parser, argv, ranks)
     run = saved = None
-    if config is not None:
-        found += changed_flags(args, config["flags"], f"the run in {args.save}")
+    if args.resume:
         try:
             run = None if found else Run(args.save)  # locked before the state is read: no other process may change it
             saved, note = checkpoint.load_last(args.save)
@@ -104,26 +84,23 @@ def start_on_main_rank(
         except (Locked, checkpoint.CheckpointError) as error:
             found.append(f"--save: {error}" if run is None else str(error))
         if saved is not None:
-            found += state_faults(kind, args, config["flags"], saved, ranks.size)
+            found += state_faults(kind, args, earlier["flags"], saved, ranks.size)
 
     corpus = None
     if not found or data.is_available(args.data):
         try:
             corpus = data.load_corpus(args.data)
-        except data.DataError as error:
+        except DataError as error:
             found += error.faults
     if corpus is not None:
         found += length_faults(args, texts(corpus, args))
-        if config is not None and config.get("sha256") != corpus.sha256:
-            found.append(f"--data {args.data}: not the text that the run in {args.save} began with")
-        if first is not None and first.get("sha256") != corpus.sha256:
-            found.append(f"--data {args.data}: not the text that the run in {args.finetune} began with")
+        if earlier and earlier.get("sha256") != corpus.sha256:
+            where = args.save if args.resume else args.finetune
+            found.append(f"--data {args.data}: not the text that the run in {where} began with")
     if not found and run is None:
         try:
             run = Run(args.save)
-            if any(
-                map(validate_arguments.holds_work, run.folder.iterdir())
-            ):  # another run used the directory while the corpus was read
+            if any(map(validate_arguments.holds_work, run.folder.iterdir())):  # written while the corpus was read
                 found.append(
                     f"--save {args.save}: holds files already; add --resume to continue a run, or take another"
                 )
@@ -134,6 +111,37 @@ def start_on_main_rank(
             run.release()
         parser.refuse(found)
     return args, corpus, run, saved
+
+
+def read_flags(
+    kind: str, parser: arguments.Parser, argv: list[str] | None, ranks: Distributed
+) -> tuple[Namespace, dict[str, Any], list[str]]:
+    """Returns the flags, config.json of the run that --resume or --finetune refers to ({} without), and their faults.
+
+    A resumed run has the flags in its config.json, except for those given again; a fine-tuning run has some of them
+    (`TUNED_WITH`).
+    """
+    args, earlier = parser.parse_args(argv), {}
+    finetune = getattr(args, "finetune", None)
+    if args.resume:
+        earlier = read_config(parser, args.save, "--resume")
+        parser.set_defaults(**earlier["flags"])
+    elif finetune is not None:
+        earlier = read_config(parser, finetune, "--finetune")
+        parser.set_defaults(**tuned_with(earlier["flags"], args), optimizer="asgd")
+    args = parser.parse_args(argv)
+    rate_given = args.lr is not None
+    arguments.complete(args, kind)
+    found = validate_arguments.validate(args, parser.get_default) + validate_arguments.rank_faults(
+        args, ranks.size, ranks.on_this_machine
+    )
+    if "arch" in vars(args):
+        args.arch = cell_text(args.arch)
+    if args.resume:
+        found += changed_flags(args, earlier["flags"], f"the run in {args.save}")
+    elif earlier:
+        found += tuning_faults(args, earlier["flags"], rate_given)
+    return args, earlier, found
 
 
 @contextmanager

@@ -38,12 +38,11 @@ def number_faults(args: Namespace) -> list[str]:
             " n_experts",
         ),
         "above 0": (lambda x: x > 0, "lr arch_lr power init_range"),
-        "above 0 and at most 1": (lambda x: 0 < x <= 1, "backoff"),
         "above 0 and below 1": (lambda x: 0 < x < 1, "gamma"),
         "at least 0.01": (lambda x: x >= 0.01, "step_size"),
         "at least 0": (
             lambda x: x >= 0,
-            "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes max_rollbacks clip"
+            "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes clip"
             " clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop fraternal"
             " stop_stable max_identity diagnose_every arch_start",
         ),

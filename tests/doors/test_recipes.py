@@ -1,4 +1,4 @@
-"""Defaults and recipe scripts hold the published settings (the paper's appendix A, its repository's flags)."""
+"""Tests that defaults and recipes have the published settings (the paper's appendix A, its repository's flags)."""
 
 import re
 
@@ -16,7 +16,7 @@ SHARED = {
     "engine": "fused", "precision": "fp32", "clip_value": 0.0, "warmup": 0, "schedule": "constant", "patience": 0,
     "limit_tokens": 0, "overfit": False,
 }  # fmt: skip
-# Where the defaults differ from the published settings, for the reasons in docs/signal.md.
+# The defaults differ from these published settings, for the reasons in docs/signal.md.
 PUBLISHED_RETRAINING = {"init_range": 0.04}
 PUBLISHED_SEARCH = {"norm": "batch", "init_range": 0.04, "arch_start": 0, "arch_lr": 3e-3, "derive_from": "last"}
 SEARCH = {
@@ -34,18 +34,18 @@ WT2 = {"data": "wikitext-2", "emsize": 700, "dropouth": 0.15, "wdecay": 5e-7}
 
 
 def flags_of(script, flags):
-    """As the script takes them, with what depends on other flags filled in."""
+    """Returns the flags as a script parses them, with the defaults that depend on other flags."""
     args = script.build_parser().parse_args(flags)
     arguments.complete(args, "train")
     return args
 
 
-def differences(found, expected):
-    return {name: getattr(found, name) for name, value in expected.items() if getattr(found, name) != value}
+def differences(args, expected):
+    return {name: getattr(args, name) for name, value in expected.items() if getattr(args, name) != value}
 
 
 @pytest.mark.parametrize(("script", "expected"), [(train_search, SEARCH), (train, RETRAIN)])
-def test_the_defaults_are_the_published_ones_or_those_of_docs_signal(script, expected):
+def test_defaults_are_the_published_settings_or_those_of_docs_signal(script, expected):
     assert differences(flags_of(script, []), expected) == {}
 
 
@@ -58,7 +58,7 @@ def test_the_defaults_are_the_published_ones_or_those_of_docs_signal(script, exp
         ("train_wt2.sh", train, {**RETRAIN, **PUBLISHED_RETRAINING, **WT2}),
     ],
 )
-def test_the_recipes_give_the_published_settings(name, script, expected):
+def test_recipe_scripts_have_the_published_settings(name, script, expected):
     text = (SCRIPTS / name).read_text()
     flags = re.findall(r"^  (--.*) \\$", text, re.M)
     assert f"{script.__name__}.py" in text

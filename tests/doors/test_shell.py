@@ -1,4 +1,4 @@
-"""The shell scripts are clean, and the one for Slurm starts what it says."""
+"""Tests of the shell scripts: shellcheck has no complaint, and slurm.sh starts the right commands."""
 
 import os
 import subprocess
@@ -11,43 +11,44 @@ from helpers import ROOT
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("benchmarks/*.sh"), ROOT / ".ci" / "run"])
 
 
-def test_shellcheck_finds_nothing():
+def test_shellcheck_reports_nothing():
     assert len(SCRIPTS) > 8
-    found = subprocess.run(
+    done = subprocess.run(
         [Path(sys.executable).with_name("shellcheck"), "-x", *SCRIPTS],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Runs slurm.sh as a job of some nodes, with commands that only say what they were asked; gives what they said."""
+    """A function that runs slurm.sh as a job of some nodes, with fakes of Slurm and Python, and returns the job and the
+    sorted command lines that the fake Python got."""
     fakes = {
         "scontrol": 'printf "node1\\nnode2\\n"',
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "sleep": "",
-        "python": 'echo "$@" >>said',
+        "python": 'echo "$@" >>commands',
     }
     for name, body in fakes.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
 
     def run(*arguments, nodes=1):
-        surroundings = {
+        environment = {
             **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
             "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "16", "SLURM_JOB_ID": "77",
         }  # fmt: skip
         job = subprocess.run(
-            ["bash", ROOT / "scripts" / "slurm.sh", *arguments], env=surroundings, capture_output=True, text=True,
+            ["bash", ROOT / "scripts" / "slurm.sh", *arguments], env=environment, capture_output=True, text=True,
             check=False,
         )  # fmt: skip
-        said = tmp_path / "said"
-        return job, sorted(said.read_text().splitlines()) if said.exists() else []
+        log = tmp_path / "commands"
+        return job, sorted(log.read_text().splitlines()) if log.exists() else []
 
     return run
 
@@ -58,35 +59,35 @@ TORCHRUN = (
 )
 
 
-def test_slurm_starts_a_run_and_goes_on_with_it(slurm, tmp_path):
-    job, said = slurm("train.py", "--arch", "DARTS", "--save", "run", nodes=2)
-    assert (job.returncode, said) == (0, [f"{TORCHRUN.format(2)} --arch DARTS --save run"])
-    (tmp_path / "said").unlink()
+def test_slurm_starts_a_run_with_torchrun_and_resumes_it(slurm, tmp_path):
+    job, commands = slurm("train.py", "--arch", "DARTS", "--save", "run", nodes=2)
+    assert (job.returncode, commands) == (0, [f"{TORCHRUN.format(2)} --arch DARTS --save run"])
+    (tmp_path / "commands").unlink()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    _, said = slurm("train.py", "--arch", "DARTS", "--save", "run")
-    assert said == [f"{TORCHRUN.format(1)} --resume --save run"]
+    _, commands = slurm("train.py", "--arch", "DARTS", "--save", "run")
+    assert commands == [f"{TORCHRUN.format(1)} --resume --save run"]
 
 
-def test_slurm_starts_ray_on_every_node_and_a_study_on_one(slurm, tmp_path):
-    job, said = slurm("study", "--study", "runs/study", "--gpus_per_trial", "0.25", nodes=2)
+def test_slurm_starts_ray_on_every_node_and_the_study_on_one(slurm, tmp_path):
+    job, commands = slurm("study", "--study", "runs/study", "--gpus_per_trial", "0.25", nodes=2)
     assert job.returncode == 0, job.stderr
     ray = "-m ray.scripts.scripts start"
-    assert said == [
+    assert commands == [
         "-m ray.scripts.scripts get-auth-token --generate",
         f"{ray} --address=node1:6379 --num-cpus=16 --num-gpus=4 --block",
         f"{ray} --head --port=6379 --num-cpus=16 --num-gpus=4 --block",
         "trials.py run --study runs/study --gpus_per_trial 0.25 --address node1:6379",
     ]
-    (tmp_path / "said").unlink()
+    (tmp_path / "commands").unlink()
     (tmp_path / "runs" / "study").mkdir(parents=True)
     (tmp_path / "runs" / "study" / "study.json").write_text("{}")
-    job, said = slurm("study", "--study", "runs/study")
+    job, commands = slurm("study", "--study", "runs/study")
     assert job.returncode == 0, job.stderr
-    assert said[-1] == "trials.py run --resume --study runs/study --address node1:6379"
+    assert commands[-1] == "trials.py run --resume --study runs/study --address node1:6379"
 
 
-def test_slurm_wants_a_directory_to_go_on_from(slurm):
-    job, said = slurm("train.py", "--arch", "DARTS")
-    assert (job.returncode, said) == (2, [])
+def test_slurm_without_save_or_study_exits_2(slurm):
+    job, commands = slurm("train.py", "--arch", "DARTS")
+    assert (job.returncode, commands) == (2, [])
     assert job.stderr == "slurm.sh: give the job a directory to go on from, with --save or --study\n"

@@ -1,4 +1,4 @@
-"""Whole runs with each training strategy: it survives a kill, it goes with the others, it says why it stopped."""
+"""Tests of whole runs with each training strategy: resuming, flags, combinations, stopping rules and refusals."""
 
 import itertools
 import json
@@ -20,17 +20,17 @@ from genotypes import from_json
 from model_search import RNNModelSearch, derive
 from training import evaluation
 from training.lr_schedule import DECAYS, SHAPES
-from training.optimizers import OPTIMIZERS as OF_SEARCH
+from training.optimizers import OPTIMIZERS as SEARCH_OPTIMIZERS
 from utils import batchify
 
-OPTIMIZERS = ("ntasgd", *OF_SEARCH)
+OPTIMIZERS = ("ntasgd", *SEARCH_OPTIMIZERS)
 SCRIPTS = {"train": train, "search": train_search}
-RATE = {"momentum": 0.3, "adam": 0.01, "adamw": 0.01}  # for a model of this size; 3 for SGD
+RATE = {"momentum": 0.3, "adam": 0.01, "adamw": 0.01}  # learning rates for a model of this size; that of SGD is 3
 
 
 @pytest.fixture(scope="module")
 def first_stage(corpus, tmp_path_factory):
-    """A finished run to fine-tune."""
+    """The directory of a finished run to fine-tune."""
     return run("train", corpus, tmp_path_factory.mktemp("first") / "run", "--epochs 3 --lr 3 --arch random:4")
 
 
@@ -69,14 +69,15 @@ SEARCH = [
 
 
 class Kill(BaseException):
-    """Ends a process as a signal that nobody can catch would: what is on the disk is all that is left."""
+    """Stands for SIGKILL: no handler of the scripts catches it, so that only the files on disk survive."""
 
 
 @pytest.mark.parametrize(
     ("kind", "flags"), [*(("train", flags) for flags in TRAIN), *(("search", flags) for flags in SEARCH)]
 )
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(kind, flags, corpus, first_stage, tmp_path, monkeypatch):
-    """In the second epoch, in the step after a checkpoint, and again in the epoch's validation."""
+def test_killed_and_resumed_run_is_bit_identical(kind, flags, corpus, first_stage, tmp_path, monkeypatch):
+    """The first kill comes in a step of the second epoch, just after a checkpoint; the second one in that epoch's
+    validation."""
     script, base = SCRIPTS[kind], "--checkpoint_minutes 0 --epochs 3 --arch DARTS_V1 --lr 3"
     if kind == "search":
         base = base.replace("--arch DARTS_V1", "").replace("--epochs 3", "--epochs 2")
@@ -113,53 +114,56 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(kind, flags, corpus, f
         script.main(["--resume", "--save", str(again), "--data", str(corpus)])
     monkeypatch.setattr("experiment.experiment.evaluate", evaluate)
     assert script.main(["--resume", "--save", str(again)]) == 0
-    found = outcome(again)
-    assert [name for name in expected if found[name] != expected[name]] == []
+    resumed = outcome(again)
+    assert [name for name in expected if resumed[name] != expected[name]] == []
 
 
-# --- each flag reaches what it is for ---
+# --- each flag has its effect ---
 
-SEEN = [*(f"--optimizer {name} --lr {RATE.get(name, 5)}" for name in OF_SEARCH[1:]), "--schedule exponential",
-        "--wdecay 0.1", "--clip_value 0.01", "--warmup 9"]  # fmt: skip
-SEEN_IN_TRAINING = ["--rdrop 0.7", "--fraternal 0.7", "--n_experts 2", "--arch LSTM", "--arch GRU"]
+EFFECTIVE = [*(f"--optimizer {name} --lr {RATE.get(name, 5)}" for name in SEARCH_OPTIMIZERS[1:]),
+             "--schedule exponential", "--wdecay 0.1", "--clip_value 0.01", "--warmup 9"]  # fmt: skip
+EFFECTIVE_IN_TRAINING = ["--rdrop 0.7", "--fraternal 0.7", "--n_experts 2", "--arch LSTM", "--arch GRU"]
 
 
 @pytest.fixture(scope="module")
 def losses(corpus, tmp_path_factory):
-    """The losses and norms of a run with these flags; each made once."""
-    made = {}
+    """A function that gives the losses and gradient norms of a run with some flags; it runs each set of flags once."""
+    cache = {}
 
     def get(kind, flags):
-        if (kind, flags) not in made:
+        if (kind, flags) not in cache:
             base = "--lr 5 --epochs 2 --dropout 0.2 --dropoutx 0.2 --optimizer sgd"
-            folder = run(kind, corpus, tmp_path_factory.mktemp("seen") / "run", f"{base} {flags}")
-            made[kind, flags] = [(row["loss"], row.get("norm"), row.get("valid_loss")) for row in read_records(folder)]
-        return made[kind, flags]
+            folder = run(kind, corpus, tmp_path_factory.mktemp("effective") / "run", f"{base} {flags}")
+            cache[kind, flags] = [
+                (record["loss"], record.get("norm"), record.get("valid_loss")) for record in read_records(folder)
+            ]
+        return cache[kind, flags]
 
     return get
 
 
 @pytest.mark.parametrize(
-    ("kind", "flags"), [*(("train", f) for f in SEEN + SEEN_IN_TRAINING), *(("search", f) for f in SEEN[-4:])]
+    ("kind", "flags"),
+    [*(("train", f) for f in EFFECTIVE + EFFECTIVE_IN_TRAINING), *(("search", f) for f in EFFECTIVE[-4:])],
 )
-def test_a_flag_makes_another_run(kind, flags, losses):
+def test_each_flag_changes_the_losses(kind, flags, losses):
     assert losses(kind, flags) != losses(kind, "")
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_a_schedule_hears_of_every_epoch(kind, corpus, tmp_path, monkeypatch):
-    heard = []
-    monkeypatch.setattr(arguments.Schedule, "close_epoch", lambda self, loss: heard.append(loss))
+def test_schedule_gets_the_validation_loss_of_every_epoch(kind, corpus, tmp_path, monkeypatch):
+    received = []
+    monkeypatch.setattr(arguments.Schedule, "close_epoch", lambda self, loss: received.append(loss))
     folder = run(kind, corpus, tmp_path / "run", "--lr 1 --epochs 2")
-    assert heard == [row["valid_loss"] for row in read_records(folder, "epoch")]
+    assert received == [record["valid_loss"] for record in read_records(folder, "epoch")]
 
 
-def test_momentum_of_another_size_is_another_run(losses):
+def test_momentum_coefficient_changes_the_losses(losses):
     one, other = (f"--optimizer momentum --momentum {m} --lr 0.3" for m in (0.5, 0.6))
     assert losses("train", one) != losses("train", other)
 
 
-def test_the_two_passes_have_masks_of_their_own(corpus, tmp_path, monkeypatch):
+def test_rdrop_and_fraternal_passes_have_different_dropout_masks(corpus, tmp_path, monkeypatch):
     seen, MicroBatches = [], train.MicroBatches
 
     def spy(model, batch, size, **coefficients):
@@ -173,7 +177,7 @@ def test_the_two_passes_have_masks_of_their_own(corpus, tmp_path, monkeypatch):
         assert not all(torch.equal(getattr(b.masks, name), getattr(b.second_masks, name)) for b, _ in seen), name
 
 
-def test_the_virtual_step_of_a_search_has_its_momentum_and_its_limit(corpus, tmp_path, monkeypatch):
+def test_virtual_step_gets_velocity_and_clipping_limits(corpus, tmp_path, monkeypatch):
     seen = []
 
     class Spy(train_search.Architect):
@@ -200,89 +204,97 @@ def test_the_virtual_step_of_a_search_has_its_momentum_and_its_limit(corpus, tmp
         ("--schedule polynomial --power 2 --final_lr 4", 2.0, 8.0),
     ],
 )
-def test_the_flags_of_a_schedule_are_its_own(flags, position, rate):
-    """In a run of four epochs of a hundred steps."""
+def test_schedule_flags_give_the_expected_rate(flags, position, rate):
+    """The run has four epochs of a hundred steps; `position` counts epochs."""
     args = train.build_parser().parse_args([*flags.split(), "--epochs", "4"])
     arguments.complete(args, "train")
     assert arguments.schedule(args).rate(round(100 * position), position) == pytest.approx(rate)
 
 
-def test_the_patience_of_a_plateau_is_its_own():
+def test_plateau_patience_delays_the_decay():
     args = train.build_parser().parse_args("--schedule plateau --plateau_patience 1 --gamma 0.1".split())
     arguments.complete(args, "train")
-    schedule, found = arguments.schedule(args), []
+    schedule, rates = arguments.schedule(args), []
     for loss in (3, 3, 3, 3):
         schedule.close_epoch(loss)
-        found.append(schedule.rate(5, 1.0))
-    assert found == pytest.approx([20, 20, 2, 2])
+        rates.append(schedule.rate(5, 1.0))
+    assert rates == pytest.approx([20, 20, 2, 2])
 
 
-def test_min_delta_is_of_the_patience(corpus, tmp_path):
+def test_patience_counts_an_improvement_below_min_delta_as_none(corpus, tmp_path):
     folder = run("train", corpus, tmp_path / "run", "--patience 2 --min_delta 9 --lr 1 --epochs 9")
-    assert result(folder)["epochs"] == 3  # the first is lower than nothing, no later one by so much
+    assert result(folder)["epochs"] == 3  # the first loss counts as an improvement; no later one is lower by 9
 
 
-# --- together ---
+# --- combinations of strategies ---
 
 ENGINES, PASSES = ("fused", "eager"), ("", "--rdrop 0.5")
-WARMUPS, ROWS = ("", "--warmup 15", "--warmup 15 --warmup_shape exponential"), ("", "--small_batch_size 2")
-TABLE = [
-    (optimizer, schedule, WARMUPS[(i + j) % 3], PASSES[(i + j // 3) % 2], ROWS[(i // 3 + j) % 2], ENGINES[(i + j) % 2])
+WARMUPS, MICRO_BATCHES = ("", "--warmup 15", "--warmup 15 --warmup_shape exponential"), ("", "--small_batch_size 2")
+COMBINATIONS = [
+    (
+        optimizer,
+        schedule,
+        WARMUPS[(i + j) % 3],
+        PASSES[(i + j // 3) % 2],
+        MICRO_BATCHES[(i // 3 + j) % 2],
+        ENGINES[(i + j) % 2],
+    )
     for i, optimizer in enumerate(OPTIMIZERS)
     for j, schedule in enumerate(DECAYS)
 ]
 
 
-def test_the_table_has_every_pair():
-    arguments = (OPTIMIZERS, DECAYS, WARMUPS, PASSES, ROWS, ENGINES)
+def test_combinations_cover_every_pair_of_settings():
+    choices = (OPTIMIZERS, DECAYS, WARMUPS, PASSES, MICRO_BATCHES, ENGINES)
     for a, b in itertools.combinations(range(6), 2):
-        assert {(row[a], row[b]) for row in TABLE} == set(itertools.product(arguments[a], arguments[b]))
+        pairs = {(settings[a], settings[b]) for settings in COMBINATIONS}
+        assert pairs == set(itertools.product(choices[a], choices[b]))
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: " ".join(part for part in row if part))
-def test_strategies_go_together(row, corpus, tmp_path):
-    """Two epochs: every number is finite, and the losses of training and validation fall."""
-    optimizer, schedule, warmup, passes, parts, engine = row
+@pytest.mark.parametrize("settings", COMBINATIONS, ids=lambda settings: " ".join(part for part in settings if part))
+def test_combined_strategies_reduce_both_losses(settings, corpus, tmp_path):
+    """In two epochs every number is finite, and the losses of training and validation fall."""
+    optimizer, schedule, warmup, passes, micro_batches, engine = settings
     flags = (
-        f"--optimizer {optimizer} --lr {RATE.get(optimizer, 3) / 10} --schedule {schedule} {warmup} {passes} {parts} "
-        f"--engine {engine} --epochs 2 --dropout 0.2 --dropoutx 0.2 --dropouth 0.1 --dropoute 0"
+        f"--optimizer {optimizer} --lr {RATE.get(optimizer, 3) / 10} --schedule {schedule} {warmup} {passes} "
+        f"{micro_batches} --engine {engine} --epochs 2 --dropout 0.2 --dropoutx 0.2 --dropouth 0.1 --dropoute 0"
     )
     folder = run("train", corpus, tmp_path / "run", flags)
     one, two = read_records(folder, "epoch")
     assert two["loss"] < one["loss"] < math.log(10)
     assert two["valid_loss"] < one["valid_loss"]
-    assert all(math.isfinite(x) for row in read_records(folder) for x in row.values() if isinstance(x, float))
-    assert all(row["norm"] > 0 for row in read_records(folder, "interval"))
+    assert all(math.isfinite(x) for record in read_records(folder) for x in record.values() if isinstance(x, float))
+    assert all(record["norm"] > 0 for record in read_records(folder, "interval"))
 
 
-# --- why it stopped ---
+# --- stopping rules ---
 
 
-def test_patience_ends_with_the_best_weights(corpus, tmp_path):
+def test_patience_stops_the_run_and_reports_the_best_weights(corpus, tmp_path):
     folder = run("train", corpus, tmp_path / "run", "--patience 2 --lr 20 --epochs 40 --arch DARTS")
-    found, losses = result(folder), [row["valid_loss"] for row in read_records(folder, "epoch")]
-    assert found["stopped_by"] == "patience"
-    assert found["epochs"] == len(losses) < 40
+    final, losses = result(folder), [record["valid_loss"] for record in read_records(folder, "epoch")]
+    assert final["stopped_by"] == "patience"
+    assert final["epochs"] == len(losses) < 40
     assert losses.index(min(losses)) == len(losses) - 3
-    assert found["valid_ppl"] == pytest.approx(math.exp(min(losses)))
+    assert final["valid_ppl"] == pytest.approx(math.exp(min(losses)))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "asgd"])
-def test_a_search_that_loses_patience_ends_with_the_best_weights_and_their_genotype(optimizer, corpus, tmp_path):
+def test_patience_in_search_reports_the_best_weights_and_their_cell(optimizer, corpus, tmp_path):
     flags = f"--optimizer {optimizer} --patience 1 --lr 20 --epochs 40"
     folder = run("search", corpus, tmp_path / "run", flags)
-    found, epochs = result(folder), read_records(folder, "epoch")
-    best = min(epochs, key=lambda row: row["valid_loss"])
-    assert found["stopped_by"] == "patience"
+    final, epochs = result(folder), read_records(folder, "epoch")
+    best = min(epochs, key=lambda record: record["valid_loss"])
+    assert final["stopped_by"] == "patience"
     assert best["epoch"] == len(epochs) - 1
-    assert found["valid_ppl"] == pytest.approx(best["valid_ppl"])
-    kept = json.loads((folder / "genotype.json").read_text())
-    assert kept["epoch"] == best["epoch"]
-    assert kept["genotype"] == found["genotype"] == best["genotype"]
+    assert final["valid_ppl"] == pytest.approx(best["valid_ppl"])
+    written = json.loads((folder / "genotype.json").read_text())
+    assert written["epoch"] == best["epoch"]
+    assert written["genotype"] == final["genotype"] == best["genotype"]
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_a_run_that_was_stopped_stays_so(kind, corpus, tmp_path, capsys):
+def test_resuming_a_stopped_run_changes_nothing(kind, corpus, tmp_path, capsys):
     folder = run(kind, corpus, tmp_path / "run", "--patience 1 --min_delta 9 --lr 1 --epochs 9")
     before = outcome(folder)
     assert "stopped by patience" in capsys.readouterr().out
@@ -301,7 +313,7 @@ def test_a_run_that_was_stopped_stays_so(kind, corpus, tmp_path, capsys):
         {"history": [[7, {"recurrent": [["relu", 0]] * 8, "concat": [1]}]]},
     ],
 )  # fmt: skip
-def test_a_search_does_not_go_on_from_a_history_that_it_cannot_have(change, corpus, tmp_path, capsys):
+def test_resume_refuses_a_checkpoint_with_an_invalid_history(change, corpus, tmp_path, capsys):
     folder = run("search", corpus, tmp_path / "run", "--lr 1 --epochs 1")
     checkpoint.save({**checkpoint.load(folder / "last.pt"), **change}, folder / "last.pt")
     with pytest.raises(SystemExit) as caught:
@@ -311,7 +323,7 @@ def test_a_search_does_not_go_on_from_a_history_that_it_cannot_have(change, corp
 
 
 @pytest.mark.parametrize("spoil", ["shape", "missing", "nan"])
-def test_weights_that_cannot_be_fine_tuned_are_refused_by_their_name(spoil, corpus, first_stage, tmp_path, capsys):
+def test_finetune_refuses_weights_that_do_not_fit_the_model(spoil, corpus, first_stage, tmp_path, capsys):
     folder = tmp_path / "first"
     shutil.copytree(first_stage, folder)
     saved = checkpoint.load(folder / "best.pt")
@@ -328,51 +340,54 @@ def test_weights_that_cannot_be_fine_tuned_are_refused_by_their_name(spoil, corp
     assert f"--finetune: {folder}/best.pt has no weights for this model" in line
 
 
-def test_a_search_stops_when_its_genotype_stands_still(corpus, tmp_path):
+def test_stop_stable_stops_a_search_with_an_unchanged_genotype(corpus, tmp_path):
     folder = run("search", corpus, tmp_path / "run", "--stop_stable 2 --arch_lr 1e-9 --arch_start 0 --epochs 9 --lr 1")
     assert result(folder)["stopped_by"] == "stable"
     assert result(folder)["epochs"] == 3
 
 
-def test_the_alphas_begin_to_move_after_arch_start(corpus, tmp_path):
-    """Until then the steps are those of the weights alone, and no rule that stops a search looks at the genotype."""
+def test_alphas_are_constant_until_arch_start(corpus, tmp_path):
+    """In the first --arch_start epochs a search updates the weights alone, and no stopping rule reads the genotype."""
     flags = "--arch_start 2 --epochs 4 --stop_stable 1 --max_identity 0 --arch_lr 0.01 --seed 6 --lr 1"
     folder = run("search", corpus, tmp_path / "run", flags)
-    probabilities = [row["probabilities"] for row in read_records(folder) if row["epoch"] <= 2]
-    assert all(found == probabilities[0] for found in probabilities)
+    probabilities = [record["probabilities"] for record in read_records(folder) if record["epoch"] <= 2]
+    assert all(other == probabilities[0] for other in probabilities)
     assert result(folder)["epochs"] > 2 and read_records(folder)[-1]["probabilities"] != probabilities[0]
     torch.manual_seed(6)
     initial = RNNModelSearch(len(load_corpus(str(corpus)).words), 8, DropoutRates()).alphas.softmax(-1)
     assert probabilities[0] == [[round(p, 5) for p in edge] for edge in initial.tolist()]
-    losses = [row["loss"] for row in read_records(folder) if row["epoch"] <= 2]
+    losses = [record["loss"] for record in read_records(folder) if record["epoch"] <= 2]
     still = run("search", corpus, tmp_path / "still", "--arch_start 2 --epochs 3 --arch_lr 1e-30 --seed 6 --lr 1")
-    assert [row["loss"] for row in read_records(still) if row["epoch"] <= 2] == losses
+    assert [record["loss"] for record in read_records(still) if record["epoch"] <= 2] == losses
 
 
-def test_the_genotype_is_derived_from_the_mean_of_the_alphas(corpus, tmp_path):
-    """The steps are those of a search that derives from the last alphas, whose probabilities p_t give the mean:
-    softmax(mean of alpha_t) = softmax(mean of log p_t), since what softmax takes away is a number for each edge. Step t
-    weighs t (t + 1) (t + 2)."""
+def test_genotype_is_derived_from_the_weighted_mean_of_alphas(corpus, tmp_path):
+    """Deriving from the mean does not change the steps of a search. A search that derives from the last alphas records
+    their probabilities p_t, and these give the mean: softmax(mean of alpha_t) = softmax(mean of log p_t), because
+    alpha_t and log p_t differ by one number for each edge. Step t has the weight t (t + 1) (t + 2)."""
     flags = "--epochs 3 --arch_start 1 --arch_lr 0.3 --lr 1 --log_interval 1"
     last = run("search", corpus, tmp_path / "last", f"{flags} --derive_from last")
     averaged = run("search", corpus, tmp_path / "mean", flags)
-    assert [row["loss"] for row in read_records(last)] == [row["loss"] for row in read_records(averaged)]
-    moved = [torch.tensor(row["probabilities"]) for row in read_records(last, "interval") if row["epoch"] > 1]
-    of_mean = [torch.tensor(row["probabilities"]) for row in read_records(averaged, "interval") if row["epoch"] > 1]
-    weights = torch.tensor([t * (t + 1) * (t + 2.0) for t in range(1, len(moved) + 1)])
-    for n, found in enumerate(of_mean, start=1):
-        mean = torch.tensordot(weights[:n] / weights[:n].sum(), torch.stack(moved[:n]).log(), dims=1)
-        torch.testing.assert_close(found, mean.softmax(-1), atol=5e-5, rtol=0)
+    assert [record["loss"] for record in read_records(last)] == [record["loss"] for record in read_records(averaged)]
+    unaveraged, of_mean = (
+        [torch.tensor(record["probabilities"]) for record in read_records(folder, "interval") if record["epoch"] > 1]
+        for folder in (last, averaged)
+    )
+    weights = torch.tensor([t * (t + 1) * (t + 2.0) for t in range(1, len(unaveraged) + 1)])
+    for n, probabilities in enumerate(of_mean, start=1):
+        mean = torch.tensordot(weights[:n] / weights[:n].sum(), torch.stack(unaveraged[:n]).log(), dims=1)
+        torch.testing.assert_close(probabilities, mean.softmax(-1), atol=5e-5, rtol=0)
     written = json.loads((averaged / "genotype.json").read_text())
     assert written["genotype"] == result(averaged)["genotype"] == read_records(averaged)[-1]["genotype"]
     assert derive(torch.tensor(written["probabilities"])) == from_json(written["genotype"])
-    assert max((a - b).abs().max() for a, b in zip(moved, of_mean, strict=True)) > 0.1
+    assert max((a - b).abs().max() for a, b in zip(unaveraged, of_mean, strict=True)) > 0.1
 
 
-def test_the_alphas_have_a_batch_of_their_own(corpus, tmp_path, monkeypatch):
-    """Of --arch_batch_size rows, the whole text side by side; that of the weights is as it is without the flag."""
+def test_arch_batch_size_sets_the_batch_of_the_alphas_alone(corpus, tmp_path, monkeypatch):
+    """The batch of the alphas has --arch_batch_size elements, which divide the whole text among them. The batch of the
+    weights is the same with and without the flag."""
     batches = []
-    monkeypatch.setattr(train_search, "Architect", lambda *given, **named: Watched(batches, Architect(*given, **named)))
+    monkeypatch.setattr(train_search, "Architect", lambda *args, **kwargs: Watched(batches, Architect(*args, **kwargs)))
     flags = "--epochs 2 --arch_start 0 --bptt 4 --norm layer --lr 1"
     run("search", corpus, tmp_path / "as-many", flags)
     as_many, batches[:] = batches[:], []
@@ -386,7 +401,7 @@ def test_the_alphas_have_a_batch_of_their_own(corpus, tmp_path, monkeypatch):
 
 
 class Watched:
-    """An architect that notes the batches of its steps."""
+    """An architect that records the batches of its steps."""
 
     def __init__(self, batches, architect):
         self.batches, self.architect = batches, architect
@@ -399,8 +414,8 @@ class Watched:
         return self.architect.step(train=train, valid=valid, **rest)
 
 
-def test_a_search_keeps_the_genotype_before_it_collapses(corpus, tmp_path, monkeypatch):
-    """The third epoch's has too many copies."""
+def test_max_identity_reports_the_genotype_before_collapse(corpus, tmp_path, monkeypatch):
+    """The genotype of the third epoch has too many identity operations."""
     counted = []
 
     def identities(genotype):
@@ -409,18 +424,18 @@ def test_a_search_keeps_the_genotype_before_it_collapses(corpus, tmp_path, monke
 
     monkeypatch.setattr(train_search, "identities", identities)
     folder = run("search", corpus, tmp_path / "run", "--max_identity 4 --arch_lr 0.3 --arch_start 0 --epochs 9 --lr 1")
-    second, third = (row["genotype"] for row in read_records(folder, "epoch")[1:])
+    second, third = (record["genotype"] for record in read_records(folder, "epoch")[1:])
     assert result(folder)["stopped_by"] == "identity"
     assert second != third
-    kept = json.loads((folder / "genotype.json").read_text())
-    assert (kept["epoch"], kept["genotype"], result(folder)["genotype"]) == (2, second, second)
+    written = json.loads((folder / "genotype.json").read_text())
+    assert (written["epoch"], written["genotype"], result(folder)["genotype"]) == (2, second, second)
 
 
-def test_fine_tuning_starts_from_the_best_weights_and_ends_when_averaging_would_start(corpus, first_stage, tmp_path):
+def test_finetune_averages_from_the_best_weights_and_stops_by_nonmono(corpus, first_stage, tmp_path):
     folder = run("train", corpus, tmp_path / "run", f"--finetune {first_stage} --nonmono 1 --epochs 60 --lr 3")
     epochs, before = read_records(folder, "epoch"), result(first_stage)
-    assert {row["phase"] for row in epochs} == {"asgd"}
-    losses = [row["valid_loss"] for row in epochs]
+    assert {record["phase"] for record in epochs} == {"asgd"}
+    losses = [record["valid_loss"] for record in epochs]
     assert result(folder)["stopped_by"] == "nonmono"
     assert losses[-1] > min(losses[:-2])
     assert not any(losses[n] > min(losses[: n - 1]) for n in range(2, len(losses) - 1))
@@ -428,24 +443,24 @@ def test_fine_tuning_starts_from_the_best_weights_and_ends_when_averaging_would_
     assert result(folder)["genotype"] == before["genotype"]
     flags, old = (json.loads((f / "config.json").read_text())["flags"] for f in (folder, first_stage))
     assert flags["arch"] == old["arch"]
-    # without a single useful step its result is that of the run before
+    # With a learning rate of practically zero its result is that of the first run.
     still = run("train", corpus, tmp_path / "still", f"--finetune {first_stage} --epochs 1 --lr 1e-30")
     assert result(still)["test_ppl"] == pytest.approx(before["test_ppl"])
 
 
-def test_fewer_tokens_leave_the_vocabulary_as_it_is(corpus, tmp_path):
+def test_limit_tokens_does_not_change_the_vocabulary(corpus, tmp_path):
     states = []
     for limit in (0, 100):
         folder = run("train", corpus, tmp_path / str(limit), f"--limit_tokens {limit} --epochs 1 --lr 1")
         states.append(checkpoint.load(folder / "best.pt"))
     assert states[0]["words"] == states[1]["words"]
-    # 100 tokens in 4 rows are 24 to predict in each
+    # With 100 tokens each of the 4 batch elements has 24 tokens to predict.
     assert states[1]["progress"]["step"] < states[0]["progress"]["step"] / 2
     assert "the first 100" in (tmp_path / "100" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_one_batch_is_learned_by_heart_or_the_script_says_so(kind, corpus, tmp_path, monkeypatch, capsys):
+def test_overfit_learns_one_batch_or_exits_1(kind, corpus, tmp_path, monkeypatch, capsys):
     run(kind, corpus, tmp_path / "run", "--overfit --lr 5")
     assert "one batch of 24 words: perplexity 1.4" in capsys.readouterr().out
     start = "--init_range 0.04 --norm batch" if kind == "search" else "--init_range 0.04"
@@ -457,17 +472,18 @@ def test_one_batch_is_learned_by_heart_or_the_script_says_so(kind, corpus, tmp_p
     assert "one batch is at perplexity 8" in capsys.readouterr().err
 
 
-def test_a_rate_is_that_of_the_schedule_times_the_length_of_the_segment(corpus, tmp_path):
-    """From the log of a run whose segments are all of one length, or half of it."""
+def test_recorded_lr_is_scheduled_rate_times_segment_length(corpus, tmp_path):
+    """With --bptt_std 0 a segment has --bptt time steps or half as many, and fewer at the end of the text. The rate is
+    multiplied by its length and divided by --bptt."""
     flags = "--warmup 10 --warmup_start 0.2 --lr 2 --bptt_std 0 --log_interval 1 --epochs 2"
-    found = read_records(run("train", corpus, tmp_path / "run", flags), "interval")
-    for row in found[:-1]:
-        step = row["step"] - 1
+    intervals = read_records(run("train", corpus, tmp_path / "run", flags), "interval")
+    for record in intervals[:-1]:
+        step = record["step"] - 1
         rate = 2 * (0.2 + 0.8 * min(step / 10, 1))
-        assert any(row["lr"] == pytest.approx(rate * length / 6) for length in range(1, 7))
+        assert any(record["lr"] == pytest.approx(rate * length / 6) for length in range(1, 7))
 
 
-# --- what makes no sense ---
+# --- invalid flags ---
 
 REFUSED = [
     ("train", "--momentum 0.5", "--momentum 0.5: is for --optimizer momentum; add that or leave it out"),
@@ -520,8 +536,8 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "flags", "says"), REFUSED)
-def test_what_makes_no_sense_is_refused_with_a_line(kind, flags, says, corpus, first_stage, tmp_path, capsys):
+@pytest.mark.parametrize(("kind", "flags", "message"), REFUSED)
+def test_invalid_flag_combination_exits_2_with_one_line(kind, flags, message, corpus, first_stage, tmp_path, capsys):
     no_drop = " ".join(f"--{name} 0" for name in ("dropout", "dropouth", "dropoutx", "dropouti", "dropoute"))
     if "ADAM" in flags:
         flags = f"--finetune {run('train', corpus, tmp_path / 'adam', '--optimizer adam --lr 0.01 --epochs 1')}"
@@ -533,12 +549,12 @@ def test_what_makes_no_sense_is_refused_with_a_line(kind, flags, says, corpus, f
         SCRIPTS[kind].main([*sizes, *data, "--save", str(tmp_path / "run"), *flags])
     lines = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2
-    assert [line for line in lines if says in line]
+    assert [line for line in lines if message in line]
     assert len(lines) == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_the_default_rate_and_clip_are_those_of_the_optimizer():
+def test_default_lr_and_clip_depend_on_the_optimizer():
     for flags, lr, clip in (
         ("", 20, 0.25), ("--optimizer adamw", 1e-3, 0.25), ("--optimizer momentum", 2, 0.25),
         ("--clip_value 0.5", 20, 0), ("--clip_value 0.5 --clip 1", 20, 1), ("--lr 3 --optimizer adam --clip 0", 3, 0),

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or untouched, every generator in them, and no code out of them."""
+"""Tests that checkpoints are written atomically, restore all random states and are refused if damaged or unsafe."""
 
 import errno
 import hashlib
@@ -19,20 +19,21 @@ import utils
 from experiment import checkpoint, resume
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_load_returns_the_saved_state(tmp_path):
     state = {"model": {"w": torch.randn(3, 2)}, "numbers": [1, 2.5, None, True], "words": ["a", "ä"]}
     checkpoint.save(state, tmp_path / "last.pt")
-    found = checkpoint.load(tmp_path / "last.pt")
-    assert torch.equal(found["model"]["w"], state["model"]["w"])
-    assert (found["numbers"], found["words"]) == (state["numbers"], state["words"])
+    loaded = checkpoint.load(tmp_path / "last.pt")
+    assert torch.equal(loaded["model"]["w"], state["model"]["w"])
+    assert (loaded["numbers"], loaded["words"]) == (state["numbers"], state["words"])
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
-# --- a disk that fails ---
+# --- disk failures ---
 
 
 class Disk:
-    """The calls by which a checkpoint reaches the disk, the n-th of which fails (and leaves half a write)."""
+    """Replaces the calls that write a checkpoint to disk; the call with number `fails_at` fails. A write that fails has
+    written half of its data."""
 
     def __init__(self, patch, fails_at, code):
         self.calls, self.fails_at, self.code = [], fails_at, code
@@ -77,8 +78,8 @@ class Writer:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
-def test_whatever_call_fails_a_whole_checkpoint_is_there(code, tmp_path, monkeypatch):
-    """At every call of a save in turn, until a save makes fewer."""
+def test_failing_save_leaves_a_valid_checkpoint(code, tmp_path, monkeypatch):
+    """Each call of a save fails in turn, until a save makes fewer calls."""
     names = set()
     for fails_at in range(1, 100):
         folder = tmp_path / str(fails_at)
@@ -105,12 +106,12 @@ def test_whatever_call_fails_a_whole_checkpoint_is_there(code, tmp_path, monkeyp
         assert {path.name for path in folder.iterdir()} == {"last.pt", "previous.pt"}
         assert checkpoint.load(folder / "previous.pt")["epoch"] in (1, 2)
     assert {"open", "write", "fsync", "replace"} <= names
-    assert "survived link" in names  # copied instead
+    assert "survived link" in names  # a save that cannot link copies instead
     state, _ = checkpoint.load_last(folder)
     assert (state["epoch"], checkpoint.load(folder / "previous.pt")["epoch"]) == (3, 2)
 
 
-def test_a_full_disk_is_named_with_the_space_that_is_needed(tmp_path, monkeypatch):
+def test_full_disk_error_names_the_needed_and_the_free_space(tmp_path, monkeypatch):
     checkpoint.save({"w": torch.zeros(100_000)}, tmp_path / "last.pt")
     Disk(monkeypatch, 2, errno.ENOSPC)
     with pytest.raises(
@@ -120,12 +121,12 @@ def test_a_full_disk_is_named_with_the_space_that_is_needed(tmp_path, monkeypatc
     assert not checkpoint.load(tmp_path / "last.pt")["w"].any()
 
 
-# --- a file that was damaged ---
+# --- damaged files ---
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_bit_that_flips_and_any_cut_is_noticed_and_the_copy_before_is_taken(data, tmp_path):
+def test_flipped_bit_or_truncation_falls_back_to_previous_checkpoint(data, tmp_path):
     for epoch in (1, 2):
         checkpoint.save_last({"epoch": epoch, "w": torch.arange(50.0)}, tmp_path)
     last = tmp_path / "last.pt"
@@ -139,44 +140,44 @@ def test_any_bit_that_flips_and_any_cut_is_noticed_and_the_copy_before_is_taken(
     assert state["epoch"] == 1
     assert "last.pt" in note
     assert "previous.pt" in note
-    checkpoint.save_last({"epoch": 3}, tmp_path)  # and the damaged one does not become the copy before
+    checkpoint.save_last({"epoch": 3}, tmp_path)  # The damaged checkpoint does not become previous.pt.
     assert checkpoint.load(tmp_path / "previous.pt")["epoch"] == 1
     last.unlink()
     assert checkpoint.load_last(tmp_path)[0]["epoch"] == 1
 
 
-def test_what_torch_makes_of_a_checkpoint_is_what_was_saved(tmp_path):
-    """The seal does not keep anyone from reading a checkpoint with torch alone."""
+def test_torch_load_reads_a_checkpoint(tmp_path):
+    """The checksum in the file does not keep torch from reading a checkpoint."""
     checkpoint.save({"w": torch.arange(5)}, tmp_path / "last.pt")
     assert torch.equal(torch.load(tmp_path / "last.pt", weights_only=True)["w"], torch.arange(5))
 
 
 def test_equal_states_have_equal_bytes():
-    """However they came about: as literals, as strings put together, as views, from a file."""
+    """The bytes do not depend on how a state was built: from literals or joined strings, from views or copies."""
     w = torch.arange(12.0).view(3, 4)
-    made = {"flags": {"arch": "".join(["re", "lu"]), "op": "relu"}, "w": w[:, :2], "v": [w[0], w[0]], "n": (1, 0.5)}
-    told = {"flags": {"arch": "relu", "op": "relu"}, "w": w[:, :2].clone(), "v": [w[0].clone(), w[0]], "n": (1, 0.5)}
-    assert checkpoint.with_checksum(made) == checkpoint.with_checksum(told)
-    assert checkpoint.with_checksum(made) != checkpoint.with_checksum({**told, "n": (1, 0.25)})
+    joined = {"flags": {"arch": "".join(["re", "lu"]), "op": "relu"}, "w": w[:, :2], "v": [w[0], w[0]], "n": (1, 0.5)}
+    literal = {"flags": {"arch": "relu", "op": "relu"}, "w": w[:, :2].clone(), "v": [w[0].clone(), w[0]], "n": (1, 0.5)}
+    assert checkpoint.with_checksum(joined) == checkpoint.with_checksum(literal)
+    assert checkpoint.with_checksum(joined) != checkpoint.with_checksum({**literal, "n": (1, 0.25)})
 
 
-# --- a file from a stranger ---
+# --- files from an untrusted source ---
 
 
-def seal(raw: bytes) -> bytes:
-    """A zip file with the checksum that a stranger can compute as well."""
+def add_checksum(raw: bytes) -> bytes:
+    """Returns a zip file with a valid checksum, which anyone can compute."""
     body = raw[:-2] + struct.pack("<H", checkpoint.CHECKSUM_SIZE)
     return body + checkpoint.CHECKSUM.format(hashlib.sha256(body).hexdigest()).encode()
 
 
-def refused(path):
+def assert_refused(path):
     with pytest.raises(checkpoint.CheckpointError) as caught:
         checkpoint.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_zip_bomb_is_not_unpacked(tmp_path):
+def test_zip_bomb_is_refused(tmp_path):
     file = io.BytesIO()
     torch.save({"format": checkpoint.FORMAT, "w": torch.zeros(5_000_000)}, file)
     packed = io.BytesIO()
@@ -184,33 +185,33 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
         for part in plain.infolist():
             archive.writestr(part.filename, plain.read(part))
     assert len(packed.getvalue()) < 1e5
-    (tmp_path / "x.pt").write_bytes(seal(packed.getvalue()))
-    refused(tmp_path / "x.pt")
+    (tmp_path / "x.pt").write_bytes(add_checksum(packed.getvalue()))
+    assert_refused(tmp_path / "x.pt")
 
 
-def test_a_tensor_that_would_unfold_to_more_than_it_holds_is_refused(tmp_path):
+def test_expanded_tensor_larger_than_its_storage_is_refused(tmp_path):
     file = io.BytesIO()
     torch.save({"format": checkpoint.FORMAT, "model": {"w": torch.zeros(1).expand(10**12)}}, file)
-    (tmp_path / "x.pt").write_bytes(seal(file.getvalue()))
-    refused(tmp_path / "x.pt")
+    (tmp_path / "x.pt").write_bytes(add_checksum(file.getvalue()))
+    assert_refused(tmp_path / "x.pt")
 
 
 class Bytes:
-    """What `weights_only` would build in any size."""
+    """Pickles to a call of `bytearray`, which `weights_only` permits with any size."""
 
     def __reduce__(self):
         return bytearray, (300_000_000,)
 
 
-def test_a_pickle_that_would_swell_is_refused_before_it_is_read(tmp_path):
+def test_pickle_that_allocates_a_large_bytearray_is_refused(tmp_path):
     file = io.BytesIO()
     torch.save({"format": checkpoint.FORMAT, "x": Bytes()}, file)
-    (tmp_path / "x.pt").write_bytes(seal(file.getvalue()))
+    (tmp_path / "x.pt").write_bytes(add_checksum(file.getvalue()))
     assert len(file.getvalue()) < 5000
-    refused(tmp_path / "x.pt")
+    assert_refused(tmp_path / "x.pt")
 
 
-def test_no_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
+def test_out_of_memory_is_not_reported_as_damage(tmp_path, monkeypatch):
     checkpoint.save_last({"w": torch.zeros(3)}, tmp_path)
 
     def fail(*_, **__):
@@ -221,19 +222,21 @@ def test_no_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
         checkpoint.load_last(tmp_path)
 
 
-def test_a_list_that_holds_itself_and_what_is_no_file_are_refused(tmp_path):
+def test_self_referential_state_ends_and_pipe_and_folder_are_refused(tmp_path):
     state = {"format": checkpoint.FORMAT, "w": torch.zeros(2)}
     state["self"] = state
     file = io.BytesIO()
     torch.save(state, file)
-    (tmp_path / "x.pt").write_bytes(seal(file.getvalue()))
-    checkpoint.load(tmp_path / "x.pt")  # ends; what is in it is for the reader to judge
+    (tmp_path / "x.pt").write_bytes(add_checksum(file.getvalue()))
+    checkpoint.load(tmp_path / "x.pt")  # The load ends; the caller validates the state.
     os.mkfifo(tmp_path / "pipe.pt")
-    refused(tmp_path / "pipe.pt")
-    refused(tmp_path)
+    assert_refused(tmp_path / "pipe.pt")
+    assert_refused(tmp_path)
 
 
-class Bomb:
+class Exploit:
+    """Pickles to a call of `open` that creates a file."""
+
     def __reduce__(self):
         return open, ("/tmp/should-never-exist", "w")
 
@@ -241,10 +244,10 @@ class Bomb:
 @pytest.mark.parametrize("bytes_of", [
     lambda: b"",
     lambda: b"not a checkpoint",
-    lambda: pickle.dumps({"format": checkpoint.FORMAT, "x": Bomb()}),
+    lambda: pickle.dumps({"format": checkpoint.FORMAT, "x": Exploit()}),
     lambda: pickle.dumps([1, 2]),
 ])  # fmt: skip
-def test_what_is_no_checkpoint_is_refused_in_one_line(bytes_of, tmp_path):
+def test_file_that_is_no_checkpoint_is_refused_with_one_line(bytes_of, tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(bytes_of())
     with pytest.raises(checkpoint.CheckpointError) as caught:
@@ -253,19 +256,19 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(bytes_of, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
+def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     target = tmp_path / "written"
-    Bomb.__reduce__ = lambda self: (open, (str(target), "w"))
+    Exploit.__reduce__ = lambda self: (open, (str(target), "w"))
     file = io.BytesIO()
-    torch.save({"format": checkpoint.FORMAT, "x": Bomb()}, file)
-    (tmp_path / "x.pt").write_bytes(seal(file.getvalue()))
+    torch.save({"format": checkpoint.FORMAT, "x": Exploit()}, file)
+    (tmp_path / "x.pt").write_bytes(add_checksum(file.getvalue()))
     with pytest.raises(checkpoint.CheckpointError):
         checkpoint.load(tmp_path / "x.pt")
     assert not target.exists()
 
 
 @pytest.mark.parametrize("length", [10, 200, -1])
-def test_a_truncated_checkpoint_is_refused(length, tmp_path):
+def test_truncated_checkpoint_is_refused(length, tmp_path):
     path = tmp_path / "x.pt"
     checkpoint.save({"w": torch.randn(100)}, path)
     path.write_bytes(path.read_bytes()[:length])
@@ -273,16 +276,16 @@ def test_a_truncated_checkpoint_is_refused(length, tmp_path):
         checkpoint.load(path)
 
 
-def test_a_missing_one_and_another_format_are_refused(tmp_path):
+def test_missing_file_and_old_format_are_refused(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"missing\.pt"):
         checkpoint.load(tmp_path / "missing.pt")
     torch.save({"format": 1}, tmp_path / "x.pt")
-    (tmp_path / "x.pt").write_bytes(seal((tmp_path / "x.pt").read_bytes()))
+    (tmp_path / "x.pt").write_bytes(add_checksum((tmp_path / "x.pt").read_bytes()))
     with pytest.raises(checkpoint.CheckpointError, match="format"):
         checkpoint.load(tmp_path / "x.pt")
 
 
-def test_every_generator_goes_on_where_it_was():
+def test_rng_state_restores_every_generator():
     device, bptt = torch.device("cpu"), torch.Generator().manual_seed(5)
     torch.manual_seed(1)
     state = checkpoint.rng_state(device, bptt)
@@ -296,15 +299,15 @@ def optimizer_of(weight):
     return torch.optim.Adam([weight], lr=0.1)
 
 
-def test_a_state_of_another_device_has_the_form_of_this_one_s():
-    """A GPU's generator is there or not; the rest is the same, and none of it is on any device."""
+def test_state_from_another_device_passes_validation():
+    """A state may have the random state of a GPU or not; nothing else depends on the device that it was saved on."""
     optimizer = optimizer_of(torch.zeros(3))
-    here = {"rng": [{"torch": torch.get_rng_state()}], "w": torch.zeros(3), "optimizer": optimizer.state_dict(),
-            "stopped_by": ""}  # fmt: skip
-    there = {**here, "rng": [{**here["rng"][0], "cuda": torch.zeros(16, dtype=torch.uint8)}]}
-    for saved, form in ((here, there), (there, here)):
-        form = {**form, "optimizer": checkpoint.optimizer_template(optimizer)}
-        resume.check_state(saved, form, ("patience",))
+    cpu = {"rng": [{"torch": torch.get_rng_state()}], "w": torch.zeros(3), "optimizer": optimizer.state_dict(),
+           "stopped_by": ""}  # fmt: skip
+    gpu = {**cpu, "rng": [{**cpu["rng"][0], "cuda": torch.zeros(16, dtype=torch.uint8)}]}
+    for saved, template in ((cpu, gpu), (gpu, cpu)):
+        template = {**template, "optimizer": checkpoint.optimizer_template(optimizer)}
+        resume.check_state(saved, template, ("patience",))
 
 
 @pytest.mark.parametrize(
@@ -312,27 +315,27 @@ def test_a_state_of_another_device_has_the_form_of_this_one_s():
     [("w", torch.zeros(4)), ("w", torch.zeros(3, dtype=torch.int64)), ("w", 1.0), ("n", -1), ("n", True), ("n", 1.0),
      ("x", math.nan), ("x", 1e39), ("x", 1), ("losses", [1.0, "a"]), ("losses", {}), ("text", None), ("text", 3)],
 )  # fmt: skip
-def test_a_part_of_another_kind_is_named(part, odd):
-    form = {"w": torch.zeros(3), "n": 3, "x": 0.5, "losses": [1.0], "text": "sgd"}
-    for fine in ({}, {"losses": []}, {"losses": [2.0, 3.0]}, {"x": math.inf}, {"more": 1}):
-        checkpoint.validate_state({**form, **fine}, form)
+def test_validate_state_names_the_entry_that_does_not_fit(part, odd):
+    template = {"w": torch.zeros(3), "n": 3, "x": 0.5, "losses": [1.0], "text": "sgd"}
+    for changes in ({}, {"losses": []}, {"losses": [2.0, 3.0]}, {"x": math.inf}, {"more": 1}):
+        checkpoint.validate_state({**template, **changes}, template)
     with pytest.raises(ValueError, match=f"state, {part}"):
-        checkpoint.validate_state({**form, part: odd}, form)
+        checkpoint.validate_state({**template, part: odd}, template)
     with pytest.raises(ValueError, match="expected"):
-        checkpoint.validate_state({name: form[name] for name in form if name != part}, form)
+        checkpoint.validate_state({name: template[name] for name in template if name != part}, template)
 
 
-def test_the_form_of_an_optimizer_that_has_taken_a_step():
+def test_optimizer_template_fits_states_before_and_after_a_step():
     weight = torch.ones(3)
     optimizer = optimizer_of(weight)
-    form = checkpoint.optimizer_template(optimizer)
+    template = checkpoint.optimizer_template(optimizer)
     assert not optimizer.state
     assert torch.equal(weight, torch.ones(3))
-    checkpoint.validate_state(optimizer.state_dict(), form)  # before its first step there is no state
+    checkpoint.validate_state(optimizer.state_dict(), template)  # before its first step an optimizer has no state
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
     optimizer.step()
-    checkpoint.validate_state(optimizer.state_dict(), form)
+    checkpoint.validate_state(optimizer.state_dict(), template)
     state = optimizer.state_dict()
     state["state"][0]["exp_avg"] = torch.zeros(2)
     with pytest.raises(ValueError, match="exp_avg"):
-        checkpoint.validate_state(state, form)
+        checkpoint.validate_state(state, template)

@@ -1,4 +1,4 @@
-"""Several processes take the step that one would take with as many small batches, and are killed and go on together."""
+"""Tests that several ranks give the gradients of one process with as many micro-batches, and resume bit-identically."""
 
 import os
 import random
@@ -26,7 +26,7 @@ RUNS = {
 }
 
 
-def start(*command):
+def torchrun(*command):
     return subprocess.Popen(
         [*TORCHRUN, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
@@ -34,12 +34,13 @@ def start(*command):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_two_ranks_have_the_gradients_of_two_small_batches(norm, tmp_path):
-    """Of weights and alphas, in every order, on both engines, in float64; a central difference to a millionth. Without
-    batch normalisation they are those of one process with the whole batch, too."""
-    finish(start("tests/gradients.py", tmp_path / "two.pt", B // 2, norm))
+def test_two_ranks_match_the_gradients_of_two_micro_batches(norm, tmp_path):
+    """The test compares the gradients of the weights and of the alphas (first and second order) on both engines in
+    float64; those by central differences must agree to a millionth. Without batch normalisation they must also equal
+    the gradients of one process with the whole batch."""
+    finish(torchrun("tests/gradients.py", tmp_path / "two.pt", B // 2, norm))
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    parts, whole = (gradients(Distributed(), rows, norm) for rows in (B // 2, B))
+    parts, whole = (gradients(Distributed(), micro_batch_size, norm) for micro_batch_size in (B // 2, B))
     for one in (parts,) if norm == "batch" else (parts, whole):
         assert two.keys() == one.keys()
         for name, value in one.items():
@@ -47,52 +48,52 @@ def test_two_ranks_have_the_gradients_of_two_small_batches(norm, tmp_path):
             assert value.norm() > 1e-4, name
             assert (two[name] - value).norm() <= tolerance * value.norm(), name
     first, finite, exact = (parts[f"eager, alphas, {hessian}"] for hessian in (None, "finite", "exact"))
-    # else the above would compare the same thing three times, and batch normalisation not depend on the rows at hand
+    # The three gradients of the alphas differ, and batch normalisation depends on the micro-batch, so that the
+    # comparisons above are not vacuous.
     assert (finite - first).norm() > 1e-2 * first.norm()
     assert (finite - exact).norm() < 1e-2 * (finite - first).norm()
     if norm == "batch":
         assert (whole["eager, alphas, None"] - first).norm() > 1e-2 * first.norm()
 
 
-def begin(name, corpus, save, *more):
+def start_run(name, corpus, save, *more):
     script, flags = RUNS[name]
-    return start(script, *FLAGS, *flags.split(), "--data", corpus, "--save", save, *more)
+    return torchrun(script, *FLAGS, *flags.split(), "--data", corpus, "--save", save, *more)
 
 
 def workers(process):
-    """The processes that a torchrun started."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
+    """Returns the ids of the worker processes of a torchrun process."""
+    pids = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in pids.split()]
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_ranks_that_are_killed_end_as_if_they_had_not_been(name, corpus, tmp_path):
+def test_killed_and_resumed_ranks_are_bit_identical(name, corpus, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    finish(begin(name, corpus, whole))
+    finish(start_run(name, corpus, whole))
     expected = outcome(whole)
     moment = random.Random(name).randrange(1, len(expected["metrics.jsonl"]) // 2)
 
-    process = begin(name, corpus, folder)
+    process = start_run(name, corpus, folder)
     wait_for(lambda: (folder / "metrics.jsonl").exists() and len(read_records(folder)) >= moment, process)
     if name == "search":
-        os.kill(workers(process)[-1], signal.SIGKILL)  # and torchrun ends the other one
+        os.kill(workers(process)[-1], signal.SIGKILL)  # torchrun then ends the other worker
     else:
-        process.terminate()  # which it hands on: both end after the same step
+        process.terminate()  # torchrun forwards the signal, and both workers end after the same step
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert out.count("interrupted; continue with") == (name == "retraining")
     assert not (folder / "result.json").exists()
 
-    finish(begin(name, corpus, folder, "--resume"))
-    found = outcome(folder)
-    assert found.keys() == expected.keys()
-    assert [key for key in expected if found[key] != expected[key]] == []
+    finish(start_run(name, corpus, folder, "--resume"))
+    resumed = outcome(folder)
+    assert resumed.keys() == expected.keys()
+    assert [key for key in expected if resumed[key] != expected[key]] == []
     if name == "retraining":
-        assert [row["phase"] for row in read_records(whole, "epoch")][-1] == "asgd"  # both phases were there
+        assert [record["phase"] for record in read_records(whole, "epoch")][-1] == "asgd"  # the run had both phases
 
 
-def test_a_run_of_two_ranks_is_not_continued_by_one(corpus, tmp_path, capsys):
-    """And the other way round; the line says how."""
+def test_one_process_refuses_to_resume_a_run_of_two_ranks(corpus, tmp_path, capsys):
     flags = [*FLAGS, "--arch", "DARTS_V1", "--data", str(corpus), "--save", str(tmp_path / "run")]
     assert train.main([*flags, "--epochs", "1"]) == 0
     state = checkpoint.load(tmp_path / "run" / "last.pt")
@@ -105,8 +106,8 @@ def test_a_run_of_two_ranks_is_not_continued_by_one(corpus, tmp_path, capsys):
     assert line.endswith("is one of 2 ranks, not 1; start it with torchrun and 2 processes in all")
 
 
-def test_flags_that_ranks_cannot_share_are_refused_once(corpus, tmp_path):
-    process = start("train.py", *FLAGS, "--data", corpus, "--save", tmp_path / "run", "--batch_size", 5)
+def test_batch_size_not_divisible_by_ranks_is_reported_once(corpus, tmp_path):
+    process = torchrun("train.py", *FLAGS, "--data", corpus, "--save", tmp_path / "run", "--batch_size", 5)
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert out.count("--batch_size 5: must divide evenly among 2 ranks") == 1
@@ -114,7 +115,7 @@ def test_flags_that_ranks_cannot_share_are_refused_once(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("changes", "message"),
     [
         ({}, None),
         ({"batch_size": 9}, "--batch_size 9: must divide evenly among 4 ranks"),
@@ -136,14 +137,14 @@ def test_flags_that_ranks_cannot_share_are_refused_once(corpus, tmp_path):
         ({"device": "cuda:1"}, "--device cuda:1: each rank takes a GPU of its own"),
     ],
 )
-def test_what_ranks_cannot_share(given, said):
-    flags = {"batch_size": 16, "small_batch_size": 16, "overfit": False, "device": "cpu", **given}
-    faults = rank_faults(Namespace(**flags), 4, 4)
-    assert faults == [] if said is None else len(faults) == 1 and faults[0].startswith(said)
+def test_rank_faults_reports_flags_that_do_not_fit_the_ranks(changes, message):
+    flags = {"batch_size": 16, "small_batch_size": 16, "overfit": False, "device": "cpu", **changes}
+    errors = rank_faults(Namespace(**flags), 4, 4)
+    assert errors == [] if message is None else len(errors) == 1 and errors[0].startswith(message)
     assert rank_faults(Namespace(**flags), 1, 1) == []
 
 
-def test_one_process_is_all_ranks():
+def test_collectives_of_a_single_process_are_identities():
     alone, tensor = Distributed(), torch.arange(6.0).view(2, 3)
     before = tensor.clone()
     alone.all_reduce_mean([tensor])

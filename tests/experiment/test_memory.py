@@ -1,4 +1,4 @@
-"""No leak: what a run holds after 20 epochs is what it held after 2."""
+"""Tests that a run needs no more memory after 20 epochs than after 2, and that malloc reuses freed memory."""
 
 import os
 import platform
@@ -8,8 +8,8 @@ import sys
 import pytest
 from helpers import ROOT
 
-# The script's own loop, asked at each epoch's end how much is resident.
-ASK = """
+# This program runs a script and prints its resident memory at the end of each epoch.
+PROGRAM = """
 import sys
 from experiment import progress
 import {script}
@@ -20,16 +20,16 @@ def resident():
 
 close = progress.Progress.close_epoch
 
-def close_and_tell(self, *arguments, **more):
+def close_and_print(self, *arguments, **more):
     close(self, *arguments, **more)
     print("resident", resident())
 
-progress.Progress.close_epoch = close_and_tell
+progress.Progress.close_epoch = close_and_print
 sys.exit({script}.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc here to ask")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc/self/status")
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
@@ -38,37 +38,39 @@ sys.exit({script}.main(sys.argv[1:]))
         ("train", "--nonmono 5 --dropout 0.3"),
     ],
 )
-def test_twenty_epochs_need_no_more_memory_than_two(script, flags, tmp_path):
+def test_memory_after_20_epochs_is_that_after_2(script, flags, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for split in ("train", "valid", "test"):
         (corpus / f"{split}.txt").write_text("a b c d e f g h\n" * 24)
     flags += f" --data {corpus} --save {tmp_path / 'run'} --emsize 32 --batch_size 4 --bptt 10 --lr 1 --epochs 20"
     done = subprocess.run(
-        [sys.executable, "-c", ASK.format(script=script), *flags.split()], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM.format(script=script), *flags.split()], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    held = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("resident")]
-    assert len(held) == 20
-    assert held[-1] <= 1.02 * held[1], held
+    resident = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("resident")]
+    assert len(resident) == 20
+    assert resident[-1] <= 1.02 * resident[1], resident
 
 
-FAULTS = """
+# This program prints the page faults of its last round of allocations, after others of the same sizes.
+PAGE_FAULTS = """
 import resource, torch, utils
-if {kept}:
+if {reuse}:
     utils.choose_device("cpu")
 for _ in range(12):
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    held = [torch.ones(megabytes << 18) for megabytes in (64, 48, 96)]
-    held.clear()
+    tensors = [torch.ones(megabytes << 18) for megabytes in (64, 48, 96)]
+    tensors.clear()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
-def test_what_a_run_frees_it_keeps_for_its_next_step():
-    fresh, kept = (
-        int(subprocess.run([sys.executable, "-c", FAULTS.format(kept=kept)], cwd=ROOT, capture_output=True).stdout)
-        for kept in (False, True)
+def test_freed_memory_is_reused_by_the_next_step():
+    programs = (PAGE_FAULTS.format(reuse=reuse) for reuse in (False, True))
+    default, configured = (
+        int(subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True).stdout)
+        for program in programs
     )
-    assert 10 * kept < fresh
+    assert 10 * configured < default

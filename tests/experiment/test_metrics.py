@@ -1,4 +1,4 @@
-"""What is read again of runs and studies: all that is whole, and nothing else."""
+"""Tests that the readers of runs and studies return all valid records and results, and skip everything else."""
 
 import json
 
@@ -7,10 +7,10 @@ import pytest
 from experiment import metrics
 
 
-def test_what_is_half_written_is_not_there_yet(tmp_path):
-    row = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 2.5}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"kind": "epo')
-    assert metrics.epochs(tmp_path) == [row]
+def test_incomplete_last_record_is_ignored(tmp_path):
+    record = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 2.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n" + '{"kind": "epo')
+    assert metrics.epochs(tmp_path) == [record]
     assert metrics.seconds(tmp_path) == 2.5
     assert metrics.seconds(tmp_path / "nowhere") == 0
     assert metrics.result(tmp_path) is None
@@ -23,19 +23,19 @@ DAMAGED = (
 
 
 @pytest.mark.parametrize("text", DAMAGED)
-def test_a_damaged_result_is_none(text, tmp_path):
+def test_damaged_result_is_read_as_none(text, tmp_path):
     (tmp_path / "result.json").write_text(text)
     assert metrics.result(tmp_path) is None
 
 
-ODD = (
+INVALID = (
     "[]", "7", "{}", '{"kind": 3}', '{"kind": "epoch", "seconds": "x"}', "[" * 100_000,
     '{"trial": []}', '{"trial": "a"}', '{"trial": "a", "event": 3}', '{"trial": "a", "event": "done"}',
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("line", ODD)
-def test_odd_lines_are_passed_over(line, tmp_path):
+@pytest.mark.parametrize("line", INVALID)
+def test_invalid_lines_are_skipped(line, tmp_path):
     good = {"kind": "epoch", "epoch": 1, "valid_ppl": 5.0, "seconds": 1.0}
     (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps(good)}\n")
     assert metrics.epochs(tmp_path) == [good]

@@ -1,4 +1,4 @@
-"""Whatever the flags and whatever the files: an exit code and lines for a person, and no file of theirs changed.
+"""Tests that arbitrary flags and damaged files give an exit code and readable lines, and change no file of the user.
 
 pytest tests/experiment/test_untrusted.py                     # 2,000 cases
 """
@@ -33,7 +33,7 @@ SETTINGS = settings(
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A corpus and a finished run of each kind."""
+    """A folder with a corpus and a finished run of each script."""
     home = tmp_path_factory.mktemp("home")
     (home / "corpus").mkdir()
     rng = random.Random(0)
@@ -46,7 +46,7 @@ def home(tmp_path_factory):
 
 
 def tree(folder):
-    """Every file of the user's; a cache and a lock are nobody's work."""
+    """Returns the contents of all files but caches and locks."""
     return {
         path: path.read_bytes()
         for path in folder.rglob("*")
@@ -54,14 +54,14 @@ def tree(folder):
     }
 
 
-def copied(home, folder):
-    """A fresh copy of the runs and the corpus, to be spoilt."""
+def fresh_copy(home, folder):
+    """Makes a fresh copy of the runs and the corpus, whose files a test can damage."""
     shutil.rmtree(folder, ignore_errors=True)
     return shutil.copytree(home, folder, ignore=shutil.ignore_patterns("*.npz"))
 
 
 def call(script, *flags):
-    """The exit code of a script and what it says; anything but an exit is a failure of the test."""
+    """Returns the exit code, stdout and stderr of a script; an exception that it does not handle fails the test."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -71,13 +71,14 @@ def call(script, *flags):
         except (
             checkpoint.CheckpointError,
             utils.RunError,
-        ) as error:  # run_script: a line, exit code 1
+        ) as error:  # run_script prints these errors as one line and returns 1.
             code = 1
             print(error, file=err)
     return code, out.getvalue(), err.getvalue()
 
 
-def holds(code, out, err, before, folder):
+def assert_handled(code, out, err, before, folder):
+    """Asserts that a script ended without a traceback, and left the folder as before if it refused its input."""
     assert code in (0, 1, 2)
     assert "Traceback" not in out + err
     assert err.strip() or not code
@@ -108,22 +109,22 @@ def odd_flags(draw):
 
 @settings(SETTINGS, max_examples=800)
 @given(case=odd_flags())
-def test_flags(case, home, tmp_path):
+def test_arbitrary_flags_are_handled(case, home, tmp_path):
     script, flags = case
     before = tree(home)
     save = tmp_path / "run"
     shutil.rmtree(save, ignore_errors=True)
     with mock.patch("training.overfit.STEPS", 3):
         code, out, err = call(SCRIPTS[script], "--data", home / "corpus", "--save", save, *SIZES, *flags)
-    holds(code, out, err, before, home)
-    assert save.exists() == (code < 2 and "usage:" not in out)  # 1: a run that diverged
+    assert_handled(code, out, err, before, home)
+    assert save.exists() == (code < 2 and "usage:" not in out)  # A run that diverges has exit code 1 and a directory.
 
 
 # --- files ---
 
 
-def spoil(raw, data):
-    """Bytes that something happened to."""
+def damage(raw, data):
+    """Returns the bytes after one random kind of damage."""
     raw = bytearray(raw)
     at = data.draw(st.integers(0, len(raw)))
     what = data.draw(st.sampled_from(["cut", "flip", "insert", "replace", "empty", "double", "noise"]))
@@ -142,10 +143,10 @@ def spoil(raw, data):
 
 @settings(SETTINGS, max_examples=600)
 @given(data=st.data())
-def test_files(data, home, tmp_path):
-    """A run that goes on, or is evaluated, with any of its files spoilt, or those of its corpus."""
+def test_damaged_files_are_handled(data, home, tmp_path):
+    """A script resumes or evaluates a run or retrains its cell, after damage to one or two files of the run or corpus."""
     kind = data.draw(st.sampled_from(list(SCRIPTS)))
-    folder = copied(home, tmp_path / "copy")
+    folder = fresh_copy(home, tmp_path / "copy")
     names = [
         "config.json",
         "last.pt",
@@ -158,7 +159,7 @@ def test_files(data, home, tmp_path):
     for name in data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True)):
         path = folder / kind / name
         if path.exists():
-            path.write_bytes(spoil(path.read_bytes(), data))
+            path.write_bytes(damage(path.read_bytes(), data))
     before = tree(folder)
     do = data.draw(st.sampled_from(["resume", "evaluate", "arch"]))
     if do == "resume":
@@ -169,10 +170,10 @@ def test_files(data, home, tmp_path):
         result = call(train, "--data", folder / "corpus", "--arch", folder / "search", "--save", tmp_path / "new",
                       *SIZES)  # fmt: skip
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
-    holds(*result, before, folder)
+    assert_handled(*result, before, folder)
 
 
-# --- checkpoints that are sealed well and hold something else ---
+# --- checkpoints with a valid checksum and odd contents ---
 
 ODD_VALUES = st.sampled_from(
     [None, True, -1, 0, 3, 10**30, 1e300, float("nan"), "", "x", [], {}, [1], {"a": 1}, (), [[]], "Genotype"]
@@ -183,25 +184,25 @@ ODD_VALUES = st.sampled_from(
 )
 
 
-def places(value, where=()):
-    """The way to every part of a state."""
-    if isinstance(value, dict | list) and len(where) < 6:
+def paths(value, prefix=()):
+    """Yields the path of keys and indices to each entry of a nested state."""
+    if isinstance(value, dict | list) and len(prefix) < 6:
         for key, part in list(value.items() if isinstance(value, dict) else enumerate(value[:3])):
-            yield (*where, key)
-            yield from places(part, (*where, key))
+            yield (*prefix, key)
+            yield from paths(part, (*prefix, key))
 
 
 @settings(SETTINGS, max_examples=600)
 @given(data=st.data())
-def test_states(data, home, tmp_path):
+def test_checkpoints_with_odd_entries_are_handled(data, home, tmp_path):
     kind = data.draw(st.sampled_from(list(SCRIPTS)))
-    folder = copied(home, tmp_path / "copy")
+    folder = fresh_copy(home, tmp_path / "copy")
     name = data.draw(st.sampled_from(["last.pt", "last.pt", "best.pt"]))
     state = checkpoint.load(folder / kind / name)
     for _ in range(data.draw(st.integers(1, 2))):
-        *way, last = data.draw(st.sampled_from(list(places(state))))
+        *parents, last = data.draw(st.sampled_from(list(paths(state))))
         part = state
-        for key in way:
+        for key in parents:
             part = part[key]
         if data.draw(st.booleans()) and isinstance(part, dict):
             del part[last]
@@ -215,18 +216,18 @@ def test_states(data, home, tmp_path):
         result = call(SCRIPTS[kind], "--resume", "--save", folder / kind, "--data", folder / "corpus", *more)
     else:
         result = call(evaluate, path, "--data", folder / "corpus", "--device", "cpu")
-    holds(*result, before, folder)
+    assert_handled(*result, before, folder)
 
 
-# --- a corpus from a stranger ---
+# --- untrusted corpora and configurations ---
 
 
-def test_a_corpus_that_leaves_its_folder_never_ends_or_has_no_lines(home, tmp_path):
+def test_corpus_with_escaping_endless_or_special_file_is_refused(home, tmp_path):
     corpus = tmp_path / "corpus"
     flags = ("--data", corpus, "--save", tmp_path / "run", *SIZES)
     shutil.copytree(home / "corpus", corpus)
     (corpus / "train.txt").unlink()
-    for make, says in (
+    for make, message in (
         (lambda path: path.symlink_to("/etc/hostname"), "leaves its folder"),
         (lambda path: path.symlink_to("/dev/zero"), "leaves its folder"),
         (os.mkfifo, "not a file"),
@@ -236,10 +237,10 @@ def test_a_corpus_that_leaves_its_folder_never_ends_or_has_no_lines(home, tmp_pa
         code, _, err = call(train, *flags)
         assert code == 2
         assert err.count("\n") == 1
-        assert says in err
+        assert message in err
         (corpus / "train.txt").unlink()
     (corpus / "words.txt").write_text("a b c\n" * 20)
-    (corpus / "train.txt").symlink_to("words.txt")  # one that stays is a name like another
+    (corpus / "train.txt").symlink_to("words.txt")  # A link inside the folder is permitted.
     assert call(train, *flags)[0] == 0
 
 
@@ -256,7 +257,7 @@ def test_a_corpus_that_leaves_its_folder_never_ends_or_has_no_lines(home, tmp_pa
     ],
 )
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_an_odd_config_changes_nothing(kind, change, home, tmp_path):
+def test_invalid_config_exits_2_and_changes_no_file(kind, change, home, tmp_path):
     shutil.copytree(home, tmp_path / "home")
     path = tmp_path / "home" / kind / "config.json"
     path.write_text(path.read_text().rstrip()[:-1] + f", {change}}}")
@@ -267,17 +268,17 @@ def test_an_odd_config_changes_nothing(kind, change, home, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_weights_of_another_kind_are_not_evaluated(home, tmp_path):
+def test_evaluate_refuses_weights_of_another_dtype(home, tmp_path):
     state = checkpoint.load(home / "train" / "best.pt")
-    for kind in (torch.complex64, torch.float64):
-        state["model"] = {name: weight.to(kind) for name, weight in state["model"].items()}
+    for dtype in (torch.complex64, torch.float64):
+        state["model"] = {name: weight.to(dtype) for name, weight in state["model"].items()}
         (tmp_path / "x.pt").write_bytes(checkpoint.with_checksum({k: v for k, v in state.items() if k != "format"}))
         code, _, err = call(evaluate, tmp_path / "x.pt", "--device", "cpu")
         assert code == 2
         assert err.count("\n") == 1
 
 
-def test_a_cell_of_a_million_nodes_is_refused(home, tmp_path):
+def test_cell_with_too_many_nodes_is_refused(home, tmp_path):
     cell = tmp_path / "cell.json"
     for nodes in (65, 10**6):
         cell.write_text(json.dumps({"recurrent": [["tanh", 0]] * nodes, "concat": [1]}))
@@ -287,7 +288,7 @@ def test_a_cell_of_a_million_nodes_is_refused(home, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_the_state_of_a_run_of_another_size_says_which_flag_differs(kind, home, tmp_path):
+def test_checkpoint_of_another_run_names_the_flags_that_differ(kind, home, tmp_path):
     shutil.copytree(home, tmp_path / "home")
     flags = ["--data", home / "corpus", "--save", tmp_path / "wide", *SIZES, "--emsize", 8, "--dropout", 0.5]
     assert call(SCRIPTS[kind], *flags)[0] == 0
@@ -299,24 +300,24 @@ def test_the_state_of_a_run_of_another_size_says_which_flag_differs(kind, home, 
     assert "--dropout 0.75: " in err
 
 
-def test_a_size_that_no_memory_holds_ends_with_the_sizes(home, tmp_path):
+def test_impossible_model_size_raises_an_out_of_memory_error(home, tmp_path):
     with pytest.raises(RuntimeError) as caught:
         train.main([str(f) for f in ("--data", home / "corpus", "--save", tmp_path / "run", *SIZES, "--emsize", 10**7)])
     assert checkpoint.out_of_memory(caught.value)
 
 
-# --- errors that are nobody's fault, and those of the program ---
+# --- lack of memory and errors of the program ---
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "--small_batch_size 2 "),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "4 rows"),
     ],
 )
-def test_no_memory_ends_with_the_sizes_and_what_needs_less(kind, error, says, home, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_names_sizes_and_flags_that_need_less(kind, error, message, home, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise error
 
@@ -325,13 +326,13 @@ def test_no_memory_ends_with_the_sizes_and_what_needs_less(kind, error, says, ho
     monkeypatch.setattr("sys.argv", [kind, *map(str, flags)])
     assert train.signals.run_script(SCRIPTS[kind].main) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert says in last
+    assert message in last
     assert "--emsize 6, --bptt 4 and 4 rows of --batch_size 4" in last
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), ZeroDivisionError(), KeyError("hidden")])
-def test_an_error_of_the_program_is_not_taken_for_divergence(kind, error, home, tmp_path, monkeypatch):
+def test_program_error_is_not_reported_as_divergence(kind, error, home, tmp_path, monkeypatch):
     def fail(*_):
         raise error
 

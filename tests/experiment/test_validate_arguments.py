@@ -1,4 +1,4 @@
-"""Every fault of a user ends in exit code 2 and one line for each, and nothing is written over."""
+"""Tests that every error of a user gives exit code 2 and one line for each, and that no file is overwritten."""
 
 import json
 
@@ -24,7 +24,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def refused(capsys):
-    """Runs a script and gives the lines that it ends with, having checked that it is refused."""
+    """A function that runs a script, asserts that it exits with 2 and returns its error lines."""
 
     def run(script, *flags):
         with pytest.raises(SystemExit) as caught:
@@ -71,15 +71,15 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize("script", [train_search, train])
-@pytest.mark.parametrize(("flags", "names"), BAD_FLAGS)
-def test_a_flag_that_cannot_be_used(script, flags, names, corpus, refused, tmp_path):
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS)
+def test_invalid_flag_exits_2_with_one_line(script, flags, message, corpus, refused, tmp_path):
     before = tree(tmp_path)
     (line,) = refused(script, "--data", corpus, *SMALL, *flags.split())
-    assert names in line
+    assert message in line
     assert tree(tmp_path) == before
 
 
-def test_every_fault_is_reported_at_once(refused, corpus, tmp_path):
+def test_all_errors_are_reported_at_once(refused, corpus, tmp_path):
     (corpus / "valid.txt").write_text("")
     (corpus / "test.txt").unlink()
     (tmp_path / "taken").mkdir()
@@ -114,15 +114,15 @@ BAD_ARCH = [
 ]
 
 
-@pytest.mark.parametrize(("arch", "says"), BAD_ARCH)
-def test_an_architecture_that_cannot_be_built(arch, says, corpus, refused):
+@pytest.mark.parametrize(("arch", "message"), BAD_ARCH)
+def test_invalid_arch_exits_2_with_one_line(arch, message, corpus, refused):
     (line,) = refused(train, "--data", corpus, *SMALL, "--arch", arch)
     assert "--arch" in line
-    assert says in line
+    assert message in line
 
 
 @pytest.mark.parametrize("script", [train_search, train])
-def test_texts_that_cannot_be_read(script, corpus, refused, tmp_path):
+def test_unreadable_texts_exit_2_with_one_line_each(script, corpus, refused, tmp_path):
     (corpus / "train.txt").write_bytes(b"caf\xe9 au lait\n" * 50)
     (corpus / "valid.txt").write_text(" \n\n")
     (corpus / "test.txt").unlink()
@@ -135,7 +135,7 @@ def test_texts_that_cannot_be_read(script, corpus, refused, tmp_path):
 
 
 @pytest.mark.parametrize("script", [train_search, train])
-def test_a_split_too_short_for_the_batch(script, corpus, refused):
+def test_split_too_short_for_the_batch_exits_2(script, corpus, refused):
     (corpus / "test.txt").write_text("a\n")
     lines = refused(script, "--data", corpus, *SMALL, "--batch_size", 100)
     assert any("too few for 100 rows" in line and "--batch_size" in line for line in lines)
@@ -143,7 +143,7 @@ def test_a_split_too_short_for_the_batch(script, corpus, refused):
 
 
 @pytest.mark.parametrize("script", [train_search, train])
-def test_a_directory_that_is_in_use(script, corpus, refused, tmp_path):
+def test_save_refuses_a_file_and_a_folder_with_other_files(script, corpus, refused, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
@@ -160,7 +160,7 @@ def finished(script, corpus, folder, *more):
     assert script.main([str(flag) for flag in ("--data", corpus, *SMALL, "--save", folder, *more)]) == 0
 
 
-def test_a_run_is_neither_written_over_nor_continued_as_another(corpus, refused, tmp_path, capsys):
+def test_run_is_not_overwritten_or_resumed_with_other_settings(corpus, refused, tmp_path, capsys):
     folder = tmp_path / "run"
     finished(train, corpus, folder)
     capsys.readouterr()
@@ -185,7 +185,7 @@ def test_a_run_is_neither_written_over_nor_continued_as_another(corpus, refused,
     assert "damaged" in line
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(corpus, tmp_path):
+def test_run_without_a_checkpoint_resumes_from_the_start(corpus, tmp_path):
     finished(train, corpus, tmp_path / "whole")
     finished(train, corpus, tmp_path / "run")
     for name in ("last.pt", "previous.pt", "best.pt", "result.json", "metrics.jsonl"):
@@ -196,7 +196,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(corpus, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_lost_or_foreign_state_is_not_taken_for_a_new_run(corpus, refused, tmp_path, capsys):
+def test_resume_refuses_missing_or_foreign_checkpoints(corpus, refused, tmp_path, capsys):
     folder = tmp_path / "run"
     finished(train, corpus, folder)
     finished(train_search, corpus, tmp_path / "search")
@@ -219,7 +219,7 @@ def test_a_lost_or_foreign_state_is_not_taken_for_a_new_run(corpus, refused, tmp
     assert "best.pt: missing" in line
 
 
-def test_fewer_epochs_than_are_done(corpus, refused, tmp_path, capsys):
+def test_resume_refuses_fewer_epochs_than_are_done(corpus, refused, tmp_path, capsys):
     finished(train, corpus, tmp_path / "run")
     assert train.main(["--resume", "--save", str(tmp_path / "run"), "--epochs", "2"]) == 0
     capsys.readouterr()
@@ -230,7 +230,7 @@ def test_fewer_epochs_than_are_done(corpus, refused, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change", [{"lr": None}, {"lr": [1]}, {"device": 5}, {"emsize": 8.0}, {"arch": 3}, {"colour": 1}]
 )
-def test_a_config_with_other_values_is_refused(change, corpus, refused, tmp_path, capsys):
+def test_resume_refuses_a_config_with_invalid_values(change, corpus, refused, tmp_path, capsys):
     finished(train, corpus, tmp_path / "run")
     capsys.readouterr()
     path = tmp_path / "run" / "config.json"
@@ -243,8 +243,8 @@ def test_a_config_with_other_values_is_refused(change, corpus, refused, tmp_path
     assert "damaged" in line
 
 
-def test_batch_normalisation_of_one_row_at_a_time(corpus, refused, tmp_path):
-    """And without it, one row is a batch like any other."""
+def test_batch_norm_refuses_one_batch_element_at_a_time(corpus, refused, tmp_path):
+    """Without batch normalisation a batch or micro-batch of one element is permitted."""
     for flags in ("--batch_size 1", "--small_batch_size 1"):
         (line,) = refused(train_search, "--data", corpus, *SMALL, "--norm", "batch", *flags.split())
         assert "at least 2 at a time" in line
@@ -253,7 +253,7 @@ def test_batch_normalisation_of_one_row_at_a_time(corpus, refused, tmp_path):
         assert json.loads((tmp_path / norm / "result.json").read_text())["test_ppl"] > 1
 
 
-def test_a_norm_that_no_run_has(corpus, refused, tmp_path, capsys):
+def test_evaluate_refuses_a_checkpoint_with_an_unknown_norm(corpus, refused, tmp_path, capsys):
     finished(train_search, corpus, tmp_path / "run", "--norm", "none")
     capsys.readouterr()
     saved = checkpoint.load(tmp_path / "run" / "best.pt")
@@ -263,7 +263,7 @@ def test_a_norm_that_no_run_has(corpus, refused, tmp_path, capsys):
         assert "holds no model of this project" in line
 
 
-def test_checkpoints_that_cannot_be_evaluated(corpus, refused, tmp_path, capsys):
+def test_evaluate_exits_2_with_one_line_for_invalid_input(corpus, refused, tmp_path, capsys):
     torch.save({"format": 1}, tmp_path / "odd.pt")
     for path in (tmp_path / "none.pt", tmp_path / "odd.pt", corpus / "train.txt", tmp_path):
         (line,) = refused(evaluate, path)
@@ -277,7 +277,7 @@ def test_checkpoints_that_cannot_be_evaluated(corpus, refused, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("script", [train, train_search])
-def test_a_precision_that_engine_or_device_lacks(script, refused, corpus, tmp_path):
+def test_precision_unsupported_by_engine_or_device_exits_2(script, refused, corpus, tmp_path):
     save = ("--data", corpus, *SMALL, "--save", tmp_path / "run")
     [line] = refused(script, *save, "--engine", "eager", "--precision", "bf16")
     assert "--precision bf16" in line

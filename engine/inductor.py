@@ -1,4 +1,4 @@
-"""Element-wise functions that Inductor compiles, and calls to them without the cost of torch.compile's checks."""
+"""Compiles element-wise functions by Inductor, and calls them without the overhead of torch.compile's checks."""
 
 import shutil
 import sys
@@ -11,22 +11,22 @@ from threading import RLock
 import torch
 from torch import Tensor
 
-# Inductor stores an intermediate result that is used more than once, which here costs more than its arithmetic:
-# everything is to stay in registers, in one loop. And on a GPU it splits a sum over few rows into two launches. Nor
-# does its code have to ask what its arguments are: `Compiled` does.
+# By default Inductor stores an intermediate result that is used more than once, which costs more here than computing it
+# again: with these settings everything stays in registers, in one loop. On a GPU it would also split a sum over few
+# elements into two launches. Its code need not check the sizes of its arguments, since `Compiled` does.
 ONE_PASS = {
     "realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000,
     "split_reductions": False, "size_asserts": False,
 }  # fmt: skip
-# What a kernel is compiled for is told by its arguments; nothing else that it refers to changes.
+# The guards to keep: a kernel depends on its arguments alone, since nothing else that it refers to changes.
 ARGUMENTS = {"TENSOR_MATCH", "SHAPE_ENV", "CONSTANT_MATCH", "EQUALS_MATCH", "TYPE_MATCH"}
-SEARCHES = RLock()  # one at a time, in whichever thread
-START = 64  # of a buffer's elements: for a view that begins at none, a kernel would be compiled once more
+SEARCHES = RLock()  # one compilation at a time, among all threads
+START = 64  # elements before a buffer's data: a kernel would be compiled again for views at offset 0 and elsewhere
 
 
 @cache
 def compiler_found() -> bool:
-    """Whether element-wise functions can be compiled here; says so once if not."""
+    """Returns whether there is a C++ compiler; prints a line at the first call if there is none."""
     found = shutil.which(environ.get("CXX", "g++")) is not None
     if not found:
         print("no C++ compiler: --engine fused runs uncompiled, slower (install g++, or set CXX)", file=sys.stderr)
@@ -34,11 +34,11 @@ def compiler_found() -> bool:
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """An element-wise function that writes into its arguments, compiled at its first call where that can be.
+    """Decorates an element-wise function that writes into its arguments: it is compiled at its first call, if possible.
 
-    C++ on a CPU, Triton on CUDA, from the one source; the compiled code is cached on disk. No two arguments may be one
-    tensor, nor overlap where one is written. The last one is a tensor, and none is to have a gradient, since autograd
-    does not notice what is written.
+    It becomes C++ on a CPU and Triton on CUDA, and the compiled code is cached on disk. No two arguments may be the
+    same tensor, and none may overlap one that is written. The last argument is a tensor. None may require a gradient,
+    since autograd does not see the writes.
     """
 
     @cache
@@ -55,12 +55,12 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
 
 
 class Compiled:
-    """A function that torch.compile compiles, without what that does at every call to find its code again: where the
-    caches are full of matrices it takes as long as a kernel.
+    """Calls the code that torch.compile made of a function, without torch.compile's lookup at each call.
 
-    The code that was found for arguments of a kind is kept, and called with all others of that kind. What it wants
-    besides the tensors are sizes and the numbers among the arguments (which may have become tensors of no dimension):
-    they are the same for all of a kind.
+    The lookup takes as long as a kernel when matrix products have filled the CPU's caches: without it a first-order
+    step takes 147 ms in the place of 173 at B 32, H 64 (benchmarks/NOTES.md). The code is stored for each kind of
+    arguments, which is given by shapes, strides, dtypes and numbers. Besides the tensors it needs the numbers among the
+    arguments (some as tensors of no dimension) and sizes, which are the same for all arguments of a kind.
     """
 
     def __init__(self, function: Callable[..., None]):
@@ -75,36 +75,36 @@ class Compiled:
             supply = *args, *numbers
             code([supply[place] for place in places])
             return
-        # From torch 2.13 on each thread has settings of its own, and on CUDA autograd goes the way back in another than
-        # that in which a kernel may have been made: so they stand here.
+        # The settings are made here because since torch 2.13 each thread has its own, and on CUDA autograd runs the
+        # backward pass in another thread than the one that defined the kernel.
         with (
             torch._dynamo.config.patch(recompile_limit=64),  # one variant for each operation and kind of shape
-            torch.fx.experimental._config.patch(use_duck_shape=False),  # nor one for each two numbers that are equal
+            torch.fx.experimental._config.patch(use_duck_shape=False),  # equal sizes do not make another variant
             calls_of_inductor() as calls,
         ):
             self.search(*args)
-        if len(calls) != 1:  # torch.compile was told to stand aside
+        if len(calls) != 1:  # torch.compile is disabled
             return
         [(code, wanted)] = calls
         given = {id(arg) for arg in args}
         numbers = tuple(w for w in wanted if id(w) not in given)
-        if any(isinstance(number, Tensor) and number.dim() for number in numbers):  # torch has made one of two views
+        if any(isinstance(number, Tensor) and number.dim() for number in numbers):  # torch has merged two views
             return
         place_of = {id(supplied): place for place, supplied in enumerate((*args, *numbers))}
         self.found[kind] = code, [place_of[id(w)] for w in wanted], numbers
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-    """The backend of torch.compile, with the settings of a kernel."""
+    """Compiles a graph by Inductor with the settings of a kernel; a backend of torch.compile."""
     from torch._inductor.compile_fx import compile_fx  # takes a second to import
 
     narrow = any(isinstance(given, Tensor) and given.dtype == torch.bfloat16 for given in inputs)
     patches = {
         **ONE_PASS,
-        # A product and a sum in one instruction: in fp32 it gains nothing, and would change the last digit of all.
+        # Fused multiply-add: in fp32 it gains nothing and would change the last digit of every result.
         "cpp.enable_floating_point_contract_flag": "fast" if narrow else "off",
-        # Twice as many predecessors as threads would be shared out whole, of 5 to two cores 3 and 2; so it is told of
-        # more threads than it is to start.
+        # Inductor divides only the outer loop among threads if it has twice as many iterations as threads: 5
+        # predecessors would be 3 for one core and 2 for the other. With more threads than there are it divides further.
         "cpp.threads": 2 * torch.get_num_threads(), "cpp.dynamic_threads": True,
     }  # fmt: skip
     return compile_fx(graph, inputs, config_patches=patches)
@@ -112,15 +112,18 @@ def inductor(graph: torch.fx.GraphModule, inputs: list) -> Callable:
 
 @contextmanager
 def calls_of_inductor() -> Iterator[list[tuple[Callable, tuple]]]:
-    """Inductor's code that is called inside, without what torch wraps it in, and what it is called with."""
+    """Yields a list of the calls of Inductor's code inside the block, each with its arguments.
+
+    The code is without torch's wrappers. The block replaces `CompiledFxGraph.__call__` meanwhile: torch has no public way to this code.
+    """
     from torch._inductor.output_code import CompiledFxGraph
 
     calls = []
 
     def noting(graph: CompiledFxGraph, inputs: list) -> object:
-        call = graph.current_callable, tuple(inputs)  # which it empties
+        call = graph.current_callable, tuple(inputs)  # copied, since the call empties `inputs`
         result = wrapped(graph, inputs)
-        if not result:  # what is handed out was not written to its place
+        if not result:  # a kernel returns nothing: everything was written into its arguments
             calls.append(call)
         return result
 

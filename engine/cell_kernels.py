@@ -1,10 +1,11 @@
-"""What the fast engine does between two products, one compiled kernel each: the arithmetic of the two cells.
+"""Holds the element-wise arithmetic of the two cells between two matrix products, as one compiled kernel each.
 
-Each kernel is one pass over its arguments, of which it writes the last ones. (One that read a large argument and
-wrote over it would be compiled to several passes.)
+Each kernel is one pass over its arguments and writes the last ones. (A kernel that read a large argument and
+overwrote it would be compiled to several passes.)
 
-Shapes: T time steps, B batch, H hidden, N nodes, K primitives. `accum_dtype` is the dtype of sums and
-normalisation (that of the masks), `compute_dtype` that of products and of what is saved for backward.
+Shapes: T time steps, B batch, H hidden, N nodes, K primitives. H includes the padding of `fused.prepare`. `accum_dtype`
+is the dtype of sums and normalisation (that of the masks), `compute_dtype` that of products and of what is saved for
+backward. The equations (F1) to (F6) and (B1) to (B7) are in docs/engine.md.
 """
 
 import math
@@ -21,75 +22,91 @@ from engine.reference import NORM_EPS
 
 
 class SavedForward(NamedTuple):
-    """What is remembered of a pass of the relaxed cell over a sequence."""
+    """The tensors that a forward pass of the relaxed cell over a sequence saves for the backward pass."""
 
     space: Workspace
-    states: Tensor  # (T, N+1, B, H)
-    masked: Tensor  # (T, N+1, B, H)
-    products: list[Tensor]  # N+1 times (T, i, B, 2H)
-    previous: Tensor  # (T+1, B, H)
-    inverse: Tensor  # (T, N+1, H) of batch normalisation, (T, N+1, B, 1) of layer normalisation
+    states: Tensor  # (T, N+1, B, H), s_0 .. s_N
+    masked: Tensor  # (T, N+1, B, H), states * h_mask
+    products: list[Tensor]  # N+1 times (T, i, B, 2H), the preactivations [c, u]; i = 1 for node 0
+    previous: Tensor  # (T+1, B, H), the hidden state before each time step, masked
+    inverse: Tensor  # 1 / deviation, (T, N+1, B, 1) of layer normalisation, else (T, N+1, H); unset without a norm
     held_relu: FrozenReLU | None
     norm: str
     share: Tensor | None  # (H,), see `unit_share`
 
 
 class SavedBackward(NamedTuple):
-    """The same of its way back."""
+    """The tensors that a backward pass of the relaxed cell saves, for it to be differentiated itself."""
 
     received: Tensor  # (T, N+1, B, H), the gradients of the states
-    dxW: Tensor  # (T, B, 2H)
+    dxW: Tensor  # (T, B, 2H), the gradient of xW
 
 
-# Views for all time steps at once: made one by one in the loop they would cost a small cell as much as its kernels.
+# The functions below make the views of all time steps before the loop. If the loop made them one by one, they would
+# cost a small cell as much time as its kernels.
 
 
 def halves(dcu: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns of c and those of u, (..., H) each."""
+    """Returns the columns of c and those of u, (..., H) each, as views of dcu (..., 2H)."""
     H = dcu.size(-1) // 2
     return dcu[..., :H], dcu[..., H:]
 
 
 def by_node(buffer: Tensor) -> list[tuple[Tensor, ...]]:
-    """[i][t] of (T, N+1, ...)."""
+    """Returns views [i][t] of `buffer` (T, N+1, ...), indexed by node i and time step t."""
     return [node.unbind(0) for node in buffer.unbind(1)]
 
 
 def before_node(states: Tensor) -> list[tuple[Tensor, ...]]:
-    """[i][t]: the states s_0 .. s_{i-1}, (i, B, H) each, of (T, N+1, B, H)."""
+    """Returns views [i][t] of the predecessors s_0 .. s_{i-1} of node i, (i, B, H) each, of states (T, N+1, B, H)."""
     return [states[:, :i].unbind(0) for i in range(states.size(1))]
 
 
 def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
-    """[t]: (iB, H) each, of (T, i, B, H)."""
+    """Returns views [t] of `buffer` (T, i, B, H) as a matrix (iB, H) for each time step."""
     return buffer.flatten(1, 2).unbind(0)
 
 
 def held_set(cu: Tensor, held_relu: FrozenReLU | None, place: tuple[int, int]) -> Tensor | None:
-    """Where relu is held active, (..., H) as bytes, since Inductor reads bool slowly; None where it is free."""
+    """Returns the active set of `held_relu` (i, B, H) at `place`, a time step and a node i, or None if it is None.
+
+    cu (i, B, 2H) are the preactivations [c, u]. The active set is viewed as uint8, since Inductor reads bool slowly.
+    """
     return None if held_relu is None else held_relu.active_set(halves(cu)[1], place).view(torch.uint8)
 
 
 def unit_share(width: int, like: Tensor) -> Tensor:
-    """(H,) for states like `like` (B, H): 1 / width for each of `width` hidden units, 0 for the zeros behind them."""
+    """Returns (H,): 1 / width for each of the first `width` hidden units, and 0 for the padding.
+
+    `like` (B, H) gives H, the dtype and the device.
+    """
     return (torch.arange(like.size(-1), device=like.device) < width).to(like.dtype) / width
 
 
 def of_nodes(probs: Tensor) -> tuple[Tensor, ...]:
-    """The rows of each node, N times (i, K), of all nodes' (N(N+1)/2, K)."""
+    """Returns the probabilities of each node's edges, N times (i, K), as detached views of probs (N(N+1)/2, K)."""
     nodes = (math.isqrt(8 * len(probs) + 1) - 1) // 2
     return probs.detach().split(list(range(1, nodes + 1)))
 
 
 class GradAccumulators:
-    """What waits on the way back of the relaxed cell to reach a state, and the views by which it gets there."""
+    """The gradients that a backward pass of the relaxed cell accumulates, with the views that its loop uses.
+
+    B is the batch, H the hidden units and N the nodes; `space` allocates the tensors. `r_backward` accumulates the
+    tangents of these gradients in the same way.
+    """
 
     def __init__(self, space: Workspace, N: int, B: int, H: int):
-        self.totals = [space.take(N + 1, B, H, accumulator=True) for _ in range(2)]  # gradients, to swap
-        self.grad_via_matmul = space.take(N + 1, B, H)  # what comes through the products of the node above
-        self.grad_h_direct = space.take(B, H, accumulator=True).zero_()  # of the hidden state before the step
-        self.grad_h_matmul = space.take(B, H).zero_()  # the same, through its product with W0
-        # Of each primitive's probability, (i, B). (In one tensor they would be a launch more on a GPU.)
+        # The gradients of the states. Each node reads one of the two tensors and writes the other.
+        self.totals = [space.take(N + 1, B, H, accumulator=True) for _ in range(2)]
+        # The gradients of the states through the product of the node that was processed last, not yet masked.
+        self.grad_via_matmul = space.take(N + 1, B, H)
+        # The gradient of the hidden state before the time step has two terms: that through its product with W0, not
+        # yet masked, is `grad_h_matmul`, and the rest is `grad_h_direct`.
+        self.grad_h_direct = space.take(B, H, accumulator=True).zero_()
+        self.grad_h_matmul = space.take(B, H).zero_()
+        # The gradients of the probabilities are one tensor (i, B) for each node and each primitive but `none`. Stacked
+        # in one tensor they would take one more launch on a GPU.
         self.sums = [[self.grad_h_direct.new_zeros(i, B) for _ in range(4)] for i in range(1, N + 1)]
         self.each = [half.unbind(0) for half in self.totals]
         self.share = [[half[:i] for i in range(N + 1)] for half in self.totals]
@@ -97,24 +114,30 @@ class GradAccumulators:
         self.rows_of_rest = [part.flatten(0, 1) for part in self.rest_of]
 
     def begin_step(self, g: Tensor, h_mask: Tensor) -> None:
-        """At a time step whose hidden state has the gradient g (B, H) from the loss."""
+        """Starts a time step whose hidden state has the gradient g (B, H) from the loss (B1); h_mask is (B, H)."""
         concat = tuple(range(1, len(self.rest)))
         output_back(g, self.grad_h_direct, self.grad_h_matmul, h_mask, concat, self.totals[0])
         self.grad_via_matmul.zero_()
 
     def grad_h0(self, h_mask: Tensor) -> Tensor:
-        """In the end, what has reached the state before the first step (B, H)."""
+        """Returns the gradient of the hidden state before the first time step, (B, H), once the loop has ended."""
         return self.grad_h_direct + self.grad_h_matmul * h_mask
 
     def grad_probs(self) -> Tensor:
-        """In the end, the gradient of the probabilities (N(N+1)/2, K): the weight of `none` changes nothing."""
+        """Returns the gradient of the probabilities (N(N+1)/2, K), once the loop has ended.
+
+        It is 0 for `none`, whose probability changes nothing.
+        """
         return torch.cat([torch.stack([torch.zeros_like(sums[0]), *sums], -1).sum(1) for sums in self.sums])
 
 
 @kernel
 def relaxed_start(cu, h, norm, share, h_mask, state, masked, inverse):
-    """s_0 from the hidden state: cu (B, 2H), h and h_mask (B, H), `norm` and `share` as in `average` -> state, masked
-    (B, H), inverse (H,) or (B, 1)."""
+    """Computes s_0 from the hidden state h of the previous time step (F1, F5).
+
+    Reads cu (B, 2H), h and h_mask (B, H), and `norm` and `share` as in `average`. Writes state and masked (B, H), and
+    inverse (H,) or (B, 1).
+    """
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     tanh = sigmoid_tanh(u)[1]
     put_normalised(h + sigmoid(c) * (tanh - h), norm, share, h_mask, state, masked, inverse)
@@ -122,8 +145,11 @@ def relaxed_start(cu, h, norm, share, h_mask, state, masked, inverse):
 
 @kernel
 def relaxed_node(cu, states, p, active, norm, share, h_mask, state, masked, inverse):
-    """s_i: cu (i, B, 2H), states (i, B, H), p (i, K), relu's active set (i, B, H) or None -> state, masked (B, H),
-    inverse (H,) or (B, 1)."""
+    """Computes s_i from its predecessors (F3 to F5).
+
+    Reads cu (i, B, 2H), the predecessors' states (i, B, H), p (i, K), the active set of relu (i, B, H) or None, `norm`
+    and `share` as in `average`, and h_mask (B, H). Writes state and masked (B, H), and inverse (H,) or (B, 1).
+    """
     c, u = cu.chunk(2, dim=-1)
     p = p[:, 1:, None, None]
     *_, mixed, _ = mixture(p, u, active)
@@ -133,7 +159,12 @@ def relaxed_node(cu, states, p, active, norm, share, h_mask, state, masked, inve
 
 
 def mixture(p, u, active):
-    """The primitives of u (i, B, H), as it is kept, their slopes, and the mixture of either by p (i, K-1, 1, 1)."""
+    """Returns the primitives f_k(u), their slopes f_k'(u), sum_k p_k f_k(u) and sum_k p_k f_k'(u) (F3, B3).
+
+    u (i, B, H) has the dtype in which it was saved, and p is (i, K-1, 1, 1), without `none`. The primitives and the
+    slopes are four tensors (i, B, H) each, of tanh, relu, sigmoid and identity. Relu is active where `active` (i, B, H)
+    is set, or where u > 0 if it is None.
+    """
     sig, tanh = sigmoid_tanh(u, p.dtype)
     u = u.to(p.dtype)
     on = (u > 0 if active is None else active).to(u.dtype)
@@ -145,21 +176,25 @@ def mixture(p, u, active):
 
 
 def of_sum(norm, predecessors):
-    """What the sum over the predecessors is multiplied by: without a norm it is a mean."""
+    """Returns the factor r_i of the sum over the predecessors (F4), which makes it a mean if norm is "none"."""
     return 1 / predecessors if norm == "none" else 1
 
 
 def average(x, norm, share):
-    """The mean of x (B, H) that a norm subtracts: of each unit over the batch (H,), or of each row over its units
-    (B, 1), where `share` (H,) is 1 / their number (`unit_share`)."""
+    """Returns the mean of x (B, H) that the norm "batch" or "layer" takes (F5).
+
+    For "batch" it is the mean of each hidden unit over the batch, (H,). For "layer" it is the mean of each batch
+    element over its hidden units, (B, 1), and `share` (H,) is then 1 / their number (see `unit_share`).
+    """
     return x.mean(0) if norm == "batch" else (x * share).sum(-1, keepdim=True)
 
 
 def units_alone(x, norm, share):
-    """x (B, H) with 0 behind the hidden units, where a mean over units would leave something else."""
+    """Returns x (B, H) with zeros in the padding of H, where layer normalisation would leave other values."""
     return torch.where(share > 0, x, 0) if norm == "layer" else x
 
 
+# Writes s (B, H) normalised (F5) to state, its product with h_mask to masked, and 1 / deviation to inverse.
 def put_normalised(s, norm, share, h_mask, state, masked, inverse):
     if norm != "none":
         s = force_materialize(s)
@@ -173,7 +208,7 @@ def put_normalised(s, norm, share, h_mask, state, masked, inverse):
 
 @kernel
 def output(states, concat, h_mask, hidden, masked):
-    """The mean of the nodes in `concat`, of states (N+1, B, H) -> hidden, masked (B, H)."""
+    """Writes the mean of the nodes in `concat`, of states (N+1, B, H), to hidden (B, H), and times h_mask to masked."""
     h = sum(states[i].to(hidden.dtype) for i in concat) / len(concat)
     hidden.copy_(h)
     masked.copy_(h * h_mask)
@@ -181,14 +216,22 @@ def output(states, concat, h_mask, hidden, masked):
 
 @kernel
 def output_back(g, grad_h_direct, grad_h_matmul, h_mask, concat, total):
-    """Gradient of a hidden state from the loss and from the next step -> of s_0 .. s_N (N+1, B, H)."""
+    """Writes the gradients of s_0 .. s_N that come through the hidden state, their mean, to total (N+1, B, H) (B1).
+
+    The gradient of the hidden state is g (B, H) from the loss, plus grad_h_direct + grad_h_matmul * h_mask from the
+    next time step. The mean is over the nodes in `concat`; the other nodes get 0.
+    """
     nodes = torch.arange(total.size(0), device=total.device)
     counts = sum((nodes == i).to(total.dtype) for i in concat)
     total.copy_((g + grad_h_direct + grad_h_matmul * h_mask) / len(concat) * counts[:, None, None])
 
 
 def normalise_back(g, norm, share, state, inverse):
-    """Back through a norm, (B, H): inverse * (g - mean(g) - s mean(g s)), the means as in `average`."""
+    """Returns the gradient before a norm, inverse * (g - mean(g) - s mean(g s)), (B, H) (B2).
+
+    g (B, H) is the gradient after the norm, s = state (B, H) its result, and the means are those of `average`. If norm
+    is "none", the result is g.
+    """
     if norm == "none":
         return force_materialize(g)
     s = state.to(g.dtype)
@@ -201,10 +244,11 @@ def relaxed_node_back(
     g, g_through, state, inverse, total, grad_via_matmul, states, cu, p, active, norm, share, h_mask, received, dc, du,
     total_after, *sums,
 ):  # fmt: skip
-    """Back through a node: g, g_through, state (B, H), inverse (H,) or (B, 1), the rest as in `relaxed_node` -> the
-    node's own gradient (B, H), dc, du (i, B, H).
+    """Computes the backward pass through node i of the relaxed cell (B2 to B5).
 
-    `total_after` (i, B, H) is `total` and `grad_via_matmul`, which waited, and this node's share. The `sums`, (i, B)
+    Reads g, g_through and state (B, H), inverse (H,) or (B, 1), total and grad_via_matmul (i, B, H), and the rest as in
+    `relaxed_node`. Writes the gradient of s_i, g + g_through * h_mask, to received (B, H), and dc and du (i, B, H).
+    `total_after` (i, B, H) is total + grad_via_matmul * h_mask plus what this node adds directly. The `sums`, (i, B)
     each, gain the gradients of the probabilities.
     """
     g = g + g_through * h_mask
@@ -228,8 +272,12 @@ def relaxed_node_back(
 
 @kernel
 def relaxed_start_back(g, g_through, state, inverse, cu, norm, share, h_mask, h, received, dc, du, grad_h_direct):
-    """Back through the norm of s_0 and through s_0, all (B, H) -> the gradient of s_0, dc, du, and the hidden
-    state's own share."""
+    """Computes the backward pass through the norm of s_0 and through s_0 (B2, B6).
+
+    Reads g, g_through, state, h_mask and h (B, H), inverse (H,) or (B, 1), cu (B, 2H), and `norm` and `share` as in
+    `average`. Writes the gradient of s_0, g + g_through * h_mask, to received, and dc, du and grad_h_direct as in
+    `put_start_back`, (B, H) each.
+    """
     g = g + g_through * h_mask
     received.copy_(g)
     put_start_back(normalise_back(g, norm, share, state, inverse), cu, h, dc, du, grad_h_direct)
@@ -237,12 +285,19 @@ def relaxed_start_back(g, g_through, state, inverse, cu, norm, share, h_mask, h,
 
 @kernel
 def discrete_start_back(g, cu, h, dc, du, grad_h_direct):
-    """Back through s_0, all (B, H) -> dc, du, and the hidden state's own share."""
+    """Computes the backward pass through s_0 of the discrete cell (B6).
+
+    Reads g and h (B, H) and cu (B, 2H), and writes dc, du and grad_h_direct as in `put_start_back`, (B, H) each.
+    """
     put_start_back(g, cu, h, dc, du, grad_h_direct)
 
 
 def put_start_back(g, cu, h, dc, du, grad_h_direct):
-    """Back through s = h + sigmoid(c) (tanh(u) - h)."""
+    """Writes the gradients of c, u and h for s = h + sigmoid(c) (tanh(u) - h), given that of s, g (B, H) (B6).
+
+    h, dc, du and grad_h_direct are (B, H), cu = [c, u] is (B, 2H). grad_h_direct leaves out the term of the gradient
+    of h through the product with W0.
+    """
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]
     dc.copy_(g * gate * (1 - gate) * (tanh - h))
@@ -251,7 +306,10 @@ def put_start_back(g, cu, h, dc, du, grad_h_direct):
 
 
 def activation(name, u):
-    """f(u) and f'(u)."""
+    """Returns f(u) and f'(u) for the activation f called `name`, in the shape of u.
+
+    `name` is one of `reference.ACTIVATIONS`.
+    """
     if name == "identity":
         return u, torch.ones_like(u)
     if name == "relu":
@@ -262,7 +320,10 @@ def activation(name, u):
 
 @kernel
 def discrete_node(name, cu, s, h_mask, state, masked):
-    """s_i: cu (B, 2H), the predecessor s (B, H) -> state, masked (B, H)."""
+    """Computes s_i of the discrete cell, s + sigmoid(c) * (f(u) - s), with the activation f called `name`.
+
+    Reads cu = [c, u] (B, 2H), the predecessor s (B, H) and h_mask (B, H). Writes state and masked (B, H).
+    """
     c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
     s = s.to(h_mask.dtype)
     s = s + sigmoid(c) * (activation(name, u)[0] - s)
@@ -272,7 +333,11 @@ def discrete_node(name, cu, s, h_mask, state, masked):
 
 @kernel
 def discrete_node_back(name, g, cu, s, dc, du, total):
-    """Back through a node: g (B, H) -> dc, du (B, H); `total` (B, H), the predecessor's, gains this node's share."""
+    """Computes the backward pass through a node of the discrete cell (B3, B4, with one predecessor and P = 1).
+
+    Reads the gradient g of the node and the predecessor s, (B, H) each, and cu (B, 2H). Writes dc and du (B, H). The
+    gradient of the predecessor, `total` (B, H), gains the term that does not come through the product.
+    """
     c, u = cu.to(g.dtype).chunk(2, dim=-1)
     s = s.to(g.dtype)
     gate = sigmoid(c)

@@ -1,14 +1,16 @@
-"""The recurrence of reference.py, fast: same signatures, same values, same gradients.
+"""Computes the recurrence of reference.py fast, with the same values and gradients.
 
-Back-propagation through time is written out by hand and run as one autograd function over the whole sequence:
-products straight into their place, everything between two products in one compiled pass (cell_kernels.py), and no
-gradient of a weight that nobody asked for. The relaxed cell has the one second derivative that an architecture step
-asks for too, of the probabilities and along the weights (second_derivative.py); for any other take the definition,
-reference.py.
+`relaxed` and `discrete` take the arguments of their definitions there, and `compute_dtype`. Back-propagation through
+time is written out by hand and runs as one autograd function over the whole sequence. Each matrix product is written
+straight into its place, everything between two products is one compiled pass (cell_kernels.py), and the gradients of
+the weights are computed only if they are needed. The relaxed cell also has the one second derivative that an
+architecture step needs, the change of the gradient of the probabilities as the weights move (second_derivative.py). For
+any other second derivative use the definition, reference.py.
 
 Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives. `accum_dtype` is the dtype of sums and
 normalisation (float32, or float64), `compute_dtype` that of products and of what is saved for backward. Inside Relaxed
-and Discrete, in cell_kernels.py and second_derivative.py, H includes the padding (`prepare`).
+and Discrete, in cell_kernels.py and second_derivative.py, H includes the padding (`prepare`). The equations (F1) to
+(F6) and (B1) to (B7) are in docs/engine.md.
 """
 
 from collections.abc import Sequence
@@ -24,15 +26,11 @@ from engine.cell_kernels import (
     SavedForward,
     before_node,
     by_node,
-    discrete_node,
-    discrete_node_back,
-    discrete_start_back,
     flat_rows,
     halves,
     held_set,
     of_nodes,
     output,
-    output_back,
     relaxed_node,
     relaxed_node_back,
     relaxed_start,
@@ -40,6 +38,7 @@ from engine.cell_kernels import (
     unit_share,
 )
 from engine.dropout import FrozenReLU, drop
+from engine.fused_discrete import Discrete
 from engine.matmul import ALIGNMENT, Workspace, addmm_, matmul, padding
 from engine.second_derivative import r_backward, r_forward
 
@@ -56,9 +55,14 @@ def relaxed(
     norm: str = "batch",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `reference.relaxed`, (T, B, H); `compute_dtype` is the dtype of products, by default that of h0."""
+    """Returns the hidden states (T, B, H) of the continuous relaxation, as defined by `reference.relaxed` (F1 to F6).
+
+    The shapes are x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N times (H, 2H), probs (N(N+1)/2, K), x_mask (B, E) and
+    h_mask (B, H). `compute_dtype` is the dtype of products, by default that of h0. A second derivative along the alphas
+    and any third derivative raise RuntimeError.
+    """
     H, compute_dtype, keep = h0.size(-1), compute_dtype or h0.dtype, wants_gradient(x, h0, W0, *Ws, probs)
-    # Whatever the products gain: the kernels are quicker for it in any dtype.
+    # H is padded even where the products gain nothing by it, since the kernels are faster with it in any dtype.
     xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, compute_dtype, -H % ALIGNMENT)
     share = unit_share(H, h0) if norm == "layer" else None
     return Relaxed.apply(keep, held_relu, norm, share, xW, h0, W0_h, probs, h_mask, *Ws)[..., :H]
@@ -75,16 +79,20 @@ def discrete(
     h_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `reference.discrete`, (T, B, H); `compute_dtype` is the dtype of products, by default that of h0."""
+    """Returns the hidden states (T, B, H) of the cell of one genotype, as defined by `reference.discrete`.
+
+    The shapes are x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N times (H, 2H), x_mask (B, E) and h_mask (B, H).
+    `compute_dtype` is the dtype of products, by default that of h0. A second derivative raises RuntimeError.
+    """
     H, compute_dtype, keep = h0.size(-1), compute_dtype or h0.dtype, wants_gradient(x, h0, W0, *Ws)
-    # On a CPU the few rows of an evaluation do not make up for filling up the weights.
+    # In an evaluation on a CPU, the products have too few rows to make up for the time that padding the weights takes.
     more = padding(h0, compute_dtype) if keep or h0.is_cuda else 0
     xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, compute_dtype, more)
     return Discrete.apply(keep, tuple(recurrent), tuple(concat), xW, h0, W0_h, h_mask, *Ws)[..., :H]
 
 
 def wants_gradient(*inputs: Tensor) -> bool:
-    """Whether autograd will ask for one of any of them."""
+    """Returns whether autograd will ask for the gradient of any of the inputs."""
     return torch.is_grad_enabled() and any(i.requires_grad for i in inputs)
 
 
@@ -98,8 +106,12 @@ def prepare(
     compute_dtype: torch.dtype,
     more: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
-    """The input's half of `[c0, h0]` (T, B, 2H), the hidden state, its half of W0, its mask, and Ws, with H wider by
-    `more`: the hidden units that are added have no weights but 0, nor are they seen by anyone."""
+    """Returns xW, h0, W0_h, h_mask and Ws, with H padded by `more` hidden units.
+
+    xW (T, B, 2H), in `compute_dtype`, is the input's term of the preactivations [c_0, u_0] (F1), and W0_h (H, 2H) the
+    part of W0 that multiplies the hidden state. A mask h_mask (B, H) that is None becomes ones. All weights of the
+    added hidden units are 0, and the callers cut these units off again.
+    """
     E = x.size(-1)
     h_mask = torch.ones_like(h0) if h_mask is None else h_mask
     W0_x, W0_h = W0[:E], W0[E:]
@@ -113,13 +125,17 @@ def prepare(
 
 
 class Relaxed(torch.autograd.Function):
-    """The relaxed cell. The product of node i holds `[c_j, u_j]` of each of its predecessors, (i, B, 2H)."""
+    """Runs the relaxed cell over a sequence as one autograd function (F1 to F6, B1 to B7).
+
+    The product of node i holds the preactivations [c_j, u_j] of each of its predecessors j, (i, B, 2H). `keep` tells
+    whether to save what the backward pass needs.
+    """
 
     @staticmethod
     def forward(ctx, keep, held_relu, norm, share, xW, h0, W0_h, probs, h_mask, *Ws):
         (T, B, _), H, N = xW.shape, h0.size(-1), len(Ws)
         space = Workspace(xW.dtype, h0.dtype, h0.device)
-        kept = T if keep else 1  # steps that are remembered
+        kept = T if keep else 1  # Without a backward pass, each time step overwrites the one before.
         states = space.take(kept, N + 1, B, H)  # s_0 .. s_N
         masked = space.take(kept, N + 1, B, H)
         products = [space.take(kept, max(i, 1), B, 2 * H) for i in range(N + 1)]
@@ -162,7 +178,7 @@ class Relaxed(torch.autograd.Function):
 
         if keep:
             ctx.trace = SavedForward(space, states, masked, products, previous, inverse, held_relu, norm, share)
-            ctx.tangents = {}  # by the call of autograd that left them
+            ctx.tangents = {}  # from `RelaxedBack.backward`, by `graph_task_id`
             ctx.save_for_backward(h0, probs, h_mask, hiddens, W0_h, *Ws)
         return hiddens
 
@@ -176,14 +192,19 @@ class Relaxed(torch.autograd.Function):
             dxW, dh0, dprobs = r_backward(
                 ctx.trace, backward_pass, tangents, h0, hiddens, weights, probs, h_mask, g_hiddens
             )
-            dWs = [unformed_grad(weights[0]), *(None for _ in weights[1:])]  # W0 has another share, of xW
+            dWs = [unformed_grad(weights[0]), *(None for _ in weights[1:])]  # W0 also gets a term through xW.
         else:
             (dxW, dh0, dprobs, *dWs), _ = Relaxed.backward_pass(ctx, g_hiddens)
         return None, None, None, None, dxW, dh0, dWs[0], dprobs, None, *dWs[1:]
 
     @staticmethod
     def backward_pass(ctx, g_hiddens: Tensor, keep: bool = False) -> tuple[tuple[Tensor | None, ...], SavedBackward]:
-        """Gradients of xW, h0, probs, W0_h and Ws, and what of the way is remembered if it is to be differentiated."""
+        """Returns the gradients of xW, h0, probs, W0_h and Ws, and what `r_backward` needs of this pass (B1 to B7).
+
+        g_hiddens (T, B, H) is the gradient of the hidden states. The gradients of xW and of the weights are None if
+        autograd does not need them. `keep` tells whether to save the gradients of the states of every time step, so
+        that the pass can be differentiated.
+        """
         space, states, masked, products, previous, inverse, held_relu, norm, share = ctx.trace
         h0, probs, h_mask, hiddens, W0_h, *Ws = ctx.saved_tensors
         T, B, H = hiddens.shape
@@ -193,8 +214,8 @@ class Relaxed(torch.autograd.Function):
         weights = [W.to(space.compute_dtype) for W in (W0_h, *Ws)]
         dxW = space.take(T, B, 2 * H)
         received = space.take(T if keep else 1, N + 1, B, H)  # gradients of the states
-        # On CUDA a weight's gradient is one product over all steps, after them; a CPU forms it step by step,
-        # while the factors are in its cache (benchmarks/NOTES.md).
+        # On CUDA the gradient of a weight is one product over all time steps, after the loop. A CPU forms it step by
+        # step, unless the cell is small, while the factors are in its cache (benchmarks/NOTES.md).
         at_once = of_weights and sum_after_loop(h0)
         dcs = [space.take(T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]
         dWs = [torch.zeros_like(W, dtype=space.accum_dtype) for W in Ws] if of_weights else []
@@ -209,7 +230,7 @@ class Relaxed(torch.autograd.Function):
         W0_t, gs, hs, dxWs, dcs_0 = weights[0].t(), g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), halves(dxW)
 
         for t in reversed(range(T)):
-            here, there = 0, 1  # which of totals
+            here, there = 0, 1  # Each node reads one of the two `totals` and writes the other.
             w.begin_step(gs[t], h_mask)
             for i in range(N, 0, -1):
                 cu, (dc, du, dc_rows, du_rows) = preactivations[i][t], gradient[i - 1][t if at_once else 0]
@@ -239,23 +260,27 @@ class Relaxed(torch.autograd.Function):
                     s = masked[:, :i].flatten(1, 2).mT  # (T, H, iB)
                     for half, d in zip(halves(dW), dcs[i - 1].unbind(1), strict=True):
                         half.copy_((s @ d.flatten(1, 2)).sum(0, dtype=space.accum_dtype))
-        of_xW = (dxW.clone() if keep else dxW) if ctx.needs_input_grad[4] else None  # which autograd makes its own
+        # Autograd may take over the tensor that it is given, and a saved one must not change.
+        of_xW = (dxW.clone() if keep else dxW) if ctx.needs_input_grad[4] else None
         found = of_xW, w.grad_h0(h_mask), w.grad_probs(), dW0_h, *(dWs or [None] * N)
         return found, SavedBackward(received, dxW)
 
 
 class RelaxedBack(torch.autograd.Function):
-    """The way back through the relaxed cell, where it is to be differentiated itself.
+    """Runs the backward pass of the relaxed cell where it is to be differentiated itself.
 
-    Back from here, along directions in which xW, h0 and the weights go: first the tangents of all states, which give
-    that of the hidden states. Then the tangent of the way back; it needs to know how g_hiddens changes with the
-    hidden states, which autograd has yet to find out. So it is left to the call of `Relaxed.backward` that follows.
+    `backward` receives the directions in which xW, h0 and the weights move. It computes the tangents of all states,
+    which give those of the hidden states. The tangent of the backward pass also depends on how g_hiddens changes with
+    the hidden states, which autograd has not computed yet, so the call of `Relaxed.backward` that follows computes it.
+
+    `backward` raises RuntimeError for a third derivative, for a direction of the probabilities, and if a second
+    gradient of the same forward pass is to be differentiated in one call of autograd.
     """
 
     @staticmethod
     def forward(ctx, relaxed, g_hiddens, hiddens):
         ctx.set_materialize_grads(False)
-        ctx.relaxed = relaxed  # which autograd keeps alive, since `hiddens` came from there
+        ctx.relaxed = relaxed  # Autograd keeps it alive, since `hiddens` came from there.
         found, ctx.backward_pass = Relaxed.backward_pass(relaxed, g_hiddens, keep=True)
         return found
 
@@ -271,90 +296,13 @@ class RelaxedBack(torch.autograd.Function):
             raise RuntimeError("the fused engine differentiates one gradient of a pass at a time")
         tangents, r_hiddens = r_forward(relaxed.trace, h0, hiddens, weights, probs, h_mask, vxW, vh0, direction)
         relaxed.tangents[call] = ctx.backward_pass, tangents
-        return None, r_hiddens, torch.zeros_like(hiddens)  # zeros, so that `Relaxed.backward` is called in any case
-
-
-class Discrete(torch.autograd.Function):
-    """The cell of one genotype. Time stands inside the nodes, so that a weight's gradient is one product."""
-
-    @staticmethod
-    def forward(ctx, keep, recurrent, concat, xW, h0, W0_h, h_mask, *Ws):
-        (T, B, _), H, N = xW.shape, h0.size(-1), len(Ws)
-        space = Workspace(xW.dtype, h0.dtype, h0.device)
-        kept = T if keep else 1
-        states = space.take(N + 1, kept, B, H)
-        masked = space.take(N + 1, kept, B, H)
-        products = space.take(N + 1, kept, B, 2 * H)
-        previous = space.take(T + 1, B, H)  # the hidden state before each step, masked
-        hiddens = h0.new_empty(T, B, H)
-        weights = [W.to(space.compute_dtype) for W in (W0_h, *Ws)]
-
-        state, mask, cu = ([node.unbind(0) for node in buffer] for buffer in (states, masked, products))  # [i][t]
-        nodes, xWs, hs = states.unbind(1), xW.unbind(0), hiddens.unbind(0)
-
-        h = h0
-        previous[0] = h0 * h_mask
-        previous_t = previous.unbind(0)
-        for t in range(T):
-            k = t if keep else 0
-            torch.addmm(xWs[t], previous_t[t], weights[0], out=cu[0][k])
-            discrete_node("tanh", cu[0][k], h, h_mask, state[0][k], mask[0][k])
-            for i, (name, j) in enumerate(recurrent, 1):
-                matmul(mask[j][k], weights[i], out=cu[i][k])
-                discrete_node(name, cu[i][k], state[j][k], h_mask, state[i][k], mask[i][k])
-            h = hs[t]
-            output(nodes[k], concat, h_mask, h, previous_t[t + 1])
-
-        if keep:
-            ctx.space, ctx.cell = space, (recurrent, concat)
-            ctx.buffers = states, masked, products, previous
-            ctx.save_for_backward(h0, W0_h, h_mask, *Ws)
-            ctx.hiddens = hiddens.detach()
-        return hiddens
-
-    @staticmethod
-    def backward(ctx, g_hiddens):
-        forbid_double_backward("second")
-        states, masked, products, previous = ctx.buffers
-        h0, W0_h, h_mask, *Ws = ctx.saved_tensors
-        space, hiddens, (recurrent, concat) = ctx.space, ctx.hiddens, ctx.cell
-        T, B, H = hiddens.shape
-        N = len(Ws)
-        of_weights = ctx.needs_input_grad[5] or any(ctx.needs_input_grad[7:])
-        weights = [W.to(space.compute_dtype) for W in (W0_h, *Ws)]
-        gradients = space.take(N + 1, T, B, 2 * H)  # of the products
-        total = space.take(N + 1, B, H, accumulator=True)  # of the states
-        grad_h_direct = space.take(B, H, accumulator=True)
-        grad_h_matmul = space.take(B, H)
-        state, cu, gradient, dc, du = (
-            [node.unbind(0) for node in buffer] for buffer in (states, products, gradients, *halves(gradients))
-        )  # [i][t]
-        transposed, share = [W.t() for W in weights], total.unbind(0)
-        gs, hs, backwards = g_hiddens.unbind(0), (h0, *hiddens), list(enumerate(recurrent, 1))[::-1]
-
-        grad_h_direct.zero_()
-        grad_h_matmul.zero_()
-        for t in reversed(range(T)):
-            output_back(gs[t], grad_h_direct, grad_h_matmul, h_mask, concat, total)
-            for i, (name, j) in backwards:
-                discrete_node_back(name, share[i], cu[i][t], state[j][t], dc[i][t], du[i][t], share[j])
-                matmul(gradient[i][t], transposed[i], out=grad_h_matmul)
-                share[j].addcmul_(grad_h_matmul.to(space.accum_dtype), h_mask)
-            discrete_start_back(share[0], cu[0][t], hs[t], dc[0][t], du[0][t], grad_h_direct)
-            matmul(gradient[0][t], transposed[0], out=grad_h_matmul)
-
-        dh0 = grad_h_direct + grad_h_matmul * h_mask
-        factors = [previous[:T]] + [masked[j] for _, j in recurrent]  # N+1 times (T, B, H)
-        dWs = [None] * (N + 1)
-        if of_weights:
-            dWs = [
-                (matmul_inputs.flatten(0, 1).t() @ gradient.flatten(0, 1)).to(space.accum_dtype)
-                for matmul_inputs, gradient in zip(factors, gradients, strict=True)
-            ]
-        dxW = gradients[0].clone() if ctx.needs_input_grad[3] else None
-        return None, None, None, dxW, dh0, dWs[0], None, *dWs[1:]
+        return None, r_hiddens, torch.zeros_like(hiddens)  # Zeros make autograd call `Relaxed.backward` in any case.
 
 
 def sum_after_loop(h: Tensor) -> bool:
-    """Also for a small cell (B, H), where a call costs more than its product."""
+    """Returns whether to form the gradient of a weight after the loop, by one product over all time steps.
+
+    That is so on CUDA, and on a CPU for a cell with a small hidden state h (B, H), where calling a product costs more
+    than the product itself.
+    """
     return h.device.type == "cuda" or h.numel() < 1 << 14

@@ -1,7 +1,9 @@
 """The fast loss of a tied decoder: it computes a few logits at a time, replaces them by their gradient in place, and
 skips products with what dropout has set to zero.
 
-Shapes: T time steps, B batch, H hidden, H' hidden with padding (`factors`), V words of the vocabulary.
+The target words are processed in chunks of two kinds: a few time steps of the whole batch, or a few batch elements with
+the hidden units that dropout has left them. Shapes: T time steps, B batch, H hidden, H' hidden with padding
+(`factors`), V words; in a chunk n target words, r batch elements, k hidden units left.
 """
 
 from collections.abc import Iterator
@@ -42,8 +44,9 @@ def nll(
     return TiedDecoder.apply(wants, compute_dtype or hiddens.dtype, hiddens, mask, embedding, bias, y)
 
 
-# `TiedDecoder.forward` computes `nll` and its gradient together, and `backward` only multiplies the gradient by g.
 class TiedDecoder(torch.autograd.Function):
+    """`nll` and its gradient, computed together; the backward pass only multiplies the gradient by its argument."""
+
     @staticmethod
     def forward(ctx, wants, compute_dtype, hiddens, mask, embedding, bias, y):
         skipped = worth_skipping(mask, compute_dtype)
@@ -174,21 +177,14 @@ def to_softmax(logits: Tensor, bias: Tensor, words: Tensor, scale: float) -> Ten
 
 
 def subtract_one_hot(flat: Tensor, words: Tensor, share: float) -> None:
-    """Subtracts `share` in place from the entry of each row of `flat` (n, V) at its target word, of `words` (n, 1).
-
-    It does not use `scatter_add_`, which in bf16 makes a copy of the whole matrix.
-    """
+    """Subtracts `share` in place from the entry of each row of `flat` (n, V) at its target word, of `words` (n, 1),
+    without `scatter_add_`, which in bf16 makes a copy of the whole matrix."""
     flat[torch.arange(len(flat), device=flat.device), words.squeeze(1)] -= share
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Adds a @ b to `total` in place, for matrices or for batches of matrices."""
     total.addmm_(a, b) if a.dim() == 2 else total.baddbmm_(a, b)
-
-
-# The target words are processed in chunks, of which there are two kinds: a few time steps of the whole batch, or a few
-# batch elements with the hidden units that dropout has left them. Shapes in a chunk: n target words, r batch elements,
-# k hidden units left.
 
 
 def factors(
@@ -244,9 +240,10 @@ def chunks(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator[
         yield BatchChunk(rows[b : b + together], kept[b : b + together, : counts[b : b + together].max()], decoder, T)
 
 
-# A chunk selects its part of the outputs (`rows`), the decoder (`columns`) and the target words (`words`), and puts its
-# part of the losses (`put_losses`), of the gradient of the outputs (`put`) and of the decoder's (`addmm_`) in place.
 class Chunk:
+    """Selects its part of the outputs (`rows`), the decoder (`columns`) and the target words (`words`), and puts its
+    part of the losses (`put_losses`), of the outputs' gradient (`put`) and of the decoder's (`addmm_`) in place."""
+
     def __init__(self, decoder: Tensor, *words: int):
         self.shape, self.space = (*words, decoder.size(1)), Workspace(decoder.dtype, decoder.dtype, decoder.device)
 

@@ -189,8 +189,9 @@ def r_start(cu, r_cu, h, r_h, norm, share, h_mask, state, inverse, r_state, r_ma
 def r_node(cu, r_cu, states, r_states, p, active, norm, share, h_mask, state, inverse, r_state, r_masked, ratio):
     """Computes the tangent of s_i (F3 to F5).
 
-    Reads the arguments and results of `cell_kernels.relaxed_node`, and the tangents r_cu (i, B, 2H) and r_states
-    (i, B, H). Writes r_state and r_masked (B, H), and ratio, the tangent of inverse divided by inverse, in its shape.
+    Reads what `cell_kernels.relaxed_node` reads, the state and inverse that it wrote, and the tangents r_cu (i, B, 2H)
+    and r_states (i, B, H). Writes r_state and r_masked (B, H), and ratio, the tangent of inverse divided by inverse, in
+    its shape.
     """
     c, u = cu.chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h_mask.dtype).chunk(2, dim=-1)
@@ -242,9 +243,9 @@ def r_node_back(
 ):  # fmt: skip
     """Computes the tangent of the backward pass through a node, `cell_kernels.relaxed_node_back` (B2 to B5).
 
-    Here g (B, H) is the whole gradient of s_i, and r_g + r_g_through * h_mask its tangent. Writes r_dc, r_du, and dc, du
-    themselves, (i, B, H) each. r_total_after (i, B, H) is r_total + r_through * h_mask plus what this node adds
-    directly. The `sums`, (i, B) each, gain the tangents of the gradients of the probabilities.
+    Here g (B, H) is the whole gradient of s_i, and r_g + r_g_through * h_mask its tangent. Writes r_dc, r_du, and also
+    dc and du themselves, (i, B, H) each. r_total_after (i, B, H) is r_total + r_through * h_mask plus what this node
+    adds directly. The `sums`, (i, B) each, gain the tangents of the gradients of the probabilities.
     """
     dz, r_dz = (
         d * of_sum(norm, len(p))

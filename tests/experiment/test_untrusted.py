@@ -144,7 +144,7 @@ def damage(raw, data):
 @settings(SETTINGS, max_examples=600)
 @given(data=st.data())
 def test_damaged_files_are_handled(data, home, tmp_path):
-    """A script resumes or evaluates a run or retrains its cell, after damage to one or two files of the run or corpus."""
+    """A script resumes or evaluates a run or retrains its cell, after damage to one or two files of run or corpus."""
     kind = data.draw(st.sampled_from(list(SCRIPTS)))
     folder = fresh_copy(home, tmp_path / "copy")
     names = [

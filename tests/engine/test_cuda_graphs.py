@@ -1,4 +1,4 @@
-"""The bookkeeping of CUDA graphs, with a plain call in the place of a captured one."""
+"""CUDA graphs are captured and replayed at the right calls. A plain call stands in for a capture where no GPU is needed."""
 
 import sys
 from functools import partial
@@ -27,7 +27,7 @@ MODELS = [
 
 
 class PlainCapture:
-    """Like a graph: nothing happens at capture; a replay reads and writes the tensors of the capture."""
+    """Imitates a CUDA graph: a capture runs nothing, and a replay reads and writes the tensors of the capture."""
 
     def __init__(self):
         self.captures = self.replays = 0
@@ -47,7 +47,7 @@ class PlainCapture:
         return replay, outputs
 
 
-def test_every_call_takes_one_step_with_its_own_arguments():
+def test_each_call_runs_one_step_with_its_own_arguments():
     taken, capture = [], PlainCapture()
     total = torch.zeros(3)
 
@@ -65,17 +65,17 @@ def test_every_call_takes_one_step_with_its_own_arguments():
         assert summed == eta * x.sum()
         assert torch.equal(state, expected[:length])
     assert taken == calls
-    assert capture.captures == 3  # one for each shape and rate that came twice
+    assert capture.captures == 3  # one for each pair of a shape and a rate that occurs twice
     assert capture.replays == len(calls) - 3
 
 
-def test_what_a_call_returned_outlives_the_next():
+def test_outputs_are_not_overwritten_by_later_replays():
     graphs = Graphs(lambda x: (x * 2,), PlainCapture())
-    found = [graphs(torch.full((2,), float(n)))[0] for n in range(4)]
-    assert [f[0].item() for f in found] == [0, 2, 4, 6]
+    actual = [graphs(torch.full((2,), float(n)))[0] for n in range(4)]
+    assert [f[0].item() for f in actual] == [0, 2, 4, 6]
 
 
-def test_a_gpu_that_is_asked_for_by_number_is_the_one_where_graphs_are_captured(monkeypatch):
+def test_numbered_gpu_becomes_the_current_device_for_captures(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name in ("cpu", "cuda", "cuda:1"):
@@ -83,7 +83,7 @@ def test_a_gpu_that_is_asked_for_by_number_is_the_one_where_graphs_are_captured(
     assert current == [torch.device("cuda:1")]
 
 
-def test_only_the_fast_engine_on_one_gpu_is_replayed(monkeypatch):
+def test_only_fused_engine_on_a_single_gpu_is_replayed(monkeypatch):
     monkeypatch.setattr(dispatch, "Capture", PlainCapture)
     x, counts = torch.ones(2), {}
     for name, device, ranks in product(("fused", "eager"), ("cuda", "cpu"), (1, 2)):
@@ -96,7 +96,7 @@ def test_only_the_fast_engine_on_one_gpu_is_replayed(monkeypatch):
 
 
 @pytest.mark.parametrize("model_of", MODELS)
-def test_evaluation_is_replayed_with_the_weights_of_now(monkeypatch, model_of):
+def test_replayed_evaluation_uses_the_current_weights(monkeypatch, model_of):
     captures = []
 
     def replayed(dispatch, step, device):
@@ -105,21 +105,21 @@ def test_evaluation_is_replayed_with_the_weights_of_now(monkeypatch, model_of):
 
     model, source = model_of(), torch.randint(tiny.V, (24, 2), generator=torch.Generator().manual_seed(0))
     for scale in (1.0, 0.5):
-        with perturbed(model.weights(), [(scale - 1) * w.detach() for w in model.weights()]):  # these lie elsewhere
+        with perturbed(model.weights(), [(scale - 1) * w.detach() for w in model.weights()]):  # the scaled weights have other addresses
             expected = evaluate(model, source, 5)
             with monkeypatch.context() as patch:
                 patch.setattr(Engine, "with_cuda_graphs", replayed)
-                found = evaluate(model.with_engine(Engine("fused")), source, 5)
-        assert found == pytest.approx(expected, rel=1e-12)
-    # 5 segments: the first is run, three are replayed, the last is shorter
+                actual = evaluate(model.with_engine(Engine("fused")), source, 5)
+        assert actual == pytest.approx(expected, rel=1e-12)
+    # There are 5 segments: the first is run, three are replayed, and the last is shorter and is run.
     assert [(c.captures, c.replays) for c in captures] == [(1, 3)] * 2
 
 
-def test_where_nothing_can_be_captured_one_line_says_so_and_steps_are_called(capsys, monkeypatch):
+def test_failed_capture_warns_once_and_runs_steps_eagerly(capsys, monkeypatch):
     monkeypatch.setattr(Graphs, "failed", False)
     before = Graphs(lambda x: (x + 1,), PlainCapture())
     assert all(before(torch.ones(2))[0].tolist() == [2, 2] for _ in range(3))
-    taken = []  # at each step, the error that is being handled and would keep alive what it remembers
+    taken = []  # the exception being handled at each step, which would keep the objects of its traceback alive
 
     def capture(run):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
@@ -130,17 +130,17 @@ def test_where_nothing_can_be_captured_one_line_says_so_and_steps_are_called(cap
         assert all(graphs(x)[0] is x for _ in range(4))
     assert taken == [None] * 8
     assert before(torch.ones(2))[0].tolist() == [2, 2]
-    assert before.capture.replays == 2  # and no more: what it holds of the generator is out of date
+    assert before.capture.replays == 2  # it is not replayed again, since its generator state is out of date
     assert capsys.readouterr().err.count("\n") == 1
 
 
 @tiny.on_cuda
-def test_on_cuda_steps_that_read_a_tensor_are_called(capsys, monkeypatch):
+def test_on_cuda_steps_that_synchronize_run_eagerly(capsys, monkeypatch):
     monkeypatch.setattr(Graphs, "failed", False)
 
     def step(x):
-        kept = torch.empty_like(x).bernoulli_(0.5)
-        return (x + (kept.sum().item() >= 0),)
+        mask = torch.empty_like(x).bernoulli_(0.5)
+        return (x + (mask.sum().item() >= 0),)
 
     graphs, x = Graphs(step, Capture()), torch.ones(2, device="cuda")
     assert all(graphs(x)[0].tolist() == [2, 2] for _ in range(4))
@@ -149,7 +149,7 @@ def test_on_cuda_steps_that_read_a_tensor_are_called(capsys, monkeypatch):
 
 
 @tiny.on_cuda
-def test_on_cuda_replayed_steps_are_the_plain_ones():
+def test_on_cuda_replayed_weight_steps_match_eager():
     ends = []
     for capture in (None, Capture()):
         model = tiny.search_model().float().cuda().with_engine(Engine("fused"))
@@ -162,8 +162,8 @@ def test_on_cuda_replayed_steps_are_the_plain_ones():
             return accumulate_gradients(iter([losses(model, Batch(x, y, hidden, masks), beta=0.1)]), weights)
 
         graphs, hidden = Graphs(gradient, capture), batch.hidden.float().cuda()
-        for rows in (tiny.T, 3, 3, tiny.T, 3, tiny.T):  # both lengths write the same gradients
-            _, hidden = graphs(batch.x[:rows].cuda(), batch.y[:rows].cuda(), hidden)
+        for length in (tiny.T, 3, 3, tiny.T, 3, tiny.T):  # both lengths write to the same gradient tensors
+            _, hidden = graphs(batch.x[:length].cuda(), batch.y[:length].cuda(), hidden)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
         assert all(graphs.recorded.values()) and bool(graphs.recorded) == (capture is not None)
@@ -174,7 +174,7 @@ def test_on_cuda_replayed_steps_are_the_plain_ones():
 
 @tiny.on_cuda
 @pytest.mark.parametrize("hessian", ["finite", "exact"])
-def test_on_cuda_replayed_steps_of_the_alphas_are_the_plain_ones(hessian):
+def test_on_cuda_replayed_alpha_steps_match_eager(hessian):
     ends = []
     for capture in (None, Capture()):
         model = tiny.search_model().float().cuda().with_engine(Engine("fused"))
@@ -198,9 +198,9 @@ def test_on_cuda_replayed_steps_of_the_alphas_are_the_plain_ones(hessian):
 
 @tiny.on_cuda
 @pytest.mark.parametrize("model_of", MODELS)
-def test_on_cuda_replayed_evaluation_is_the_eager_one(model_of):
+def test_on_cuda_replayed_evaluation_matches_eager(model_of):
     model, source = model_of().float().cuda(), torch.randint(tiny.V, (24, 2)).cuda()
     for _ in range(2):
-        found = evaluate(model.with_engine(Engine("fused")), source, 5)
-        assert found == pytest.approx(evaluate(model, source, 5), rel=1e-5)
+        actual = evaluate(model.with_engine(Engine("fused")), source, 5)
+        assert actual == pytest.approx(evaluate(model, source, 5), rel=1e-5)
     assert not Graphs.failed

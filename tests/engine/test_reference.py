@@ -1,4 +1,4 @@
-"""Both cells, forward and gradient, equal an implementation written as plain loops from the equations."""
+"""The reference engine matches an oracle written as plain loops of the equations, for both cells."""
 
 import numpy as np
 import oracle
@@ -39,20 +39,20 @@ def relaxed(arrays, masks, norm):
     def run(x, h0, W0, Ws, alpha):
         return reference.relaxed(x, h0, W0, list(Ws), alpha.softmax(-1), *torch_masks(masks), norm=norm)
 
-    def by_loops(x, h0, W0, Ws, alpha):
+    def with_oracle(x, h0, W0, Ws, alpha):
         return oracle.relaxed_sequence(x, h0, W0, Ws, alpha, *oracle_masks(arrays, masks), norm)
 
-    return run, by_loops
+    return run, with_oracle
 
 
 def discrete(arrays, masks, genotype):
     def run(x, h0, W0, Ws):
         return reference.discrete(x, h0, W0, list(Ws), *genotype, *torch_masks(masks))
 
-    def by_loops(x, h0, W0, Ws):
+    def with_oracle(x, h0, W0, Ws):
         return oracle.discrete_sequence(x, h0, W0, Ws, *genotype, *oracle_masks(arrays, masks))
 
-    return run, by_loops
+    return run, with_oracle
 
 
 def gradients(run, arrays, R):
@@ -71,52 +71,52 @@ sizes = st.fixed_dictionaries(
 
 @settings(max_examples=120, deadline=None)
 @given(sizes, st.sampled_from(reference.NORMS))
-def test_the_relaxed_cell_is_the_equations(size, norm):
+def test_relaxed_cell_matches_oracle(size, norm):
     arrays, masks, _ = problem(**size)
-    run, by_loops = relaxed(arrays, masks, norm)
-    found = run(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-    np.testing.assert_allclose(found.numpy(), by_loops(**arrays), **TOLERANCE)
+    run, with_oracle = relaxed(arrays, masks, norm)
+    actual = run(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    np.testing.assert_allclose(actual.numpy(), with_oracle(**arrays), **TOLERANCE)
 
 
 @settings(max_examples=40, deadline=None)
 @given(sizes)
-def test_the_discrete_cell_is_the_equations(size):
+def test_discrete_cell_matches_oracle(size):
     arrays, masks, _ = problem(**size)
     del arrays["alpha"]
-    run, by_loops = discrete(arrays, masks, random_genotype(size["seed"], size["N"]))
-    found = run(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-    np.testing.assert_allclose(found.numpy(), by_loops(**arrays), **TOLERANCE)
+    run, with_oracle = discrete(arrays, masks, random_genotype(size["seed"], size["N"]))
+    actual = run(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    np.testing.assert_allclose(actual.numpy(), with_oracle(**arrays), **TOLERANCE)
 
 
 @pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("size", [(3, 3, 2, 3, 3), (1, 2, 2, 2, 2), (2, 1, 2, 2, 2)])
-def test_gradients_of_the_relaxed_cell(size, masked, norm):
-    """Weights, alphas, input and first hidden state, by the complex step through the loops."""
+def test_relaxed_cell_gradients_match_complex_step(size, masked, norm):
+    """The gradients of weights, alphas, input and initial hidden state match complex steps through the oracle."""
     arrays, masks, R = problem(*size, seed=1, masked=masked)
-    run, by_loops = relaxed(arrays, masks, norm)
-    expected = oracle.complex_step_gradient(lambda **a: oracle.scalar(by_loops(**a), R), arrays)
-    for name, found in gradients(run, arrays, R).items():
-        np.testing.assert_allclose(found, expected[name], err_msg=name, **TOLERANCE)
+    run, with_oracle = relaxed(arrays, masks, norm)
+    expected = oracle.complex_step_gradient(lambda **a: oracle.scalar(with_oracle(**a), R), arrays)
+    for name, actual in gradients(run, arrays, R).items():
+        np.testing.assert_allclose(actual, expected[name], err_msg=name, **TOLERANCE)
 
 
 @pytest.mark.parametrize("norm", ["layer", "none"])
-def test_without_batch_normalisation_no_row_depends_on_another(norm):
+def test_batch_elements_are_independent_without_batch_norm(norm):
     arrays, masks, _ = problem(3, 4, 2, 3, 3, seed=3, masked=True)
     together = relaxed(arrays, masks, norm)[0](**{name: torch.from_numpy(array) for name, array in arrays.items()})
     for b in range(4):
         alone = {**arrays, "x": arrays["x"][:, b : b + 1], "h0": arrays["h0"][b : b + 1]}
         run, _ = relaxed(alone, [mask[b : b + 1] for mask in masks], norm)
-        found = run(**{name: torch.from_numpy(array) for name, array in alone.items()})
-        np.testing.assert_allclose(found[:, 0].numpy(), together[:, b].numpy(), **TOLERANCE)
+        actual = run(**{name: torch.from_numpy(array) for name, array in alone.items()})
+        np.testing.assert_allclose(actual[:, 0].numpy(), together[:, b].numpy(), **TOLERANCE)
 
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("size", [(3, 3, 2, 3, 4), (1, 2, 2, 2, 2), (2, 1, 2, 2, 2)])
-def test_gradients_of_the_discrete_cell(size, masked):
+def test_discrete_cell_gradients_match_complex_step(size, masked):
     arrays, masks, R = problem(*size, seed=2, masked=masked)
     del arrays["alpha"]
-    run, by_loops = discrete(arrays, masks, random_genotype(5, size[-1]))
-    expected = oracle.complex_step_gradient(lambda **a: oracle.scalar(by_loops(**a), R), arrays)
-    for name, found in gradients(run, arrays, R).items():
-        np.testing.assert_allclose(found, expected[name], err_msg=name, **TOLERANCE)
+    run, with_oracle = discrete(arrays, masks, random_genotype(5, size[-1]))
+    expected = oracle.complex_step_gradient(lambda **a: oracle.scalar(with_oracle(**a), R), arrays)
+    for name, actual in gradients(run, arrays, R).items():
+        np.testing.assert_allclose(actual, expected[name], err_msg=name, **TOLERANCE)

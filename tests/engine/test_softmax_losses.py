@@ -1,4 +1,4 @@
-"""R-Drop, fraternal dropout and the mixture of softmaxes against loops and direct formulas in float64."""
+"""R-Drop, fraternal dropout and the mixture of softmaxes match loops and direct formulas in float64."""
 
 import math
 from functools import partial
@@ -24,8 +24,8 @@ def softmax(scores):
     return [part / sum(e) for part in e]
 
 
-def mixture_of(model, output):
-    """Probabilities of the words after one output (H,), from the equation and one number at a time."""
+def mixture_probabilities(model, output):
+    """Returns the word probabilities for one output (H,), computed from the equation with scalars."""
     o, head = output.tolist(), model.mixture
     H, K = head.prior.shape
     prior, latent, bias = head.prior.tolist(), head.latent.tolist(), head.latent_bias.tolist()
@@ -45,19 +45,19 @@ def mixture_model(experts=3, rates=tiny.RATES):
     return tiny.spread(retrain_model(tiny.V, tiny.H, rates, DARTS_V1, experts))
 
 
-def twin_batch(model, seed=3):
+def two_pass_batch(model, seed=3):
     return tiny.batch(model, seed)._replace(second_masks=model.sample_masks(tiny.B))
 
 
 @pytest.mark.parametrize("experts", [2, 3, 5])
-def test_a_mixture_is_the_weighted_sum_of_its_softmaxes(experts):
+def test_mixture_matches_scalar_equation(experts):
     model = mixture_model(experts)
     batch = tiny.batch(model, 1)
     hiddens, _ = model(batch.x, batch.hidden, batch.masks)
     outputs = (hiddens * batch.masks.output).detach().flatten(0, 1)  # (TB, H)
-    found = softmax_losses.mixed(outputs, model.embedding, model.bias, *model.mixture.parameters())
-    expected = [mixture_of(model, output) for output in outputs]
-    torch.testing.assert_close(found.exp(), torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
+    actual = softmax_losses.mixed(outputs, model.embedding, model.bias, *model.mixture.parameters())
+    expected = [mixture_probabilities(model, output) for output in outputs]
+    torch.testing.assert_close(actual.exp(), torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
     nll = -sum(math.log(p[y]) for p, y in zip(expected, batch.y.flatten().tolist(), strict=True)) / len(expected)
     assert model.nll(hiddens, batch.y, batch.masks).item() == pytest.approx(nll, rel=1e-12)
 
@@ -67,20 +67,20 @@ def test_a_mixture_is_the_weighted_sum_of_its_softmaxes(experts):
     seed=st.integers(0, 10**6), experts=st.integers(1, 6), hidden=st.integers(1, 6), words=st.integers(1, 30),
     scale=st.floats(0.01, 50),
 )  # fmt: skip
-def test_probabilities_sum_to_one(seed, experts, hidden, words, scale):
+def test_mixture_probabilities_sum_to_one(seed, experts, hidden, words, scale):
     torch.manual_seed(seed)
 
-    def draw(*shape):
+    def normal(*shape):
         return scale * torch.randn(*shape, dtype=torch.float64)
 
     log_probs = softmax_losses.mixed(
-        draw(7, hidden), draw(words, hidden), draw(words), draw(hidden, experts), draw(hidden, experts * hidden),
-        draw(experts * hidden),
+        normal(7, hidden), normal(words, hidden), normal(words), normal(hidden, experts), normal(hidden, experts * hidden),
+        normal(experts * hidden),
     )  # fmt: skip
     torch.testing.assert_close(log_probs.logsumexp(-1), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
-def test_one_expert_is_a_plain_softmax_and_more_add_the_weights_they_are_counted_with():
+def test_mixture_parameter_count():
     def count(experts):
         return sum(w.numel() for w in retrain_model(50, 8, DropoutRates(), DARTS_V1, experts).weights())
 
@@ -93,41 +93,41 @@ def plain_kl(p, q):
 
 
 @pytest.mark.parametrize("build", [partial(tiny.discrete_model, DARTS_V1), mixture_model])
-def test_the_loss_of_two_passes_is_what_the_equations_say(build):
+def test_two_pass_loss_matches_equations(build):
     model = build()
-    batch = twin_batch(model)
+    batch = two_pass_batch(model)
     passes, hiddens = [], []
     for masks in (batch.masks, batch.second_masks):
         hiddens.append(model(batch.x, batch.hidden, masks)[0].detach())
         passes.append(hiddens[-1] * masks.output)
 
-    def words_after(output):
+    def word_probabilities(output):
         if model.mixture is not None:
-            return mixture_of(model, output)
+            return mixture_probabilities(model, output)
         return softmax((model.embedding @ output + model.bias).tolist())
 
-    P, Q = ([words_after(output) for output in outputs.flatten(0, 1)] for outputs in passes)
+    P, Q = ([word_probabilities(output) for output in outputs.flatten(0, 1)] for outputs in passes)
     y, n = batch.y.flatten().tolist(), batch.y.numel()
     nll = sum(-math.log(p[v]) - math.log(q[v]) for p, q, v in zip(P, Q, y, strict=True)) / (2 * n)
     kl = sum((plain_kl(p, q) + plain_kl(q, p)) / 2 for p, q in zip(P, Q, strict=True)) / n
-    apart = sum((a - b) ** 2 for a, b in zip(*(o.flatten().tolist() for o in passes), strict=True)) / passes[0].numel()
+    distance = sum((a - b) ** 2 for a, b in zip(*(o.flatten().tolist() for o in passes), strict=True)) / passes[0].numel()
     ar = sum((o**2).mean().item() for o in passes) / 2
     tar = sum(((h[1:] - h[:-1]) ** 2).mean().item() for h in hiddens) / 2
-    found = losses(model, batch, alpha=0.3, beta=0.7, rdrop=0.9, fraternal=1.7)
-    assert found.nll.item() == pytest.approx(nll, rel=1e-12)
-    assert found.total.item() == pytest.approx(nll + 0.3 * ar + 0.7 * tar + 0.9 * kl + 1.7 * apart, rel=1e-12)
+    actual = losses(model, batch, alpha=0.3, beta=0.7, rdrop=0.9, fraternal=1.7)
+    assert actual.nll.item() == pytest.approx(nll, rel=1e-12)
+    assert actual.total.item() == pytest.approx(nll + 0.3 * ar + 0.7 * tar + 0.9 * kl + 1.7 * distance, rel=1e-12)
     assert kl > 1e-3
-    assert apart > 1e-3
-    assert torch.equal(found.hidden, hiddens[0][-1])  # of the first pass
+    assert distance > 1e-3
+    assert torch.equal(actual.hidden, hiddens[0][-1])  # the state of the first pass
 
 
 @pytest.mark.parametrize("build", [partial(tiny.discrete_model, DARTS_V1), mixture_model])
-def test_the_gradient_formed_in_pieces_is_that_of_the_whole(build):
-    """Against autograd through all log-probabilities at once."""
+def test_chunked_two_pass_gradient_matches_autograd(build):
+    """The expected gradient is autograd's, through all log-probabilities at once."""
     model = build()
-    batch = twin_batch(model)
+    batch = two_pass_batch(model)
     weights = model.weights()
-    found = torch.autograd.grad(losses(model, batch, 0.3, 0.7, 0.9, 1.7).total, weights)
+    actual = torch.autograd.grad(losses(model, batch, 0.3, 0.7, 0.9, 1.7).total, weights)
 
     head = [] if model.mixture is None else list(model.mixture.parameters())
     log_probs = softmax_losses.mixed if head else softmax_losses.tied
@@ -140,14 +140,14 @@ def test_the_gradient_formed_in_pieces_is_that_of_the_whole(build):
     total = nll + 0.9 * both + 1.7 * (outputs[0] - outputs[1]).square().mean()
     for o, h in zip(outputs, hiddens, strict=True):
         total = total + 0.15 * o.square().mean() + 0.35 * (h[1:] - h[:-1]).square().mean()
-    torch.testing.assert_close(list(found), list(torch.autograd.grad(total, weights)), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(list(actual), list(torch.autograd.grad(total, weights)), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("small", [1, 2, 3])
 @pytest.mark.parametrize("build", [partial(tiny.discrete_model, DARTS_V1), mixture_model])
-def test_small_batches_add_up_to_the_whole_of_both_passes(build, small):
+def test_micro_batches_match_whole_batch_with_two_passes(build, small):
     model = build()
-    batch, results = twin_batch(model), []
+    batch, results = two_pass_batch(model), []
     for size in (tiny.B, small):
         model.zero_grad()
         parts = MicroBatches(model, batch, size, alpha=0.3, beta=0.7, rdrop=0.9, fraternal=1.7)
@@ -156,7 +156,7 @@ def test_small_batches_add_up_to_the_whole_of_both_passes(build, small):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
-def test_the_same_masks_twice_cost_nothing_beyond_one_pass():
+def test_two_pass_penalties_vanish_for_equal_masks():
     model = tiny.discrete_model(DARTS_V1)
     batch = tiny.batch(model, 3)
     one, two = (
@@ -167,20 +167,20 @@ def test_the_same_masks_twice_cost_nothing_beyond_one_pass():
 
 
 def peak(compute):
-    """The most bytes at once of tensors that a call makes."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    """Returns the peak memory of the tensors that a call allocates, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         compute()
-    held = most = 0
-    for event in found.profiler.kineto_results.events():
+    current = most = 0
+    for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+            current += event.nbytes()
+            most = max(most, current)
     return most
 
 
 @pytest.mark.parametrize("engine", ["eager", "fused"])
 @pytest.mark.parametrize("small", [8, 2])
-def test_two_passes_never_hold_two_tensors_of_every_word_more_than_one(engine, small):
+def test_two_passes_peak_memory_is_within_two_logit_tensors_of_one(engine, small):
     V, H, T, B = 2000, 8, 20, 8
     torch.manual_seed(0)
     model = retrain_model(V, H, tiny.RATES, DARTS_V1).with_engine(Engine(engine))

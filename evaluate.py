@@ -77,12 +77,12 @@ def reading(saved: dict, split: str) -> tuple[str, list[str], int, int]:
 
     Raises `ValueError` for values that no run writes.
     """
-    name, words, rows, bptt = (
-        saved["flags"]["data"], saved["words"], saved["eval_rows"][split], saved["flags"]["bptt"],
+    name, words, batch_size, bptt = (
+        saved["flags"]["data"], saved["words"], saved["eval_batch_sizes"][split], saved["flags"]["bptt"],
     )  # fmt: skip
-    if not (isinstance(name, str) and all(isinstance(word, str) for word in words) and min(rows, bptt) >= 1):
+    if not (isinstance(name, str) and all(isinstance(word, str) for word in words) and min(batch_size, bptt) >= 1):
         raise ValueError("not what a run writes")
-    return name, words, int(rows), int(bptt)
+    return name, words, int(batch_size), int(bptt)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         saved = load(args.checkpoint)
         model = build_model(saved)
-        name, words, rows, bptt = reading(saved, args.split)
+        name, words, batch_size, bptt = reading(saved, args.split)
         before = saved["sha256"][args.split]
     except CheckpointError as error:
         parser.refuse([str(error)])
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     name = args.data or name
     try:
         ids, sha256 = read_split(name, args.split, words)
-        source = batchify(ids, rows)
+        source = batchify(ids, batch_size)
     except DataError as error:
         parser.refuse(error.faults)
     if args.data is None and sha256 != before:

@@ -46,8 +46,8 @@ class DARTSCell(nn.Module):
 def cell_weights(ninp: int, nhid: int, nodes: int, init_range: float) -> tuple[nn.Parameter, nn.ParameterList]:
     """Returns W0 (E + H, 2H) and N matrices Ws (H, 2H), uniform between -init_range and init_range."""
 
-    def weight(rows: int) -> nn.Parameter:
-        return nn.Parameter(torch.empty(rows, 2 * nhid).uniform_(-init_range, init_range))
+    def weight(inputs: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(inputs, 2 * nhid).uniform_(-init_range, init_range))
 
     return weight(ninp + nhid), nn.ParameterList(weight(nhid) for _ in range(nodes))
 

@@ -19,7 +19,7 @@ from engine import Engine
 from engine.dropout import DropoutRates
 from experiment import checkpoint, resume, signals, startup
 from experiment.experiment import Experiment
-from experiment.retrain_arguments import EVAL_ROWS, build_parser, texts_to_read
+from experiment.retrain_arguments import EVAL_BATCH_SIZES, build_parser, texts_to_read
 from genotypes import cell_to_json, resolve_cell
 from model import retrain_model
 from training.evaluation import format_perplexity, perplexity
@@ -113,7 +113,7 @@ class RetrainState:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "eval_rows": EVAL_ROWS, "genotype": cell_to_json(self.cell), "phase": self.phase,
+            "eval_batch_sizes": EVAL_BATCH_SIZES, "genotype": cell_to_json(self.cell), "phase": self.phase,
             "hidden": self.ranks.all_gather(self.hidden),
             **{name: part.state_dict() for name, part in self.parts().items()},
         }  # fmt: skip

@@ -20,7 +20,7 @@ from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU
 from experiment import checkpoint, signals, startup
 from experiment.experiment import Experiment
-from experiment.search_arguments import build_parser, eval_rows, texts_to_read
+from experiment.search_arguments import build_parser, eval_batch_sizes, texts_to_read
 from genotypes import Genotype, from_json, to_json
 from model_search import RNNModelSearch
 from training.diagnostics import Diagnosis
@@ -66,7 +66,7 @@ class SearchState:
         self.capture()
 
     def architect_of(self, model: RNNModelSearch, micro_batch_size: int, hessian: str | None) -> Architect:
-        """The alphas' optimizer, by the losses that a model behind some engine has of so many rows at a time."""
+        """Returns the optimizer of the alphas, for a model with any engine and so many batch elements at a time."""
         args, at_once = self.args, {"small_batch_size": micro_batch_size}
         precise = model.with_engine(Engine(args.engine))  # a difference of nearby weights needs every digit
         regularised = {**at_once, "alpha": args.alpha, "beta": args.beta}
@@ -180,8 +180,8 @@ class SearchState:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "eval_rows": eval_rows(self.args.norm), "genotype": to_json(self.derived()[0]), "history": self.history,
-            "valid_position": self.valid_batches.position,
+            "eval_batch_sizes": eval_batch_sizes(self.args.norm), "genotype": to_json(self.derived()[0]),
+            "history": self.history, "valid_position": self.valid_batches.position,
             "hidden": self.ranks.all_gather(self.hidden), "hidden_valid": self.ranks.all_gather(self.hidden_valid),
             **{name: part.state_dict() for name, part in self.parts().items()},
         }  # fmt: skip

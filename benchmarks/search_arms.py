@@ -84,7 +84,10 @@ def search(results: Results, arm: str, flags: str, seed: int) -> dict:
     line = results.by_key.get(key({"kind": "search", "flags": flags, "seed": seed}))
     if line is None:
         folder = run_script("train_search.py", flags, seed)
-        epochs, diagnoses = metrics.epochs(folder), [row for row in metrics.rows(folder) if row["kind"] == "diagnosis"]
+        epochs, diagnoses = (
+            metrics.epochs(folder),
+            [row for row in metrics.records(folder) if row["kind"] == "diagnosis"],
+        )
         line = {
             "kind": "search", "arm": arm, "flags": flags, "seed": seed,
             "genotype": metrics.read_json(folder / "genotype.json")["genotype"],

@@ -43,7 +43,7 @@ from engine.reference import NORMS
 from genotypes import DARTS
 from model import retrain_model
 from model_search import RNNModelSearch
-from training.evaluation import VALID_ROWS
+from training.evaluation import VALID_BATCH_SIZE
 from training.gradients import clipped_gradient
 from training.losses import Batch, MicroBatches
 from utils import choose_device
@@ -259,7 +259,7 @@ def measure(
 def sizes_of(name: str, small: bool) -> dict:
     if small:
         return SMALL
-    return {"evaluate": {**TRAIN, "B": VALID_ROWS}, "train": TRAIN}.get(name, SEARCH)
+    return {"evaluate": {**TRAIN, "B": VALID_BATCH_SIZE}, "train": TRAIN}.get(name, SEARCH)
 
 
 def grown() -> Iterator[dict]:

@@ -47,7 +47,7 @@ class FrozenReLU:
     def __call__(self, u: Tensor, place: tuple[int, int]) -> Tensor:
         return u * self.active_set(u, place)
 
-    def rows(self, start: int, stop: int) -> "FrozenReLU":
+    def batch_slice(self, start: int, stop: int) -> "FrozenReLU":
         """Returns the relu of the micro-batch of elements start..stop-1, which has an active set of its own."""
         return self.parts.setdefault((start, stop), FrozenReLU())
 
@@ -63,11 +63,14 @@ class Masks(NamedTuple):
     output: Tensor | None = None  # (B, H)
     relu: FrozenReLU | None = None
 
-    def rows(self, start: int, stop: int) -> "Masks":
+    def batch_slice(self, start: int, stop: int) -> "Masks":
         """Returns the masks of the batch elements start..stop-1, with the whole batch's `word` and `connections`."""
-        per_row = (None if mask is None else mask[start:stop] for mask in self[2:-1])
+        per_element = (None if mask is None else mask[start:stop] for mask in self[2:-1])
         return Masks(
-            self.word, self.connections, *per_row, relu=None if self.relu is None else self.relu.rows(start, stop)
+            self.word,
+            self.connections,
+            *per_element,
+            relu=None if self.relu is None else self.relu.batch_slice(start, stop),
         )
 
 
@@ -76,14 +79,14 @@ def drop(value: Tensor, mask: Tensor | None) -> Tensor:
     return value if mask is None else value * mask
 
 
-def sample_mask(rows: int, columns: int, p: float, like: Tensor) -> Tensor | None:
-    """Returns a new mask (rows, columns), whose elements are 0 with probability p, else 1 / (1 - p); None for p = 0.
+def sample_mask(length: int, width: int, p: float, like: Tensor) -> Tensor | None:
+    """Returns a new mask (length, width), whose elements are 0 with probability p, else 1 / (1 - p); None for p = 0.
 
     The mask has the dtype and the device of `like`.
     """
     if p == 0:
         return None
-    return torch.empty(rows, columns, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)
+    return torch.empty(length, width, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)
 
 
 def sample_masks(

@@ -84,11 +84,13 @@ def add_text_flags(parser: Parser, batch_size: int, bptt_std: float) -> None:
         default=0,
         help="read only so many tokens from the start of the training text, with the whole one's vocabulary; 0 for all",
     )
-    text.add_argument("--batch_size", type=int, default=batch_size, help="rows of text read side by side")
+    text.add_argument(
+        "--batch_size", type=int, default=batch_size, help="batch size B: so many columns of the text are read at once"
+    )
     text.add_argument(
         "--small_batch_size",
         type=int,
-        help="rows per forward pass; gradients are summed over the batch, so that less memory is "
+        help="batch elements per forward pass; gradients are summed over the batch, so that less memory is "
         "needed (default: batch_size)",
     )
     text.add_argument(

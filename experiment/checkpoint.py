@@ -31,7 +31,7 @@ from torch import Tensor
 
 from utils import atomic_write
 
-FORMAT = 4
+FORMAT = 5
 # The names that a checkpoint's pickle may contain, which are those that torch writes for tensors. (`weights_only` would
 # also build a bytearray of any size.)
 GLOBALS = re.compile(r"torch [A-Za-z]+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")

@@ -183,7 +183,7 @@ class Experiment:
         progress bar."""
         args = self.args
         lengths = segments(
-            len(text), args.bptt, self.bptt_rng, args.bptt_std, args.max_seq_len_delta, start=self.progress.row
+            len(text), args.bptt, self.bptt_rng, args.bptt_std, args.max_seq_len_delta, start=self.progress.time_step
         )
         for i, seq_len in self.progress.track(lengths, columns=args.batch_size):
             yield get_batch(text, i, seq_len)

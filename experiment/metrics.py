@@ -40,11 +40,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def rows(folder: Path) -> Iterator[dict[str, Any]]:
+def records(folder: Path) -> Iterator[dict[str, Any]]:
     """Yields the records of metrics.jsonl that have a kind and a time; a line that is being written is skipped."""
-    for row in lines(folder / "metrics.jsonl"):
-        if isinstance(row.get("kind"), str) and is_number(row.get("seconds")):
-            yield row
+    for record in lines(folder / "metrics.jsonl"):
+        if isinstance(record.get("kind"), str) and is_number(record.get("seconds")):
+            yield record
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -61,13 +61,13 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def epochs(folder: Path) -> list[dict[str, Any]]:
     """Returns the records of the completed epochs of a run."""
-    of_epochs = (row for row in rows(folder) if row["kind"] == "epoch")
-    return [row for row in of_epochs if is_number(row.get("valid_ppl")) and type(row.get("epoch")) is int]
+    of_epochs = (record for record in records(folder) if record["kind"] == "epoch")
+    return [record for record in of_epochs if is_number(record.get("valid_ppl")) and type(record.get("epoch")) is int]
 
 
 def seconds(folder: Path) -> float:
     """Returns the seconds of work on a run up to its last record; 0 if there is none."""
-    return max((row["seconds"] for row in rows(folder)), default=0.0)
+    return max((record["seconds"] for record in records(folder)), default=0.0)
 
 
 # --- of a study ---
@@ -75,11 +75,13 @@ def seconds(folder: Path) -> float:
 
 def events(study: Path) -> list[dict[str, Any]]:
     """Returns the complete events of a study's events.jsonl; a line that a full disk truncated is skipped."""
-    rows = (
-        row for row in lines(study / EVENTS) if isinstance(row.get("trial"), str) and isinstance(row.get("event"), str)
+    records = (
+        record
+        for record in lines(study / EVENTS)
+        if isinstance(record.get("trial"), str) and isinstance(record.get("event"), str)
     )
     return [
-        row for row in rows
-        if (row.get("event") not in ("done", "halved") or is_number(row.get("valid_ppl")))
-        and (row.get("event") not in ("failed", "stopped") or isinstance(row.get("reason"), str))
+        record for record in records
+        if (record.get("event") not in ("done", "halved") or is_number(record.get("valid_ppl")))
+        and (record.get("event") not in ("failed", "stopped") or isinstance(record.get("reason"), str))
     ]  # fmt: skip

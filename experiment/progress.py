@@ -25,12 +25,16 @@ class Progress:
         run: the run directory that logs and records.
         device: holds the running sums.
         epochs: the number of epochs of the whole run.
-        epoch_rows: the number of time steps of an epoch.
+        epoch_length: the number of time steps of an epoch.
     """
 
-    def __init__(self, run: Run, device: torch.device, epochs: int, epoch_rows: int):
-        self.run, self.epochs, self.epoch_rows = run, epochs, epoch_rows
-        self.epoch, self.row, self.step = 1, 0, 0  # `row` is the time step at which the next segment starts.
+    def __init__(self, run: Run, device: torch.device, epochs: int, epoch_length: int):
+        self.run, self.epochs, self.epoch_length = run, epochs, epoch_length
+        self.epoch, self.time_step, self.step = (
+            1,
+            0,
+            0,
+        )  # `time_step` is the time step at which the next segment starts.
         self.seconds = 0.0  # This includes earlier processes of a resumed run, up to the last record kept.
         self.interval = Sum(device)
         self.norm = Sum(device)  # This sums the gradient norm of each step.
@@ -40,8 +44,9 @@ class Progress:
     def track(self, segments: Iterable[tuple[int, int]], columns: int) -> Iterator[tuple[int, int]]:
         """Yields the segments, and shows a progress bar that counts tokens; `columns` is the batch size."""
         self.bar = tqdm(
-            desc=f"epoch {self.epoch}/{self.epochs}", total=self.epoch_rows * columns, initial=self.row * columns,
-            unit="tok", unit_scale=True, leave=False, disable=self.run.disable_progress_bar, dynamic_ncols=True,
+            desc=f"epoch {self.epoch}/{self.epochs}", total=self.epoch_length * columns,
+            initial=self.time_step * columns, unit="tok", unit_scale=True, leave=False,
+            disable=self.run.disable_progress_bar, dynamic_ncols=True,
         )  # fmt: skip
         self.tick = (time.perf_counter(), self.interval.tokens)
         with self.bar:
@@ -49,13 +54,13 @@ class Progress:
 
     def advance(self, nll: Tensor, norm: Tensor, shape: tuple[int, int], lr: float) -> None:
         """Counts a weight step on a segment of shape (T, B) with this loss (nats per word) and gradient norm."""
-        rows, columns = shape
+        seq_len, batch_size = shape
         self.norm.add(norm, 1)
-        self.interval.add(nll, rows * columns)
-        self.whole.add(nll, rows * columns)
-        self.row += rows
+        self.interval.add(nll, seq_len * batch_size)
+        self.whole.add(nll, seq_len * batch_size)
+        self.time_step += seq_len
         self.step += 1
-        self.bar.update(rows * columns)
+        self.bar.update(seq_len * batch_size)
         if not self.bar.disable and time.perf_counter() - self.shown > 1:
             self.shown = time.perf_counter()
             loss = self.interval.mean()
@@ -67,7 +72,7 @@ class Progress:
         since, tokens = self.tick
         speed = (self.interval.tokens - tokens) / (time.perf_counter() - since)
         self.run.log(
-            f"epoch {self.epoch} | {100 * self.row / self.epoch_rows:3.0f}% | step {self.step} | lr {lr:.4g}"
+            f"epoch {self.epoch} | {100 * self.time_step / self.epoch_length:3.0f}% | step {self.step} | lr {lr:.4g}"
             f" | loss {loss:.3f} | ppl {perplexity(loss):.2f} | norm {norm:.3g} | {speed:,.0f} tok/s"
         )
         self.run.record(
@@ -113,11 +118,11 @@ class Progress:
             valid_ppl=valid_ppl, lr=lr, seconds=seconds, **extra,
         )  # fmt: skip
         self.whole.reset()
-        self.epoch, self.row = self.epoch + 1, 0
+        self.epoch, self.time_step = self.epoch + 1, 0
 
     def position(self) -> float:
         """Returns the number of epochs so far, with the present one counted by the share of its text that was read."""
-        return self.epoch - 1 + self.row / self.epoch_rows
+        return self.epoch - 1 + self.time_step / self.epoch_length
 
     def elapsed(self) -> float:
         """Returns the seconds of work on this run so far, over all its processes."""
@@ -128,21 +133,21 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
-            "row": self.row,
+            "time_step": self.time_step,
             "step": self.step,
             "interval": self.interval.state_dict(),
             "norm": self.norm.state_dict(),
             "whole": self.whole.state_dict(),
-            "metrics_rows": self.run.rows,
+            "metrics_records": self.run.n_records,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a state; records of metrics.jsonl that are newer are removed, since they will be written again."""
-        self.epoch, self.row, self.step = (state[key] for key in ("epoch", "row", "step"))
+        self.epoch, self.time_step, self.step = (state[key] for key in ("epoch", "time_step", "step"))
         self.interval.load_state_dict(state["interval"])
         self.norm.load_state_dict(state["norm"])
         self.whole.load_state_dict(state["whole"])
-        self.seconds = self.run.cut_metrics(state["metrics_rows"])
+        self.seconds = self.run.cut_metrics(state["metrics_records"])
 
 
 class Sum:

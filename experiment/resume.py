@@ -148,7 +148,7 @@ def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[
     path = Path(args.save, "last.pt")
     try:
         other = {name: saved["flags"][name] for name in flags.keys() - RESUMABLE if saved["flags"][name] != flags[name]}
-        begun = saved["progress"]["epoch"] - (saved["progress"]["row"] == 0)
+        begun = saved["progress"]["epoch"] - (saved["progress"]["time_step"] == 0)
         if saved["kind"] != kind:
             return [f"{path}: the state of another kind of run ({reprlib.repr(saved['kind'])}); start a new run"]
         if saved["ranks"] != ranks:

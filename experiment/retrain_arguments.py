@@ -6,10 +6,10 @@ import torch
 
 from data import Corpus
 from experiment import arguments
-from training.evaluation import TEST_ROWS, VALID_ROWS
+from training.evaluation import TEST_BATCH_SIZE, VALID_BATCH_SIZE
 from training.optimizers import OPTIMIZERS
 
-EVAL_ROWS = {"valid": VALID_ROWS, "test": TEST_ROWS}
+EVAL_BATCH_SIZES = {"valid": VALID_BATCH_SIZE, "test": TEST_BATCH_SIZE}
 
 
 def build_parser() -> arguments.Parser:
@@ -60,6 +60,6 @@ def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tens
     """Returns the word ids (n,) and the batch size of each text that retraining reads, by name."""
     return {
         "train": (corpus.train[: args.limit_tokens or None], args.batch_size),
-        "valid": (corpus.valid, EVAL_ROWS["valid"]),
-        "test": (corpus.test, EVAL_ROWS["test"]),
+        "valid": (corpus.valid, EVAL_BATCH_SIZES["valid"]),
+        "test": (corpus.test, EVAL_BATCH_SIZES["test"]),
     }

@@ -53,7 +53,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(folder)
         self.tensorboard = None  # a `plots.tensorboard.TensorBoardLogger` for --tensorboard
-        self.rows = 0  # the number of records in metrics.jsonl
+        self.n_records = 0  # the number of records in metrics.jsonl
 
     def release(self) -> None:
         """Releases the lock, so that other processes may write to the directory."""
@@ -105,21 +105,21 @@ class Run:
         self.log(f"interrupted; continue with: {command} --resume --save {quote(str(self.folder))}")
         return 130
 
-    def record(self, **row: Any) -> None:
+    def record(self, **record: Any) -> None:
         """Appends a record to metrics.jsonl, and to TensorBoard's files if there is a logger."""
-        append(self.metrics, json.dumps(row) + "\n")
-        self.rows += 1
+        append(self.metrics, json.dumps(record) + "\n")
+        self.n_records += 1
         if self.tensorboard is not None:
-            self.tensorboard.add(row)
+            self.tensorboard.add(record)
 
-    def cut_metrics(self, rows: int) -> float:
-        """Truncates metrics.jsonl to its first `rows` records, since the steps of the others will be taken again;
+    def cut_metrics(self, count: int) -> float:
+        """Truncates metrics.jsonl to its first `count` records, since the steps of the others will be taken again;
         returns the `seconds` of the last record left, 0 if there is none."""
-        self.rows, size, last = 0, 0, b""
+        self.n_records, size, last = 0, 0, b""
         try:
             with open(self.metrics, "r+b") as file:
-                while self.rows < rows and (line := file.readline()).endswith(b"\n"):
-                    self.rows, size, last = self.rows + 1, size + len(line), line
+                while self.n_records < count and (line := file.readline()).endswith(b"\n"):
+                    self.n_records, size, last = self.n_records + 1, size + len(line), line
                 file.truncate(size)
         except FileNotFoundError:
             pass
@@ -150,7 +150,7 @@ class NullRun(Run):
     disable_progress_bar = True
 
     def __init__(self, folder: str | Path):
-        self.folder, self.rows = Path(folder), 0
+        self.folder, self.n_records = Path(folder), 0
 
     def configure(self, *_: Any) -> None:
         pass
@@ -158,10 +158,10 @@ class NullRun(Run):
     def log(self, text: str) -> None:
         pass
 
-    def record(self, **row: Any) -> None:
+    def record(self, **record: Any) -> None:
         pass
 
-    def cut_metrics(self, rows: int) -> float:
+    def cut_metrics(self, count: int) -> float:
         return 0.0
 
     def write_text(self, name: str, text: str) -> None:

@@ -10,7 +10,7 @@ from data import Corpus
 from engine.reference import NORMS
 from experiment import arguments
 from genotypes import STEPS
-from training.evaluation import TEST_ROWS, VALID_ROWS
+from training.evaluation import TEST_BATCH_SIZE, VALID_BATCH_SIZE
 from training.optimizers import OPTIMIZERS
 
 HELD_OUT = 0.1  # With --search_split train, the alphas are trained on this share of train.txt.
@@ -121,13 +121,13 @@ def add_alpha_flags(search: argparse._ArgumentGroup) -> None:
     )
 
 
-def eval_rows(norm: str) -> dict[str, int]:
+def eval_batch_sizes(norm: str) -> dict[str, int]:
     """Returns the batch size with which the relaxed model evaluates the valid and the test text, by name.
 
     Batch normalisation needs several batch elements, since a batch of one has no statistics; without it the test text
     is read with batch size 1, as by a discrete cell.
     """
-    return {"valid": VALID_ROWS, "test": VALID_ROWS if norm == "batch" else TEST_ROWS}
+    return {"valid": VALID_BATCH_SIZE, "test": VALID_BATCH_SIZE if norm == "batch" else TEST_BATCH_SIZE}
 
 
 def search_texts(corpus: Corpus, split: str, limit: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,10 +145,10 @@ def search_texts(corpus: Corpus, split: str, limit: int = 0) -> tuple[torch.Tens
 def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tensor, int]]:
     """Returns the word ids (n,) and the batch size of each text that a search reads, by name."""
     train, alphas = search_texts(corpus, args.search_split, args.limit_tokens)
-    rows = eval_rows(args.norm)
+    batch_sizes = eval_batch_sizes(args.norm)
     return {
         "train": (train, args.batch_size),
         "the alphas": (alphas, args.arch_batch_size),
-        "valid": (corpus.valid, rows["valid"]),
-        "test": (corpus.test, rows["test"]),
+        "valid": (corpus.valid, batch_sizes["valid"]),
+        "test": (corpus.test, batch_sizes["test"]),
     }

@@ -153,13 +153,13 @@ def memory_explained(args: Namespace) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not checkpoint.out_of_memory(error):
             raise
-        rows = args.small_batch_size
-        least = 2 if validate_arguments.normalises_over_rows(args) else 1
-        smaller = max((n for n in range(least, rows // 2 + 1) if args.batch_size % n == 0), default=None)
+        batch_size = args.small_batch_size
+        least = 2 if validate_arguments.normalises_over_batch(args) else 1
+        smaller = max((n for n in range(least, batch_size // 2 + 1) if args.batch_size % n == 0), default=None)
         advice = f"--small_batch_size {smaller} needs about half" if smaller else "take a smaller --emsize or --bptt"
         raise RunError(
-            f"out of memory with --emsize {args.emsize}, --bptt {args.bptt} and {rows} rows of --batch_size"
-            f" {args.batch_size} at a time; {advice} (a new run), or go on with --resume where more memory is free"
+            f"out of memory with --emsize {args.emsize}, --bptt {args.bptt} and {batch_size} of the {args.batch_size}"
+            f" batch elements at a time; {advice} (a new run), or go on with --resume where more memory is free"
         ) from error
 
 
@@ -175,11 +175,12 @@ def cell_text(arch: str) -> str:
 def length_faults(args: Namespace, texts: Texts) -> list[str]:
     """Returns a fault for each text with fewer than two tokens per batch element, one to read and one to predict."""
     return [
-        (f"--limit_tokens {args.limit_tokens}" if 0 < args.limit_tokens < 2 * rows else f"--data {args.data}")
-        + f": {len(ids):,} tokens for {name} are too few for {rows} rows of text (at least"
-        f" {2 * rows:,}); use a longer text" + (" or a smaller --batch_size" if rows == args.batch_size else "")
-        for name, (ids, rows) in texts.items()
-        if len(ids) < 2 * rows
+        (f"--limit_tokens {args.limit_tokens}" if 0 < args.limit_tokens < 2 * batch_size else f"--data {args.data}")
+        + f": {len(ids):,} tokens for {name} are too few for a batch size of {batch_size} (at least"
+        f" {2 * batch_size:,}); use a longer text"
+        + (" or a smaller --batch_size" if batch_size == args.batch_size else "")
+        for name, (ids, batch_size) in texts.items()
+        if len(ids) < 2 * batch_size
     ]
 
 

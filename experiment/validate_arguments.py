@@ -74,7 +74,7 @@ def number_faults(args: Namespace) -> list[str]:
     )
 
 
-def normalises_over_rows(args: Namespace) -> bool:
+def normalises_over_batch(args: Namespace) -> bool:
     """Returns whether these are the flags of a search whose cell has batch normalisation."""
     return getattr(args, "norm", None) == "batch"
 
@@ -89,13 +89,17 @@ def size_faults(args: Namespace) -> list[str]:
         )
     if args.batch_size >= 1 and args.small_batch_size >= 1 and args.batch_size % args.small_batch_size:
         faults.append(f"--small_batch_size {args.small_batch_size}: must divide --batch_size {args.batch_size} evenly")
-    arch_rows = getattr(args, "arch_batch_size", None)
-    if arch_rows not in (None, args.batch_size) and args.small_batch_size >= 1 and arch_rows % args.small_batch_size:
+    arch_batch_size = getattr(args, "arch_batch_size", None)
+    if (
+        arch_batch_size not in (None, args.batch_size)
+        and args.small_batch_size >= 1
+        and arch_batch_size % args.small_batch_size
+    ):
         faults.append(
-            f"--arch_batch_size {arch_rows}: must be a multiple of --small_batch_size {args.small_batch_size}, which "
-            "is --batch_size where it is not given"
+            f"--arch_batch_size {arch_batch_size}: must be a multiple of --small_batch_size {args.small_batch_size},"
+            " which is --batch_size where it is not given"
         )
-    if normalises_over_rows(args) and args.small_batch_size == 1:
+    if normalises_over_batch(args) and args.small_batch_size == 1:
         faults.append(
             "--small_batch_size 1: --norm batch normalises over the batch and needs at least 2 elements at a time; "
             "take more, or --norm layer"
@@ -176,21 +180,21 @@ def rank_faults(args: Namespace, ranks: int, on_this_machine: int) -> list[str]:
     if ranks == 1 or args.batch_size < 1 or args.small_batch_size < 1:
         return []
     faults = []
-    rows, rest = divmod(args.batch_size, ranks)
-    arch_rows, arch_rest = divmod(getattr(args, "arch_batch_size", args.batch_size), ranks)
-    if rest or not rows:
+    local_batch_size, rest = divmod(args.batch_size, ranks)
+    arch_batch_size, arch_rest = divmod(getattr(args, "arch_batch_size", args.batch_size), ranks)
+    if rest or not local_batch_size:
         faults.append(f"--batch_size {args.batch_size}: must divide evenly among {ranks} ranks")
-    elif rows % min(rows, args.small_batch_size):
+    elif local_batch_size % min(local_batch_size, args.small_batch_size):
         faults.append(
-            f"--small_batch_size {args.small_batch_size}: must divide the {rows} batch elements of each of {ranks}"
-            " ranks"
+            f"--small_batch_size {args.small_batch_size}: must divide the {local_batch_size} batch elements of each of"
+            f" {ranks} ranks"
         )
-    elif arch_rest or arch_rows % min(rows, args.small_batch_size):
+    elif arch_rest or arch_batch_size % min(local_batch_size, args.small_batch_size):
         faults.append(
             f"--arch_batch_size {args.arch_batch_size}: must divide evenly among {ranks} ranks, into multiples of the"
-            f" {min(rows, args.small_batch_size)} batch elements that each computes at a time"
+            f" {min(local_batch_size, args.small_batch_size)} batch elements that each computes at a time"
         )
-    elif rows == 1 and normalises_over_rows(args):
+    elif local_batch_size == 1 and normalises_over_batch(args):
         faults.append(
             f"--batch_size {args.batch_size}: --norm batch normalises over the batch and needs at least 2 elements on"
             f" each of {ranks} ranks; take more, or --norm layer"

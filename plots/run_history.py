@@ -25,21 +25,21 @@ class History:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-        for row in metrics.rows(self.folder):
-            if row["kind"] in KINDS and is_count(row.get("step")) and is_count(row.get("epoch")):
-                self.rows[row["kind"]].append(row)
-        for rows in self.rows.values():
-            rows.sort(key=lambda row: row["step"])
-        if not any(self.rows.values()):
+        self.records: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        for record in metrics.records(self.folder):
+            if record["kind"] in KINDS and is_count(record.get("step")) and is_count(record.get("epoch")):
+                self.records[record["kind"]].append(record)
+        for records in self.records.values():
+            records.sort(key=lambda record: record["step"])
+        if not any(self.records.values()):
             raise PictureError(
-                f"{self.folder}: no metrics.jsonl with a row of a run; name a directory of train_search.py or train.py"
+                f"{self.folder}: no metrics.jsonl with records; name a run directory of train_search.py or train.py"
             )
-        ends = {row["epoch"]: row["step"] for row in self.rows["epoch"] if row["step"] > 0}
+        ends = {record["epoch"]: record["step"] for record in self.records["epoch"] if record["step"] > 0}
         self.ends = [(0, 0), *sorted((step, epoch) for epoch, step in ends.items())]
         self.unit = "epochs" if len(self.ends) > 1 else "weight steps"
 
-        self.end = self.when(max(row["step"] for row in chain(*self.rows.values())))
+        self.end = self.when(max(record["step"] for record in chain(*self.records.values())))
 
     def when(self, step: int) -> float:
         """Returns the time of a weight step in epochs, interpolated within an epoch and extrapolated after the last.
@@ -56,14 +56,16 @@ class History:
     def curve(self, kind: str, name: str, least: float = -LARGEST) -> tuple[list[float], list[float]]:
         """Returns the times and values of field `name` in the records of a kind, where it is a number above `least`."""
         points = [
-            (self.when(row["step"]), value) for row in self.rows[kind] if is_between(value := row.get(name), least)
+            (self.when(record["step"]), value)
+            for record in self.records[kind]
+            if is_between(value := record.get(name), least)
         ]
         return tuple(map(list, zip(*points, strict=True))) if points else ([], [])
 
     def of_search(self) -> list[dict[str, Any]]:
         """Returns the records of intervals and epochs together, one for each step; an epoch replaces an interval."""
-        rows = {row["step"]: row for row in chain(self.rows["interval"], self.rows["epoch"])}
-        return [rows[step] for step in sorted(rows)]
+        records = {record["step"]: record for record in chain(self.records["interval"], self.records["epoch"])}
+        return [records[step] for step in sorted(records)]
 
     @cached_property
     def probabilities(self) -> tuple[list[float], np.ndarray]:
@@ -71,8 +73,8 @@ class History:
 
         Records whose alphas have another shape than the last one's are left out. R may be 0.
         """
-        found = [(self.when(row["step"]), alphas) for row in self.of_search()
-                 if (alphas := as_probabilities(row.get("probabilities"))) is not None]  # fmt: skip
+        found = [(self.when(record["step"]), alphas) for record in self.of_search()
+                 if (alphas := as_probabilities(record.get("probabilities"))) is not None]  # fmt: skip
         if not found:
             kept = metrics.read_json(self.folder / "genotype.json") or {}  # The records of the run have no alphas.
             alphas = as_probabilities(kept.get("probabilities"))
@@ -93,9 +95,11 @@ class History:
         """Returns the times and genotypes of the records of intervals and epochs; see `cells_of`."""
         return self.cells_of(self.of_search())
 
-    def cells_of(self, rows: Iterable[dict[str, Any]]) -> list[tuple[float, Genotype]]:
+    def cells_of(self, records: Iterable[dict[str, Any]]) -> list[tuple[float, Genotype]]:
         """Returns the times and genotypes of the records, of those that have as many nodes as the last one."""
-        found = [(self.when(row["step"]), cell) for row in rows if (cell := as_genotype(row.get("genotype")))]
+        found = [
+            (self.when(record["step"]), cell) for record in records if (cell := as_genotype(record.get("genotype")))
+        ]
         return [(x, cell) for x, cell in found if len(cell.recurrent) == len(found[-1][1].recurrent)]
 
     def result(self) -> dict[str, Any] | None:

@@ -136,7 +136,7 @@ def draw_panels(figure: Figure | SubFigure, history: History, panels: Sequence[P
         axes.set_xlabel(history.unit)
         axes.set_xlim(0, 1.02 * history.end)
         axes.tick_params(labelbottom=True)
-        for row in history.rows["rollback"]:
+        for row in history.records["rollback"]:
             axes.axvline(history.when(row["step"]), color=RED, linestyle="--", linewidth=POINT, gid="rollback")
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -154,7 +154,7 @@ def draw_run(figure: Figure | SubFigure, history: History) -> None:
 
 def strip_rows(history: History) -> list[tuple[float, Genotype]]:
     """Returns the genotype of each epoch or, if fewer than 8 epochs have one, of every record."""
-    by_epoch = history.cells_of(history.rows["epoch"])
+    by_epoch = history.cells_of(history.records["epoch"])
     return by_epoch if len(by_epoch) >= 8 else history.genotypes
 
 

@@ -16,7 +16,7 @@ from plots.cell_graph import cell_figure
 from plots.style import plain_style
 
 FOLDER = "tensorboard"
-OF_ROW = ("epoch", "step", "seconds")  # These fields locate a record and are no measurements.
+POSITION_FIELDS = ("epoch", "step", "seconds")  # These fields locate a record and are no measurements.
 HPARAM_METRICS = "epoch/valid_ppl"  # TensorBoard compares runs by this metric.
 
 
@@ -38,25 +38,25 @@ class TensorBoardLogger:
         self.writer, self.cell = SummaryWriter(str(self.folder / FOLDER), purge_step=0), None
         for summary in hparams(self.flags, {HPARAM_METRICS: 0.0}):
             self.writer.file_writer.add_summary(summary)
-        for row in metrics.rows(self.folder):
-            self.write(row)
+        for record in metrics.records(self.folder):
+            self.write(record)
         self.writer.flush()
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         """Writes a record that has just been added to metrics.jsonl."""
         if self.writer is None:
             self.restart()
         else:
-            self.write(row)
+            self.write(record)
             self.writer.flush()
 
-    def write(self, row: dict[str, Any]) -> None:
-        kind, step = row["kind"], row.get("step")
-        for name, value in row.items():
-            if name not in OF_ROW and metrics.is_number(value):
+    def write(self, record: dict[str, Any]) -> None:
+        kind, step = record["kind"], record.get("step")
+        for name, value in record.items():
+            if name not in POSITION_FIELDS and metrics.is_number(value):
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
-        if kind == "epoch" and "genotype" in row and row["genotype"] != self.cell:
-            self.cell = row["genotype"]
+        if kind == "epoch" and "genotype" in record and record["genotype"] != self.cell:
+            self.cell = record["genotype"]
             try:
                 with plain_style():
                     self.writer.add_figure("cell", cell_figure(from_json(self.cell)), step)

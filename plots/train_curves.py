@@ -26,9 +26,9 @@ def on_penn(folder: Path) -> bool:
 
 def switch(history: History) -> float | None:
     """Returns when averaging began (NT-ASGD): the end of the last epoch before it, or None if no such epoch exists."""
-    rows = history.rows["epoch"]
-    first = next((k for k, row in enumerate(rows) if row.get("phase") == "asgd"), 0)
-    return history.when(rows[first - 1]["step"]) if first else None
+    records = history.records["epoch"]
+    first = next((k for k, record in enumerate(records) if record.get("phase") == "asgd"), 0)
+    return history.when(records[first - 1]["step"]) if first else None
 
 
 def names(folders: Sequence[Path]) -> list[str]:

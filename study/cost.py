@@ -109,9 +109,9 @@ def probe(job: Job, name: str) -> Job:
 
 def read(folder: Path) -> Timing:
     """Reads the timing from the metrics.jsonl of a finished probe; a step takes the median of the timed steps."""
-    rows = list(metrics.rows(folder))
-    times = [row["seconds"] for row in rows if row["kind"] == "interval"]
-    [whole] = [row["seconds"] for row in rows if row["kind"] == "epoch"]
+    records = list(metrics.records(folder))
+    times = [record["seconds"] for record in records if record["kind"] == "interval"]
+    [whole] = [record["seconds"] for record in records if record["kind"] == "epoch"]
     steps = [after - before for before, after in pairwise(times)]
     return Timing(median(steps[WARM:] or steps or times), whole - times[-1])
 
@@ -119,9 +119,9 @@ def read(folder: Path) -> Timing:
 def steps(job: Job, corpus: data.Corpus) -> int:
     """Returns the expected number of steps of a job, given the distribution of the random segment lengths."""
     args = parse(job)
-    ids, rows = SCRIPTS[job.script].texts_to_read(corpus, args)["train"]
+    ids, batch_size = SCRIPTS[job.script].texts_to_read(corpus, args)["train"]
     length = 0.95 * args.bptt + 0.05 * max(1, args.bptt // 2)
-    return round(args.epochs * (len(ids) // rows - 1) / length)
+    return round(args.epochs * (len(ids) // batch_size - 1) / length)
 
 
 def seconds(job: Job, corpus: data.Corpus, paces: Mapping[str, Timing]) -> float:

@@ -90,17 +90,17 @@ def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[
                     time.sleep(POLL)
                     if (now := size_of(folder / "metrics.jsonl")) == size:
                         continue
-                    size, rows = now, metrics.epochs(folder)
-                    for row in rows[seen:]:
-                        report(row)
-                    seen = max(seen, len(rows))
+                    size, records = now, metrics.epochs(folder)
+                    for record in records[seen:]:
+                        report(record)
+                    seen = max(seen, len(records))
             finally:
                 process.kill()
                 process.wait()
         if process.returncode != 0:
             raise TrialFailed(f"{job.name}: {last_line(output)}")
-    for row in metrics.epochs(folder)[seen:]:
-        report(row)
+    for record in metrics.epochs(folder)[seen:]:
+        report(record)
 
 
 def size_of(path: Path) -> int:

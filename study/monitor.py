@@ -167,10 +167,10 @@ class Monitor:
 
     def record(self, job: Job, event: str, **more: Any) -> dict[str, Any]:
         """Appends an event to events.jsonl, unless the monitor is quiet, and returns it."""
-        row = {"trial": job.name, "event": event, **more}
+        record = {"trial": job.name, "event": event, **more}
         if not self.quiet:
-            log_event(self.run.folder, **row)
-        return row
+            log_event(self.run.folder, **record)
+        return record
 
     def log(self, line: str) -> None:
         if not self.quiet:
@@ -240,9 +240,9 @@ def sparks(values: Sequence[float]) -> str:
     return "".join(SPARKS[round((value - low) * scale)] for value in values)
 
 
-def log_event(study: Path, **row: Any) -> None:
+def log_event(study: Path, **record: Any) -> None:
     """Appends an event to events.jsonl with the current time."""
-    append(study / metrics.EVENTS, json.dumps({"at": time.time(), **row}) + "\n")
+    append(study / metrics.EVENTS, json.dumps({"at": time.time(), **record}) + "\n")
 
 
 def repair_jsonl(path: Path) -> None:

@@ -120,9 +120,9 @@ def run_one(todo: Sequence[Job], study: Path, directory: Path, share: Resources,
     if not share.gpus:  # Otherwise all trials would use the first GPU of the machine.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-    def report(row: dict) -> None:
-        if row["epoch"] != halving:  # ASHA cannot save time after the last epoch.
-            tune.report({"epoch": row["epoch"], "valid_ppl": row["valid_ppl"], "work_seconds": row["seconds"]})
+    def report(record: dict) -> None:
+        if record["epoch"] != halving:  # ASHA cannot save time after the last epoch.
+            tune.report({"epoch": record["epoch"], "valid_ppl": record["valid_ppl"], "work_seconds": record["seconds"]})
 
     jobs.run(todo[config["index"]], study, directory, share.threads, report)
 

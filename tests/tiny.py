@@ -1,4 +1,4 @@
-"""A language model of a few dozen weights in float64, with random text and masks, for tests of gradients."""
+"""Language models of a few dozen weights in float64, with random text and masks, for tests of gradients."""
 
 import pytest
 import torch
@@ -16,16 +16,16 @@ RATES = DropoutRates(dropout=0.3, dropouth=0.25, dropoutx=0.3, dropouti=0.2, dro
 
 def search_model(rates=RATES, seed=0, norm="batch"):
     torch.manual_seed(seed)
-    return spread(RNNModelSearch(V, H, rates, steps=N, norm=norm))
+    return randomize(RNNModelSearch(V, H, rates, steps=N, norm=norm))
 
 
 def discrete_model(genotype, rates=RATES, seed=0, n_experts=1):
     torch.manual_seed(seed)
-    return spread(retrain_model(V, H, rates, genotype, n_experts))
+    return randomize(retrain_model(V, H, rates, genotype, n_experts))
 
 
-def spread(model):
-    """Weights and alphas of order 1, where every term of a gradient shows."""
+def randomize(model):
+    """Sets weights and alphas to random values of order 1, at which every term of a gradient matters."""
     model = model.double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -33,8 +33,8 @@ def spread(model):
     return model
 
 
-def batch(model, seed, rows=B):
+def batch(model, seed, batch_size=B):
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(V, (T + 1, rows), generator=generator)
-    hidden = torch.randn(rows, H, generator=generator, dtype=torch.float64)
-    return Batch(text[:-1], text[1:], hidden, model.sample_masks(rows))
+    text = torch.randint(V, (T + 1, batch_size), generator=generator)
+    hidden = torch.randn(batch_size, H, generator=generator, dtype=torch.float64)
+    return Batch(text[:-1], text[1:], hidden, model.sample_masks(batch_size))

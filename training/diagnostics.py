@@ -25,7 +25,9 @@ from training.losses import Batch, MicroBatches
 from utils import get_batch
 
 BATCHES = 3  # The alpha gradients of this many pairs of a training and a validation batch are compared.
-ROWS = 32  # A batch that is differentiated twice has at most this many elements, since its whole graph is in memory.
+MAX_BATCH_SIZE = (
+    32  # A batch that is differentiated twice has at most this many elements, since its whole graph is in memory.
+)
 SEGMENTS = 20  # The relaxed and the discretised model are compared on this many segments of validation text.
 PRODUCTS = 20  # An eigenvalue is computed from at most this many Hessian-vector products.
 PROBES = 4  # The sensitivity is estimated from this many random directions.
@@ -93,11 +95,11 @@ class Diagnosis:
     ):
         self.model, self.hessian, self.bptt, self.seed, self.seed_masks = model, hessian, bptt, seed, seed_masks
         self.train, self.alphas_text, self.valid = texts
-        self.rows = min(ROWS, micro_batch_size)
+        self.batch_size = min(MAX_BATCH_SIZE, micro_batch_size)
         self.architect = architect_of(model, micro_batch_size, hessian)
         precise = model.with_engine(Engine(model.engine.name))  # The compared parts are small and need full precision.
         kinds = ("finite", "exact") if hessian else ()
-        self.by_product = {kind: architect_of(precise, self.rows, kind) for kind in kinds}
+        self.by_product = {kind: architect_of(precise, self.batch_size, kind) for kind in kinds}
 
     def measure(
         self, step: int, genotype: Genotype, eta: float | Tensor, velocity: list[Tensor] | None = None
@@ -116,7 +118,7 @@ class Diagnosis:
             with matmul_precision("fp32"):  # It replaces the precision of the search.
                 product_cosine = self.product_cosine(rng, eta, velocity)
                 eigenvalue = dominant_eigenvalue(self.hessian_product(rng), self.model.alphas)
-                change = sensitivity(self.model, self.batch(self.alphas_text, rng, self.rows))
+                change = sensitivity(self.model, self.batch(self.alphas_text, rng, self.batch_size))
             found = Signal(*agreement, product_cosine, eigenvalue, change, *self.discretization_gap(genotype))
         return Signal(*(value if value is not None and math.isfinite(value) else None for value in found))
 
@@ -141,8 +143,8 @@ class Diagnosis:
         """
         if self.hessian is None:
             return None
-        train = self.batch(self.train, rng, self.rows, held=True)
-        valid = self.batch(self.alphas_text, rng, self.rows)
+        train = self.batch(self.train, rng, self.batch_size, held=True)
+        valid = self.batch(self.alphas_text, rng, self.batch_size)
         return cosine([architect.gradient(train, valid, eta, velocity)[1] for architect in self.by_product.values()])
 
     def hessian_product(self, rng: torch.Generator) -> Callable[[Tensor], Tensor]:
@@ -151,11 +153,11 @@ class Diagnosis:
         H is that of one batch without dropout. Its largest eigenvalue grows where a search collapses (Zela et al., ICLR
         2020).
         """
-        batch = self.batch(self.alphas_text, rng, self.rows)._replace(masks=Masks())
+        batch = self.batch(self.alphas_text, rng, self.batch_size)._replace(masks=Masks())
         eager = self.model.with_engine(Engine("eager"))  # The fused engine has no such second derivative.
         alphas = self.model.alphas
         with requires_grad_only([alphas], of=[*self.model.weights(), alphas]):
-            [loss] = MicroBatches(eager, batch, self.rows)
+            [loss] = MicroBatches(eager, batch, self.batch_size)
         [gradient] = torch.autograd.grad(loss.total, alphas, create_graph=True)
         return lambda v: torch.autograd.grad(gradient, alphas, v, retain_graph=True)[0]
 
@@ -171,13 +173,13 @@ class Diagnosis:
         with perturbed([alphas], [certain]):
             return relaxed, evaluate(self.model, text, self.bptt, "the discretised model")
 
-    def batch(self, text: Tensor, rng: torch.Generator, rows: int | None = None, held: bool = False) -> Batch:
-        """Returns a random segment of the first `rows` columns of a text (n, B), or of all columns for None.
+    def batch(self, text: Tensor, rng: torch.Generator, batch_size: int | None = None, held: bool = False) -> Batch:
+        """Returns a random segment of the first `batch_size` columns of a text (n, B), or of all columns for None.
 
         It has new masks and the state in which the segment before it ends. With `held`, the masks hold relu's active
         set fixed (`FrozenReLU`).
         """
-        text = text[:, :rows]
+        text = text[:, :batch_size]
         lead = min(self.bptt, (len(text) - 1) // 2)
         start = int(torch.randint(max(1, len(text) - lead - self.bptt), (), generator=rng))
         hidden = self.model.initial_hidden(text.size(1))
@@ -248,7 +250,7 @@ def logits(genotype: Genotype) -> Tensor:
 
     Their softmax is 1 for the genotype's primitive on each of its edges, and for `none` on all other edges.
     """
-    rows = []
+    choices = []
     for i, (op, predecessor) in enumerate(genotype.recurrent, start=1):
-        rows += [PRIMITIVES.index(op if j == predecessor else "none") for j in range(i)]
-    return ONE_HOT_LOGIT * torch.nn.functional.one_hot(torch.tensor(rows), len(PRIMITIVES)).float()
+        choices += [PRIMITIVES.index(op if j == predecessor else "none") for j in range(i)]
+    return ONE_HOT_LOGIT * torch.nn.functional.one_hot(torch.tensor(choices), len(PRIMITIVES)).float()

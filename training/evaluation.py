@@ -9,7 +9,7 @@ from tqdm import tqdm
 from engine.matmul import matmul_precision
 from utils import get_batch
 
-VALID_ROWS, TEST_ROWS = 10, 1  # These are the published batch sizes of evaluation.
+VALID_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # These are the published batch sizes of evaluation.
 
 
 @torch.no_grad()

@@ -23,11 +23,11 @@ class Batch(NamedTuple):
     masks: Masks
     second_masks: Masks | None = None
 
-    def rows(self, start: int, stop: int) -> "Batch":
+    def batch_slice(self, start: int, stop: int) -> "Batch":
         """Returns the part of the batch with the batch elements start..stop-1."""
         x, y = self.x[:, start:stop], self.y[:, start:stop]
-        second_masks = None if self.second_masks is None else self.second_masks.rows(start, stop)
-        return Batch(x, y, self.hidden[start:stop], self.masks.rows(start, stop), second_masks)
+        second_masks = None if self.second_masks is None else self.second_masks.batch_slice(start, stop)
+        return Batch(x, y, self.hidden[start:stop], self.masks.batch_slice(start, stop), second_masks)
 
 
 class Losses(NamedTuple):
@@ -100,6 +100,6 @@ class MicroBatches:
 
     def part(self, start: int) -> Losses:
         """Returns the share of the micro-batch that begins with batch element `start`."""
-        found = losses(self.model, self.batch.rows(start, start + self.size), **self.coefficients)
+        found = losses(self.model, self.batch.batch_slice(start, start + self.size), **self.coefficients)
         share = self.size / self.batch.x.size(1)
         return Losses(share * found.total, share * found.nll, found.hidden)

@@ -41,7 +41,7 @@ def facts(history: History, result: dict | None, flags: dict, link: Link) -> lis
     def add(name: str, text: str, file: str) -> None:
         found.append({"name": name, "value": text, "href": link(folder / file)})
 
-    rows = [row for rows in history.rows.values() for row in rows]
+    rows = [row for rows in history.records.values() for row in rows]
     last = max(rows, key=lambda row: row["step"])
     _, valid = history.curve("epoch", "valid_ppl", 0)
     if valid:

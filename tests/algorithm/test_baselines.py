@@ -1,4 +1,4 @@
-"""torch's LSTM and GRU behind the language model, against their equations as plain loops, with every dropout."""
+"""The baseline cells, torch's LSTM and GRU, match their equations as plain loops, with every kind of dropout."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ NAMES = ("LSTM", "GRU")
 
 def baseline(name, rates=tiny.RATES):
     torch.manual_seed(0)
-    return tiny.spread(retrain_model(tiny.V, tiny.H, rates, name))
+    return tiny.randomize(retrain_model(tiny.V, tiny.H, rates, name))
 
 
 def sigmoid(x):
@@ -26,14 +26,20 @@ def sigmoid(x):
 
 
 def lstm(W_x, W_h, b, x, h, c):
-    """One step of one row (Hochreiter & Schmidhuber 1997, with torch's order of gates)."""
+    """Returns the output and cell state of one step of one batch element (Hochreiter & Schmidhuber 1997).
+
+    The order of the gates is torch's.
+    """
     i, f, g, o = np.split(W_x @ x + W_h @ h + b[0] + b[1], 4)
     c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
     return sigmoid(o) * np.tanh(c), c
 
 
 def gru(W_x, W_h, b, x, h):
-    """One step of one row (Cho et al. 2014, with the reset gate after the product, as torch has it)."""
+    """Returns the output of one step of one batch element (Cho et al. 2014).
+
+    The reset gate is applied after the matrix product, as in torch.
+    """
     (x_r, x_z, x_n), (h_r, h_z, h_n) = np.split(W_x @ x + b[0], 3), np.split(W_h @ h + b[1], 3)
     r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
     return (1 - z) * np.tanh(x_n + r * h_n) + z * h
@@ -41,36 +47,36 @@ def gru(W_x, W_h, b, x, h):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dropped", [True, False])
-def test_hidden_states_are_those_of_the_equations(name, dropped):
+def test_baseline_hidden_states_match_equations(name, dropped):
     model = baseline(name, tiny.RATES if dropped else DropoutRates())
     batch, rnn = tiny.batch(model, 1), model.cell.rnn
     masks = batch.masks
     state = torch.randn(tiny.B, model.cell.state_size, dtype=torch.float64)
-    found, last = model(batch.x, state, masks)
+    actual, last = model(batch.x, state, masks)
 
     def array(tensor):
         return None if tensor is None else tensor.detach().numpy()
 
     embedding = array(model.embedding) * (array(masks.word) if dropped else 1)
-    W_x, W_h, b = array(rnn.weight_ih_l0), array(rnn.weight_hh_l0), (array(rnn.bias_ih_l0), array(rnn.bias_hh_l0))
+    W_x, W_h, biases = array(rnn.weight_ih_l0), array(rnn.weight_hh_l0), (array(rnn.bias_ih_l0), array(rnn.bias_hh_l0))
     if dropped:
         assert masks.hidden is None
         W_h = W_h * array(masks.connections)
-    for row in range(tiny.B):
-        parts = np.split(array(state)[row], model.cell.state_size // tiny.H)
+    for b in range(tiny.B):
+        parts = np.split(array(state)[b], model.cell.state_size // tiny.H)
         for t in range(tiny.T):
-            x = embedding[batch.x[t, row]]
+            x = embedding[batch.x[t, b]]
             if dropped:
-                x = x * array(masks.embedding)[row] * array(masks.x)[row]
-            parts = lstm(W_x, W_h, b, x, *parts) if name == "LSTM" else [gru(W_x, W_h, b, x, *parts)]
-            np.testing.assert_allclose(array(found)[t, row], parts[0], rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(array(last)[row], np.concatenate(parts), rtol=1e-10, atol=1e-12)
+                x = x * array(masks.embedding)[b] * array(masks.x)[b]
+            parts = lstm(W_x, W_h, biases, x, *parts) if name == "LSTM" else [gru(W_x, W_h, biases, x, *parts)]
+            np.testing.assert_allclose(array(actual)[t, b], parts[0], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(array(last)[b], np.concatenate(parts), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("small", [1, 2, 3])
-def test_small_batches_are_the_whole_batch(name, small):
-    """The connections dropped are the whole batch's in every part."""
+def test_baseline_micro_batches_match_whole_batch(name, small):
+    """Every micro-batch drops the same connections as the whole batch."""
     model = baseline(name)
     batch, results = tiny.batch(model, 4), []
     batch = batch._replace(hidden=torch.randn(tiny.B, model.cell.state_size, dtype=torch.float64))
@@ -82,7 +88,7 @@ def test_small_batches_are_the_whole_batch(name, small):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_evaluation_carries_the_whole_state(name):
+def test_baseline_evaluation_carries_the_whole_state(name):
     model = baseline(name)
     source = torch.randint(tiny.V, (23, 3), generator=torch.Generator().manual_seed(0))
     whole = evaluate(model, source, 100)
@@ -90,27 +96,27 @@ def test_evaluation_carries_the_whole_state(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dropouth_drops_connections_and_nothing_of_the_state(name):
+def test_dropouth_masks_connections_and_not_hidden_states(name):
     masks = baseline(name, DropoutRates(dropouth=0.5)).sample_masks(3)
     gates = {"LSTM": 4, "GRU": 3}[name]
     assert masks.connections.shape == (gates * tiny.H, tiny.H)
     assert set(masks.connections.unique().tolist()) == {0.0, 2.0}
     assert masks.hidden is None
-    assert masks.rows(1, 2).connections is masks.connections
+    assert masks.batch_slice(1, 2).connections is masks.connections
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_either_engine_gives_the_same(name):
+def test_baseline_loss_matches_between_engines(name):
     model = baseline(name).float()
     batch = tiny.batch(model, 1)
-    hidden, found = model.initial_hidden(tiny.B), []
+    hidden, actual = model.initial_hidden(tiny.B), []
     for engine in ("eager", "fused"):
         chosen = model.with_engine(Engine(engine))
-        found.append(chosen.nll(chosen(batch.x, hidden)[0], batch.y).item())
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        actual.append(chosen.nll(chosen(batch.x, hidden)[0], batch.y).item())
+    assert actual[0] == pytest.approx(actual[1], rel=1e-5)
 
 
-def test_a_baseline_is_named_where_a_genotype_would_stand():
+def test_baseline_names_resolve_like_genotypes():
     for text in ("LSTM", "lstm"):
         assert resolve_cell(text) == "LSTM"
     assert cell_from_json(cell_to_json("GRU")) == "GRU"
@@ -119,5 +125,5 @@ def test_a_baseline_is_named_where_a_genotype_would_stand():
     for wrong in ("RNN", 3, None):
         with pytest.raises(GenotypeError):
             cell_from_json(wrong)
-    with pytest.raises(GenotypeError):  # there is nothing to draw
+    with pytest.raises(GenotypeError):  # an LSTM is not a genotype
         resolve("LSTM")

@@ -529,7 +529,7 @@ REFUSED = [
     ("search", "--norm group", "invalid choice"),
     ("search", "--arch_batch_size 6", "--arch_batch_size 6: must be a multiple of --small_batch_size 4"),
     ("search", "--arch_batch_size 0", "--arch_batch_size 0: must be at least 1"),
-    ("search", "--arch_batch_size 400", "tokens for the alphas are too few for 400 rows"),
+    ("search", "--arch_batch_size 400", "tokens for the alphas are too few for a batch size of 400"),
     ("search", "--norm batch --small_batch_size 1", "--norm batch normalises over the batch"),
     ("train", "--init_range 0", "--init_range 0.0: must be above 0"),
     ("train", "--norm layer", "unrecognized arguments"),

@@ -1,4 +1,4 @@
-"""CUDA graphs are captured and replayed at the right calls. A plain call stands in for a capture where no GPU is needed."""
+"""CUDA graphs are captured and replayed at the right calls; without a GPU, a plain call stands in for a capture."""
 
 import sys
 from functools import partial
@@ -105,7 +105,8 @@ def test_replayed_evaluation_uses_the_current_weights(monkeypatch, model_of):
 
     model, source = model_of(), torch.randint(tiny.V, (24, 2), generator=torch.Generator().manual_seed(0))
     for scale in (1.0, 0.5):
-        with perturbed(model.weights(), [(scale - 1) * w.detach() for w in model.weights()]):  # the scaled weights have other addresses
+        # The perturbed weights have other addresses.
+        with perturbed(model.weights(), [(scale - 1) * w.detach() for w in model.weights()]):
             expected = evaluate(model, source, 5)
             with monkeypatch.context() as patch:
                 patch.setattr(Engine, "with_cuda_graphs", replayed)

@@ -1,4 +1,4 @@
-"""Compiled kernels compute what the same functions compute as they stand; buffers, products and settings."""
+"""Compiled kernels match the same functions run uncompiled; accumulation, matrix products and precision settings."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) i
 
 
 def run_compiling(code, **environment):
-    """The code in a Python process of its own, where kernels are compiled; the other tests take them as they stand."""
+    """Runs the code in a separate Python process that compiles kernels; all other tests run them uncompiled."""
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TORCH_COMPILE_DISABLE": "0", **environment},
         capture_output=True, text=True, timeout=600,
@@ -37,15 +37,15 @@ import sys
 sys.path[:0] = ["tests/engine", "tests", "."]
 import torch
 from engine import cell_kernels, fused, linear_cross_entropy, matmul, reference, second_derivative
-from test_second_derivative import directions, mixed, numbered, of_the_loss
+from test_second_derivative import by_index, directions, loss_derivatives, mixed_derivative
 from test_fused import NORMED_CELLS, decoder_problem, problem, relative_errors, values_and_gradients
 from engine.dropout import FrozenReLU
 from engine import Engine
 
 device = os.environ["ON"]
 
-def check(found, expected, bound=1e-5):
-    assert max(relative_errors(*numbered(found, expected)).values()) < bound
+def check(actual, expected, bound=1e-5):
+    assert max(relative_errors(*by_index(actual, expected)).values()) < bound
 
 def cell_problem(N):
     leaves, masks, R = problem(3, 6, 8, 20, N, seed=1, masked=True, scale=0.2, dtype=torch.float32)
@@ -53,21 +53,22 @@ def cell_problem(N):
 
 def compare():
     for cell, norm in NORMED_CELLS:
-        held, (leaves, masks, R) = cell == "relaxed", cell_problem(3 if cell == "relaxed" else 4)
+        frozen, (leaves, masks, R) = cell == "relaxed", cell_problem(3 if cell == "relaxed" else 4)
         check(*(
-            values_and_gradients(m, cell, leaves, masks, R, 3, FrozenReLU() if held else None, norm).values()
+            values_and_gradients(m, cell, leaves, masks, R, 3, FrozenReLU() if frozen else None, norm).values()
             for m in (fused, reference)
         ))
     leaves, masks, R = cell_problem(3)
     for norm in reference.NORMS:
-        check(*(mixed(m, leaves, masks, R, directions(leaves, 1), norm=norm) for m in (fused, reference)), bound=2e-5)
+        along = directions(leaves, 1)
+        check(*(mixed_derivative(m, leaves, masks, R, along, norm=norm) for m in (fused, reference)), bound=2e-5)
     linear_cross_entropy.SKIP_FROM = 1
     *floats, y = decoder_problem(3, 6, 20, 50, 1, 0.75)
     hiddens, mask, embedding, bias = (a.float().to(device) for a in floats)
     y = y.to(device)
     for precision, scale, bound in (("fp32", 1, 1e-5), ("bf16", 0.3, 0.02)):
         check(*(
-            of_the_loss(engine, scale * hiddens, mask, scale * embedding, bias, y, seed=1)
+            loss_derivatives(engine, scale * hiddens, mask, scale * embedding, bias, y, seed=1)
             for engine in (Engine("fused", precision), Engine())
         ), bound)
 
@@ -79,14 +80,14 @@ assert len(used) > 10
 assert fused.relaxed_node.compiled() is not fused.relaxed_node.__wrapped__
 for kernel in used:
     kernel.search = None
-compare()  # now with the code that was kept, and nothing else
+compare()  # runs the cached code alone, without a search
 print("equal")
 """
 
 
 @needs_compiler
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=tiny.on_cuda)])
-def test_compiled_kernels_are_the_definition(device):
+def test_compiled_kernels_match_reference(device):
     done = run_compiling(COMPARE, ON=device)
     assert done.stdout.strip() == "equal", done.stderr
 
@@ -123,12 +124,12 @@ print("found")
 
 
 @needs_compiler
-def test_code_once_found_is_called_for_what_it_was_compiled_for():
+def test_cached_code_is_selected_by_shape_stride_dtype_and_scalar():
     done = run_compiling(KINDS)
     assert done.stdout.strip() == "found", done.stderr
 
 
-EVALUATED = """
+EVALUATE = """
 import sys
 sys.path[:0] = ["tests/engine", "tests", "."]
 import torch, tiny
@@ -147,8 +148,8 @@ print(Graphs.failed)
 
 @needs_compiler
 @tiny.on_cuda
-def test_on_cuda_compiled_kernels_are_replayed():
-    done = run_compiling(EVALUATED)
+def test_on_cuda_compiled_kernels_run_in_cuda_graphs():
+    done = run_compiling(EVALUATE)
     assert done.stdout.strip() == "False", done.stderr
 
 
@@ -168,8 +169,8 @@ for n in range(3):
 
 
 @needs_compiler
-def test_code_that_wants_the_storage_of_two_views_is_not_kept():
-    """torch hands it a tensor that is none of the arguments; the next call has another storage."""
+def test_code_is_not_cached_for_views_of_one_storage():
+    """Its code takes a tensor that is not an argument, and the next call has another storage, so no code is cached."""
     done = run_compiling(VIEWS)
     assert done.stdout.split("\n")[:3] == ["True True 0"] * 3, done.stdout + done.stderr
 
@@ -197,12 +198,12 @@ print(found == list(range(1, 12)))
 
 
 @needs_compiler
-def test_a_kernel_that_one_thread_has_made_is_compiled_in_another():
-    done = run_compiling(THREADS)  # as many kinds as torch.compile takes by itself, and more
+def test_kernel_compiles_in_a_second_thread():
+    done = run_compiling(THREADS)  # the code compiles more variants than the limit of torch.compile
     assert done.stdout.strip() == "True", done.stderr
 
 
-def test_without_a_compiler_one_line_says_so_and_the_functions_run():
+def test_missing_compiler_warns_once_and_runs_uncompiled():
     code = "import torch\nfrom engine.inductor import kernel\n"
     code += "f = kernel(lambda x, out: out.copy_(x + 1)); o = torch.zeros(2)\n"
     code += "f(o, o); f(o, o); print(o.tolist())"
@@ -214,7 +215,7 @@ def test_without_a_compiler_one_line_says_so_and_the_functions_run():
 
 @settings(deadline=None)
 @given(st.floats(-1e4, 1e4))
-def test_sigmoid_and_tanh(x):
+def test_sigmoid_and_tanh_match_torch_in_float64(x):
     x = torch.tensor(x, dtype=torch.float64)
     for found, expected in zip(
         (elementwise.sigmoid(x), *elementwise.sigmoid_tanh(x)), (x.sigmoid(), x.sigmoid(), x.tanh()), strict=True
@@ -224,14 +225,14 @@ def test_sigmoid_and_tanh(x):
 
 @settings(deadline=None)
 @given(st.floats(2**-100, 20, width=32), st.booleans())
-def test_tanh_in_float32_is_relatively_right_however_small(x, negative):
+def test_float32_tanh_has_small_relative_error(x, negative):
     x = torch.tensor(-x if negative else x, dtype=torch.float32)
     torch.testing.assert_close(elementwise.sigmoid_tanh(x)[1].double(), x.double().tanh(), rtol=3e-6, atol=0)
 
 
 @settings(deadline=None)
 @given(st.floats(-100, 100, width=32))
-def test_sigmoid_and_tanh_of_what_is_kept_in_bf16_are_wide(x):
+def test_sigmoid_and_tanh_of_bf16_inputs_are_computed_in_fp32(x):
     x = torch.tensor(x).bfloat16()
     wide = x.float()
     for found, expected in zip(elementwise.sigmoid_tanh(x, wide.dtype), (wide.sigmoid(), wide.tanh()), strict=True):
@@ -240,7 +241,7 @@ def test_sigmoid_and_tanh_of_what_is_kept_in_bf16_are_wide(x):
 
 @pytest.mark.parametrize("quicker", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_a_product_is_the_product_by_either_library(monkeypatch, quicker, transposed):
+def test_matmul_is_correct_with_either_library(monkeypatch, quicker, transposed):
     monkeypatch.setattr(matmul, "onednn_is_quicker", lambda: quicker)
     a, b, out = torch.randn(7, 400), torch.randn(400, 350), torch.empty(7, 350)
     b = b.t().contiguous().t() if transposed else b
@@ -248,20 +249,20 @@ def test_a_product_is_the_product_by_either_library(monkeypatch, quicker, transp
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_total_may_be_wider_than_what_is_added():
+def test_addmm_accumulates_bf16_products_in_fp32():
     a, b, total = torch.ones(2, 3).bfloat16(), torch.ones(3, 2).bfloat16(), torch.full((2, 2), 1000.0)
     addmm_(total, a, b)
-    assert torch.equal(total, torch.full((2, 2), 1003.0))  # which bf16 could not hold
+    assert torch.equal(total, torch.full((2, 2), 1003.0))  # bf16 cannot represent 1003
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_total_may_be_wider_than_the_rows_that_are_added(dtype):
+def test_add_rows_accumulates_in_fp32(dtype):
     total = torch.full((2,), 1000.0)
     add_rows(total, torch.ones(257, 2, dtype=dtype))
-    assert torch.equal(total, torch.full((2,), 1257.0))  # and bf16 could not hold 257
+    assert torch.equal(total, torch.full((2,), 1257.0))  # bf16 cannot represent 257
 
 
-def test_the_precision_of_products_is_set_inside_and_restored():
+def test_matmul_precision_is_restored_on_exit():
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     with matmul_precision("tf32"):
@@ -272,7 +273,7 @@ def test_the_precision_of_products_is_set_inside_and_restored():
     assert settings.fp32_precision == before
 
 
-def test_a_difference_is_taken_in_full_precision_when_all_else_is_in_tf32():
+def test_finite_difference_runs_in_full_precision_under_tf32():
     seen = []
     w, alphas = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
 
@@ -297,18 +298,18 @@ def test_a_difference_is_taken_in_full_precision_when_all_else_is_in_tf32():
     assert seen == [("train", "tf32"), ("valid", "tf32"), ("precise", "ieee"), ("precise", "ieee")]
 
 
-def test_every_evaluation_of_a_run_is_in_its_precision(monkeypatch, tmp_path):
+def test_every_evaluation_runs_in_the_chosen_precision(monkeypatch, tmp_path):
     corpus, settings = write_corpus(tmp_path, train=30, valid=16, test=16), []
 
-    def noting(model, *args):
+    def record_precision(model, *args):
         if not torch.is_grad_enabled():
             settings.append(torch.backends.cudnn.rnn.fp32_precision)
         return forward(model, *args)
 
     forward = RNNModel.forward
-    monkeypatch.setattr(RNNModel, "forward", noting)
+    monkeypatch.setattr(RNNModel, "forward", record_precision)
     flags = f"--data {corpus} --emsize 8 --batch_size 4 --bptt 6 --epochs 1 --lr 1 --device cpu"
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")  # which is what torch begins with
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")  # the initial setting of torch
     assert train_search.main([*flags.split(), "--save", str(tmp_path / "search")]) == 0
     assert train.main([*flags.split(), "--save", str(tmp_path / "run")]) == 0
     assert train.main([*flags.split(), "--finetune", str(tmp_path / "run"), "--save", str(tmp_path / "more")]) == 0

@@ -1,4 +1,4 @@
-"""The fused engine's mixed_derivative second derivative, of the alphas' gradient along a direction in the weights, is correct."""
+"""The fused engine computes the right mixed second derivative of a loss in the weights and the alphas."""
 
 from functools import partial
 
@@ -41,7 +41,7 @@ def directions(leaves, seed):
 
 
 def mixed_derivative(module, leaves, masks, R, direction, frozen=None, wrt=("alpha", "x", "h0"), norm="batch"):
-    """Returns the gradients of L in x, h0 and the weights, and the gradients in `wrt` of their dot hessian_product with `direction`.
+    """Returns the gradients g of L in x, h0 and the weights, and the gradients of (g . direction) in `wrt`.
 
     L is not linear in the hidden states.
     """
@@ -72,7 +72,7 @@ def test_fused_second_derivative_matches_eager_in_float64(size, alignment, norm)
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("size", [(3, 3, 2, 3, 3), (1, 2, 2, 2, 2), (2, 1, 2, 2, 2)])
 def test_second_derivative_matches_oracle(size, masked, norm):
-    """The oracle differentiates along the direction by a complex step, and that in each alpha by central differences."""
+    """The expected value is a complex step of the oracle along the direction, differenced centrally in each alpha."""
     leaves, masks, R = problem(*size, seed=3, masked=masked)
     direction = directions(leaves, 3)
     *_, actual = mixed_derivative(fused, leaves, masks, R, direction, wrt=("alpha",), norm=norm)
@@ -106,11 +106,13 @@ def test_fused_fp32_second_derivative_error_is_comparable_to_eager(T, B, H, seed
     errors = {reference: [], fused: []}
     for offset in (0, 0.001, 0.002, 0.003):
         shifted = {name: (1 + offset) * leaf for name, leaf in leaves.items()}
-        frozen = FrozenReLU()  # the active set of float64, because rounding decides near a kink
+        frozen = FrozenReLU()  # takes the active set of float64, since rounding decides near a kink
         exact = mixed_derivative(reference, shifted, masks, R, direction, frozen, norm=norm)
         short = {name: leaf.float() for name, leaf in shifted.items()}, [mask.float() for mask in masks], R.float()
         for module, relu in ((reference, frozen), (fused, padded(frozen))):
-            errors[module].append(relative_errors(*by_index(mixed_derivative(module, *short, direction, relu, norm=norm), exact)))
+            errors[module].append(
+                relative_errors(*by_index(mixed_derivative(module, *short, direction, relu, norm=norm), exact))
+            )
     eager, actual = ({i: max(e[i] for e in places) for i in places[0]} for places in errors.values())
     assert all(actual[i] <= max(2e-5, 5 * eager[i]) for i in actual), (actual, eager)
 
@@ -178,8 +180,8 @@ def test_linear_loss_along_a_single_weight_matches_eager(wanted):
 
 
 def loss_derivatives(engine, hiddens, mask, embedding, bias, y, seed):
-    """Returns the gradients of a nonlinear function of the loss, and the gradient in the hidden states of their dot hessian_product
-    with random directions."""
+    """Returns the gradients g of a nonlinear function of the loss, and the gradient of (g . direction) in the hidden
+    states, for a random direction."""
     generator = torch.Generator().manual_seed(seed)
     leaves = [leaf.clone().requires_grad_() for leaf in (hiddens, embedding, bias)]
     direction = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
@@ -202,7 +204,7 @@ def test_fused_loss_second_derivative_matches_eager(size, chunk, more):
 # The model.
 
 
-def hessian_product(model, batch, direction, **options):
+def hvp(model, batch, direction, **options):
     part = losses(model, batch, 0.3, 0.7, **options)
     first = torch.autograd.grad(part.total, model.weights(), create_graph=True)
     return torch.autograd.grad(first, model.alphas, direction)[0]
@@ -210,14 +212,14 @@ def hessian_product(model, batch, direction, **options):
 
 @pytest.mark.parametrize("fraternal", [0.0, 0.4])
 def test_model_hessian_product_matches_between_engines(fraternal):
-    """The loss includes AR, TAR, every kind of dropout, repeated words and, if `fraternal`, two passes over one batch."""
+    """The loss includes AR, TAR, every kind of dropout, repeated words and, with `fraternal`, two passes."""
     model = tiny.search_model()
     batch = tiny.batch(model, 1)
     if fraternal:
         batch = batch._replace(second_masks=model.sample_masks(tiny.B))
     direction = [torch.randn_like(w) for w in model.weights()]
     actual, expected = (
-        hessian_product(model.with_engine(Engine(name)), batch, direction, fraternal=fraternal) for name in ("fused", "eager")
+        hvp(model.with_engine(Engine(name)), batch, direction, fraternal=fraternal) for name in ("fused", "eager")
     )
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
@@ -225,7 +227,7 @@ def test_model_hessian_product_matches_between_engines(fraternal):
 @pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("copied", [True, False])
 def test_bf16_hessian_product_is_within_rounding_error_of_fp32(monkeypatch, copied, norm):
-    """The error is above zero, with the decoder copied or a strided view. Seed 7 gives a smooth model under every norm."""
+    """The error is above zero, with the decoder copied or strided. The weights of seed 7 are steep under no norm."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: copied)
     monkeypatch.setattr(linear_cross_entropy, "COPY_FROM", 1)
     model = tiny.search_model(seed=7, norm=norm).float()
@@ -233,7 +235,7 @@ def test_bf16_hessian_product_is_within_rounding_error_of_fp32(monkeypatch, copi
     batch = batch._replace(hidden=batch.hidden.float())
     direction = [torch.randn_like(w) for w in model.weights()]
     narrow, wide = (
-        hessian_product(model.with_engine(Engine("fused", precision)), batch, direction) for precision in ("bf16", "fp32")
+        hvp(model.with_engine(Engine("fused", precision)), batch, direction) for precision in ("bf16", "fp32")
     )
     assert 1e-5 < ((narrow - wide).norm() / wide.norm()).item() < 0.05
 

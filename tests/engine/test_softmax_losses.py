@@ -42,7 +42,7 @@ def mixture_probabilities(model, output):
 
 def mixture_model(experts=3, rates=tiny.RATES):
     torch.manual_seed(0)
-    return tiny.spread(retrain_model(tiny.V, tiny.H, rates, DARTS_V1, experts))
+    return tiny.randomize(retrain_model(tiny.V, tiny.H, rates, DARTS_V1, experts))
 
 
 def two_pass_batch(model, seed=3):
@@ -74,8 +74,8 @@ def test_mixture_probabilities_sum_to_one(seed, experts, hidden, words, scale):
         return scale * torch.randn(*shape, dtype=torch.float64)
 
     log_probs = softmax_losses.mixed(
-        normal(7, hidden), normal(words, hidden), normal(words), normal(hidden, experts), normal(hidden, experts * hidden),
-        normal(experts * hidden),
+        normal(7, hidden), normal(words, hidden), normal(words), normal(hidden, experts),
+        normal(hidden, experts * hidden), normal(experts * hidden),
     )  # fmt: skip
     torch.testing.assert_close(log_probs.logsumexp(-1), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-10)
 
@@ -110,14 +110,14 @@ def test_two_pass_loss_matches_equations(build):
     y, n = batch.y.flatten().tolist(), batch.y.numel()
     nll = sum(-math.log(p[v]) - math.log(q[v]) for p, q, v in zip(P, Q, y, strict=True)) / (2 * n)
     kl = sum((plain_kl(p, q) + plain_kl(q, p)) / 2 for p, q in zip(P, Q, strict=True)) / n
-    distance = sum((a - b) ** 2 for a, b in zip(*(o.flatten().tolist() for o in passes), strict=True)) / passes[0].numel()
+    apart = sum((a - b) ** 2 for a, b in zip(*(o.flatten().tolist() for o in passes), strict=True)) / passes[0].numel()
     ar = sum((o**2).mean().item() for o in passes) / 2
     tar = sum(((h[1:] - h[:-1]) ** 2).mean().item() for h in hiddens) / 2
     actual = losses(model, batch, alpha=0.3, beta=0.7, rdrop=0.9, fraternal=1.7)
     assert actual.nll.item() == pytest.approx(nll, rel=1e-12)
-    assert actual.total.item() == pytest.approx(nll + 0.3 * ar + 0.7 * tar + 0.9 * kl + 1.7 * distance, rel=1e-12)
+    assert actual.total.item() == pytest.approx(nll + 0.3 * ar + 0.7 * tar + 0.9 * kl + 1.7 * apart, rel=1e-12)
     assert kl > 1e-3
-    assert distance > 1e-3
+    assert apart > 1e-3
     assert torch.equal(actual.hidden, hiddens[0][-1])  # the state of the first pass
 
 

@@ -327,7 +327,7 @@ def test_out_of_memory_names_sizes_and_flags_that_need_less(kind, error, message
     assert train.signals.run_script(SCRIPTS[kind].main) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert message in last
-    assert "--emsize 6, --bptt 4 and 4 rows of --batch_size 4" in last
+    assert "--emsize 6, --bptt 4 and 4 of the 4 batch elements" in last
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

@@ -440,7 +440,7 @@ def test_directory_without_a_run_exits_2_with_one_line(command, text, tmp_path, 
     with pytest.raises(SystemExit) as end:
         main([command, "."])
     [line] = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and "no metrics.jsonl with a row of a run" in line
+    assert end.value.code == 2 and "no metrics.jsonl with records" in line
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -262,7 +262,7 @@ def test_watch_waits_for_a_first_record_but_not_for_a_directory(run, tmp_path, m
 
     monkeypatch.setattr("visualize.time.sleep", wait)
     assert main(["report", str(live), "--watch"]) == 0
-    assert "no metrics.jsonl with a row" in capsys.readouterr().out
+    assert "no metrics.jsonl with records" in capsys.readouterr().out
     assert (live / "report.html").exists()
     with pytest.raises(SystemExit) as end:
         main(["report", str(tmp_path / "nowhere"), "--watch"])

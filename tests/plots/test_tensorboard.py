@@ -11,7 +11,7 @@ import train
 import train_search
 from experiment import checkpoint, validate_arguments
 from experiment.run_directory import Run
-from plots.tensorboard import FOLDER, OF_ROW, TensorBoardLogger
+from plots.tensorboard import FOLDER, POSITION_FIELDS, TensorBoardLogger
 
 FLAGS = [*SIZES, "--tensorboard"]
 
@@ -27,7 +27,7 @@ def recorded_scalars(folder):
     scalars = {}
     for record in read_records(folder):
         for name, value in record.items():
-            if name not in OF_ROW and isinstance(value, int | float):
+            if name not in POSITION_FIELDS and isinstance(value, int | float):
                 scalars.setdefault(f"{record['kind']}/{name}", []).append((record["step"], value))
     return scalars
 

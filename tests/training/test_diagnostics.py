@@ -19,7 +19,16 @@ from experiment import checkpoint, progress
 from experiment.run_directory import Run
 from genotypes import Genotype, random_genotype
 from model_search import derive
-from training.diagnostics import ROWS, SEGMENTS, Diagnosis, Signal, cosine, dominant_eigenvalue, logits, sensitivity
+from training.diagnostics import (
+    MAX_BATCH_SIZE,
+    SEGMENTS,
+    Diagnosis,
+    Signal,
+    cosine,
+    dominant_eigenvalue,
+    logits,
+    sensitivity,
+)
 from training.losses import MicroBatches
 
 CELL = Genotype((("relu", 0), ("tanh", 1), ("identity", 0)), (1, 2, 3))
@@ -46,8 +55,8 @@ def test_the_eigenvalue_is_the_one_of_largest_magnitude_of_the_whole_hessian():
     state = places.get_state()
     product = here.hessian_product(places)
     places.set_state(state)
-    batch = here.batch(here.alphas_text, places, here.rows)._replace(masks=here.model.sample_masks(tiny.B)._replace(
-        word=None, embedding=None, x=None, hidden=None, output=None))  # fmt: skip
+    masks = here.model.sample_masks(tiny.B)._replace(word=None, embedding=None, x=None, hidden=None, output=None)
+    batch = here.batch(here.alphas_text, places, here.batch_size)._replace(masks=masks)
 
     def gradient(moved):
         with torch.no_grad():
@@ -225,7 +234,9 @@ def test_a_text_of_any_length_has_batches(length):
         assert torch.equal(batch.x[1:], batch.y[:-1])
 
 
-WIDE = f"--batch_size {ROWS + 8} --small_batch_size {ROWS // 2 + 4} --bptt_std 2 --limit_tokens 1000"
+WIDE = (
+    f"--batch_size {MAX_BATCH_SIZE + 8} --small_batch_size {MAX_BATCH_SIZE // 2 + 4} --bptt_std 2 --limit_tokens 1000"
+)
 
 
 @pytest.mark.parametrize("flags", ["", "--unrolled --optimizer momentum --engine eager", f"--unrolled {WIDE}"])

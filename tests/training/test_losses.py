@@ -1,4 +1,4 @@
-"""The training loss, its gradient in small batches, the scaled learning rate and the evaluation."""
+"""The training loss, dropout masks, gradients over micro-batches, learning-rate scaling and evaluation are correct."""
 
 import math
 
@@ -17,7 +17,7 @@ from training.losses import MicroBatches, losses
 
 
 def plain_nll(model, outputs, y):
-    """Mean over all positions of -log softmax, one position at a time."""
+    """Returns the mean of -log softmax over all target words, computed one word at a time."""
     total = 0.0
     for t in range(y.size(0)):
         for b in range(y.size(1)):
@@ -26,42 +26,42 @@ def plain_nll(model, outputs, y):
     return total / y.numel()
 
 
-def test_the_loss_is_nll_and_both_activation_terms():
+def test_loss_is_nll_plus_activation_regularization():
     model = tiny.discrete_model(DARTS_V1)
     batch = tiny.batch(model, 3)
     hiddens, _ = model(batch.x, batch.hidden, batch.masks)
     outputs = hiddens * batch.masks.output
-    found = losses(model, batch, alpha=0.7, beta=1.3)
+    actual = losses(model, batch, alpha=0.7, beta=1.3)
     nll = plain_nll(model, outputs, batch.y)
     ar = sum(value**2 for value in outputs.flatten().tolist()) / outputs.numel()
-    steps = [
+    differences = [
         (a - b) ** 2 for t in range(1, tiny.T) for a, b in zip(*hiddens[t - 1 : t + 1].flatten(1).tolist(), strict=True)
     ]
-    assert found.nll.item() == pytest.approx(nll, rel=1e-12)
-    assert found.total.item() == pytest.approx(nll + 0.7 * ar + 1.3 * sum(steps) / len(steps), rel=1e-12)
-    assert torch.equal(found.hidden, hiddens[-1])
+    assert actual.nll.item() == pytest.approx(nll, rel=1e-12)
+    assert actual.total.item() == pytest.approx(nll + 0.7 * ar + 1.3 * sum(differences) / len(differences), rel=1e-12)
+    assert torch.equal(actual.hidden, hiddens[-1])
 
 
-def test_a_single_time_step_has_no_temporal_term():
+def test_single_time_step_has_no_temporal_term():
     model = tiny.discrete_model(DARTS_V1)
     batch = tiny.batch(model, 3)
     batch = batch._replace(x=batch.x[:1], y=batch.y[:1])
-    found = losses(model, batch, beta=1.0)
-    assert found.total.item() == pytest.approx(found.nll.item())
+    actual = losses(model, batch, beta=1.0)
+    assert actual.total.item() == pytest.approx(actual.nll.item())
 
 
 @pytest.mark.parametrize(
     ("rate", "mask"),
     [("dropout", "output"), ("dropouth", "hidden"), ("dropoutx", "x"), ("dropouti", "embedding"), ("dropoute", "word")],
 )
-def test_each_rate_draws_its_own_mask(rate, mask):
+def test_each_dropout_rate_samples_its_own_mask(rate, mask):
     masks = tiny.discrete_model(DARTS_V1, DropoutRates(**{rate: 0.5})).sample_masks(4)
     assert {name for name, value in masks._asdict().items() if value is not None} == {mask}
     assert all(value is None for value in tiny.discrete_model(DARTS_V1, DropoutRates()).sample_masks(4))
 
 
-def test_every_mask_acts_at_its_place():
-    """The model is: embed, drop words, drop elements, cell with both of its masks; then the outputs are dropped."""
+def test_each_mask_is_applied_where_it_belongs():
+    """The word and embedding masks act on the embedding, two masks act in the cell, and the output mask on its outputs."""
     model = tiny.discrete_model(DARTS_V1)
     batch = tiny.batch(model, 3)
     masks = batch.masks
@@ -75,35 +75,38 @@ def test_every_mask_acts_at_its_place():
     torch.testing.assert_close(model.nll(hiddens, batch.y, masks), nll)
 
 
-def test_a_dropped_word_type_is_dropped_wherever_it_stands():
+def test_word_mask_drops_every_occurrence_of_a_word():
     model = tiny.discrete_model(DARTS_V1, DropoutRates())
     x = torch.tensor([[1, 2], [2, 1]])
     word = torch.ones(tiny.V, 1, dtype=torch.float64)
     word[2] = 0
     with torch.no_grad():
-        found, _ = model(x, model.initial_hidden(2), Masks(word=word))
+        actual, _ = model(x, model.initial_hidden(2), Masks(word=word))
         model.embedding[2] = 0
         expected, _ = model(x, model.initial_hidden(2))
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 @settings(max_examples=30, deadline=None)
 @given(p=st.floats(0.01, 0.95), seed=st.integers(0, 10**6))
-def test_a_mask_is_zero_or_the_inverse_of_what_is_kept(p, seed):
+def test_mask_elements_are_zero_or_inverse_keep_probability(p, seed):
     torch.manual_seed(seed)
     mask = sample_mask(200, 200, p, torch.zeros((), dtype=torch.float64))
-    kept = mask != 0
-    torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - p)))
+    nonzero = mask != 0
+    torch.testing.assert_close(mask[nonzero], torch.full_like(mask[nonzero], 1 / (1 - p)))
     deviation = math.sqrt(p * (1 - p) / mask.numel())
-    assert abs(kept.double().mean().item() - (1 - p)) < 6 * deviation
+    assert abs(nonzero.double().mean().item() - (1 - p)) < 6 * deviation
 
 
 @pytest.mark.parametrize("small", [1, 2, 3, 6])
 @pytest.mark.parametrize("engine", ["eager", "fused"])
 @pytest.mark.parametrize("cell", ["discrete", "layer", "none"])
-def test_small_batches_of_a_cell_whose_rows_are_independent_are_the_whole_batch(cell, engine, small):
-    """A discrete cell, and a relaxed one without batch normalisation. Every dropout on: the masks are the whole
-    batch's, so loss, gradient and hidden state are the same."""
+def test_micro_batches_match_whole_batch_for_independent_elements(cell, engine, small):
+    """Batch elements are independent in a discrete cell and in a relaxed one without batch normalisation.
+
+    Every kind of dropout is on. The micro-batches share the masks of the whole batch, so loss, gradient and hidden
+    state are equal.
+    """
     model = tiny.discrete_model(DARTS_V1) if cell == "discrete" else tiny.search_model(norm=cell)
     model = model.with_engine(Engine(engine))
     batch = tiny.batch(model, 4)
@@ -116,10 +119,10 @@ def test_small_batches_of_a_cell_whose_rows_are_independent_are_the_whole_batch(
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
 
-def test_four_small_batches_of_a_relaxed_cell_are_one_large_one():
-    """Dropout off; the large batch is four copies of a small one, so that both have the same statistics."""
+def test_micro_batches_match_whole_batch_with_equal_batch_statistics():
+    """The large batch is four copies of a small one without dropout, so that both have the same batch statistics."""
     model = tiny.search_model(DropoutRates())
-    small = tiny.batch(model, 5, rows=3)
+    small = tiny.batch(model, 5, batch_size=3)
     large = small._replace(x=small.x.repeat(1, 4), y=small.y.repeat(1, 4), hidden=small.hidden.repeat(4, 1))
     results = []
     for size in (12, 3):
@@ -130,14 +133,14 @@ def test_four_small_batches_of_a_relaxed_cell_are_one_large_one():
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
 
-def test_the_weight_step_leaves_the_alphas_alone():
+def test_weight_step_gives_alphas_no_gradient():
     model = tiny.search_model()
     accumulate_gradients(MicroBatches(model, tiny.batch(model, 1), 3), model.weights())
     assert model.alphas.grad is None
     assert all(w.grad is not None for w in model.weights())
 
 
-def test_the_learning_rate_is_scaled_inside_and_restored_after_an_error():
+def test_scaled_lr_is_restored_after_an_error():
     w = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([w], lr=20.0)
     with pytest.raises(ZeroDivisionError), scaled_lr(optimizer, 17 / 35) as eta:
@@ -147,8 +150,8 @@ def test_the_learning_rate_is_scaled_inside_and_restored_after_an_error():
 
 
 @pytest.mark.parametrize("bptt", [1, 3, 7, 100])
-def test_evaluation_is_the_mean_over_every_predicted_word(bptt):
-    """Carried state and any cut into segments: the same as one pass over the whole text, and no dropout."""
+def test_evaluation_loss_is_the_mean_over_all_words(bptt):
+    """Evaluation in segments of any length carries the state, uses no dropout, and equals one pass over the text."""
     model = tiny.discrete_model(DARTS_V1, DropoutRates(0.5, 0.5, 0.5, 0.5, 0.5))
     source = torch.randint(tiny.V, (23, 3), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

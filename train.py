@@ -1,6 +1,6 @@
-"""Retrain a cell from scratch and measure it: SGD, then averaged SGD once the validation loss stops falling.
+"""Retrains a cell from scratch and measures it: SGD, then averaged SGD once the validation loss stops falling.
 
-    python train.py --arch DARTS                                       # published setting; wants a GPU
+    python train.py --arch DARTS                                       # at the published sizes, for a GPU
     python train.py --data builtin --arch runs/search-... --emsize 64 --batch_size 32 --epochs 8
 
 The paper gives 3 days on a 1080Ti for the first; the second takes a minute on a CPU. Both end with the test
@@ -27,11 +27,11 @@ from training.gradients import clipped_gradient, scaled_lr
 from training.losses import Batch, MicroBatches
 from training.optimizers import NonMonotonicTrigger, averaged, new_optimizer
 
-REASONS = ("patience", "nonmono")  # to stop before the last epoch
+REASONS = ("patience", "nonmono")  # the reasons to stop before the last epoch
 
 
 class RetrainState:
-    """What retraining trains: the weights of one cell, by SGD and then by averaged SGD."""
+    """What retraining trains and saves: the weights of one cell, and their optimizer."""
 
     def __init__(self, experiment: Experiment):
         args, ranks = experiment.args, experiment.ranks
@@ -57,13 +57,16 @@ class RetrainState:
         return new_optimizer(phase, self.weights, self.args.lr, self.update)
 
     def capture(self) -> None:
-        """On CUDA, the gradient becomes a graph that is replayed."""
+        """Makes the gradient replay as a CUDA graph, on CUDA."""
         self.replayed_gradient = self.model.engine.with_cuda_graphs(self.gradient, self.train_text.device)
 
     # --- the step ---
 
     def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (nats per word), hidden state (B, S) and gradient norm of a training batch; the gradient is in .grad."""
+        """Computes the clipped gradient of a training batch into .grad.
+
+        Returns the loss (nats per word), the last hidden states (B, S), and the norm of the gradient before clipping.
+        """
         args, masks = self.args, self.model.sample_masks(self.batch_size)
         two_passes = args.rdrop > 0 or args.fraternal > 0
         batch = Batch(x, y, hidden, masks, self.model.sample_masks(self.batch_size) if two_passes else None)
@@ -74,7 +77,7 @@ class RetrainState:
         return clipped_gradient(losses, self.weights, self.update, self.ranks.all_reduce_mean)
 
     def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss (nats per word) and gradient norm of a training batch; the gradient is in .grad."""
+        """Computes the clipped gradient of a training batch into .grad; returns loss (nats per word) and norm."""
         nll, self.hidden, norm = self.replayed_gradient(x, y, self.hidden)
         return nll, norm
 
@@ -90,13 +93,16 @@ class RetrainState:
         return ""
 
     def reason_to_stop(self, valid_loss: float) -> str:
-        """Why training should end after an epoch with this loss; with --finetune, what starts averaging elsewhere."""
+        """Returns the reason to stop after an epoch with this loss, or "" to continue.
+
+        With --finetune, which averages from the start, the condition that starts averaging elsewhere ends the run.
+        """
         if self.patience.step(valid_loss):
             return "patience"
         return "nonmono" if self.args.finetune and self.trigger.step(valid_loss) else ""
 
     def switches_to_averaging(self, valid_loss: float) -> bool:
-        """Whether NT-ASGD is to average the weights from here on."""
+        """Returns whether NT-ASGD should start to average the weights."""
         return self.phase == "sgd" and self.args.optimizer == "ntasgd" and self.trigger.step(valid_loss)
 
     def switch_to_averaging(self) -> None:
@@ -130,19 +136,19 @@ class RetrainState:
         return {"trigger": {"losses": [1.0]}, "optimizer": checkpoint.optimizer_template(optimizer)}
 
     def validate(self, saved: dict[str, Any]) -> None:
-        if self.ranks.is_main and saved["best"] < float("inf"):  # what the result is made from
+        if self.ranks.is_main and saved["best"] < float("inf"):  # the result is computed from best.pt
             best = checkpoint.load(self.run.folder / "best.pt")
             checkpoint.validate_state(best, {"model": self.model.state_dict(), "best": 1.0})
 
     def load_best(self) -> float:
-        """Puts back the weights of best.pt, averaged ones if it has them, and returns their validation loss."""
+        """Loads the weights of best.pt, which are averaged ones in the phase "asgd"; returns their validation loss."""
         best = checkpoint.load(self.run.folder / "best.pt")
         self.model.load_state_dict(best["model"])
         return best["best"]
 
 
 def retrain(experiment: Experiment, state: RetrainState) -> None:
-    """SGD, then averaged SGD from the epoch on in which the validation loss stops falling (NT-ASGD)."""
+    """Trains by SGD, and by averaged SGD after the validation loss has stopped falling (NT-ASGD)."""
     args = experiment.args
     for _ in experiment.epochs():
         with experiment.rollback_on_divergence(state):
@@ -165,14 +171,14 @@ def retrain(experiment: Experiment, state: RetrainState) -> None:
 
 
 def load_finetuned(experiment: Experiment, state: RetrainState) -> None:
-    """Starts from the best weights of the run that --finetune names, and only a lower validation loss is better."""
+    """Loads the best weights of the run that --finetune names; only a lower validation loss replaces them as best."""
     path = Path(experiment.args.finetune, "best.pt")
     with resume.restoring(experiment.parser, experiment.run, path):
         first = experiment.ranks.broadcast_from_main(lambda: checkpoint.load(path))
         checkpoint.validate_state(first, {"model": state.model.state_dict()})
         state.model.load_state_dict(first["model"])
         experiment.best = experiment.evaluate(state.model, state.valid_text, "valid")
-        checkpoint.validate_state(experiment.best, 1.0, "its validation loss")  # a number
+        checkpoint.validate_state(experiment.best, 1.0, "its validation loss")  # raises if it is no number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,10 +187,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_train(experiment: Experiment) -> int:
-    """Retraining from its first or last checkpoint to result.json; returns the exit code."""
+    """Retrains a cell from its start or its last checkpoint to result.json; returns the exit code."""
     args, corpus, run = experiment.args, experiment.corpus, experiment.run
     if args.tensorboard and experiment.ranks.is_main:
-        from plots.tensorboard import TensorBoardLogger  # needs more than the scripts do
+        from plots.tensorboard import TensorBoardLogger  # imported only here, since it needs another package
 
         run.tensorboard = TensorBoardLogger(run.folder, vars(args))
     state = RetrainState(experiment)

@@ -1,10 +1,10 @@
-"""Search a recurrent cell by gradient descent: weights on the training text, alphas on the validation text.
+"""Searches a recurrent cell by gradient descent: weights on the training text, alphas on the validation text.
 
-    python train_search.py --unrolled                                  # published setting; wants a GPU
+    python train_search.py --unrolled                                  # at the published sizes, for a GPU
     python train_search.py --data builtin --emsize 64 --batch_size 32 --epochs 4
 
-The published code took 4 h 21 min on a V100 for the first; the second takes a minute on a CPU. Both
-end with a genotype in the run directory; `python train.py --arch RUN` retrains it.
+The published code took 4 h 21 min on a V100 for the first; the second takes a minute on a CPU. Both write a genotype
+to the run directory, and `python train.py --arch RUN` retrains it.
 """
 
 import sys
@@ -31,11 +31,11 @@ from training.losses import Batch, MicroBatches
 from training.optimizers import averaged, new_optimizer, velocity
 from utils import Cursor
 
-REASONS = ("patience", "stable", "identity")  # to stop before the last epoch
+REASONS = ("patience", "stable", "identity")  # the reasons to stop before the last epoch
 
 
 class SearchState:
-    """What a search trains: the weights and the alphas, and where it reads either text."""
+    """What a search trains and saves: the weights, the alphas, their optimizers, and its positions in both texts."""
 
     def __init__(self, experiment: Experiment):
         args, ranks = experiment.args, experiment.ranks
@@ -68,7 +68,7 @@ class SearchState:
     def architect_of(self, model: RNNModelSearch, micro_batch_size: int, hessian: str | None) -> Architect:
         """Returns the optimizer of the alphas, for a model with any engine and so many batch elements at a time."""
         args, at_once = self.args, {"small_batch_size": micro_batch_size}
-        precise = model.with_engine(Engine(args.engine))  # a difference of nearby weights needs every digit
+        precise = model.with_engine(Engine(args.engine))  # the central difference needs full precision
         regularised = {**at_once, "alpha": args.alpha, "beta": args.beta}
         return Architect(
             self.weights, model.alphas, partial(MicroBatches, model, **regularised),
@@ -78,7 +78,7 @@ class SearchState:
         )  # fmt: skip
 
     def capture(self) -> None:
-        """On CUDA, the two steps become graphs that are replayed."""
+        """Makes both steps replay as CUDA graphs, on CUDA."""
         engine, device = self.model.engine, self.train_text.device
         self.replayed_gradient = engine.with_cuda_graphs(self.gradient, device)
         self.replayed_alpha_step = engine.with_cuda_graphs(self.step_alphas, device, beside=self.replayed_gradient)
@@ -88,8 +88,8 @@ class SearchState:
     def step_alphas(
         self, eta: Tensor, x: Tensor, y: Tensor, hidden: Tensor, x_valid: Tensor, y_valid: Tensor, hidden_valid: Tensor
     ) -> tuple[Tensor]:
-        """The hidden state (B, H) that the validation batch ends in."""
-        masks = self.model.sample_masks(self.batch_size)  # the same in every pass over the training batch
+        """Takes a step on the alphas; returns the hidden states (B, H) after the validation batch."""
+        masks = self.model.sample_masks(self.batch_size)  # the same masks in each pass over the training batch
         masks = masks._replace(relu=FrozenReLU() if self.hessian == "finite" else None)
         valid_masks = self.model.sample_masks(self.arch_batch_size)
         return (
@@ -102,29 +102,32 @@ class SearchState:
         )
 
     def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (nats per word), hidden state (B, H) and gradient norm of a training batch; the gradient is in .grad."""
+        """Computes the clipped gradient of a training batch into .grad.
+
+        Returns the loss (nats per word), the last hidden states (B, H), and the norm of the gradient before clipping.
+        """
         args, batch = self.args, Batch(x, y, hidden, self.model.sample_masks(self.batch_size))
         losses = MicroBatches(self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta)
         return clipped_gradient(losses, self.weights, self.update, self.ranks.all_reduce_mean)
 
     def alpha_step(self, lr: float, x: Tensor, y: Tensor) -> None:
-        """Moves the alphas down the gradient of the next validation batch's loss at the weights that the next weight
-        step would give (with --unrolled) or at the present ones."""
+        """Moves the alphas down the gradient of the next validation batch's loss, at the weights after the next weight
+        step (with --unrolled) or at the present weights."""
         x_valid, y_valid, wrapped = self.valid_batches.take(len(x))  # (T, B) each
         if wrapped:
             self.hidden_valid = self.model.initial_hidden(self.arch_batch_size)
-        eta = torch.full((), lr, device=x.device)  # a number would be a graph of its own on CUDA
+        eta = torch.full((), lr, device=x.device)  # a tensor, since a number would need a CUDA graph for each value
         [self.hidden_valid] = self.replayed_alpha_step(eta, x, y, self.hidden, x_valid, y_valid, self.hidden_valid)
 
     def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss (nats per word) and gradient norm of a training batch; the gradient is in .grad."""
+        """Computes the clipped gradient of a training batch into .grad; returns loss (nats per word) and norm."""
         nll, self.hidden, norm = self.replayed_gradient(x, y, self.hidden)
         return nll, norm
 
-    # --- what it has found ---
+    # --- the result so far ---
 
     def derived(self) -> tuple[Genotype, list[list[float]]]:
-        """The genotype that the search would end with now, and the probabilities (N(N+1)/2, K) that it follows from."""
+        """Returns the present genotype and the probabilities (N(N+1)/2, K) that it is derived from."""
         with averaged(self.architect.optimizer):
             return self.model.genotype(), self.model.alphas.softmax(-1).tolist()
 
@@ -141,7 +144,7 @@ class SearchState:
         return str(self.derived()[0])
 
     def diagnose(self, progress: Any) -> None:
-        """With --diagnose_every, measures whether the alphas' gradient has a signal."""
+        """Measures the alphas' gradient (docs/signal.md) every --diagnose_every steps."""
         if self.diagnosis and progress.step % self.args.diagnose_every == 0:
             with progress.paused():
                 eta = self.optimizer.param_groups[0]["lr"]
@@ -149,14 +152,14 @@ class SearchState:
             progress.close_diagnosis(signal)
 
     def write_genotype(self, epoch: int) -> None:
-        """What the search has found at the end of this epoch, to genotype.json."""
+        """Writes genotype.json: the genotype at the end of this epoch and its probabilities."""
         genotype, probabilities = self.derived()
         self.run.write("genotype.json", {
             "genotype": to_json(genotype), "text": str(genotype), "epoch": epoch, "probabilities": probabilities,
         })  # fmt: skip
 
     def reason_to_stop(self, epoch: int, valid_loss: float) -> str:
-        """Puts the genotype of this epoch on record, and says why the search should end with it, if it should."""
+        """Records the genotype of this epoch; returns the reason to stop the search, or "" to continue."""
         args, genotype = self.args, self.derived()[0]
         collapsed = epoch > args.arch_start and identities(genotype) > args.max_identity
         if collapsed and self.history:
@@ -194,7 +197,7 @@ class SearchState:
         self.hidden, self.hidden_valid = (
             self.ranks.shard(saved[name]).to(device) for name in ("hidden", "hidden_valid")
         )
-        self.capture()  # what was captured holds the old state of the alphas' optimizer
+        self.capture()  # captured graphs refer to the old state of the alphas' optimizer
 
     def template(self, saved: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -204,7 +207,7 @@ class SearchState:
 
     def validate(self, saved: dict[str, Any]) -> None:
         check_history(saved["history"], saved["progress"]["epoch"] - 1, saved["stopped_by"] == "identity")
-        if self.ranks.is_main and saved["stopped_by"] == "patience":  # what the result is made from
+        if self.ranks.is_main and saved["stopped_by"] == "patience":  # the result is computed from best.pt
             best = checkpoint.load(self.run.folder / "best.pt")
             form = {"model": self.model.state_dict(), "progress": {"epoch": 1}}
             checkpoint.validate_state(
@@ -214,11 +217,11 @@ class SearchState:
                 raise ValueError("its best epoch is not in its history")
 
     def load_best(self) -> int:
-        """Puts back the weights and alphas of best.pt, and returns their epoch."""
+        """Loads the weights and alphas of best.pt; returns their epoch."""
         best = checkpoint.load(self.run.folder / "best.pt")
         self.model.load_state_dict(best["model"])
         self.architect.load_state_dict(best["arch_optimizer"])
-        self.optimizer.state.clear()  # an average of later weights
+        self.optimizer.state.clear()  # the average is that of later weights
         epoch = best["progress"]["epoch"] - 1
         self.write_genotype(epoch)
         return epoch
@@ -255,10 +258,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_search(experiment: Experiment) -> int:
-    """A search from its first or last checkpoint to result.json; returns the exit code."""
+    """Runs a search from its start or its last checkpoint to result.json; returns the exit code."""
     args, corpus, run = experiment.args, experiment.corpus, experiment.run
     if args.tensorboard and experiment.ranks.is_main:
-        from plots.tensorboard import TensorBoardLogger  # needs more than the scripts do
+        from plots.tensorboard import TensorBoardLogger  # imported only here, since it needs another package
 
         run.tensorboard = TensorBoardLogger(run.folder, vars(args))
     state = SearchState(experiment)

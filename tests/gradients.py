@@ -1,6 +1,6 @@
-"""Gradients of a search's step, on as many ranks as there are: what test_distributed.py runs by itself and by torchrun.
+"""Computes the gradients of a search step on one or more ranks, for test_distributed.py, which also calls torchrun.
 
-python tests/gradients.py FILE ROWS_AT_ONCE NORM
+python tests/gradients.py FILE MICRO_BATCH_SIZE NORM
 """
 
 import sys
@@ -23,7 +23,7 @@ V, H, B, T = 50, 12, 8, 4
 
 
 def batch(ranks, seed, relu=None):
-    """This rank's rows of it, with a state that is not zero and nothing dropped."""
+    """Returns this rank's shard of a random batch with a nonzero state and without dropout."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(V, (T + 1, B), generator=generator)
     hidden = 0.1 * torch.randn(B, H, generator=generator, dtype=torch.float64)
@@ -32,8 +32,8 @@ def batch(ranks, seed, relu=None):
 
 
 def gradients(ranks, micro_batch_size, norm):
-    """By name: of the alphas in first order and unrolled, of the weights, and the loss and the norm."""
-    found = {}
+    """Returns by name the gradients of the alphas (first-order, unrolled) and of the weights, the loss and the norm."""
+    result = {}
     for name in ("eager", "fused"):
         torch.manual_seed(5)
         model = RNNModelSearch(V, H, DropoutRates(), norm=norm, init_range=0.32).double().with_engine(Engine(name))
@@ -49,14 +49,14 @@ def gradients(ranks, micro_batch_size, norm):
             )  # fmt: skip
             train, valid = batch(ranks, 1, FrozenReLU()), batch(ranks, 2)
             direct, implicit, hidden = architect.gradient(train, valid, eta=5.0)
-            found[f"{name}, alphas, {hessian}"] = direct if implicit is None else direct - implicit
-            found[f"{name}, hidden, {hessian}"] = ranks.all_gather(hidden)
+            result[f"{name}, alphas, {hessian}"] = direct if implicit is None else direct - implicit
+            result[f"{name}, hidden, {hessian}"] = ranks.all_gather(hidden)
         nll, hidden, size = clipped_gradient(
             train_loss(batch(ranks, 1)), weights, WeightUpdate(0.25), ranks.all_reduce_mean
         )
-        found |= {f"{name}, nll": nll, f"{name}, norm": size, f"{name}, hidden": ranks.all_gather(hidden)}
-        found |= {f"{name}, weight {i}": weight.grad for i, weight in enumerate(weights)}
-    return found
+        result |= {f"{name}, nll": nll, f"{name}, norm": size, f"{name}, hidden": ranks.all_gather(hidden)}
+        result |= {f"{name}, weight {i}": weight.grad for i, weight in enumerate(weights)}
+    return result
 
 
 if __name__ == "__main__":

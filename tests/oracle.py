@@ -1,12 +1,12 @@
-"""The recurrent cell written a second time, in numpy, from its equations alone, for tests to compare against.
+"""A second implementation of the recurrent cell, in numpy and from its equations alone, for tests to compare against.
 
-Every sum is the loop that the equation writes; nothing is factored or folded. Source: Liu, Simonyan & Yang,
+Every sum is a loop, as in its equation; nothing is factored or folded. Source: Liu, Simonyan & Yang,
 "DARTS: Differentiable Architecture Search", ICLR 2019, sections 2.1, 2.2, 2.4 and appendix A.1.
 
-The cell's functions take complex numbers too, and are analytic in them (no abs, no conjugate; relu and the
-softmax's maximum look at the real part alone), so that `complex_step_gradient` is exact to rounding.
+The functions of the cell also take complex numbers and are analytic in them (no abs, no conjugate; relu and the
+maximum in softmax use the real part alone), so that `complex_step_gradient` is exact to rounding.
 
-Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives.
+Shapes: T time steps, B batch size, E embedding, H hidden, N nodes, K primitives.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ def relu(z):
 
 
 def sigmoid(z):
-    return (1 + np.tanh(z / 2)) / 2  # 1 / (1 + exp(-z)), which would overflow
+    return (1 + np.tanh(z / 2)) / 2  # equals 1 / (1 + exp(-z)), which would overflow
 
 
 def identity(z):
@@ -34,14 +34,14 @@ def identity(z):
 ACTIVATION = {"tanh": tanh, "relu": relu, "sigmoid": sigmoid, "identity": identity}
 
 
-def softmax(row):
-    """Softmax of one row of logits, (K,) -> (K,)."""
-    e = np.exp(row - row.real.max())
+def softmax(logits):
+    """Returns the softmax of the logits of one edge, (K,) -> (K,)."""
+    e = np.exp(logits - logits.real.max())
     return e / e.sum()
 
 
 def batch_norm(s):
-    """Each column by its mean and biased variance over the B rows, no affine part, (B, H) -> (B, H)."""
+    """Normalises each unit by its mean and biased variance over the batch, no affine part, (B, H) -> (B, H)."""
     mean = s.sum(axis=0) / len(s)
     deviation = s - mean
     variance = (deviation * deviation).sum(axis=0) / len(s)
@@ -49,25 +49,25 @@ def batch_norm(s):
 
 
 def layer_norm(s):
-    """Each row by its mean and biased variance over the H units, no affine part, (B, H) -> (B, H)."""
-    rows = []
-    for row in s:
-        deviation = row - row.sum() / len(row)
-        rows.append(deviation / np.sqrt((deviation * deviation).sum() / len(row) + NORM_EPS))
-    return np.stack(rows)
+    """Normalises each batch element by its mean and biased variance over units, no affine part, (B, H) -> (B, H)."""
+    normalised = []
+    for state in s:
+        deviation = state - state.sum() / len(state)
+        normalised.append(deviation / np.sqrt((deviation * deviation).sum() / len(state) + NORM_EPS))
+    return np.stack(normalised)
 
 
 NORM = {"batch": batch_norm, "layer": layer_norm, "none": identity}
 
 
 def split(product):
-    """The two halves of a product, (B, 2H) -> c (B, H), h (B, H); c is the gate's."""
+    """Splits a matrix product (B, 2H) into the gate's c (B, H) and the candidate's h (B, H)."""
     H = product.shape[1] // 2
     return product[:, :H], product[:, H:]
 
 
 def cell_input(x, h_prev, W0, x_mask, h_mask):
-    """s_0 = h_prev + sigmoid(c0) * (tanh(h0) - h_prev), not normalised.
+    """Returns s_0 = h_prev + sigmoid(c0) * (tanh(h0) - h_prev), not normalised.
 
     x (B, E), h_prev (B, H), W0 (E + H, 2H), x_mask (B, E), h_mask (B, H) -> (B, H).
     """
@@ -76,10 +76,10 @@ def cell_input(x, h_prev, W0, x_mask, h_mask):
 
 
 def relaxed_step(x, h_prev, W0, Ws, alpha, x_mask, h_mask, norm):
-    """One time step of the relaxed cell, x (B, E), h_prev (B, H) -> (B, H); see `relaxed_sequence`."""
+    """Computes one time step of the relaxed cell, x (B, E), h_prev (B, H) -> (B, H); see `relaxed_sequence`."""
     N = len(Ws)
-    s = [NORM[norm](cell_input(x, h_prev, W0, x_mask, h_mask))]  # s_0, s_1, ... s_N, all normalised
-    edge = 0  # row of alpha
+    s = [NORM[norm](cell_input(x, h_prev, W0, x_mask, h_mask))]  # s_0, s_1, ..., s_N, all normalised
+    edge = 0  # the index of an edge, a row of alpha
     for i in range(1, N + 1):
         total = 0
         for j in range(i):
@@ -95,7 +95,7 @@ def relaxed_step(x, h_prev, W0, Ws, alpha, x_mask, h_mask, norm):
 
 
 def discrete_step(x, h_prev, W0, Ws, recurrent, concat, x_mask, h_mask):
-    """One time step of a discrete cell, x (B, E), h_prev (B, H) -> (B, H); see `discrete_sequence`."""
+    """Computes one time step of a discrete cell, x (B, E), h_prev (B, H) -> (B, H); see `discrete_sequence`."""
     s = [cell_input(x, h_prev, W0, x_mask, h_mask)]
     for i, (name, j) in enumerate(recurrent, start=1):
         c, h = split((s[j] * h_mask) @ Ws[i - 1])
@@ -105,13 +105,13 @@ def discrete_step(x, h_prev, W0, Ws, recurrent, concat, x_mask, h_mask):
 
 
 def relaxed_sequence(x, h0, W0, Ws, alpha, x_mask, h_mask, norm="batch"):
-    """The relaxed cell over T steps, each step's output the next step's hidden state; returns (T, B, H).
+    """Runs the relaxed cell over T time steps, each output being the next hidden state; returns (T, B, H).
 
     x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N matrices (H, 2H), as a list or one (N, H, 2H) array;
-    alpha (N(N+1)/2, K) logits, in rows for node 1 from 0, node 2 from 0, node 2 from 1, node 3 from 0, ...,
-    in columns as PRIMITIVES; x_mask (B, E) and h_mask (B, H), already scaled, the same at all T steps.
-    The masks act on what enters a product, nowhere else. Every s_j that enters a node is the normalised one; with norm
-    "none" nothing is normalised, and a node is the mean over its predecessors instead of their sum.
+    alpha (N(N+1)/2, K) logits, with the edges in the order 0 to node 1, 0 to 2, 1 to 2, 0 to 3, ..., and the columns
+    in the order of PRIMITIVES; x_mask (B, E) and h_mask (B, H), already scaled, the same at all T time steps.
+    The masks act on the inputs of matrix products and nowhere else. Every s_j that enters a node is normalised. With
+    norm "none" nothing is normalised, and a node is the mean over its predecessors instead of their sum.
     """
     hidden, outputs = h0, []
     for t in range(len(x)):
@@ -121,10 +121,10 @@ def relaxed_sequence(x, h0, W0, Ws, alpha, x_mask, h_mask, norm="batch"):
 
 
 def discrete_sequence(x, h0, W0, Ws, recurrent, concat, x_mask, h_mask):
-    """A discrete cell over T steps, with no batch normalisation; returns (T, B, H).
+    """Runs a discrete cell over T time steps, without batch normalisation; returns (T, B, H).
 
     recurrent: (op, predecessor) of nodes 1..N, predecessor 0 being s_0; concat: the nodes, counted from 1,
-    whose mean is the output. All else as in `relaxed_sequence`.
+    whose mean is the output. The other arguments are those of `relaxed_sequence`.
     """
     hidden, outputs = h0, []
     for t in range(len(x)):
@@ -134,10 +134,10 @@ def discrete_sequence(x, h0, W0, Ws, recurrent, concat, x_mask, h_mask):
 
 
 def derive(alpha):
-    """The discrete cell of alpha, real logits (N(N+1)/2, K): a list of N pairs (op, predecessor).
+    """Returns the discrete cell of alpha, real logits (N(N+1)/2, K), as a list of N pairs (op, predecessor).
 
     Each node keeps the predecessor whose strongest primitive other than none has the largest softmax weight,
-    with that primitive. Of equal weights the first wins: the earlier predecessor, then the earlier primitive.
+    with that primitive. Ties go to the earlier predecessor, then to the earlier primitive.
     """
     recurrent, edge, i = [], 0, 1
     while edge < len(alpha):
@@ -154,12 +154,12 @@ def derive(alpha):
 
 
 def scalar(hiddens, R):
-    """sum(hiddens * R), one number out of a sequence, for gradients; R a fixed array of hiddens' shape."""
+    """Returns sum(hiddens * R), the scalar whose gradients are tested; R is a fixed array of the shape of hiddens."""
     return (hiddens * R).sum()
 
 
 def complex_step_gradient(f, arrays, step=1e-30):
-    """Gradient of the scalar f(**arrays) in every element of every array: Im f(x + i step) / step.
+    """Returns the gradient of the scalar f(**arrays) in every element of every array, Im f(x + i step) / step.
 
     f must be real for real arguments and analytic; it is called with complex128 copies. Nothing is
     subtracted, so the step can be tiny. Returns float64 arrays under the names and shapes of `arrays`.
@@ -169,8 +169,8 @@ def complex_step_gradient(f, arrays, step=1e-30):
     for name, a in point.items():
         gradient[name] = np.zeros(a.shape)
         for index in np.ndindex(a.shape):
-            kept = a[index]
-            a[index] = kept + 1j * step
+            value = a[index]
+            a[index] = value + 1j * step
             gradient[name][index] = f(**point).imag / step
-            a[index] = kept
+            a[index] = value
     return gradient

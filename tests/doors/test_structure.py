@@ -106,3 +106,12 @@ def test_scripts_share_no_six_consecutive_lines():
         lines = [line for line in lines if line and not line.startswith(("import ", "from "))]
         windows.append({tuple(lines[i : i + 6]) for i in range(len(lines) - 5)})
     assert windows[0] & windows[1] == set()
+
+
+def test_no_file_is_over_350_lines_and_no_function_over_70():
+    for module, path in modules().items():
+        text = path.read_text()
+        assert text.count("\n") <= 350, module
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 70, (module, node.name)

@@ -1,4 +1,4 @@
-"""NT-ASGD: the trigger, the average, and the step size of a scaled segment."""
+"""NT-ASGD and averaged Adam have the right trigger, averages and step sizes."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from training.optimizers import ASGD, NonMonotonicTrigger, averaged, averaging_s
 
 
 @given(losses=st.lists(st.floats(0, 10), max_size=30), nonmono=st.integers(1, 6))
-def test_the_trigger_is_its_definition(losses, nonmono):
+def test_trigger_matches_its_definition(losses, nonmono):
     trigger = NonMonotonicTrigger(nonmono)
     for n, loss in enumerate(losses):
         expected = n > nonmono and any(loss > losses[i] for i in range(n - nonmono))
@@ -19,7 +19,7 @@ def test_the_trigger_is_its_definition(losses, nonmono):
     assert trigger.losses == losses
 
 
-def test_the_trigger_waits_for_more_than_nonmono_losses():
+def test_trigger_needs_more_than_nonmono_losses():
     trigger = NonMonotonicTrigger(2)
     assert [trigger.step(loss) for loss in (5.0, 6.0, 7.0, 8.0)] == [False, False, False, True]
 
@@ -32,24 +32,24 @@ def descend(optimizer, w, gradients, scales):
         yield w.detach().clone()
 
 
-def test_steps_are_those_of_sgd_with_the_rate_of_their_own_segment():
-    """torch's own ASGD is late by one step; the values are those of plain SGD."""
+def test_asgd_steps_match_sgd_with_scaled_lr():
+    """The expected weights are those of plain SGD, since torch's own ASGD applies a new rate one step late."""
     gradients = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).unbind()
     scales = [1.0, 0.5, 1.3, 0.2, 1.0, 0.7]
     raw = torch.arange(3.0)
     w = torch.nn.Parameter(raw.clone())
     optimizer = ASGD([w], lr=0.5, t0=0, lambd=0, weight_decay=0.1)
-    for found, gradient, scale in zip(descend(optimizer, w, gradients, scales), gradients, scales, strict=True):
+    for actual, gradient, scale in zip(descend(optimizer, w, gradients, scales), gradients, scales, strict=True):
         raw = raw - 0.5 * scale * (gradient + 0.1 * raw)
-        torch.testing.assert_close(found, raw)
+        torch.testing.assert_close(actual, raw)
 
 
-def test_the_average_is_evaluated_and_the_raw_weights_come_back():
+def test_averaged_weights_are_swapped_in_and_restored():
     gradients = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)).unbind()
     w = torch.nn.Parameter(torch.zeros(3))
     optimizer = ASGD([w], lr=0.5, t0=0, lambd=0)
     path = torch.stack(list(descend(optimizer, w, gradients, [1.0] * 9)))
-    mean = path[1:].mean(0)  # torch's average leaves the first iterate out
+    mean = path[1:].mean(0)  # torch's average leaves out the first iterate
     with pytest.raises(ZeroDivisionError), averaged(optimizer):
         torch.testing.assert_close(w.detach(), mean)
         raise ZeroDivisionError
@@ -57,8 +57,8 @@ def test_the_average_is_evaluated_and_the_raw_weights_come_back():
     torch.testing.assert_close(saved_average(optimizer.state_dict())[0], mean)
 
 
-def test_the_state_of_a_run_on_a_gpu_goes_on_without_one():
-    """There torch's counters live beside the weights ("capturable"), here they must not."""
+def test_capturable_state_of_a_gpu_run_resumes_on_cpu():
+    """On a GPU torch keeps its step counters on the device ("capturable"), which is not allowed on a CPU."""
     ends = []
     for capturable in (False, True):
         w = torch.nn.Parameter(torch.ones(2))
@@ -83,32 +83,32 @@ def test_plain_sgd_has_no_average():
     assert saved_average(optimizer.state_dict()) is None
 
 
-def test_a_decaying_step_size_is_refused():
+def test_asgd_with_decaying_step_size_raises():
     w = torch.nn.Parameter(torch.ones(2))
     w.grad = torch.ones(2)
     with pytest.raises(ValueError, match="lambd"):
         ASGD([w], lr=1.0, lambd=1e-4).step()
 
 
-def test_averaged_adam_takes_adams_steps_and_keeps_a_mean_by_polynomial_decay():
-    """In which the iterate of step t weighs t (t + 1) (t + 2): the closed form of the recursion at DECAY 3."""
+def test_averaged_adam_matches_adam_and_averages_by_polynomial_decay():
+    """The iterate of step t has weight t (t + 1) (t + 2), the closed form of polynomial-decay averaging at DECAY 3."""
     torch.manual_seed(0)
-    plain, kept = (torch.nn.Parameter(torch.arange(6.0).view(2, 3)) for _ in range(2))
+    plain, weight = (torch.nn.Parameter(torch.arange(6.0).view(2, 3)) for _ in range(2))
     adam = torch.optim.Adam([plain], lr=0.1, weight_decay=0.01)
-    averaging = AveragedAdam([kept], lr=0.1, weight_decay=0.01)
+    averaging = AveragedAdam([weight], lr=0.1, weight_decay=0.01)
     with averaged(averaging):
-        assert torch.equal(kept, plain)  # no step is taken yet
+        assert torch.equal(weight, plain)  # before the first step the average equals the weights
     total, weights = torch.zeros(2, 3), 0
     for t in range(1, 8):
         plain.grad = torch.randn(2, 3)
-        kept.grad = plain.grad.clone()
+        weight.grad = plain.grad.clone()
         adam.step()
         averaging.step()
         total, weights = total + t * (t + 1) * (t + 2) * plain.detach(), weights + t * (t + 1) * (t + 2)
-        if t == 4:  # it is resumed
+        if t == 4:  # the optimizer is resumed from its state
             state = averaging.state_dict()
-            averaging = AveragedAdam([kept], lr=0.1, weight_decay=0.01)
+            averaging = AveragedAdam([weight], lr=0.1, weight_decay=0.01)
             averaging.load_state_dict(state)
         with averaged(averaging):
-            torch.testing.assert_close(kept.detach(), total / weights)
-        assert torch.equal(kept, plain)
+            torch.testing.assert_close(weight.detach(), total / weights)
+        assert torch.equal(weight, plain)

@@ -61,7 +61,7 @@ def test_each_dropout_rate_samples_its_own_mask(rate, mask):
 
 
 def test_each_mask_is_applied_where_it_belongs():
-    """The word and embedding masks act on the embedding, two masks act in the cell, and the output mask on its outputs."""
+    """The word and embedding masks act on the embedding, two masks in the cell, and the output mask on its outputs."""
     model = tiny.discrete_model(DARTS_V1)
     batch = tiny.batch(model, 3)
     masks = batch.masks

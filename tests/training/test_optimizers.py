@@ -1,4 +1,4 @@
-"""Each optimizer's step and the clipping before it, from their equations; what the virtual step foresees of them."""
+"""Optimizer steps and gradient clipping match their equations, and `velocity` predicts the momentum of a step."""
 
 import math
 
@@ -18,9 +18,9 @@ DECAY, MOMENTUM = 0.01, 0.8
 
 
 def trajectory(name, w, gradients, rates):
-    """The weight after each step, from the equations, one number at a time."""
+    """Returns the weight after each step, computed from the equations with scalars."""
     buffer = m = v = 0.0
-    average, found = w, []
+    average, actual = w, []
     for t, (g, lr) in enumerate(zip(gradients, rates, strict=True), 1):
         if name != "adamw":
             g = g + DECAY * w
@@ -32,26 +32,28 @@ def trajectory(name, w, gradients, rates):
             g = m / (1 - 0.9**t) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)
             w -= lr * DECAY * w if name == "adamw" else 0
         w -= lr * g
-        average += (w - average) / max(1, t - 1)  # torch's does not count the first
-        found.append(average if name == "asgd" else w)
-    return found
+        average += (w - average) / max(1, t - 1)  # torch's average leaves out the first weight
+        actual.append(average if name == "asgd" else w)
+    return actual
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_are_those_of_the_equations_at_the_rate_of_each(name):
+def test_optimizer_steps_match_equations_with_changing_lr(name):
     gradients, rates = [0.3, -1.0, 0.2, 0.7, -0.1], [0.1, 0.05, 0.1, 0.02, 0.1]
     w = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer, found = new_optimizer(name, [w], 0.1, WeightUpdate(weight_decay=DECAY, momentum=MOMENTUM)), []
+    optimizer, actual = new_optimizer(name, [w], 0.1, WeightUpdate(weight_decay=DECAY, momentum=MOMENTUM)), []
     for g, lr in zip(gradients, rates, strict=True):
         w.grad = torch.tensor([g], dtype=torch.float64)
         with scaled_lr(optimizer, lr / 0.1):
             optimizer.step()
-        found.append((optimizer.state[w]["ax"] if name == "asgd" else w).item())
-    assert found == pytest.approx(trajectory(name, 2.0, gradients, rates), rel=1e-7)  # torch's ASGD has rates in fp32
+        actual.append((optimizer.state[w]["ax"] if name == "asgd" else w).item())
+    assert actual == pytest.approx(
+        trajectory(name, 2.0, gradients, rates), rel=1e-7
+    )  # torch's ASGD stores rates in fp32
 
 
 class Linear:
-    """A loss whose gradient is given."""
+    """Represents a loss with a given gradient."""
 
     def __init__(self, gradients):
         self.gradients = gradients
@@ -67,24 +69,26 @@ class Linear:
     values=st.lists(st.floats(-5, 5), min_size=3, max_size=8), clip=st.sampled_from([0.0, 0.1, 1.0, 100.0]),
     limit=st.sampled_from([0.0, 0.05, 1.0, 100.0]),
 )  # fmt: skip
-def test_clipping_limits_each_element_and_then_the_norm(values, clip, limit):
+def test_clipping_by_value_precedes_clipping_by_norm(values, clip, limit):
     loss = Linear([torch.tensor(values[:2], dtype=torch.float64), torch.tensor(values[2:], dtype=torch.float64)])
     _, _, norm = clipped_gradient(loss.parts(), loss.weights, WeightUpdate(clip, limit))
-    assert norm.item() == pytest.approx(math.sqrt(sum(v * v for v in values)), abs=1e-12)  # before any of it
+    assert norm.item() == pytest.approx(
+        math.sqrt(sum(v * v for v in values)), abs=1e-12
+    )  # the norm is that before clipping
     expected = [max(-limit, min(limit, v)) if limit else v for v in values]
     length = math.sqrt(sum(v * v for v in expected))
     if clip and length > clip:
         expected = [v * clip / (length + 1e-6) for v in expected]
-    found = torch.cat([w.grad for w in loss.weights]).tolist()
-    assert found == pytest.approx(expected, rel=1e-4, abs=1e-12)
+    actual = torch.cat([w.grad for w in loss.weights]).tolist()
+    assert actual == pytest.approx(expected, rel=1e-4, abs=1e-12)
 
 
-def test_velocity_is_what_momentum_adds_to_the_next_gradient():
+def test_velocity_is_the_momentum_term_of_the_next_step():
     weights = tiny.discrete_model(DARTS_V1).weights()
     assert velocity(new_optimizer("sgd", weights, 0.1, WeightUpdate())) is None
     optimizer = new_optimizer("momentum", weights, 0.1, WeightUpdate(momentum=MOMENTUM))
     assert velocity(optimizer) is None
-    assert not optimizer.state  # asking leaves no trace
+    assert not optimizer.state  # the call does not create any state
     first = [torch.randn_like(w) for w in weights]
     for w, g in zip(weights, first, strict=True):
         w.grad = g.clone()

@@ -39,9 +39,9 @@ def gradients(ranks, micro_batch_size, norm):
         model = RNNModelSearch(V, H, DropoutRates(), norm=norm, init_range=0.32).double().with_engine(Engine(name))
         with torch.no_grad():
             model.alphas.normal_()
-        weights, rows = model.weights(), {"small_batch_size": micro_batch_size}
-        valid_loss = partial(MicroBatches, model, **rows)
-        train_loss = partial(MicroBatches, model, **rows, alpha=0.5, beta=0.5)
+        weights, micro = model.weights(), {"small_batch_size": micro_batch_size}
+        valid_loss = partial(MicroBatches, model, **micro)
+        train_loss = partial(MicroBatches, model, **micro, alpha=0.5, beta=0.5)
         for hessian in (None, "finite", "exact"):
             architect = Architect(
                 weights, model.alphas, train_loss, valid_loss, update=WeightUpdate(0.25, weight_decay=1e-3),

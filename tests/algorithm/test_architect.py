@@ -1,4 +1,4 @@
-"""The alphas' gradient, against brute force in float64, and each trap of the published code."""
+"""The gradient of the alphas matches brute force in float64, and each error of the published code is avoided."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ ETA, CLIP, WDECAY, AR, TAR = 0.7, 0.25, 1e-2, 0.4, 0.9
 
 
 class LossModule(torch.nn.Module):
-    """A loss as a module, so that `functional_call` can put other weights in."""
+    """Wraps the loss in a module, so that `functional_call` can replace its weights."""
 
     def __init__(self, model):
         super().__init__()
@@ -29,15 +29,17 @@ class LossModule(torch.nn.Module):
 
 
 def parameters(model):
-    """Names and values of the weights, and the name of the alphas, for `functional_call`."""
+    """Returns the weights by name and the name of the alphas, for `functional_call`."""
     named = {f"model.{name}": p for name, p in model.named_parameters()}
     alphas = next(name for name, p in named.items() if p is model.alphas)
     return {name: p for name, p in named.items() if name != alphas}, alphas
 
 
 def brute_force(model, train, valid, eta, clip, wdecay, alpha=AR, beta=TAR, limit=float("inf"), velocity=None):
-    """d/d alpha L_valid(w - eta (c g(alpha) + wdecay w + velocity), alpha), by differentiating through g, whose
-    elements are no larger than `limit`."""
+    """Returns d/d alpha L_valid(w - eta (c g(alpha) + wdecay w + velocity), alpha), by differentiating through g.
+
+    The elements of g are clipped to magnitude `limit`.
+    """
     module, (weights, alphas_name) = LossModule(model), parameters(model)
     alphas = model.alphas.detach().clone().requires_grad_()
     train_loss = functional_call(module, {**weights, alphas_name: alphas}, (train, alpha, beta))
@@ -45,9 +47,10 @@ def brute_force(model, train, valid, eta, clip, wdecay, alpha=AR, beta=TAR, limi
     g = [torch.where(g_i.abs() <= limit, g_i, limit * g_i.sign().detach()) for g_i in g]
     norm = torch.cat([g_i.detach().flatten() for g_i in g]).norm()
     c = min(1.0, clip / (norm.item() + 1e-6))
-    kept = velocity or [torch.zeros_like(w) for w in weights.values()]
+    velocities = velocity or [torch.zeros_like(w) for w in weights.values()]
     stepped = {
-        name: w - eta * (c * g_i + wdecay * w + k) for (name, w), g_i, k in zip(weights.items(), g, kept, strict=True)
+        name: w - eta * (c * g_i + wdecay * w + k)
+        for (name, w), g_i, k in zip(weights.items(), g, velocities, strict=True)
     }
     valid_loss = functional_call(module, {**stepped, alphas_name: alphas}, (valid,))
     return torch.autograd.grad(valid_loss, alphas)[0]
@@ -69,8 +72,8 @@ def architect(
     )
 
 
-def unrolled_gradient(found):
-    direct, implicit, _ = found
+def unrolled_gradient(actual):
+    direct, implicit, _ = actual
     return direct - implicit
 
 
@@ -85,39 +88,39 @@ def batches(model):
 
 
 @pytest.mark.parametrize("clip", [CLIP, 1e6])
-def test_the_unrolled_gradient_is_the_brute_force_one(model, batches, clip):
-    """Dropout on with fixed masks, AR and TAR on, clipped and not."""
-    found = unrolled_gradient(architect(model, clip=clip).gradient(*batches, ETA))
+def test_unrolled_gradient_matches_brute_force(model, batches, clip):
+    """Dropout with fixed masks, AR and TAR are on. The cases are with and without clipping."""
+    actual = unrolled_gradient(architect(model, clip=clip).gradient(*batches, ETA))
     expected = brute_force(model, *batches, ETA, clip, WDECAY)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("clip", "limit"), [(0, 0.01), (0.02, 0.01), (1e6, 0.1)])
-def test_elements_of_the_gradient_that_are_limited_do_not_move_with_the_alphas(model, batches, clip, limit):
-    found = architect(model, clip=clip, clip_value=limit).gradient(*batches, ETA)
+def test_unrolled_gradient_with_clipped_elements_matches_brute_force(model, batches, clip, limit):
+    actual = architect(model, clip=clip, clip_value=limit).gradient(*batches, ETA)
     expected = brute_force(model, *batches, ETA, clip or 1e9, WDECAY, limit=limit)
-    torch.testing.assert_close(unrolled_gradient(found), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(unrolled_gradient(actual), expected, rtol=1e-9, atol=1e-12)
     free = unrolled_gradient(architect(model, clip=clip).gradient(*batches, ETA))
     assert not torch.allclose(free, expected, rtol=1e-3)
 
 
-def test_where_every_element_is_limited_only_the_direct_part_is_left(model, batches):
+def test_implicit_part_is_zero_when_every_element_is_clipped(model, batches):
     for hessian in ("exact", "finite"):
         _, implicit, _ = architect(model, hessian, clip=0, clip_value=1e-12).gradient(*batches, ETA)
         assert torch.equal(implicit, torch.zeros_like(implicit))
 
 
-def test_momentum_moves_the_virtual_step(model, batches):
+def test_unrolled_gradient_with_momentum_matches_brute_force(model, batches):
     velocity = [torch.randn_like(w) for w in model.weights()]
-    found = architect(model).gradient(*batches, ETA, velocity)
+    actual = architect(model).gradient(*batches, ETA, velocity)
     expected = brute_force(model, *batches, ETA, CLIP, WDECAY, velocity=velocity)
-    torch.testing.assert_close(unrolled_gradient(found), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(unrolled_gradient(actual), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LIKE_SGD)
 @pytest.mark.parametrize(("clip", "limit"), [(CLIP, 0.0), (0.0, 0.01)])
-def test_the_virtual_step_is_the_step_that_the_optimizer_takes(model, batches, name, clip, limit):
-    """Three times, so that momentum and averages have something to remember."""
+def test_virtual_step_matches_optimizer_step(model, batches, name, clip, limit):
+    """The comparison covers three steps, so that momentum and averages are not zero."""
     weights, seen = model.weights(), []
     update = WeightUpdate(clip, limit, WDECAY)
     optimizer = new_optimizer(name, weights, ETA, update)
@@ -132,11 +135,13 @@ def test_the_virtual_step_is_the_step_that_the_optimizer_takes(model, batches, n
         clipped_gradient(MicroBatches(model, train, tiny.B, alpha=AR, beta=TAR), weights, update)
         optimizer.step()
         optimizer.zero_grad()
-        torch.testing.assert_close(seen.pop(), [w.detach() for w in weights], rtol=1e-6, atol=1e-7)  # ASGD: in fp32
+        torch.testing.assert_close(
+            seen.pop(), [w.detach() for w in weights], rtol=1e-6, atol=1e-7
+        )  # ASGD stores rates in fp32
 
 
-def test_the_unrolled_gradient_is_the_slope_of_the_loss_after_the_step(model, batches):
-    """No automatic differentiation with respect to alpha at all: central differences of the whole procedure."""
+def test_unrolled_gradient_matches_central_differences(model, batches):
+    """The expected value is a central difference of the whole procedure, without automatic differentiation in alpha."""
     train, valid = batches
     module, (weights, alphas_name) = LossModule(model), parameters(model)
 
@@ -151,16 +156,16 @@ def test_the_unrolled_gradient_is_the_slope_of_the_loss_after_the_step(model, ba
         stepped = {n: w - ETA * (c * g_i + WDECAY * w) for (n, w), g_i in zip(weights.items(), g, strict=True)}
         return functional_call(module, {**stepped, alphas_name: alphas}, (valid,)).item()
 
-    found = unrolled_gradient(architect(model).gradient(train, valid, ETA))
+    actual = unrolled_gradient(architect(model).gradient(train, valid, ETA))
     h = 1e-5
     for index in [(0, 1), (1, 2), (2, 0), (3, 4), (5, 3)]:
         delta = torch.zeros_like(model.alphas)
         delta[index] = h
         slope = (after_the_step(model.alphas + delta) - after_the_step(model.alphas - delta)) / (2 * h)
-        assert found[index].item() == pytest.approx(slope, rel=1e-5, abs=1e-9)
+        assert actual[index].item() == pytest.approx(slope, rel=1e-5, abs=1e-9)
 
 
-def test_first_order_is_the_validation_gradient_at_the_present_weights(model, batches):
+def test_first_order_gradient_is_the_validation_gradient(model, batches):
     direct, implicit, hidden = architect(model, hessian=None).gradient(*batches, ETA)
     loss = losses(model, batches[1])
     assert implicit is None
@@ -168,7 +173,7 @@ def test_first_order_is_the_validation_gradient_at_the_present_weights(model, ba
     torch.testing.assert_close(hidden, loss.hidden)
 
 
-def test_finite_approaches_exact_as_the_radius_shrinks(model, batches):
+def test_finite_product_converges_to_exact_as_radius_shrinks(model, batches):
     exact = architect(model).gradient(*batches, ETA)[1]
     errors = [
         (architect(model, "finite", radius=radius).gradient(*batches, ETA)[1] - exact).norm() / exact.norm()
@@ -178,15 +183,15 @@ def test_finite_approaches_exact_as_the_radius_shrinks(model, batches):
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_with_relu_held_a_wide_difference_does_not_see_its_kinks(model, batches):
-    """The error is of second order in the radius, as for a smooth function; with relu free it is not."""
+def test_finite_difference_error_is_second_order_with_frozen_relu(model, batches):
+    """With the active set of relu frozen, the error is of second order in the radius, as for a smooth function."""
     train, valid = batches
     exact = architect(model).gradient(train, valid, ETA)[1]
 
     def error(relu, radius):
-        held = train._replace(masks=train.masks._replace(relu=relu))
-        found = architect(model, "finite", radius=radius).gradient(held, valid, ETA)[1]
-        return ((found - exact).norm() / exact.norm()).item()
+        frozen = train._replace(masks=train.masks._replace(relu=relu))
+        actual = architect(model, "finite", radius=radius).gradient(frozen, valid, ETA)[1]
+        return ((actual - exact).norm() / exact.norm()).item()
 
     wide, narrow = (error(FrozenReLU(), radius) for radius in (1e-2, 1e-3))
     assert narrow < 1e-4
@@ -195,19 +200,19 @@ def test_with_relu_held_a_wide_difference_does_not_see_its_kinks(model, batches)
 
 
 @pytest.mark.parametrize("small", [tiny.B, tiny.B // 2])
-def test_held_relu_changes_no_value_where_it_was_taken(model, batches, small):
-    held = batches[0]._replace(masks=batches[0].masks._replace(relu=FrozenReLU()))
+def test_frozen_relu_is_bit_identical_at_unchanged_weights(model, batches, small):
+    frozen = batches[0]._replace(masks=batches[0].masks._replace(relu=FrozenReLU()))
     weights = model.weights()
-    for _ in range(2):  # the pass that takes the active set, and one that holds it
-        for free, fixed in zip(*(MicroBatches(model, b, small) for b in (batches[0], held)), strict=True):
+    for _ in range(2):  # the first pass records the active set, and the second one reuses it
+        for free, fixed in zip(*(MicroBatches(model, b, small) for b in (batches[0], frozen)), strict=True):
             assert torch.equal(free.total, fixed.total)
             pairs = zip(*(torch.autograd.grad(loss.total, weights) for loss in (free, fixed)), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("hessian", ["finite", "exact"])
-def test_one_set_of_masks_serves_every_pass(model, batches, hessian):
-    """Trap: fresh dropout masks in each of the passes. Here no pass draws anything."""
+def test_all_passes_use_the_same_dropout_masks(model, batches, hessian):
+    """The published code samples new dropout masks in each pass; here no pass samples any."""
     before = torch.get_rng_state()
     first = unrolled_gradient(architect(model, hessian).gradient(*batches, ETA))
     assert torch.equal(torch.get_rng_state(), before)
@@ -217,8 +222,8 @@ def test_one_set_of_masks_serves_every_pass(model, batches, hessian):
     assert not torch.allclose(unrolled_gradient(architect(model, hessian).gradient(*other, ETA)), first)
 
 
-def test_every_weight_takes_the_virtual_step(model, batches):
-    """Trap: the tied embedding stayed behind. The validation pass must see all weights moved, by the step."""
+def test_virtual_step_moves_every_weight(model, batches):
+    """The published code leaves out the tied embedding; here the validation pass sees every weight after the step."""
     train, valid = batches
     weights = model.weights()
     before = [w.detach().clone() for w in weights]
@@ -238,8 +243,8 @@ def test_every_weight_takes_the_virtual_step(model, batches):
         assert not torch.equal(new, old)
 
 
-def test_the_clip_coefficient_is_capped_at_one():
-    """Trap: small gradients were scaled up. And a large one is scaled as the weight step scales it."""
+def test_clip_coefficient_is_at_most_one():
+    """The published code scales up small gradients. Large gradients are scaled as in the weight step."""
     assert WeightUpdate(0.25).clip_([torch.tensor([1e-3, 0.0])])[1].item() == 1.0
     w = torch.nn.Parameter(torch.zeros(5))
     w.grad = torch.arange(5.0)
@@ -250,19 +255,19 @@ def test_the_clip_coefficient_is_capped_at_one():
     torch.testing.assert_close(clipped, [w.grad])
 
 
-def test_the_virtual_step_follows_the_loss_of_the_weight_step(model, batches):
-    """Trap: the virtual step's loss left TAR out."""
-    found = unrolled_gradient(architect(model).gradient(*batches, ETA))
+def test_virtual_step_loss_includes_tar(model, batches):
+    """The published code leaves TAR out of the loss of the virtual step."""
+    actual = unrolled_gradient(architect(model).gradient(*batches, ETA))
     without = brute_force(model, *batches, ETA, CLIP, WDECAY, alpha=AR, beta=0.0)
-    assert (found - without).norm() > 1e-3 * found.norm()
+    assert (actual - without).norm() > 1e-3 * actual.norm()
 
 
 @pytest.mark.parametrize(
     ("flags", "hessian"),
     [("", None), ("--unrolled --precision bf16", "finite"), ("--unrolled --hessian exact", "exact")],
 )
-def test_the_search_gives_the_architect_the_loss_of_its_weight_step(monkeypatch, tmp_path, flags, hessian):
-    """The script's two uses of the training loss are one; validation is by NLL alone."""
+def test_search_passes_its_training_loss_to_architect(monkeypatch, tmp_path, flags, hessian):
+    """Virtual step and weight step use the same training loss; the validation loss is NLL alone."""
     seen = {}
 
     class Spy(Architect):
@@ -282,32 +287,34 @@ def test_the_search_gives_the_architect_the_loss_of_its_weight_step(monkeypatch,
     assert seen["options"]["hessian"] == hessian
 
 
-def test_v_enters_the_product_as_it_is(model, batches):
-    """Trap: v was clipped. With a clip far below |v| the product still is the brute-force one."""
+def test_vector_in_hessian_product_is_not_clipped(model, batches):
+    """The published code clips v. Here the product matches brute force even with a clip far below |v|."""
     clip = 1e-3
     v = torch.autograd.grad(losses(model, batches[1]).total, model.weights())
     assert torch.cat([v_i.flatten() for v_i in v]).norm() > 100 * clip
-    found = unrolled_gradient(architect(model, clip=clip).gradient(*batches, 50.0))
-    torch.testing.assert_close(found, brute_force(model, *batches, 50.0, clip, WDECAY), rtol=1e-9, atol=1e-12)
+    actual = unrolled_gradient(architect(model, clip=clip).gradient(*batches, 50.0))
+    torch.testing.assert_close(actual, brute_force(model, *batches, 50.0, clip, WDECAY), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("hessian", [None, "finite", "exact"])
-def test_a_step_leaves_every_weight_bit_for_bit(model, batches, hessian):
-    """Traps: buffers that the passes disturb; a second model rebuilt at every step. Here the same tensors stay."""
+def test_alpha_step_leaves_weights_bit_identical(model, batches, hessian):
+    """The published code changes buffers in its passes and rebuilds a second model; here all tensors stay the same."""
     model = model.float()
     train, valid = (b._replace(hidden=b.hidden.float(), masks=model.sample_masks(tiny.B)) for b in batches)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    places = [(w, w.data_ptr()) for w in model.weights()]
+    addresses = [(w, w.data_ptr()) for w in model.weights()]
     architect(model, hessian).step(train, valid, ETA)
     after = model.state_dict()
     assert list(model.buffers()) == []
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["cell.alphas"]
-    assert all(w is old and w.data_ptr() == place for w, (old, place) in zip(model.weights(), places, strict=True))
+    assert all(
+        w is old and w.data_ptr() == address for w, (old, address) in zip(model.weights(), addresses, strict=True)
+    )
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_weights_come_back_when_a_pass_fails(model):
+def test_perturbed_weights_are_restored_after_an_error(model):
     before = [w.detach().clone() for w in model.weights()]
     with (
         pytest.raises(ZeroDivisionError),
@@ -318,8 +325,8 @@ def test_the_weights_come_back_when_a_pass_fails(model):
 
 
 @pytest.mark.parametrize("hessian", [None, "finite", "exact"])
-def test_small_batches_give_one_alpha_step_from_the_summed_gradient(model, batches, hessian):
-    """Trap: an Adam step for each small batch. Two copies of a half make a batch whose statistics each half has."""
+def test_micro_batches_take_one_alpha_step_on_the_summed_gradient(model, batches, hessian):
+    """The published code takes a step per micro-batch. Both halves of the batch are equal, as are their statistics."""
     train, valid = (
         b._replace(
             x=b.x[:, :3].repeat(1, 2), y=b.y[:, :3].repeat(1, 2), hidden=b.hidden[:3].repeat(2, 1),

@@ -1,4 +1,4 @@
-"""Either product of the unrolled step agrees with the definition's, in fp32, on a model that has learned."""
+"""Both Hessian products of the unrolled step agree with the definition, in fp32, on a trained model."""
 
 from statistics import median
 
@@ -22,24 +22,26 @@ def agreement(folder, flags, batches):
 
 
 def check(cosines, rounded=False):
-    """The exact product, whose outliers may be far off where everything is rounded, and a difference at the default
-    radius, which is taken in fp32 whatever the rest is in."""
+    """Asserts that the exact product and the finite difference at the default radius have cosines near 1.
+
+    The difference is computed in fp32 in every precision. With `rounded`, single exact products may be far off.
+    """
     assert set(cosines) == {"exact", RADIUS}
-    for kind, found in cosines.items():
-        assert median(found) >= 0.999
-        assert min(found) >= 0.99 or (rounded and kind == "exact")
+    for kind, values in cosines.items():
+        assert median(values) >= 0.999
+        assert min(values) >= 0.99 or (rounded and kind == "exact")
 
 
 @pytest.mark.parametrize("mode", ["--engine eager", "--precision fp32", "--precision bf16"])
-def test_on_the_builtin_text(tmp_path, mode):
-    """In every mode; tf32, which CUDA alone has, is left for the difference too (engine/test_inductor.py)."""
+def test_hessian_products_match_definition_on_builtin_text(tmp_path, mode):
+    """engine/test_inductor.py tests that the difference does not use tf32, which only CUDA has."""
     flags = f"--data builtin --emsize 32 --batch_size 32 --lr 5 --epochs 1 --limit_tokens 33000 {mode}"
     check(agreement(tmp_path / "run", flags, batches=5), rounded="bf16" in mode)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PENN, reason="Penn Treebank lies neither in corpora/ nor in ../shared/corpora/")
-def test_after_an_epoch_on_penn_treebank(tmp_path):
-    """415 steps of the unrolled search."""
+def test_hessian_products_match_definition_after_penn_epoch(tmp_path):
+    """The epoch has 415 steps of the unrolled search."""
     flags = f"--data {PENN[0]} --unrolled --emsize 100 --batch_size 64 --lr 5 --epochs 1"
     check(agreement(tmp_path / "run", flags, batches=20))

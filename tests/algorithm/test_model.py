@@ -1,4 +1,4 @@
-"""Sizes, initial values and the derivation of a genotype."""
+"""Models have the right sizes, initial values and derived genotypes."""
 
 import numpy as np
 import oracle
@@ -17,7 +17,7 @@ def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
-def test_parameter_counts_are_the_published_ones():
+def test_parameter_counts_match_the_paper():
     search = RNNModelSearch(10_000, 300, DropoutRates())
     assert count(search.weights()) == 4_810_000
     assert search.alphas.shape == (36, 5)
@@ -25,7 +25,7 @@ def test_parameter_counts_are_the_published_ones():
 
 
 @pytest.mark.parametrize("given", [None, 0.3])
-def test_initial_weights_are_uniform_in_the_range_given_or_that_of_the_width(given):
+def test_initial_weights_are_uniform_in_given_or_default_range(given):
     torch.manual_seed(0)
     bound = given or 0.04 * (850 / 20) ** 0.5
     search = RNNModelSearch(1000, 20, DropoutRates(), init_range=given)
@@ -39,17 +39,17 @@ def test_initial_weights_are_uniform_in_the_range_given_or_that_of_the_width(giv
     assert search.alphas.abs().max() < 0.01
 
 
-def test_the_range_at_the_published_size_is_the_published_one():
+def test_default_init_range_matches_the_paper_at_its_width():
     assert default_init_range(850) == 0.04
     assert default_init_range(64) == pytest.approx(0.1458, abs=1e-4)
 
 
-def test_the_decoder_is_the_embedding():
+def test_decoder_shares_the_embedding_weight():
     model = retrain_model(50, 8, DropoutRates(), ENAS)
     assert [tuple(p.shape) for p in model.parameters() if p.size(0) == 50] == [(50, 8), (50,)]
 
 
-def test_weights_and_alphas_are_all_parameters_and_disjoint():
+def test_weights_and_alphas_partition_the_parameters():
     model = RNNModelSearch(50, 8, DropoutRates(), steps=3)
     assert {id(p) for p in model.parameters()} == {id(w) for w in model.weights()} | {id(model.alphas)}
     assert all(w is not model.alphas for w in model.weights())
@@ -57,15 +57,15 @@ def test_weights_and_alphas_are_all_parameters_and_disjoint():
 
 @settings(max_examples=50, deadline=None)
 @given(steps=st.integers(1, 8), seed=st.integers(0, 10**6))
-def test_the_derived_cell_is_the_most_likely_one(steps, seed):
+def test_derived_cell_matches_oracle(steps, seed):
     alpha = np.random.default_rng(seed).normal(size=(steps * (steps + 1) // 2, len(PRIMITIVES)))
-    found = derive(torch.from_numpy(alpha).softmax(-1))
-    validate(found)
-    assert list(found.recurrent) == oracle.derive(alpha)
-    assert found.concat == tuple(range(1, steps + 1))
+    actual = derive(torch.from_numpy(alpha).softmax(-1))
+    validate(actual)
+    assert list(actual.recurrent) == oracle.derive(alpha)
+    assert actual.concat == tuple(range(1, steps + 1))
 
 
-def test_none_is_never_derived():
+def test_derive_never_selects_none():
     alpha = torch.zeros(36, 5)
     alpha[:, 0] = 10
     assert all(op != "none" for op, _ in derive(alpha.softmax(-1)).recurrent)

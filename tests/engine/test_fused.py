@@ -31,7 +31,7 @@ alignments = st.sampled_from([1, 3, 16])
 
 
 @contextmanager
-def with_alignment(alignment):
+def aligned_to(alignment):
     """Pads the hidden states of either cell with zeros to a multiple of `alignment`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "ALIGNMENT", alignment)
@@ -82,7 +82,7 @@ def assert_equal(actual, expected, tolerance):
 @given(size=sizes, alignment=alignments)
 def test_fused_matches_eager_in_float64(cell, norm, size, alignment):
     leaves, masks, R = problem(**size)
-    with with_alignment(alignment):
+    with aligned_to(alignment):
         actual = values_and_gradients(fused, cell, leaves, masks, R, size["seed"], norm=norm)
     assert_equal(actual, values_and_gradients(reference, cell, leaves, masks, R, size["seed"], norm=norm), 1e-9)
 
@@ -127,7 +127,7 @@ def test_hidden_states_are_padded_to_the_alignment(cell):
     leaves, masks, _ = problem(2, 3, 3, 4, 3, seed=1, masked=False)
     leaves["W0"].requires_grad_()
     for alignment, width in ((1, 4), (3, 6)):
-        with with_alignment(alignment):
+        with aligned_to(alignment):
             assert run(fused, cell, leaves, masks)._base.size(-1) == width
 
 
@@ -234,7 +234,7 @@ paddings = st.sampled_from([0, 3])
 
 
 @contextmanager
-def with_chunk_size(chunk, more=0):
+def chunked_by(chunk, more=0):
     """Holds at most `chunk` bytes of logits at once and pads the outputs with `more` zeros. Columns are skipped where
     much is dropped, even if there are few of them, and weights are copied in blocks of 5 rows."""
     with pytest.MonkeyPatch.context() as patch:
@@ -250,7 +250,7 @@ def with_chunk_size(chunk, more=0):
 def test_fused_loss_matches_eager_with_dropout(size, chunk, more):
     """The cases cover skipped columns (where much is dropped), one and several chunks, and padded outputs."""
     arguments = decoder_problem(**size)
-    with with_chunk_size(chunk, more):
+    with chunked_by(chunk, more):
         actual = loss_and_gradients(Engine("fused"), *arguments)
     for one, other in zip(actual, loss_and_gradients(Engine("eager"), *arguments), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -265,7 +265,7 @@ def test_bf16_loss_is_within_rounding_error(monkeypatch, amx, copied, chunk):
     *floats, y = decoder_problem(6, 8, 13, 30, 0, 0.75)
     hiddens, mask, embedding, bias = (a.float() for a in floats)
     arguments = 0.3 * hiddens, mask, 0.3 * embedding, bias, y
-    with with_chunk_size(chunk, more=3):
+    with chunked_by(chunk, more=3):
         skipped = linear_cross_entropy.worth_skipping(mask, torch.bfloat16)
         assert (skipped is None) == amx
         outputs, weight = linear_cross_entropy.factors(hiddens, embedding, skipped, torch.bfloat16)

@@ -10,8 +10,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_fused import (
+    aligned_to,
     alignments,
     assert_equal,
+    chunked_by,
     chunks,
     decoder_problem,
     decoder_sizes,
@@ -22,8 +24,6 @@ from test_fused import (
     relative_errors,
     run,
     sizes,
-    with_alignment,
-    with_chunk_size,
 )
 from test_reference import oracle_masks
 
@@ -63,7 +63,7 @@ def by_index(actual, expected):
 def test_fused_second_derivative_matches_eager_in_float64(size, alignment, norm):
     leaves, masks, R = problem(**size)
     direction = directions(leaves, size["seed"])
-    with with_alignment(alignment):
+    with aligned_to(alignment):
         actual = mixed_derivative(fused, leaves, masks, R, direction, norm=norm)
     assert_equal(*by_index(actual, mixed_derivative(reference, leaves, masks, R, direction, norm=norm)), 1e-9)
 
@@ -195,7 +195,7 @@ def loss_derivatives(engine, hiddens, mask, embedding, bias, y, seed):
 def test_fused_loss_second_derivative_matches_eager(size, chunk, more):
     """The cases cover skipped columns (where much is dropped), one and several chunks, and padded outputs."""
     arguments = *decoder_problem(**size), size["seed"]
-    with with_chunk_size(chunk, more):
+    with chunked_by(chunk, more):
         actual = loss_derivatives(Engine("fused"), *arguments)
     for one, other in zip(actual, loss_derivatives(Engine(), *arguments), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Whether a search's gradient has a signal: each figure against brute force, and none of it leaves a trace."""
+"""Each figure of the diagnosis of a search matches brute force, and measuring does not change the search."""
 
 import math
 from functools import partial
@@ -48,30 +48,30 @@ def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0, norm="batch
     return Diagnosis(model, architect_of, hessian, (text, text.flip(0), text), tiny.B, tiny.T, 3, lambda seed: None)
 
 
-def test_the_eigenvalue_is_the_one_of_largest_magnitude_of_the_whole_hessian():
-    """The Hessian by central differences of the gradient, in float64."""
+def test_dominant_eigenvalue_matches_finite_difference_hessian():
+    """The expected Hessian is computed by central differences of the gradient, in float64."""
     here = diagnosis()
-    alphas, places = here.model.alphas, torch.Generator()
-    state = places.get_state()
-    product = here.hessian_product(places)
-    places.set_state(state)
+    alphas, rng = here.model.alphas, torch.Generator()
+    state = rng.get_state()
+    product = here.hessian_product(rng)
+    rng.set_state(state)
     masks = here.model.sample_masks(tiny.B)._replace(word=None, embedding=None, x=None, hidden=None, output=None)
-    batch = here.batch(here.alphas_text, places, here.batch_size)._replace(masks=masks)
+    batch = here.batch(here.alphas_text, rng, here.batch_size)._replace(masks=masks)
 
-    def gradient(moved):
+    def gradient(delta):
         with torch.no_grad():
-            alphas.add_(moved)
+            alphas.add_(delta)
         [loss] = MicroBatches(here.model, batch, tiny.B)
-        found = torch.autograd.grad(loss.total, alphas)[0]
+        actual = torch.autograd.grad(loss.total, alphas)[0]
         with torch.no_grad():
-            alphas.sub_(moved)
-        return found.flatten()
+            alphas.sub_(delta)
+        return actual.flatten()
 
     columns = []
     for k in range(alphas.numel()):
-        moved = torch.zeros_like(alphas)
-        moved.view(-1)[k] = 1e-5
-        columns.append((gradient(moved) - gradient(-moved)) / 2e-5)
+        delta = torch.zeros_like(alphas)
+        delta.view(-1)[k] = 1e-5
+        columns.append((gradient(delta) - gradient(-delta)) / 2e-5)
     hessian = torch.stack(columns)
     for column in (0, 7, 29):
         unit = torch.zeros_like(alphas)
@@ -85,23 +85,23 @@ def test_the_eigenvalue_is_the_one_of_largest_magnitude_of_the_whole_hessian():
 
 @settings(max_examples=50, deadline=None)
 @given(values=st.lists(st.floats(-10, 10), min_size=1, max_size=12), seed=st.integers(0, 1000))
-def test_the_eigenvalue_of_any_symmetric_matrix(values, seed):
+def test_dominant_eigenvalue_of_symmetric_matrices(values, seed):
     torch.manual_seed(seed)
     n = len(values)
     vectors, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))
     matrix = vectors @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ vectors.T
-    found = dominant_eigenvalue(lambda v: matrix @ v, torch.zeros(n, dtype=torch.float64))
-    # which of two that are nearly as large, +1 and -1, is the larger one, rounding decides
-    assert abs(found) == pytest.approx(max(map(abs, values)), rel=1e-6, abs=1e-6)
-    assert min(abs(found - value) for value in values) < 1e-6
+    actual = dominant_eigenvalue(lambda v: matrix @ v, torch.zeros(n, dtype=torch.float64))
+    # If two eigenvalues have nearly the same magnitude, such as +1 and -1, rounding decides which one is returned.
+    assert abs(actual) == pytest.approx(max(map(abs, values)), rel=1e-6, abs=1e-6)
+    assert min(abs(actual - value) for value in values) < 1e-6
 
 
-def test_a_hessian_that_is_no_number_has_no_eigenvalue():
+def test_dominant_eigenvalue_of_nan_hessian_is_nan():
     assert math.isnan(dominant_eigenvalue(lambda v: v * math.nan, torch.zeros(5)))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_logits_of_a_genotype_are_that_genotype(seed):
+def test_logits_derive_the_same_genotype(seed):
     cell = random_genotype(seed)
     p = logits(cell).softmax(-1)
     assert derive(p) == cell
@@ -113,8 +113,8 @@ def test_the_logits_of_a_genotype_are_that_genotype(seed):
             edge += 1
 
 
-def discretised_loss(model, genotype, text):
-    """Nats per word of the cell as loops: one term a node, normalised as the relaxed one, without dropout."""
+def oracle_discrete_loss(model, genotype, text):
+    """Returns nats per word of the discrete cell, normalised like the relaxed one and without dropout, by loops."""
     W0, Ws = model.cell.W0.detach().numpy(), [W.detach().numpy() for W in model.cell.Ws]
     table, bias = model.embedding.detach(), model.bias.detach()
     ones, state = 1.0, torch.zeros(text.size(1), tiny.H, dtype=torch.float64).numpy()
@@ -130,22 +130,22 @@ def discretised_loss(model, genotype, text):
     return sum(losses) / len(losses)
 
 
-def test_the_gap_is_between_the_mixture_and_its_genotype():
+def test_discretization_gap_matches_oracle():
     here = diagnosis()
     before = here.model.alphas.detach().clone()
     relaxed, discrete = here.discretization_gap(here.model.genotype())
     assert torch.equal(here.model.alphas, before)
     text = here.valid[: SEGMENTS * tiny.T + 1]
-    assert discrete == pytest.approx(discretised_loss(here.model, here.model.genotype(), text), rel=1e-9)
-    with torch.no_grad():  # a mixture that is its genotype
+    assert discrete == pytest.approx(oracle_discrete_loss(here.model, here.model.genotype(), text), rel=1e-9)
+    with torch.no_grad():  # the mixture now equals its genotype
         here.model.alphas.copy_(logits(CELL))
     one, other = here.discretization_gap(here.model.genotype())
     assert one == other != relaxed
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_sensitivity_is_the_norm_of_the_jacobian_by_differences(norm):
-    """Of the last hidden state in the first one, over the root of its size, column by column, in float64."""
+def test_sensitivity_matches_finite_difference_jacobian_norm(norm):
+    """The Jacobian is of the last hidden state in the initial one; its norm is divided by the root of its size."""
     model = tiny.search_model(DropoutRates(), norm=norm)
     batch = tiny.batch(model, 3)
     columns = []
@@ -153,9 +153,9 @@ def test_the_sensitivity_is_the_norm_of_the_jacobian_by_differences(norm):
         for place in range(batch.hidden.numel()):
             ends = []
             for sign in (1, -1):
-                moved = batch.hidden.clone()
-                moved.view(-1)[place] += sign * 1e-6
-                ends.append(model(batch.x, moved)[1])
+                delta = batch.hidden.clone()
+                delta.view(-1)[place] += sign * 1e-6
+                ends.append(model(batch.x, delta)[1])
             columns.append((ends[0] - ends[1]).flatten() / 2e-6)
     size = batch.hidden.numel()
     expected = torch.stack(columns).square().sum().div(size).sqrt().item()
@@ -164,7 +164,7 @@ def test_the_sensitivity_is_the_norm_of_the_jacobian_by_differences(norm):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_state_that_is_passed_on_as_it_is_has_sensitivity_1():
+def test_identity_recurrence_has_sensitivity_one():
     model = tiny.search_model(DropoutRates(), norm="none")
     batch = tiny.batch(model, 3)
     model.forward = lambda x, hidden: (hidden[None].expand(len(x), -1, -1), hidden)
@@ -172,17 +172,17 @@ def test_a_state_that_is_passed_on_as_it_is_has_sensitivity_1():
     assert sensitivity(model, batch, probes=500) == pytest.approx(1, abs=0.05)
 
 
-def test_batches_that_are_all_alike_agree_and_others_do_not():
-    repeated = torch.arange(tiny.B).expand(80, tiny.B)  # each row of the batch says one word for ever
+def test_agreement_is_one_for_identical_batches_only():
+    repeated = torch.arange(tiny.B).expand(80, tiny.B)  # each batch element repeats one word
     alike, other = diagnosis(rates=DropoutRates(), text=repeated), diagnosis(rates=DropoutRates())
-    # far from the beginning, where the state does not change any more, every segment is the same
+    # The state soon stops changing, and then all segments are identical.
     alike.train = alike.alphas_text = repeated
-    found = [here.agreement(torch.Generator().manual_seed(4), 0.1, None) for here in (alike, other)]
-    assert found[0][:3] == pytest.approx([1, 1, 1], abs=1e-2)
-    assert all(cosine < 0.99 for cosine in found[1][:3])
+    actual = [here.agreement(torch.Generator().manual_seed(4), 0.1, None) for here in (alike, other)]
+    assert actual[0][:3] == pytest.approx([1, 1, 1], abs=1e-2)
+    assert all(cosine < 0.99 for cosine in actual[1][:3])
 
 
-def test_cosines_and_ratio_are_of_the_gradients_that_the_architect_gives():
+def test_agreement_is_computed_from_architect_gradients():
     here = diagnosis()
     given = [(torch.tensor([1.0, 0]), torch.tensor([0.0, 2])), (torch.tensor([0.0, 1]), torch.tensor([0.0, 1])),
              (torch.tensor([1.0, 1]), torch.tensor([3.0, 0]))]  # fmt: skip
@@ -192,27 +192,27 @@ def test_cosines_and_ratio_are_of_the_gradients_that_the_architect_gives():
     direct, implicit, whole, ratio = here.agreement(torch.Generator(), 0.1, None)
     assert direct == pytest.approx((0 + half + half) / 3)
     assert implicit == pytest.approx((1 + 0 + 0) / 3)
-    # (1, -2), (0, 0), (-2, 1)
+    # The whole gradients are (1, -2), (0, 0) and (-2, 1).
     assert whole == pytest.approx((0 + -4 / 5 + 0) / 3)
     assert ratio == pytest.approx((2 + 1 + 3 / math.sqrt(2)) / 3)
     assert cosine([torch.eye(2), torch.eye(2)]) == pytest.approx(1)
 
 
-def test_the_finite_product_is_held_against_the_exact_one():
+def test_product_cosine_compares_finite_with_exact():
     here = diagnosis()
     assert here.product_cosine(torch.Generator().manual_seed(1), 0.1, None) == pytest.approx(1, abs=1e-6)
-    here.by_product["finite"].radius = 10.0  # far outside of where the loss is nearly linear
+    here.by_product["finite"].radius = 10.0  # far outside the region where the loss is nearly linear
     assert here.product_cosine(torch.Generator().manual_seed(1), 0.1, None) < 0.99
 
 
-def test_the_first_order_has_no_implicit_part():
+def test_first_order_signal_has_no_implicit_part():
     signal = diagnosis(hessian=None).measure(4, CELL, 0.1)
     assert signal.cosine_implicit is signal.norm_ratio is signal.product_cosine is None
     assert signal.cosine_direct == signal.cosine_whole is not None
     assert "implicit" not in str(signal) and "cosine direct" in str(signal)
 
 
-def test_a_measurement_repeats_and_what_is_no_number_is_none():
+def test_measurement_is_reproducible_and_nan_becomes_none():
     here = diagnosis()
     torch.manual_seed(8)
     state = torch.get_rng_state()
@@ -226,7 +226,7 @@ def test_a_measurement_repeats_and_what_is_no_number_is_none():
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 9, 12])
-def test_a_text_of_any_length_has_batches(length):
+def test_batches_from_texts_of_any_length(length):
     here = diagnosis()
     for seed in range(5):
         batch = here.batch(here.train[:length], torch.Generator().manual_seed(seed), 3)
@@ -240,7 +240,7 @@ WIDE = (
 
 
 @pytest.mark.parametrize("flags", ["", "--unrolled --optimizer momentum --engine eager", f"--unrolled {WIDE}"])
-def test_a_search_that_is_measured_takes_the_steps_of_one_that_is_not(flags, tmp_path):
+def test_diagnosis_leaves_search_steps_bit_identical(flags, tmp_path):
     corpus = write_corpus(tmp_path, train=120 if WIDE in flags else 30, valid=120 if WIDE in flags else 16, test=16)
     common = f"--data {corpus} --emsize 8 --batch_size 4 --bptt 6 --lr 1 --epochs 1 --log_interval 3 {flags}".split()
     for name, more in (("plain", []), ("measured", ["--diagnose_every", "4"])):
@@ -249,18 +249,18 @@ def test_a_search_that_is_measured_takes_the_steps_of_one_that_is_not(flags, tmp
     assert (plain / "genotype.json").read_bytes() == (measured / "genotype.json").read_bytes()
     timed = {"seconds", "tokens_per_s"}
     steps, also = (
-        [{k: v for k, v in row.items() if k not in timed} for row in read_records(f)] for f in (plain, measured)
+        [{k: v for k, v in record.items() if k not in timed} for record in read_records(f)] for f in (plain, measured)
     )
-    assert [row for row in also if row["kind"] != "diagnosis"] == steps
+    assert [record for record in also if record["kind"] != "diagnosis"] == steps
     weights, others = (checkpoint.load(folder / "last.pt")["model"] for folder in (plain, measured))
     assert all(torch.equal(weights[name], others[name]) for name in weights)
-    found = [row for row in also if row["kind"] == "diagnosis"]
-    assert found
-    assert [row["step"] for row in found] == list(range(4, steps[-1]["step"] + 1, 4))
-    assert found[0].keys() == {"kind", "epoch", "step", *Signal._fields}
+    actual = [record for record in also if record["kind"] == "diagnosis"]
+    assert actual
+    assert [record["step"] for record in actual] == list(range(4, steps[-1]["step"] + 1, 4))
+    assert actual[0].keys() == {"kind", "epoch", "step", *Signal._fields}
 
 
-def test_the_time_of_a_measurement_is_not_that_of_steps(tmp_path, monkeypatch):
+def test_measurement_time_is_not_counted_as_step_time(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
     here = progress.Progress(Run(tmp_path / "run"), torch.device("cpu"), 1, 100)
@@ -270,5 +270,5 @@ def test_the_time_of_a_measurement_is_not_that_of_steps(tmp_path, monkeypatch):
         with here.paused():
             clock[0] += 50
         here.close_interval(1.0)
-    [row] = read_records(tmp_path / "run")
-    assert row["tokens_per_s"] == 30 / 2 and row["seconds"] == 52
+    [record] = read_records(tmp_path / "run")
+    assert record["tokens_per_s"] == 30 / 2 and record["seconds"] == 52

@@ -135,9 +135,8 @@ def test_virtual_step_matches_optimizer_step(model, batches, name, clip, limit):
         clipped_gradient(MicroBatches(model, train, tiny.B, alpha=AR, beta=TAR), weights, update)
         optimizer.step()
         optimizer.zero_grad()
-        torch.testing.assert_close(
-            seen.pop(), [w.detach() for w in weights], rtol=1e-6, atol=1e-7
-        )  # ASGD stores rates in fp32
+        # The tolerance allows for ASGD, which stores its rates in fp32.
+        torch.testing.assert_close(seen.pop(), [w.detach() for w in weights], rtol=1e-6, atol=1e-7)
 
 
 def test_unrolled_gradient_matches_central_differences(model, batches):

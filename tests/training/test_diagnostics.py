@@ -145,7 +145,7 @@ def test_discretization_gap_matches_oracle():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_sensitivity_matches_finite_difference_jacobian_norm(norm):
-    """The Jacobian is of the last hidden state in the initial one; its norm is divided by the root of its size."""
+    """The Jacobian of the last state (BH,) in the initial one is computed by differences; its norm is over sqrt(BH)."""
     model = tiny.search_model(DropoutRates(), norm=norm)
     batch = tiny.batch(model, 3)
     columns = []

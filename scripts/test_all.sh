@@ -4,4 +4,4 @@
 # Cost: about an hour on 2 cores. Arguments go to pytest: scripts/test_all.sh -k crash
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
-exec bash scripts/test.sh -m "slow or not slow" "$@"
+FULL_TESTS=1 exec bash scripts/test.sh -m "slow or not slow" "$@"

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from helpers import write_corpus
+from helpers import FULL, write_corpus
 
 # Only engine/test_inductor.py compiles the kernels of the fused engine, in processes of its own; all other tests run
 # the same functions uncompiled, so that they do not wait for a compiler.
@@ -11,7 +11,7 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=8, help="how many runs test_crash.py kills")
+    parser.addoption("--kills", type=int, default=8 if FULL else 2, help="how many runs test_crash.py kills")
 
 
 @pytest.fixture(scope="session")

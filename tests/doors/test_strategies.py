@@ -66,6 +66,7 @@ SEARCH = [
     "--limit_tokens 100 --search_split train", "--arch_batch_size 8 --unrolled --derive_from last --bptt 4",
     *(f"--norm {norm} --unrolled --arch_start 1 --epochs 3 --stop_stable 1" for norm in NORMS),
 ]  # fmt: skip
+SHORT = SEARCH[:1] + SEARCH[3:4] + SEARCH[7:8]  # the searches that scripts/test.sh kills
 
 
 class Kill(BaseException):
@@ -73,7 +74,11 @@ class Kill(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("kind", "flags"), [*(("train", flags) for flags in TRAIN), *(("search", flags) for flags in SEARCH)]
+    ("kind", "flags"),
+    [
+        *(("train", flags) for flags in TRAIN),
+        *(pytest.param("search", flags, marks=() if flags in SHORT else pytest.mark.slow) for flags in SEARCH),
+    ],
 )
 def test_killed_and_resumed_run_is_bit_identical(kind, flags, corpus, first_stage, tmp_path, monkeypatch):
     """The first kill comes in a step of the second epoch, just after a checkpoint; the second one in that epoch's

@@ -1,6 +1,6 @@
 """Tests that a run resumes bit-identically after a SIGKILL at a random moment, another signal or a full disk.
 
-pytest tests/experiment/test_crash.py                 # 8 kills
+pytest tests/experiment/test_crash.py                 # 2 kills
 pytest tests/experiment/test_crash.py --kills 200     # an hour on one core
 """
 
@@ -97,7 +97,7 @@ def test_run_with_damaged_last_checkpoint_resumes_from_previous(name, uninterrup
     (folder / "last.pt").unlink()
     (folder / "last.pt").write_bytes(raw)
     out = finish(start(name, corpus, folder, "--resume"))
-    message = "last.pt: not a checkpoint, or a damaged one; going on from previous.pt, the one before it"
+    message = "last.pt: not a checkpoint, or a damaged one; resuming from previous.pt, the checkpoint before it"
     assert out.splitlines()[0].endswith(message)
     assert outcome(folder) == uninterrupted(name)[0]
 
@@ -159,7 +159,14 @@ def test_run_stopped_by_two_sigints_resumes_bit_identically(uninterrupted, corpu
     assert outcome(folder) == uninterrupted("retraining")[0]
 
 
-@pytest.mark.parametrize(("name", "limit"), [("retraining", 2_500), ("retraining", 15_000), ("unrolled", 12_000)])
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("retraining", 2_500),
+        pytest.param("retraining", 15_000, marks=pytest.mark.slow),
+        pytest.param("unrolled", 12_000, marks=pytest.mark.slow),
+    ],
+)
 def test_run_on_a_full_disk_exits_1_and_resumes_bit_identically(name, limit, uninterrupted, corpus, tmp_path):
     """A limit on the size of files (RLIMIT_FSIZE) stands for a full disk; the log, the metrics or a checkpoint reaches
     it."""

@@ -67,7 +67,7 @@ def workers(process):
     return [int(pid) for pid in pids.split()]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["search", pytest.param("retraining", marks=pytest.mark.slow)])
 def test_killed_and_resumed_ranks_are_bit_identical(name, corpus, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     finish(start_run(name, corpus, whole))

@@ -33,8 +33,8 @@ sys.exit({script}.main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
-        ("train_search", "--unrolled"),
-        ("train_search", "--unrolled --hessian exact"),
+        pytest.param("train_search", "--unrolled", marks=pytest.mark.slow),
+        pytest.param("train_search", "--unrolled --hessian exact", marks=pytest.mark.slow),
         ("train", "--nonmono 5 --dropout 0.3"),
     ],
 )

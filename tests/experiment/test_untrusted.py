@@ -1,6 +1,6 @@
 """Tests that arbitrary flags and damaged files give an exit code and readable lines, and change no file of the user.
 
-pytest tests/experiment/test_untrusted.py                     # 2,000 cases
+FULL_TESTS=1 pytest tests/experiment/test_untrusted.py        # 2,000 cases; 260 without
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import FULL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -107,7 +108,7 @@ def odd_flags(draw):
     return script, flags
 
 
-@settings(SETTINGS, max_examples=800)
+@settings(SETTINGS, max_examples=800 if FULL else 100)
 @given(case=odd_flags())
 def test_arbitrary_flags_are_handled(case, home, tmp_path):
     script, flags = case
@@ -141,7 +142,7 @@ def damage(raw, data):
     return {"empty": b"", "double": raw + raw}.get(what, data.draw(st.binary(max_size=200)))
 
 
-@settings(SETTINGS, max_examples=600)
+@settings(SETTINGS, max_examples=600 if FULL else 80)
 @given(data=st.data())
 def test_damaged_files_are_handled(data, home, tmp_path):
     """A script resumes or evaluates a run or retrains its cell, after damage to one or two files of run or corpus."""
@@ -192,7 +193,7 @@ def paths(value, prefix=()):
             yield from paths(part, (*prefix, key))
 
 
-@settings(SETTINGS, max_examples=600)
+@settings(SETTINGS, max_examples=600 if FULL else 80)
 @given(data=st.data())
 def test_checkpoints_with_odd_entries_are_handled(data, home, tmp_path):
     kind = data.draw(st.sampled_from(list(SCRIPTS)))

@@ -247,7 +247,7 @@ def test_batch_norm_refuses_one_batch_element_at_a_time(corpus, refused, tmp_pat
     """Without batch normalisation a batch or micro-batch of one element is permitted."""
     for flags in ("--batch_size 1", "--small_batch_size 1"):
         (line,) = refused(train_search, "--data", corpus, *SMALL, "--norm", "batch", *flags.split())
-        assert "at least 2 at a time" in line
+        assert "at least 2 elements at a time" in line
     for norm, flags in (("layer", "--batch_size 1 --limit_tokens 40"), ("none", "--small_batch_size 1 --unrolled")):
         finished(train_search, corpus, tmp_path / norm, "--norm", norm, *flags.split())
         assert json.loads((tmp_path / norm / "result.json").read_text())["test_ppl"] > 1

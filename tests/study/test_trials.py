@@ -488,6 +488,7 @@ def done(folder):
     return {event["trial"] for event in events(folder) if event["event"] == "done"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
 def test_study_with_killed_worker_driver_and_raylet_ends_the_same(whole, tmp_path):
     folder = copy_without(whole, tmp_path / "study", "search", "select", "retrain")
@@ -526,6 +527,7 @@ def test_study_with_killed_worker_driver_and_raylet_ends_the_same(whole, tmp_pat
     assert list(folder.glob("tune-*")) == []
 
 
+@pytest.mark.slow
 def test_halving_stops_some_cells_before_their_last_epoch(corpus, tmp_path):
     """Ray's ASHA ends at least two of six cells early and trains at least one to its last epoch."""
     given = flags(

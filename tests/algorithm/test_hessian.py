@@ -32,10 +32,8 @@ def check(cosines, rounded=False):
         assert min(values) >= 0.99 or (rounded and kind == "exact")
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param("--engine eager", marks=pytest.mark.slow), "--precision fp32",
-             pytest.param("--precision bf16", marks=pytest.mark.slow)],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["--engine eager", "--precision fp32", "--precision bf16"])
 def test_hessian_products_match_definition_on_builtin_text(tmp_path, mode):
     """engine/test_inductor.py tests that the difference does not use tf32, which only CUDA has."""
     flags = f"--data builtin --emsize 32 --batch_size 32 --lr 5 --epochs 1 --limit_tokens 33000 {mode}"

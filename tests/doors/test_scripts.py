@@ -311,3 +311,23 @@ def test_alpha_step_sees_as_many_time_steps_as_the_weight_step(monkeypatch, corp
     assert all(a == b for a, b in sizes)
     assert 2 < wraps < len(sizes) / 2  # the hidden state is zeroed only when the text starts again
     assert os.path.exists(tmp_path / "run" / "result.json")
+
+
+OTHER_PACKAGES = "matplotlib PIL scipy ray rich tensorboard pandas pyarrow pytest hypothesis selenium".split()
+
+
+@pytest.mark.parametrize("script", ["train_search.py --epochs 1", "train.py --epochs 1", "evaluate.py"])
+def test_scripts_need_only_torch_numpy_and_tqdm(script, corpus, trained, tmp_path):
+    """The packages of all other requirements files cannot be imported; jinja2 is a requirement of torch."""
+    assert [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()] == [
+        "torch", "numpy", "tqdm"
+    ]  # fmt: skip
+    name, *flags = script.split()
+    given = ["--data", corpus, "--save", tmp_path / "run", *SIZES.split()] if flags else [trained[0] / "best.pt"]
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({OTHER_PACKAGES!r})); sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    argv = [sys.executable, "-c", code, name, *flags, *map(str, given)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

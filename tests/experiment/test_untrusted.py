@@ -315,7 +315,10 @@ def test_impossible_model_size_raises_an_out_of_memory_error(home, tmp_path):
     ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "--small_batch_size 2 "),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "4 rows"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+            "4 of the 4 batch elements",
+        ),
     ],
 )
 def test_out_of_memory_names_sizes_and_flags_that_need_less(kind, error, message, home, tmp_path, monkeypatch, capsys):

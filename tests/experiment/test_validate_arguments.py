@@ -138,7 +138,7 @@ def test_unreadable_texts_exit_2_with_one_line_each(script, corpus, refused, tmp
 def test_split_too_short_for_the_batch_exits_2(script, corpus, refused):
     (corpus / "test.txt").write_text("a\n")
     lines = refused(script, "--data", corpus, *SMALL, "--batch_size", 100)
-    assert any("too few for 100 rows" in line and "--batch_size" in line for line in lines)
+    assert any("too few for a batch size of 100" in line and "--batch_size" in line for line in lines)
     assert all("--batch_size" not in line for line in lines if "for test" in line)
 
 

@@ -372,7 +372,7 @@ def test_number_of_trials_that_fit_on_a_machine(available, cpus, gpus, fit):
         (["--train_flags", "--save x --lr 1"], "--train_flags: --save is the study's to set; leave it out"),
         (["--search_flags=--unrolled"], "--search_flags: --unrolled is the study's to set; leave it out"),
         (["--train_flags", "--lr 0"], "baseline: --lr 0.0: must be above 0 (--train_flags)"),
-        (["--train_flags", "--batch_size 9999"], "too few for 9999 rows"),
+        (["--train_flags", "--batch_size 9999"], "too few for a batch size of 9999"),
         (["--train_flags", "--schedule cosine"], "under it a short training is not the beginning of a long one"),
         (["--search_flags", "--patience 3"], "--search_flags: --patience looks at valid.txt"),
         (["--search_flags", "--schedule plateau"], "--search_flags: --schedule looks at valid.txt"),

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             if not (run.folder / CONFIG).exists():  # A --dry_run of a new study leaves no directory.
                 shutil.rmtree(run.folder)
         if crew.interrupted:
-            run.log(f"interrupted; go on with: python trials.py {args.stage} --resume --study {run.folder}")
+            run.log(f"interrupted; continue with: python trials.py {args.stage} --resume --study {run.folder}")
             return 130
     if args.stage in ("run", "report"):
         run.log(leaderboard.write(study, run))

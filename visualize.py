@@ -59,7 +59,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     report = add("report", "write one page about a run or a study", "DIR", "its directory",
                  None, ".html; report.html in that directory if not given")  # fmt: skip
     report.add_argument(
-        "--watch", action="store_true", help="write it again while the run goes on, and let the browser load it again"
+        "--watch", action="store_true", help="write it again while the run continues, and let the browser reload it"
     )
     return parser, commands.choices
 
@@ -99,10 +99,10 @@ def report(args: argparse.Namespace) -> Path:
         while not is_over(Path(args.what)):
             clock = time.monotonic()
             try:
-                said = f"wrote {write(args.what, args.out, refresh=REFRESH_SECONDS)}; Ctrl-C ends it"
+                status = f"wrote {write(args.what, args.out, refresh=REFRESH_SECONDS)}; Ctrl-C ends it"
             except PictureError as error:  # A new run may soon have a record.
-                said = str(error)
-            print(f"\r{time.strftime('%H:%M:%S')} {said}", end="", flush=True)
+                status = str(error)
+            print(f"\r{time.strftime('%H:%M:%S')} {status}", end="", flush=True)
             time.sleep(max(REFRESH_SECONDS, 4 * (time.monotonic() - clock)))  # This uses at most a fifth of a core.
     except KeyboardInterrupt:
         print()

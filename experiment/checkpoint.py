@@ -113,7 +113,7 @@ def load(path: str | Path) -> dict[str, Any]:
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            older = " (or one of an earlier version, which alone can go on with it)" if isinstance(state, dict) else ""
+            older = " (or one of an earlier version, which alone can resume it)" if isinstance(state, dict) else ""
             raise CheckpointError(f"{path}: not a checkpoint of this project, format {FORMAT}{older}")
         if not all(t.device.type == "cpu" and t.nbytes <= t.untyped_storage().nbytes() for t in tensors(state)):
             raise damaged  # a small file whose tensors would be expanded to a large size

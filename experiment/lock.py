@@ -28,7 +28,7 @@ class Lock:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = said(self.file)
+            owner = read_owner(self.file)
             self.file.close()
             raise Locked(f"{folder} is in use by {owner}") from error
         except OSError as error:  # The file system has no locks.
@@ -52,13 +52,13 @@ def owner(folder: Path) -> str | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return said(file)
+                return read_owner(file)
     except OSError:
         pass  # There is no lock file, or the file system has no locks.
     return None
 
 
-def said(file: TextIO) -> str:
+def read_owner(file: TextIO) -> str:
     """Returns the process and host that an open lock file names, for a message."""
     file.seek(0)
     try:

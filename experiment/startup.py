@@ -159,7 +159,7 @@ def memory_explained(args: Namespace) -> Iterator[None]:
         advice = f"--small_batch_size {smaller} needs about half" if smaller else "take a smaller --emsize or --bptt"
         raise RunError(
             f"out of memory with --emsize {args.emsize}, --bptt {args.bptt} and {batch_size} of the {args.batch_size}"
-            f" batch elements at a time; {advice} (a new run), or go on with --resume where more memory is free"
+            f" batch elements at a time; {advice} (a new run), or --resume where more memory is free"
         ) from error
 
 

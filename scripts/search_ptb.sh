@@ -2,7 +2,7 @@
 # Search a cell on Penn Treebank, second order, at the published settings.
 # Cost: 50 epochs. The published code took 4 h 21 min on a V100 (Liu et al. report 6 h on a 1080Ti).
 # Extra flags are passed on: scripts/search_ptb.sh --seed 0 --save runs/ptb-0
-# To go on after an interruption: python train_search.py --resume --save RUN
+# To resume after an interruption: python train_search.py --resume --save RUN
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh

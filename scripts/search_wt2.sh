@@ -2,7 +2,7 @@
 # Search a cell on WikiText-2, second order, at the published settings for Penn Treebank.
 # Cost: 50 epochs of 2.25 times as many steps as search_ptb.sh. The paper transfers the cell found on Penn Treebank instead.
 # Extra flags are passed on: scripts/search_wt2.sh --seed 0 --save runs/wt2-0
-# To go on after an interruption: python train_search.py --resume --save RUN
+# To resume after an interruption: python train_search.py --resume --save RUN
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh

@@ -13,7 +13,7 @@
 #   sbatch scripts/slurm.sh train_search.py --unrolled --save runs/search      # torchrun, one rank a GPU
 #   sbatch scripts/slurm.sh train.py --arch runs/search --save runs/train
 #
-# The same command again goes on with what it left. The nodes must see this folder under the same path; PYTHON names a
+# The same command again resumes what it left. The nodes must see this folder under the same path; PYTHON names a
 # Python that has what requirements-cluster.txt lists (torch alone is enough for torchrun).
 # Cost: what the lines above ask for. Two minutes before its time is up Slurm sends SIGTERM, and a run saves and ends.
 set -euo pipefail
@@ -32,7 +32,7 @@ for ((i = 1; i <= $#; i++)); do
   esac
 done
 if [ -z "$folder" ]; then
-  echo "slurm.sh: give the job a directory to go on from, with --save or --study" >&2
+  echo "slurm.sh: give the job a directory to resume from, with --save or --study" >&2
   exit 2
 fi
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

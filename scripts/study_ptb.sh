@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The study of docs/study.md: three searches by either order against six random cells, on a sixth of Penn Treebank.
-# Extra flags are passed on: scripts/study_ptb.sh --dry_run; to go on: scripts/study_ptb.sh --resume --study DIR
+# Extra flags are passed on: scripts/study_ptb.sh --dry_run; to resume: scripts/study_ptb.sh --resume --study DIR
 # Cost: 1 to 2 hours on 2 CPU cores. Penn Treebank is downloaded if missing.
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."

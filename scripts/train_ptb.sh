@@ -2,7 +2,7 @@
 # Retrain a cell on Penn Treebank at the published settings; DARTS reaches 58.1 valid, 55.7 test (paper), 23M weights.
 # Cost: up to 8000 epochs; the paper gives 3 days on a 1080Ti. Stop it when the validation loss has settled.
 # Extra flags are passed on: scripts/train_ptb.sh --arch runs/search-... --save runs/mine
-# To go on after an interruption: python train.py --resume --save RUN
+# To resume after an interruption: python train.py --resume --save RUN
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh

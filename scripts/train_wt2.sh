@@ -2,7 +2,7 @@
 # Retrain a cell on WikiText-2 at the published settings; DARTS reaches 71.2 valid, 69.6 test (paper), 33M weights.
 # Cost: up to 8000 epochs of 2.25 times as many steps as train_ptb.sh. Stop it when the validation loss has settled.
 # Extra flags are passed on: scripts/train_wt2.sh --arch runs/search-... --save runs/mine
-# To go on after an interruption: python train.py --resume --save RUN
+# To resume after an interruption: python train.py --resume --save RUN
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh

@@ -33,7 +33,7 @@ def add_study_flags(parser: arguments.Parser) -> None:
     study.add_argument(
         "--resume",
         action="store_true",
-        help="go on with a stage that has begun; flags of stages that have not may be given anew",
+        help="continue a stage that has begun; flags of stages that have not begun may be given again",
     )
     study.add_argument("--dry_run", action="store_true", help="print what the study would run and cost, and stop")
     study.add_argument("--data", default="penn", metavar="NAME|DIR", help="the text, as of train.py")

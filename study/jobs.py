@@ -118,5 +118,5 @@ def last_line(output: Path) -> str:
             file.seek(max(0, output.stat().st_size - 4096))
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
-        return "said nothing"
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "said nothing")[:300]
+        return "no output"
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")[:300]

@@ -28,8 +28,8 @@ HALTING = ("failures", "budget")  # These reasons end the whole study, and other
 FEW = 10  # The share of failed trials is judged once this many have ended.
 SPARKS = "▁▂▃▄▅▆▇█"
 MEANING = {
-    "failures": "too many trials failed; see their .out files, and go on with --resume",
-    "budget": "--budget_hours are spent; give more to go on with --resume",
+    "failures": "too many trials failed; see their .out files, and continue with --resume",
+    "budget": "--budget_hours are spent; give more to continue with --resume",
     "converged": "no better cell for long enough (--converged)",
 }
 
@@ -93,8 +93,8 @@ class Monitor:
         self.failures: set[str] = set()
         repair_jsonl(run.folder / metrics.EVENTS)
         over = {job.name for job in todo if job.is_done(run.folder)}
-        told = [event for event in metrics.events(run.folder) if event["event"] in ("done", "halved")]
-        self.over = {event["trial"]: event for event in told if event["trial"] in over}
+        ended = [event for event in metrics.events(run.folder) if event["event"] in ("done", "halved")]
+        self.over = {event["trial"]: event for event in ended if event["trial"] in over}
         for job in todo:  # A driver that was killed may not have recorded these.
             if job.name in over - self.over.keys():
                 self.close(job)
@@ -125,7 +125,7 @@ class Monitor:
         """Records that the trial's process died and that another process resumes the trial."""
         self.running.pop(job.name, None)
         self.record(job, "retried")
-        self.log(f"{job.name}: its process ended; it is started again, to go on | {self.counts()}")
+        self.log(f"{job.name}: its process ended; it is started again and resumes | {self.counts()}")
 
     def failed(self, job: Job) -> None:
         """Records that the trial failed and will not be retried."""

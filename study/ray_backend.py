@@ -67,7 +67,7 @@ def watch(over: threading.Event) -> None:
         except (ray.exceptions.RayError, ConnectionError, RuntimeError):
             gone = True
         if gone and not over.is_set():
-            print("error: Ray is gone; go on with --resume", file=sys.stderr, flush=True)
+            print("error: Ray has stopped; continue with --resume", file=sys.stderr, flush=True)
             os._exit(1)
 
 

@@ -82,7 +82,7 @@ def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[
     again = [stage for stage in requested_stages(args) if stage in begun]
     found = []
     if again and not args.resume and not args.dry_run:
-        found.append(f"--study {folder}: its {again[0]} has begun; add --resume to go on, or take another")
+        found.append(f"--study {folder}: its {again[0]} has begun; add --resume to continue it, or take another")
     for name in dict.fromkeys(name for stage in begun for name in STAGE_FLAGS[stage].split()):
         if getattr(args, name) != (before := config["flags"][name]):
             found.append(f"--{name}: the study in {folder} has begun with {before}; leave it out, or start another")

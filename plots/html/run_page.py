@@ -57,7 +57,7 @@ def facts(history: History, result: dict | None, flags: dict, link: Link) -> lis
     for name in ("data", "seed", "device"):
         if name in flags:
             add(name, str(flags[name]), "config.json")
-    add("what it said", "log.txt", "log.txt")
+    add("log", "log.txt", "log.txt")
     return found
 
 

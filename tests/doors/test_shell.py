@@ -90,4 +90,4 @@ def test_slurm_starts_ray_on_every_node_and_the_study_on_one(slurm, tmp_path):
 def test_slurm_without_save_or_study_exits_2(slurm):
     job, commands = slurm("train.py", "--arch", "DARTS")
     assert (job.returncode, commands) == (2, [])
-    assert job.stderr == "slurm.sh: give the job a directory to go on from, with --save or --study\n"
+    assert job.stderr == "slurm.sh: give the job a directory to resume from, with --save or --study\n"

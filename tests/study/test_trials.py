@@ -401,7 +401,7 @@ def test_invalid_study_flags_exit_2_with_the_reason(more, message, corpus, tmp_p
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["run"], "its baseline has begun; add --resume to go on, or take another"),
+        (["run"], "its baseline has begun; add --resume to continue it, or take another"),
         (
             ["select", "--resume", "--select_epochs", "9"],
             "--select_epochs: the study in {} has begun with 2; leave it out",
@@ -515,7 +515,7 @@ def test_study_with_killed_worker_driver_and_raylet_ends_the_same(whole, tmp_pat
     os.kill(raylet, signal.SIGKILL)
     out, _ = second.communicate(timeout=120)
     assert second.returncode == 1, out
-    assert "error: Ray is gone; go on with --resume" in out
+    assert "error: Ray has stopped; continue with --resume" in out
 
     third = study_process("run", "--resume", "--study", str(folder))
     out, _ = third.communicate(timeout=300)

@@ -267,21 +267,22 @@ def download(source: Source, path: Path) -> None:
     by_hand = f"put {source.url} there by hand, or use --data builtin, which needs no network"
     digest, received = hashlib.sha256(), 0
     try:
-        with (
-            urlopen(source.url, timeout=TIMEOUT) as reply,
-            atomic_write(path) as file,
-            tqdm(total=source.size, unit="B", unit_scale=True, desc=str(path), disable=None) as bar,
-        ):  # disable=None: no bar where stderr is no terminal
-            # one byte more than the expected size suffices to detect a different file
-            while block := reply.read(min(1 << 16, source.size + 1 - received)):
-                received += len(block)
-                digest.update(block)
-                file.write(block)
-                bar.update(len(block))
-            if received < source.size:
-                raise ConnectionError(f"only {received:,} of {source.size:,} bytes came")
-            if digest.hexdigest() != source.sha256:
-                raise DataError(f"{path}: the server sent other bytes, not kept; {by_hand}")
+        with urlopen(source.url, timeout=TIMEOUT) as reply:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                atomic_write(path) as file,
+                tqdm(total=source.size, unit="B", unit_scale=True, desc=str(path), disable=None) as bar,
+            ):  # disable=None: no bar where stderr is no terminal
+                # one byte more than the expected size suffices to detect a different file
+                while block := reply.read(min(1 << 16, source.size + 1 - received)):
+                    received += len(block)
+                    digest.update(block)
+                    file.write(block)
+                    bar.update(len(block))
+                if received < source.size:
+                    raise ConnectionError(f"only {received:,} of {source.size:,} bytes came")
+                if digest.hexdigest() != source.sha256:
+                    raise DataError(f"{path}: the server sent other bytes, not kept; {by_hand}")
     except (OSError, HTTPException) as error:  # from the network (URLError is an OSError) or the disk
         if isinstance(error, HTTPError):
             error.close()  # an HTTPError is also the reply, and keeps the connection open

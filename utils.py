@@ -81,10 +81,9 @@ def keep_memory() -> None:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yields a file that replaces `path` at the end of the block, after it was flushed to the disk.
 
-    `path` is never partial: after an error, also one inside the block, it is unchanged and nothing is left beside it.
-    The folder of `path` is created if it is missing.
+    `path` is never partial: if the block or the writing fails, it is unchanged, and the temporary file beside it is
+    removed (unless the process is killed, or the disk refuses that too).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -31,13 +31,26 @@ rates() { # the learning rate and the initial range: two cells, 8 epochs
   done
 }
 
-(($#)) || set -- builtin penn rates
+diagnosis() { # 100 hidden units, a batch of 64: whether the gradients of independent batches agree, under each norm
+  local norm save
+  for norm in none layer batch; do
+    [ -s "docs/signal/h100-$norm.jsonl" ] && continue
+    save=runs/h100-$norm
+    .venv/bin/python train_search.py --data penn --limit_tokens 300000 --search_split train --emsize 100 --batch_size 64 \
+      --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0 --epochs 3 --norm "$norm" --seed 1 \
+      --diagnose_every 60 --test skip --device cpu --save "$save"
+    grep '"kind": "diagnosis"' "$save/metrics.jsonl" >"docs/signal/h100-$norm.jsonl"
+  done
+}
+
+(($#)) || set -- builtin penn rates diagnosis
 for text in "$@"; do
   case $text in
     builtin) study builtin --train_epochs 8 --search_flags "--search_split train --epochs 4 --diagnose_every 40" ;;
     penn) study penn --train_epochs 6 --train_flags "--limit_tokens 300000" \
       --search_flags "--search_split train --limit_tokens 300000 --epochs 3 --arch_batch_size 64 --diagnose_every 100" ;;
     rates) rates ;;
+    diagnosis) diagnosis ;;
   esac
 done
-.venv/bin/python benchmarks/search_arms.py table docs/signal/*.jsonl
+.venv/bin/python benchmarks/search_arms.py table docs/signal/{builtin,penn,first,rates}.jsonl

@@ -121,6 +121,12 @@ def test_full_disk_error_names_the_needed_and_the_free_space(tmp_path, monkeypat
     assert not checkpoint.load(tmp_path / "last.pt")["w"].any()
 
 
+def test_save_to_a_removed_folder_fails_and_does_not_create_it(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt: cannot be written"):
+        checkpoint.save_last({"epoch": 1}, tmp_path / "removed")
+    assert not (tmp_path / "removed").exists()
+
+
 # --- damaged files ---
 
 

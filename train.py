@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from architect import WeightUpdate
 from engine import Engine
 from engine.dropout import DropoutRates
 from experiment import checkpoint, resume, signals, startup
@@ -36,6 +35,7 @@ class RetrainState:
     def __init__(self, experiment: Experiment):
         args, ranks = experiment.args, experiment.ranks
         self.args, self.ranks, self.run, self.patience = args, ranks, experiment.run, experiment.patience
+        self.update = experiment.update
         self.batch_size, self.micro_batch_size = experiment.local_batch_size, experiment.micro_batch_size
         self.train_text, self.valid_text = experiment.sharded("train"), experiment.texts["valid"]  # (n, B) each
 
@@ -47,7 +47,6 @@ class RetrainState:
         self.model = model.with_engine(Engine(args.engine, args.precision))
         ranks.seed(args.seed)
         self.weights = self.model.weights()
-        self.update = WeightUpdate(args.clip, args.clip_value, args.wdecay, args.momentum)
         self.phase = "sgd" if args.optimizer == "ntasgd" else args.optimizer
         self.optimizer, self.trigger = self.new_optimizer(self.phase), NonMonotonicTrigger(args.nonmono)
         self.start_epoch()

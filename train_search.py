@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from architect import Architect, WeightUpdate
+from architect import Architect
 from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU
 from experiment import checkpoint, signals, startup
@@ -40,6 +40,7 @@ class SearchState:
     def __init__(self, experiment: Experiment):
         args, ranks = experiment.args, experiment.ranks
         self.args, self.ranks, self.run, self.patience = args, ranks, experiment.run, experiment.patience
+        self.update = experiment.update
         self.batch_size, self.micro_batch_size = experiment.local_batch_size, experiment.micro_batch_size
         self.arch_batch_size = args.arch_batch_size // ranks.size
         self.train_text, self.valid_text = experiment.sharded("train"), experiment.texts["valid"]  # (n, B) each
@@ -52,7 +53,6 @@ class SearchState:
         self.model = model.with_engine(Engine(args.engine, args.precision))
         ranks.seed(args.seed)
         self.weights = self.model.weights()
-        self.update = WeightUpdate(args.clip, args.clip_value, args.wdecay, args.momentum)
         self.optimizer = new_optimizer(args.optimizer, self.weights, args.lr, self.update)
         self.hessian = args.hessian if args.unrolled else None
         self.architect = self.architect_of(self.model, self.micro_batch_size, self.hessian)

@@ -27,7 +27,6 @@ class TrainingState(Protocol):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    update: WeightUpdate
     train_text: Tensor  # (n, B), the batch elements of this rank
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,6 +90,7 @@ class Experiment:
             name: batchify(ids, batch_size).to(self.device)
             for name, (ids, batch_size) in texts_to_read(self.corpus, args).items()
         }
+        self.update = WeightUpdate(args.clip, args.clip_value, args.wdecay, args.momentum)
         self.schedule, self.patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
         self.monitor = DivergenceMonitor(self.device, len(self.corpus.words))
         self.progress = Progress(self.run, self.device, args.epochs, len(self.texts["train"]) - 1)
@@ -276,7 +276,7 @@ class Experiment:
         with matmul_precision(args.precision), startup.memory_explained(args):
             self.run.log(overfit(
                 state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size,
-                state.update,
+                self.update,
             ))  # fmt: skip
 
     def exit_interrupted(self) -> int:

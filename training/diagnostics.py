@@ -25,9 +25,7 @@ from training.losses import Batch, MicroBatches
 from utils import get_batch
 
 BATCHES = 3  # The alpha gradients of this many pairs of a training and a validation batch are compared.
-MAX_BATCH_SIZE = (
-    32  # A batch that is differentiated twice has at most this many elements, since its whole graph is in memory.
-)
+MAX_BATCH_SIZE = 32  # A batch that is differentiated twice is no larger, since its whole graph is in memory.
 SEGMENTS = 20  # The relaxed and the discretised model are compared on this many segments of validation text.
 PRODUCTS = 20  # An eigenvalue is computed from at most this many Hessian-vector products.
 PROBES = 4  # The sensitivity is estimated from this many random directions.

@@ -41,23 +41,41 @@ PART = r"(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str"
 
 
 class Recorded:
-    """In the place of `inductor.Compiled`: runs the function as it stands and keeps its largest call."""
+    """Runs a kernel's function uncompiled, in the place of `inductor.Compiled`, and records its largest call."""
 
-    calls: ClassVar[dict[str, list]] = {}  # by name: how many, the function, its arguments before and after
+    calls: ClassVar[dict[str, list]] = {}  # by name: how many, the function, its flat arguments before and after
 
     def __init__(self, function: Callable[..., None]):
         self.function = function
 
     def __call__(self, *args: Any) -> None:
-        call = self.calls.setdefault(self.function.__name__, [0, self.function, (), ()])
+        call = self.calls.setdefault(self.function.__name__, [0, None, (), ()])
         call[0] += 1
-        size = sum(arg.numel() for arg in args if isinstance(arg, Tensor))
+        flat = inductor.flattened(args)
+        size = sum(arg.numel() for arg in flat if isinstance(arg, Tensor))
         larger = size > sum(arg.numel() for arg in call[2] if isinstance(arg, Tensor))
         if larger:
-            call[2] = [copied(arg) for arg in args]
+            call[1:3] = of_flat_arguments(self.function, args), [copied(arg) for arg in flat]
         self.function(*args)
         if larger:
-            call[3] = [copied(arg) for arg in args]
+            call[3] = [copied(arg) for arg in flat]
+
+
+def of_flat_arguments(function: Callable[..., None], args: tuple) -> Callable[..., None]:
+    """Returns `function` as a function of `inductor.flattened(args)`, which has no tuples."""
+
+    def call(*flat: Any) -> None:
+        leaves = iter(flat)
+        nested = []
+        for arg in args:
+            if isinstance(arg, tuple):
+                group = [next(leaves) for _ in arg]
+                nested.append(type(arg)(*group) if hasattr(arg, "_fields") else tuple(group))
+            else:
+                nested.append(next(leaves))
+        function(*nested)
+
+    return call
 
 
 def copied(argument: Any) -> Any:

@@ -9,6 +9,7 @@ backward. The equations (F1) to (F6) and (B1) to (B7) are in docs/engine.md.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,18 +22,46 @@ from engine.matmul import Workspace
 from engine.reference import NORM_EPS
 
 
+class Constants(NamedTuple):
+    """What is the same at every node and time step of a pass over a sequence: the norm and the mask of the states."""
+
+    norm: str  # one of `reference.NORMS`
+    share: Tensor | None  # (H,), `unit_share` of layer normalisation
+    h_mask: Tensor  # (B, H)
+
+
+class Node(NamedTuple):
+    """The results of a node i at one time step, or their tangents."""
+
+    state: Tensor  # s_i, (B, H)
+    masked: Tensor  # s_i * h_mask, (B, H)
+    inverse: Tensor  # 1 / deviation, (B, 1) of layer normalisation, else (H,); without a norm it is not written
+
+
+class Edges(NamedTuple):
+    """What node i reads from its i predecessors at one time step, or the tangents."""
+
+    cu: Tensor  # the preactivations [c, u], (i, B, 2H), but (B, 2H) for node 0
+    states: Tensor  # s_0 .. s_{i-1}, (i, B, H)
+
+
+class StateGrad(NamedTuple):
+    """The gradient of one state (B, H) or several (i, B, H), which is direct + via_matmul * h_mask."""
+
+    direct: Tensor
+    via_matmul: Tensor  # through the product of the node that was processed last
+
+
 class SavedForward(NamedTuple):
-    """The tensors that a forward pass of the relaxed cell over a sequence saves for the backward pass."""
+    """What a forward pass of the relaxed cell over a sequence saves for the backward pass."""
 
     space: Workspace
-    states: Tensor  # (T, N+1, B, H), s_0 .. s_N
-    masked: Tensor  # (T, N+1, B, H), states * h_mask
-    products: list[Tensor]  # N+1 times (T, i, B, 2H), the preactivations [c, u]; i = 1 for node 0
+    nodes: list[list[Node]]  # [i][t], of s_0 .. s_N
+    edges: list[list[Edges]]  # [i][t]
+    masked: Tensor  # (T, N+1, B, H), all states * h_mask
     previous: Tensor  # (T+1, B, H), the hidden state before each time step, masked
-    inverse: Tensor  # 1 / deviation, (T, N+1, B, 1) of layer normalisation, else (T, N+1, H); unset without a norm
     held_relu: FrozenReLU | None
-    norm: str
-    share: Tensor | None  # (H,), see `unit_share`
+    constants: Constants
 
 
 class SavedBackward(NamedTuple):
@@ -57,9 +86,18 @@ def by_node(buffer: Tensor) -> list[tuple[Tensor, ...]]:
     return [node.unbind(0) for node in buffer.unbind(1)]
 
 
-def before_node(states: Tensor) -> list[tuple[Tensor, ...]]:
-    """Returns views [i][t] of the predecessors s_0 .. s_{i-1} of node i, (i, B, H) each, of states (T, N+1, B, H)."""
-    return [states[:, :i].unbind(0) for i in range(states.size(1))]
+def nodes_and_edges(
+    states: Tensor, masked: Tensor, inverse: Tensor, products: Sequence[Tensor]
+) -> tuple[list[list[Node]], list[list[Edges]]]:
+    """Returns the nodes [i][t] and the edges [i][t] as views of the buffers that hold them, or of their tangents.
+
+    states (T, N+1, B, H) and inverse (T, N+1, ...) have an entry for each time step, and so has masked, or it is
+    (1, N+1, B, H), used again at each step. `products` are (T, B, 2H) for node 0 and (T, i, B, 2H) for node i.
+    """
+    buffers = by_node(states), by_node(masked.expand_as(states)), by_node(inverse)
+    nodes = [list(map(Node, *views)) for views in zip(*buffers, strict=True)]
+    edges = [list(map(Edges, cu.unbind(0), states[:, :i].unbind(0))) for i, cu in enumerate(products)]
+    return nodes, edges
 
 
 def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
@@ -107,15 +145,15 @@ class GradAccumulators:
         self.grad_h_matmul = space.take(B, H).zero_()
         # The gradients of the probabilities are one tensor (i, B) for each node and each primitive but `none`. Stacked
         # in one tensor they would take one more launch on a GPU.
-        self.sums = [[self.grad_h_direct.new_zeros(i, B) for _ in range(4)] for i in range(1, N + 1)]
-        self.each = [half.unbind(0) for half in self.totals]
-        self.share = [[half[:i] for i in range(N + 1)] for half in self.totals]
-        self.rest, self.rest_of = self.grad_via_matmul.unbind(0), [self.grad_via_matmul[:i] for i in range(N + 1)]
-        self.rows_of_rest = [part.flatten(0, 1) for part in self.rest_of]
+        self.sums = [tuple(self.grad_h_direct.new_zeros(i, B) for _ in range(4)) for i in range(1, N + 1)]
+        both = [(total, self.grad_via_matmul) for total in self.totals]
+        self.each = [[StateGrad(total[i], rest[i]) for i in range(N + 1)] for total, rest in both]
+        self.predecessors = [[StateGrad(total[:i], rest[:i]) for i in range(N + 1)] for total, rest in both]
+        self.rows_via_matmul = [self.grad_via_matmul[:i].flatten(0, 1) for i in range(N + 1)]  # (iB, H) each
 
     def begin_step(self, g: Tensor, h_mask: Tensor) -> None:
         """Starts a time step whose hidden state has the gradient g (B, H) from the loss (B1); h_mask is (B, H)."""
-        concat = tuple(range(1, len(self.rest)))
+        concat = tuple(range(1, len(self.grad_via_matmul)))
         output_back(g, self.grad_h_direct, self.grad_h_matmul, h_mask, concat, self.totals[0])
         self.grad_via_matmul.zero_()
 
@@ -132,30 +170,25 @@ class GradAccumulators:
 
 
 @kernel
-def relaxed_start(cu, h, norm, share, h_mask, state, masked, inverse):
-    """Computes s_0 from the hidden state h of the previous time step (F1, F5).
-
-    Reads cu (B, 2H), h and h_mask (B, H), and `norm` and `share` as in `average`. Writes state and masked (B, H), and
-    inverse (H,) or (B, 1).
-    """
+def relaxed_start(cu, h, constants, node):
+    """Writes s_0 to `node`, given the hidden state h (B, H) before the time step and cu (B, 2H) (F1, F5)."""
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     tanh = sigmoid_tanh(u)[1]
-    put_normalised(h + sigmoid(c) * (tanh - h), norm, share, h_mask, state, masked, inverse)
+    put_normalised(h + sigmoid(c) * (tanh - h), constants, node)
 
 
 @kernel
-def relaxed_node(cu, states, p, active, norm, share, h_mask, state, masked, inverse):
-    """Computes s_i from its predecessors (F3 to F5).
-
-    Reads cu (i, B, 2H), the predecessors' states (i, B, H), p (i, K), the active set of relu (i, B, H) or None, `norm`
-    and `share` as in `average`, and h_mask (B, H). Writes state and masked (B, H), and inverse (H,) or (B, 1).
+def relaxed_node(edges, p, active, constants, node):
+    """Writes s_i to `node`, given its `edges`, their probabilities p (i, K) and relu's active set (i, B, H) or None
+    (F3 to F5).
     """
-    c, u = cu.chunk(2, dim=-1)
+    c, u = edges.cu.chunk(2, dim=-1)
     p = p[:, 1:, None, None]
     *_, mixed, _ = mixture(p, u, active)
-    kept = p.sum(1) * states.to(h_mask.dtype)
-    each = kept + sigmoid(c.to(h_mask.dtype)) * (mixed - kept)
-    put_normalised(each.sum(0) * of_sum(norm, len(p)), norm, share, h_mask, state, masked, inverse)
+    dtype = constants.h_mask.dtype
+    kept = p.sum(1) * edges.states.to(dtype)
+    each = kept + sigmoid(c.to(dtype)) * (mixed - kept)
+    put_normalised(each.sum(0) * of_sum(constants.norm, len(p)), constants, node)
 
 
 def mixture(p, u, active):
@@ -180,30 +213,30 @@ def of_sum(norm, predecessors):
     return 1 / predecessors if norm == "none" else 1
 
 
-def average(x, norm, share):
+def average(x, constants):
     """Returns the mean of x (B, H) that the norm "batch" or "layer" takes (F5).
 
-    For "batch" it is the mean of each hidden unit over the batch, (H,). For "layer" it is the mean of each batch
-    element over its hidden units, (B, 1), and `share` (H,) is then 1 / their number (see `unit_share`).
+    For "batch" it is the mean of each hidden unit over the batch, (H,), and for "layer" that of each batch element over
+    its hidden units, (B, 1).
     """
-    return x.mean(0) if norm == "batch" else (x * share).sum(-1, keepdim=True)
+    return x.mean(0) if constants.norm == "batch" else (x * constants.share).sum(-1, keepdim=True)
 
 
-def units_alone(x, norm, share):
+def units_alone(x, constants):
     """Returns x (B, H) with zeros in the padding of H, where layer normalisation would leave other values."""
-    return torch.where(share > 0, x, 0) if norm == "layer" else x
+    return torch.where(constants.share > 0, x, 0) if constants.norm == "layer" else x
 
 
-# Writes s (B, H) normalised (F5) to state, its product with h_mask to masked, and 1 / deviation to inverse.
-def put_normalised(s, norm, share, h_mask, state, masked, inverse):
-    if norm != "none":
+def put_normalised(s, constants, node):
+    """Writes s (B, H), normalised (F5), to `node`."""
+    if constants.norm != "none":
         s = force_materialize(s)
-        centred = s - average(s, norm, share)
-        scale = torch.rsqrt(average(centred.square(), norm, share) + NORM_EPS)
-        s = units_alone(centred * scale, norm, share)
-        inverse.copy_(scale)
-    state.copy_(s)
-    masked.copy_(s * h_mask)
+        centred = s - average(s, constants)
+        scale = torch.rsqrt(average(centred.square(), constants) + NORM_EPS)
+        s = units_alone(centred * scale, constants)
+        node.inverse.copy_(scale)
+    node.state.copy_(s)
+    node.masked.copy_(s * constants.h_mask)
 
 
 @kernel
@@ -226,38 +259,40 @@ def output_back(g, grad_h_direct, grad_h_matmul, h_mask, concat, total):
     total.copy_((g + grad_h_direct + grad_h_matmul * h_mask) / len(concat) * counts[:, None, None])
 
 
-def normalise_back(g, norm, share, state, inverse):
+def whole(grad, constants):
+    """Returns the gradient that `grad`, a StateGrad, stands for, in its shape."""
+    return grad.direct + grad.via_matmul * constants.h_mask
+
+
+def normalise_back(g, node, constants):
     """Returns the gradient before a norm, inverse * (g - mean(g) - s mean(g s)), (B, H) (B2).
 
-    g (B, H) is the gradient after the norm, s = state (B, H) its result, and the means are those of `average`. If norm
-    is "none", the result is g.
+    g (B, H) is the gradient of s = node.state, and the means are those of `average`. Without a norm, the result is g.
     """
-    if norm == "none":
+    if constants.norm == "none":
         return force_materialize(g)
-    s = state.to(g.dtype)
-    dz = inverse * (g - average(g, norm, share) - s * average(g * s, norm, share))
-    return force_materialize(units_alone(dz, norm, share))
+    s = node.state.to(g.dtype)
+    dz = node.inverse * (g - average(g, constants) - s * average(g * s, constants))
+    return force_materialize(units_alone(dz, constants))
 
 
 @kernel
-def relaxed_node_back(
-    g, g_through, state, inverse, total, grad_via_matmul, states, cu, p, active, norm, share, h_mask, received, dc, du,
-    total_after, *sums,
-):  # fmt: skip
+def relaxed_node_back(grad, node, edges, p, active, constants, predecessors, sums, received, dcu, total_after):
     """Computes the backward pass through node i of the relaxed cell (B2 to B5).
 
-    Reads g, g_through and state (B, H), inverse (H,) or (B, 1), total and grad_via_matmul (i, B, H), and the rest as in
-    `relaxed_node`. Writes the gradient of s_i, g + g_through * h_mask, to received (B, H), and dc and du (i, B, H).
-    `total_after` (i, B, H) is total + grad_via_matmul * h_mask plus what this node adds directly. The `sums`, (i, B)
-    each, gain the gradients of the probabilities.
+    Reads the gradients of s_i and of its predecessors so far, `grad` and `predecessors`, and the rest as in
+    `relaxed_node`. Writes the gradient of s_i to received (B, H), and dcu = dc, du, (i, B, H) each. `total_after`
+    (i, B, H) is the predecessors' gradient plus what this node adds directly. The four `sums`, (i, B) each, gain the
+    gradients of the probabilities.
     """
-    g = g + g_through * h_mask
+    (dc, du), dtype = dcu, constants.h_mask.dtype
+    g = whole(grad, constants)
     received.copy_(g)
-    dz = normalise_back(g, norm, share, state, inverse) * of_sum(norm, len(p))
-    c, u = cu.chunk(2, dim=-1)
-    s = states.to(h_mask.dtype)
+    dz = normalise_back(g, node, constants) * of_sum(constants.norm, len(p))
+    c, u = edges.cu.chunk(2, dim=-1)
+    s = edges.states.to(dtype)
     p = p[:, 1:, None, None]
-    gate = sigmoid(c.to(h_mask.dtype))
+    gate = sigmoid(c.to(dtype))
     primitives, _, mixed, slope = mixture(p, u, active)
     some = p.sum(1)
     opened = dz * gate
@@ -265,22 +300,21 @@ def relaxed_node_back(
     d = force_materialize(opened * (1 - gate) * (mixed - some * s))
     dc.copy_(d)
     du.copy_(opened * slope)
-    total_after.copy_(total + grad_via_matmul * h_mask + some * shut)
+    total_after.copy_(whole(predecessors, constants) + some * shut)
     for gained, f in zip(sums, primitives, strict=True):
         gained.copy_(gained + (opened * f + shut * s).sum(-1))
 
 
 @kernel
-def relaxed_start_back(g, g_through, state, inverse, cu, norm, share, h_mask, h, received, dc, du, grad_h_direct):
+def relaxed_start_back(grad, node, cu, h, constants, received, dc, du, grad_h_direct):
     """Computes the backward pass through the norm of s_0 and through s_0 (B2, B6).
 
-    Reads g, g_through, state, h_mask and h (B, H), inverse (H,) or (B, 1), cu (B, 2H), and `norm` and `share` as in
-    `average`. Writes the gradient of s_0, g + g_through * h_mask, to received, and dc, du and grad_h_direct as in
-    `put_start_back`, (B, H) each.
+    Reads the gradient `grad` of s_0 = node.state, cu (B, 2H) and h (B, H). Writes the whole gradient of s_0 to
+    received, and dc, du and grad_h_direct as in `put_start_back`, (B, H) each.
     """
-    g = g + g_through * h_mask
+    g = whole(grad, constants)
     received.copy_(g)
-    put_start_back(normalise_back(g, norm, share, state, inverse), cu, h, dc, du, grad_h_direct)
+    put_start_back(normalise_back(g, node, constants), cu, h, dc, du, grad_h_direct)
 
 
 @kernel

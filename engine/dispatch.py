@@ -32,17 +32,15 @@ class Engine(NamedTuple):
 
     def relaxed(self, *args) -> Tensor:
         """Returns the hidden states (T, B, H) of the relaxed cell, for the arguments of `reference.relaxed`."""
-        return (
-            fused.relaxed(*args, compute_dtype=self.compute_dtype) if self.name == "fused" else reference.relaxed(*args)
-        )
+        if self.name == "fused":
+            return fused.relaxed(*args, compute_dtype=self.compute_dtype)
+        return reference.relaxed(*args)
 
     def discrete(self, *args) -> Tensor:
         """Returns the hidden states (T, B, H) of one genotype's cell, for the arguments of `reference.discrete`."""
-        return (
-            fused.discrete(*args, compute_dtype=self.compute_dtype)
-            if self.name == "fused"
-            else reference.discrete(*args)
-        )
+        if self.name == "fused":
+            return fused.discrete(*args, compute_dtype=self.compute_dtype)
+        return reference.discrete(*args)
 
     def nll(self, hiddens: Tensor, mask: Tensor | None, embedding: Tensor, bias: Tensor, y: Tensor) -> Tensor:
         """Returns the mean negative log-likelihood in nats per word of the target words y (T, B), a scalar.

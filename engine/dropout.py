@@ -66,12 +66,8 @@ class Masks(NamedTuple):
     def batch_slice(self, start: int, stop: int) -> "Masks":
         """Returns the masks of the batch elements start..stop-1, with the whole batch's `word` and `connections`."""
         per_element = (None if mask is None else mask[start:stop] for mask in self[2:-1])
-        return Masks(
-            self.word,
-            self.connections,
-            *per_element,
-            relu=None if self.relu is None else self.relu.batch_slice(start, stop),
-        )
+        relu = None if self.relu is None else self.relu.batch_slice(start, stop)
+        return Masks(self.word, self.connections, *per_element, relu=relu)
 
 
 def drop(value: Tensor, mask: Tensor | None) -> Tensor:

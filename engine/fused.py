@@ -21,14 +21,15 @@ from torch.nn import functional as F
 
 from engine.autograd import forbid_double_backward, graph_task_id, unformed_grad
 from engine.cell_kernels import (
+    Constants,
     GradAccumulators,
     SavedBackward,
     SavedForward,
-    before_node,
     by_node,
     flat_rows,
     halves,
     held_set,
+    nodes_and_edges,
     of_nodes,
     output,
     relaxed_node,
@@ -138,60 +139,46 @@ class Relaxed(torch.autograd.Function):
         kept = T if keep else 1  # Without a backward pass, each time step overwrites the one before.
         states = space.take(kept, N + 1, B, H)  # s_0 .. s_N
         masked = space.take(kept, N + 1, B, H)
-        products = [space.take(kept, max(i, 1), B, 2 * H) for i in range(N + 1)]
+        products = [space.take(kept, B, 2 * H), *(space.take(kept, i, B, 2 * H) for i in range(1, N + 1))]
         previous = space.take(T + 1, B, H)  # the hidden state before each step, masked
         inverse = h0.new_empty(kept, N + 1, *((B, 1) if norm == "layer" else (H,)))  # 1 / standard deviation
         hiddens = h0.new_empty(T, B, H)
         weights = [W.to(space.compute_dtype) for W in (W0_h, *Ws)]
-        rows = of_nodes(probs)  # N times (i, K)
+        probs_of, constants = of_nodes(probs), Constants(norm, share, h_mask)  # N times (i, K)
 
-        state, mask, scale = (by_node(buffer) for buffer in (states, masked, inverse))  # [i][t]
-        predecessors, matmul_inputs = before_node(states), [flat_rows(masked[:, :i]) for i in range(N + 1)]
-        preactivations, rows_of_cu = [cu.unbind(0) for cu in products], [flat_rows(cu) for cu in products]
-        nodes, xWs, hs, concat = states.unbind(0), xW.unbind(0), hiddens.unbind(0), tuple(range(1, N + 1))
+        nodes, edges = nodes_and_edges(states, masked, inverse, products)
+        matmul_inputs = [flat_rows(masked[:, :i]) for i in range(N + 1)]
+        cu_rows = [products[0].unbind(0), *map(flat_rows, products[1:])]
+        states_t, xWs, hs, concat = states.unbind(0), xW.unbind(0), hiddens.unbind(0), tuple(range(1, N + 1))
 
         h = h0
         previous[0] = h0 * h_mask
         previous_t = previous.unbind(0)
         for t in range(T):
             k = t if keep else 0
-            torch.addmm(xWs[t], previous_t[t], weights[0], out=rows_of_cu[0][k])
-            relaxed_start(rows_of_cu[0][k], h, norm, share, h_mask, state[0][k], mask[0][k], scale[0][k])
+            torch.addmm(xWs[t], previous_t[t], weights[0], out=cu_rows[0][k])
+            relaxed_start(edges[0][k].cu, h, constants, nodes[0][k])
             for i in range(1, N + 1):
-                cu = preactivations[i][k]  # (i, B, 2H)
-                matmul(matmul_inputs[i][k], weights[i], out=rows_of_cu[i][k])
-                active = held_set(cu, held_relu, (t, i))
-                relaxed_node(
-                    cu,
-                    predecessors[i][k],
-                    rows[i - 1],
-                    active,
-                    norm,
-                    share,
-                    h_mask,
-                    state[i][k],
-                    mask[i][k],
-                    scale[i][k],
-                )
+                matmul(matmul_inputs[i][k], weights[i], out=cu_rows[i][k])
+                active = held_set(edges[i][k].cu, held_relu, (t, i))
+                relaxed_node(edges[i][k], probs_of[i - 1], active, constants, nodes[i][k])
             h = hs[t]
-            output(nodes[k], concat, h_mask, h, previous_t[t + 1])
+            output(states_t[k], concat, h_mask, h, previous_t[t + 1])
 
         if keep:
-            ctx.trace = SavedForward(space, states, masked, products, previous, inverse, held_relu, norm, share)
+            ctx.trace = SavedForward(space, nodes, edges, masked, previous, held_relu, constants)
             ctx.tangents = {}  # from `RelaxedBack.backward`, by `graph_task_id`
-            ctx.save_for_backward(h0, probs, h_mask, hiddens, W0_h, *Ws)
+            ctx.save_for_backward(h0, probs, hiddens, W0_h, *Ws)
         return hiddens
 
     @staticmethod
     def backward(ctx, g_hiddens):
-        h0, probs, h_mask, hiddens, *weights = ctx.saved_tensors
+        h0, probs, hiddens, *weights = ctx.saved_tensors
         if torch.is_grad_enabled():
             dxW, dh0, dprobs, *dWs = RelaxedBack.apply(ctx, g_hiddens, hiddens)
         elif (call := graph_task_id()) in ctx.tangents:
             backward_pass, tangents = ctx.tangents.pop(call)
-            dxW, dh0, dprobs = r_backward(
-                ctx.trace, backward_pass, tangents, h0, hiddens, weights, probs, h_mask, g_hiddens
-            )
+            dxW, dh0, dprobs = r_backward(ctx.trace, backward_pass, tangents, h0, hiddens, weights, probs, g_hiddens)
             dWs = [unformed_grad(weights[0]), *(None for _ in weights[1:])]  # W0 also gets a term through xW.
         else:
             (dxW, dh0, dprobs, *dWs), _ = Relaxed.backward_pass(ctx, g_hiddens)
@@ -205,50 +192,51 @@ class Relaxed(torch.autograd.Function):
         autograd does not need them. `keep` tells whether to save the gradients of the states of every time step, so
         that the pass can be differentiated.
         """
-        space, states, masked, products, previous, inverse, held_relu, norm, share = ctx.trace
-        h0, probs, h_mask, hiddens, W0_h, *Ws = ctx.saved_tensors
+        space, nodes, edges, masked, previous, held_relu, constants = ctx.trace
+        h0, probs, hiddens, W0_h, *Ws = ctx.saved_tensors
         T, B, H = hiddens.shape
         N = len(Ws)
         of_weights = ctx.needs_input_grad[6] or any(ctx.needs_input_grad[9:])
-        rows = of_nodes(probs)  # N times (i, K)
+        probs_of = of_nodes(probs)  # N times (i, K)
         weights = [W.to(space.compute_dtype) for W in (W0_h, *Ws)]
         dxW = space.take(T, B, 2 * H)
         received = space.take(T if keep else 1, N + 1, B, H)  # gradients of the states
         # On CUDA the gradient of a weight is one product over all time steps, after the loop. A CPU forms it step by
         # step, unless the cell is small, while the factors are in its cache (benchmarks/NOTES.md).
         at_once = of_weights and sum_after_loop(h0)
-        dcs = [space.take(T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]
+        dcus = [space.take(T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]  # dc and du of each node
         dWs = [torch.zeros_like(W, dtype=space.accum_dtype) for W in Ws] if of_weights else []
         w = GradAccumulators(space, N, B, H)
 
-        state, scale, predecessors, mine = by_node(states), by_node(inverse), before_node(states), by_node(received)
-        preactivations = [cu.unbind(0) for cu in products]
+        grads = by_node(received)
         matmul_inputs = [masked[:, :i].flatten(1, 2).mT.unbind(0) for i in range(N + 1)]  # (H, iB) each
-        gradient = [[(dc, du, dc.flatten(0, 1), du.flatten(0, 1)) for dc, du in d] for d in dcs]
+        dcu_views = [[d.unbind(0) for d in dcu] for dcu in dcus]  # [i - 1][t], (i, B, H) each
+        dcu_rows = [[d.flatten(1, 2).unbind(0) for d in dcu] for dcu in dcus]  # [i - 1][t], (iB, H) each
         transposed = [tuple(half.t() for half in halves(W)) for W in weights]
         halves_of_dW = [halves(dW) for dW in dWs]
         W0_t, gs, hs, dxWs, dcs_0 = weights[0].t(), g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), halves(dxW)
 
         for t in reversed(range(T)):
             here, there = 0, 1  # Each node reads one of the two `totals` and writes the other.
-            w.begin_step(gs[t], h_mask)
+            w.begin_step(gs[t], constants.h_mask)
             for i in range(N, 0, -1):
-                cu, (dc, du, dc_rows, du_rows) = preactivations[i][t], gradient[i - 1][t if at_once else 0]
-                active = held_set(cu, held_relu, (t, i))
+                k = t if at_once else 0
+                dc_rows, du_rows = dcu_rows[i - 1][k]
+                active = held_set(edges[i][t].cu, held_relu, (t, i))
                 relaxed_node_back(
-                    w.each[here][i], w.rest[i], state[i][t], scale[i][t], w.share[here][i], w.rest_of[i],
-                    predecessors[i][t], cu, rows[i - 1], active, norm, share, h_mask, mine[i][t if keep else 0], dc, du,
-                    w.share[there][i], *w.sums[i - 1],
+                    w.each[here][i], nodes[i][t], edges[i][t], probs_of[i - 1], active, constants,
+                    w.predecessors[here][i], w.sums[i - 1], grads[i][t if keep else 0], dcu_views[i - 1][k],
+                    w.predecessors[there][i].direct,
                 )  # fmt: skip
                 here, there = there, here
-                matmul(dc_rows, transposed[i][0], out=w.rows_of_rest[i])
-                w.rows_of_rest[i].addmm_(du_rows, transposed[i][1])
+                matmul(dc_rows, transposed[i][0], out=w.rows_via_matmul[i])
+                w.rows_via_matmul[i].addmm_(du_rows, transposed[i][1])
                 if of_weights and not at_once:
                     for dW, d in zip(halves_of_dW[i - 1], (dc_rows, du_rows), strict=True):
                         addmm_(dW, matmul_inputs[i][t], d)
             relaxed_start_back(
-                w.each[here][0], w.rest[0], state[0][t], scale[0][t], preactivations[0][t][0], norm, share, h_mask,
-                hs[t], mine[0][t if keep else 0], dcs_0[0][t], dcs_0[1][t], w.grad_h_direct,
+                w.each[here][0], nodes[0][t], edges[0][t].cu, hs[t], constants, grads[0][t if keep else 0],
+                dcs_0[0][t], dcs_0[1][t], w.grad_h_direct,
             )  # fmt: skip
             matmul(dxWs[t], W0_t, out=w.grad_h_matmul)
 
@@ -258,11 +246,11 @@ class Relaxed(torch.autograd.Function):
             if at_once:
                 for i, dW in enumerate(dWs, 1):
                     s = masked[:, :i].flatten(1, 2).mT  # (T, H, iB)
-                    for half, d in zip(halves(dW), dcs[i - 1].unbind(1), strict=True):
+                    for half, d in zip(halves(dW), dcus[i - 1].unbind(1), strict=True):
                         half.copy_((s @ d.flatten(1, 2)).sum(0, dtype=space.accum_dtype))
         # Autograd may take over the tensor that it is given, and a saved one must not change.
         of_xW = (dxW.clone() if keep else dxW) if ctx.needs_input_grad[4] else None
-        found = of_xW, w.grad_h0(h_mask), w.grad_probs(), dW0_h, *(dWs or [None] * N)
+        found = of_xW, w.grad_h0(constants.h_mask), w.grad_probs(), dW0_h, *(dWs or [None] * N)
         return found, SavedBackward(received, dxW)
 
 
@@ -290,11 +278,11 @@ class RelaxedBack(torch.autograd.Function):
         if vprobs is not None:
             raise RuntimeError("the fused engine has no second derivative along the alphas; use the eager engine")
         relaxed = ctx.relaxed
-        h0, probs, h_mask, hiddens, *weights = relaxed.saved_tensors
+        h0, probs, hiddens, *weights = relaxed.saved_tensors
         direction = [torch.zeros_like(W) if v is None else v for v, W in zip(direction, weights, strict=True)]
         if (call := graph_task_id()) in relaxed.tangents:
             raise RuntimeError("the fused engine differentiates one gradient of a pass at a time")
-        tangents, r_hiddens = r_forward(relaxed.trace, h0, hiddens, weights, probs, h_mask, vxW, vh0, direction)
+        tangents, r_hiddens = r_forward(relaxed.trace, h0, hiddens, weights, probs, vxW, vh0, direction)
         relaxed.tangents[call] = ctx.backward_pass, tangents
         return None, r_hiddens, torch.zeros_like(hiddens)  # Zeros make autograd call `Relaxed.backward` in any case.
 

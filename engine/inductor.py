@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from os import environ
@@ -36,9 +36,9 @@ def compiler_found() -> bool:
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
     """Decorates an element-wise function that writes into its arguments: it is compiled at its first call, if possible.
 
-    It becomes C++ on a CPU and Triton on CUDA, and the compiled code is cached on disk. No two arguments may be the
-    same tensor, and none may overlap one that is written. The last argument is a tensor. None may require a gradient,
-    since autograd does not see the writes.
+    It becomes C++ on a CPU and Triton on CUDA, and the compiled code is cached on disk. An argument is a tensor, a
+    constant, or a tuple of them. No two tensors may be the same, and none may overlap one that is written. The last
+    argument is a tensor or ends with one. None may require a gradient, since autograd does not see the writes.
     """
 
     @cache
@@ -69,10 +69,11 @@ class Compiled:
         self.found: dict[tuple, tuple[Callable, list[int], tuple]] = {}
 
     def __call__(self, *args) -> None:
-        kind = args[-1].device, *[(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]
+        flat = flattened(args)
+        kind = flat[-1].device, *[(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in flat]
         if known := self.found.get(kind):
             code, places, numbers = known
-            supply = *args, *numbers
+            supply = *flat, *numbers
             code([supply[place] for place in places])
             return
         # The settings are made here because since torch 2.13 each thread has its own, and on CUDA autograd runs the
@@ -86,12 +87,17 @@ class Compiled:
         if len(calls) != 1:  # torch.compile is disabled
             return
         [(code, wanted)] = calls
-        given = {id(arg) for arg in args}
+        given = {id(arg) for arg in flat}
         numbers = tuple(w for w in wanted if id(w) not in given)
         if any(isinstance(number, Tensor) and number.dim() for number in numbers):  # torch has merged two views
             return
-        place_of = {id(supplied): place for place, supplied in enumerate((*args, *numbers))}
+        place_of = {id(supplied): place for place, supplied in enumerate((*flat, *numbers))}
         self.found[kind] = code, [place_of[id(w)] for w in wanted], numbers
+
+
+def flattened(args: Iterable) -> list:
+    """Returns a kernel's arguments with the elements of each tuple in place of the tuple."""
+    return [leaf for arg in args for leaf in (arg if isinstance(arg, tuple) else (arg,))]
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: list) -> Callable:

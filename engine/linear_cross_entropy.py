@@ -75,10 +75,8 @@ class TiedDecoder(torch.autograd.Function):
                 piece.addmm_(d_decoder, part, logits, columns)
         H = hiddens.size(-1)
         d_hiddens = None if d_outputs is None else drop(d_outputs[..., :H].to(hiddens.dtype), mask)
-        ctx.compute_dtype, ctx.found = (
-            compute_dtype,
-            (d_hiddens, None if d_decoder is None else in_rows(d_decoder[:H].t()), d_bias),
-        )
+        d_embedding = None if d_decoder is None else in_rows(d_decoder[:H].t())
+        ctx.compute_dtype, ctx.found = compute_dtype, (d_hiddens, d_embedding, d_bias)
         ctx.save_for_backward(hiddens, mask, embedding, bias, y)
         return losses.mean()
 
@@ -116,16 +114,8 @@ class TiedDecoderBack(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             d_g = sum((d * v).sum() for d, v in zip(ctx.found, direction, strict=True) if d is not None)
         of_hiddens = g * r_gradient(*inputs, *direction, mask, y, ctx.compute_dtype)
-        return (
-            None,
-            None,
-            None,
-            None,
-            d_g,
-            of_hiddens,
-            unformed_grad(inputs[1]),
-            None,
-        )  # The embedding is not given None, since autograd would take the terms of its other uses for the whole.
+        # The embedding is not given None, since autograd would take the terms of its other uses for the whole.
+        return None, None, None, None, d_g, of_hiddens, unformed_grad(inputs[1]), None
 
 
 def r_gradient(

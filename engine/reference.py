@@ -16,12 +16,7 @@ from engine.dropout import FrozenReLU, drop
 
 NORM_EPS = 1e-5
 NORMS = ("batch", "layer", "none")  # These are the ways to normalise the states of the relaxed cell.
-ACTIVATIONS = {
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "identity": lambda h: h,
-}
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda h: h}
 
 
 def normalise(s: Tensor, norm: str) -> Tensor:

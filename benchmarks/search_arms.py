@@ -123,16 +123,25 @@ def run(args: argparse.Namespace) -> None:
         for flags in (f"--epochs {args.train_epochs} {args.train_flags}", args.search_flags)
     )
     named = [to_json(resolve_cell(name)) for name in (*(f"random:{n}" for n in range(args.random_cells)), *args.cells)]
+    trainings = {}  # by genotype, since several searches may find one cell
     with ThreadPoolExecutor(args.jobs) as pool:
+
+        def start_training(genotype: dict) -> None:
+            if (name := json.dumps(genotype)) not in trainings:
+                trainings[name] = pool.submit(train, results, genotype, train_flags)
+
         searches = [
             pool.submit(search, results, name, f"{search_flags} {flags}", seed)
             for seed in range(1, args.seeds + 1)
             for name, flags in args.arm
         ]
-        drawn = [pool.submit(train, results, cell, train_flags) for cell in named]
+        for genotype in named:
+            start_training(genotype)
         for future in searches:
-            drawn.append(pool.submit(train, results, future.result()["genotype"], train_flags))
-        for future in drawn:
+            found = future.result()
+            for genotype in (found["genotype"], *(found["genotypes"][epochs - 1] for epochs in args.lengths)):
+                start_training(genotype)
+        for future in trainings.values():
             future.result()
 
 
@@ -174,6 +183,9 @@ def table_of(title: str, lines: Collection[dict], flags: str) -> None:
         print(
             row(arm, [line["genotype"] for line in mine], trained, random, [s for line in mine for s in line["signal"]])
         )
+        for epochs, group in enumerate(zip(*(line.get("genotypes", ())[:-1] for line in mine), strict=False), start=1):
+            if all(json.dumps(cell) in trained for cell in group):
+                print(row(f"{arm}, after {epochs} epochs", group, trained, random))
     if len(drawn) > 2:
         print("\ncorrelation of the random cells' perplexity with " + correlations(drawn, random))
 
@@ -248,6 +260,9 @@ def main() -> int:
         "--arm", type=arm, action="append", default=[], metavar="NAME=FLAGS", help="flags of train_search.py"
     )
     runs.add_argument("--seeds", type=int, default=4, help="searches of each arm")
+    runs.add_argument(
+        "--lengths", type=int, nargs="*", default=[], metavar="EPOCHS", help="train what searches had after these, too"
+    )
     runs.add_argument("--random_cells", type=int, default=16)
     runs.add_argument("--cells", nargs="*", default=[], metavar="ARCH")
     runs.add_argument("--train_epochs", type=int, default=8)

@@ -54,13 +54,28 @@ def test_table_compares_cells_trained_with_equal_flags(tmp_path, capsys):
     assert [entry.strip() for entry in only[2:4]] == ["1", "43.00"]
 
 
+def test_table_shows_what_shorter_searches_would_have_found(tmp_path, capsys):
+    early, late = random_genotype(5000), random_genotype(5001)
+    lines = [train_record(random_genotype(n), 50 + n) for n in range(3)]
+    lines += [train_record(early, 47), train_record(late, 44), search_record("mine", late, 1, [])]
+    lines[-1]["genotypes"] = [
+        to_json(cell) for cell in (random_genotype(5002), early, late)
+    ]  # the first is not trained
+    search_arms.table([write_records(tmp_path / "one.jsonl", lines)])
+    rows = [row.split("|") for row in capsys.readouterr().out.splitlines() if row.startswith("| mine")]
+    assert [[entry.strip() for entry in row[1:4]] for row in rows] == [
+        ["mine", "1", "44.00"],
+        ["mine, after 2 epochs", "1", "47.00"],
+    ]
+
+
 def test_runs_in_the_results_file_are_not_repeated(tmp_path, monkeypatch, capsys):
     corpus = write_corpus(tmp_path, train=40, valid=16, test=16)
     monkeypatch.setattr(search_arms, "SIZES", "--emsize 8 --batch_size 4 --bptt 6 --lr 1 --device cpu --engine eager")
     monkeypatch.setattr(sys, "argv", [
         "search_arms.py", "run", "--out", str(tmp_path / "one.jsonl"), "--data", str(corpus), "--seeds", "1",
         "--random_cells", "2", "--train_epochs", "2", "--search_flags", "--epochs 1 --diagnose_every 4",
-        "--arm", "first=--norm none", "--jobs", "2",
+        "--arm", "first=--norm none", "--jobs", "2", "--lengths", "1",
     ])  # fmt: skip
     assert search_arms.main() == 0
     lines = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]

@@ -43,14 +43,30 @@ diagnosis() { # 100 hidden units, a batch of 64: whether the gradients of indepe
   done
 }
 
-(($#)) || set -- builtin penn rates diagnosis
+published_sizes() { # 300 hidden units, a batch of 256, the whole text, two epochs: 150 steps and some
+  local norm save
+  for norm in none layer batch; do
+    [ -s "docs/signal/h300-$norm.jsonl" ] && continue
+    save=runs/h300-$norm
+    .venv/bin/python train_search.py --data penn --search_split train --precision bf16 --arch_start 0 --epochs 2 \
+      --norm "$norm" --seed 1 --diagnose_every 50 --log_interval 10 --test skip --device cpu --save "$save"
+    grep '"kind": "diagnosis"' "$save/metrics.jsonl" >"docs/signal/h300-$norm.jsonl"
+  done
+}
+
+lengths() { # longer searches, and the cells that they had after fewer epochs
+  .venv/bin/python benchmarks/search_arms.py run --out docs/signal/builtin.jsonl --data builtin --train_epochs 8 \
+    --search_flags "--search_split train --epochs 12 --diagnose_every 120" --seeds 4 --lengths 3 4 6 8 \
+    --arm none-first-12="--norm none --arch_lr 0.03 --arch_start 2"
+}
+
+(($#)) || set -- builtin penn rates diagnosis published_sizes lengths
 for text in "$@"; do
   case $text in
     builtin) study builtin --train_epochs 8 --search_flags "--search_split train --epochs 4 --diagnose_every 40" ;;
     penn) study penn --train_epochs 6 --train_flags "--limit_tokens 300000" \
       --search_flags "--search_split train --limit_tokens 300000 --epochs 3 --arch_batch_size 64 --diagnose_every 100" ;;
-    rates) rates ;;
-    diagnosis) diagnosis ;;
+    rates | diagnosis | published_sizes | lengths) "$text" ;;
   esac
 done
 .venv/bin/python benchmarks/search_arms.py table docs/signal/{builtin,penn,first,rates}.jsonl

@@ -132,12 +132,7 @@ def get_batch(source: Tensor, i: int, seq_len: int) -> tuple[Tensor, Tensor]:
 
 
 def segments(
-    length: int,
-    bptt: int,
-    generator: torch.Generator,
-    std: float = 0.0,
-    max_delta: int | None = None,
-    start: int = 0,
+    length: int, bptt: int, generator: torch.Generator, std: float = 0.0, max_delta: int | None = None, start: int = 0
 ) -> Iterator[tuple[int, int]]:
     """Yields (i, seq_len) such that each of the time steps start..length-2 is an input once.
 

@@ -1,19 +1,22 @@
 """Computes the gradient of a batch, part by part, and clips it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from architect import WeightUpdate
+from architect import Average, WeightUpdate
 from training.losses import Losses
 
 
-def accumulate_gradients(parts: Iterable[Losses], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Adds the gradient of every part to the `.grad` of the weights, and of no other tensor.
+def clipped_gradient(
+    parts: Iterable[Losses], weights: list[Tensor], update: WeightUpdate, average: Average | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds the gradient of the sum of the parts to the `.grad` of the weights, and of no other tensor, and clips it.
 
-    Returns the NLL (nats per word) of the whole batch and its last hidden states (B, S).
+    Returns the NLL (nats per word) of the whole batch, its last hidden states (B, S), and the norm of the gradient
+    before it was clipped. With `average`, NLL and gradient are the mean over all ranks.
     """
     nll, hidden = 0.0, []
     for part in parts:
@@ -21,25 +24,11 @@ def accumulate_gradients(parts: Iterable[Losses], weights: list[Tensor]) -> tupl
         nll = nll + part.nll
         hidden.append(part.hidden)
         del part  # frees its graph before the next one is built
-    return nll, torch.cat(hidden)
-
-
-def clipped_gradient(
-    parts: Iterable[Losses],
-    weights: list[Tensor],
-    update: WeightUpdate,
-    average: Callable[[list[Tensor]], None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Puts the clipped gradient of the sum of the parts into the `.grad` of the weights.
-
-    Returns the NLL (nats per word) of the whole batch, its last hidden states (B, S), and the norm of the gradient
-    before it was clipped. `average` replaces tensors by their mean over all ranks (experiment/distributed.py).
-    """
-    nll, hidden = accumulate_gradients(parts, weights)
+    gradients = [w.grad for w in weights]
     if average is not None:
-        average([nll, *(w.grad for w in weights)])
-    norm, _ = update.clip_([w.grad for w in weights])
-    return nll, hidden, norm
+        average([nll, *gradients])
+    norm, _ = update.clip_(gradients)
+    return nll, torch.cat(hidden), norm
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 import math
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from architect import WeightUpdate
@@ -18,12 +18,7 @@ STEPS = 2000  # This is the largest number of steps.
 
 
 def overfit(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    text: Tensor,
-    bptt: int,
-    small_batch_size: int,
-    update: WeightUpdate,
+    model: nn.Module, optimizer: Optimizer, text: Tensor, bptt: int, small_batch_size: int, update: WeightUpdate
 ) -> str:
     """Trains on the first segment of a text (n, B), without dropout, until its perplexity is below `KNOWN`.
 

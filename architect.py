@@ -10,10 +10,9 @@ is computed by differentiating twice ("exact"), or as a central difference of d/
 ("finite"). Momentum adds a multiple of earlier gradients to the step, on which the present alphas have no influence.
 Where each element of g is limited, v counts only for the elements below the limit.
 
-A loss is a function of a batch that yields parts which sum to the loss of the batch. They are computed one by one, so
-that only one part's graph is alive at a time. All passes over one batch use the dropout masks that the batch carries.
-For the central difference, relu is also held at the active set of the first pass, since the difference would otherwise
-measure masks and kinks instead of curvature.
+The parts of a loss are computed one by one, so that only one part's graph is alive at a time. All passes over one batch
+use the dropout masks that the batch carries. For the central difference, relu is also held at the active set of the
+first pass, since the difference would otherwise measure masks and kinks instead of curvature.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -77,9 +76,8 @@ class Architect:
     Args:
         weights: the parameters w, any shapes.
         alphas: the architecture parameters (N(N+1)/2, K).
-        train_loss, valid_loss: batch -> parts of the loss, each with `.total` (scalar to differentiate) and
-            `.hidden` (the last hidden states of the part's share of the batch). `train_loss` is the loss of the weight
-            step.
+        train_loss, valid_loss: batch -> parts that sum to its loss, each with `.total` (scalar to differentiate) and
+            `.hidden` (the last hidden states of its batch elements). `train_loss` is the loss of the weight step.
         precise_loss: `train_loss` in full precision, for the central difference; `train_loss` itself if None.
         update: the update of the weights, which the virtual step previews.
         hessian: None for the first-order step, else "finite" or "exact".
@@ -125,13 +123,13 @@ class Architect:
 
         g, product = self.exact_hvp(train) if self.hessian == "exact" else self.finite_difference_hvp(train)
         limit = self.update.clip_value
-        unlimited = [g_i.abs() <= limit for g_i in g] if limit else None
+        unlimited = [g_i.abs() <= limit for g_i in g] if limit else []
         _, c = self.update.clip_(g)
         deltas = self.update.deltas(self.weights, g, eta, velocity)
         del g
         with perturbed(self.weights, deltas):  # the virtual step
             (direct, *v), hidden = self.gradients(self.valid_loss(valid), [self.alphas, *self.weights])
-        if unlimited is not None:
+        if limit:
             v = [v_i * within for v_i, within in zip(v, unlimited, strict=True)]
         return direct, eta * c * product(v), hidden
 
@@ -204,10 +202,9 @@ def perturbed(weights: list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
     """Inside, the weights have the values w + delta in new tensors; afterwards they have their old storage again, which
     is not overwritten, so that a saved graph that refers to it stays valid."""
     before = [w.data for w in weights]
-    after = [w.data + delta for w, delta in zip(weights, deltas, strict=True)]
     try:
-        for w, new in zip(weights, after, strict=True):
-            w.data = new
+        for w, delta in zip(weights, deltas, strict=True):
+            w.data = w.data + delta
         yield
     finally:
         for w, old in zip(weights, before, strict=True):

@@ -26,9 +26,8 @@ from model_search import RNNModelSearch
 from training.diagnostics import Diagnosis
 from training.early_stopping import check_history, identities, is_stable
 from training.evaluation import format_perplexity, perplexity
-from training.gradients import clipped_gradient, scaled_lr
-from training.losses import Batch, MicroBatches
-from training.optimizers import averaged, new_optimizer, velocity
+from training.losses import Batch, MicroBatches, clipped_gradient
+from training.optimizers import averaged, new_optimizer, scaled_lr, velocity
 from utils import Cursor
 
 REASONS = ("patience", "stable", "identity")  # the reasons to stop before the last epoch

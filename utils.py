@@ -15,8 +15,6 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
 
 class RunError(Exception):
     """An error that ends a run and is no fault of the program; the message is one line for a person."""
@@ -35,11 +33,8 @@ class DataError(Exception):
 
 
 def choose_device(name: str, deterministic: bool = False) -> torch.device:
-    """Returns the device of a name; `auto` is the first CUDA device, or the CPU if there is none.
-
-    With `deterministic`, equal runs are bit-identical, and an operation that cannot be raises RuntimeError. On the CPU
-    freed memory is kept for the process (`keep_memory`).
-    """
+    """Returns the device of a name; `auto` is the first CUDA device, or the CPU if there is none. With `deterministic`,
+    equal runs are bit-identical, and an operation that cannot be raises RuntimeError."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it before its first product
         torch.use_deterministic_algorithms(True)
@@ -60,8 +55,8 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(-4, 0)  # M_MMAP_MAX of glibc's malloc.h
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 @contextmanager

@@ -58,11 +58,9 @@ class Diagnosis:
         model: the model that is searched, with the engine of the search.
         architect_of: a function of the model with some engine, the size of a micro-batch and the kind of
             Hessian-vector product, which returns an `Architect` with the search's own losses.
-        hessian: the kind of Hessian-vector product in the search: "finite", "exact", or None in first order.
+        hessian, micro_batch_size, bptt: those of the search; hessian is "finite", "exact", or None in first order.
         texts: the word ids (n, B) of the weights' text and of the alphas' text, both with the batch elements of this
             rank, and of the validation text.
-        micro_batch_size: the number of batch elements that the search computes at a time.
-        bptt: the length of every segment.
         seed: the seed of everything that is sampled, after the step is added to it.
         seed_masks: a function that seeds the generator of the masks, which differ from rank to rank.
     """

@@ -1,13 +1,15 @@
-"""Computes the training loss of a batch and of its micro-batches.
+"""Computes the training loss of a batch and of its micro-batches, and the gradient that moves the weights.
 
 Shapes: T time steps, B batch, H hidden, S state.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from architect import Average, WeightUpdate
 from engine.dropout import Masks, drop
 
 
@@ -93,3 +95,24 @@ class MicroBatches:
         found = losses(self.model, self.batch.batch_slice(start, start + self.size), **self.coefficients)
         share = self.size / self.batch.x.size(1)
         return Losses(share * found.total, share * found.nll, found.hidden)
+
+
+def clipped_gradient(
+    parts: Iterable[Losses], weights: list[Tensor], update: WeightUpdate, average: Average | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds the gradient of the sum of the parts to the `.grad` of the weights, and of no other tensor, and clips it.
+
+    Returns the NLL (nats per word) of the whole batch, its last hidden states (B, S), and the norm of the gradient
+    before it was clipped. With `average`, NLL and gradient are the mean over all ranks.
+    """
+    nll, hidden = 0.0, []
+    for part in parts:
+        part.total.backward(inputs=weights)
+        nll = nll + part.nll
+        hidden.append(part.hidden)
+        del part  # frees its graph before the next one is built
+    gradients = [w.grad for w in weights]
+    if average is not None:
+        average([nll, *gradients])
+    norm, _ = update.clip_(gradients)
+    return nll, torch.cat(hidden), norm

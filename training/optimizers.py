@@ -34,17 +34,14 @@ def velocity(optimizer: optim.Optimizer) -> list[Tensor] | None:
 
 
 class NonMonotonicTrigger:
-    """Detects when the validation loss has stopped falling (Merity et al. 2017, algorithm 1).
-
-    `step` returns True if more than `nonmono` losses were recorded before and the new one is above the smallest of all
-    but the last `nonmono` of them; it then records the new loss.
-    """
+    """Detects when the validation loss has stopped falling (Merity et al. 2017, algorithm 1)."""
 
     def __init__(self, nonmono: int):
         self.nonmono = nonmono
         self.losses: list[float] = []
 
     def step(self, loss: float) -> bool:
+        """Records a loss; returns whether it is above the smallest of those before it but the last `nonmono`."""
         older = self.losses[: -self.nonmono]
         self.losses.append(loss)
         return bool(older) and loss > min(older)
@@ -74,6 +71,19 @@ class ASGD(optim.ASGD):
                 if state := self.state.get(parameter):  # empty before the first step, which has the right rate
                     state["eta"].fill_(group["lr"])
         return super().step(closure)
+
+
+@contextmanager
+def scaled_lr(optimizer: optim.Optimizer, scale: float) -> Iterator[float]:
+    """Multiplies the learning rate by `scale` inside, yields the scaled rate, and restores the old one afterwards."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] *= scale
+    try:
+        yield optimizer.param_groups[0]["lr"]
+    finally:
+        for group, lr in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = lr
 
 
 @contextmanager

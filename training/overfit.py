@@ -9,8 +9,7 @@ from tqdm import tqdm
 from architect import WeightUpdate
 from engine.dropout import Masks
 from training.evaluation import perplexity
-from training.gradients import clipped_gradient
-from training.losses import Batch, MicroBatches
+from training.losses import Batch, MicroBatches, clipped_gradient
 from utils import RunError, get_batch
 
 KNOWN = 1.5  # A model overfits a batch if its perplexity is below this.

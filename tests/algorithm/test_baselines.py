@@ -11,8 +11,7 @@ from engine.dropout import DropoutRates
 from genotypes import GenotypeError, cell_from_json, cell_to_json, resolve, resolve_cell
 from model import retrain_model
 from training.evaluation import evaluate
-from training.gradients import clipped_gradient
-from training.losses import MicroBatches
+from training.losses import MicroBatches, clipped_gradient
 
 NAMES = ("LSTM", "GRU")
 

@@ -15,8 +15,7 @@ from engine.cuda_graphs import Capture, Graphs
 from engine.dropout import FrozenReLU, Masks
 from genotypes import DARTS_V1
 from training.evaluation import evaluate
-from training.gradients import clipped_gradient
-from training.losses import Batch, MicroBatches, losses
+from training.losses import Batch, MicroBatches, clipped_gradient, losses
 
 MODELS = [
     tiny.search_model,

@@ -15,8 +15,7 @@ from engine import Engine, softmax_losses
 from engine.dropout import DropoutRates
 from genotypes import DARTS_V1
 from model import retrain_model
-from training.gradients import clipped_gradient
-from training.losses import Batch, MicroBatches, losses
+from training.losses import Batch, MicroBatches, clipped_gradient, losses
 
 
 def softmax(scores):

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from architect import AveragedAdam
-from training.gradients import scaled_lr
-from training.optimizers import ASGD, NonMonotonicTrigger, averaged, saved_average
+from training.optimizers import ASGD, NonMonotonicTrigger, averaged, saved_average, scaled_lr
 
 
 @given(losses=st.lists(st.floats(0, 10), max_size=30), nonmono=st.integers(1, 6))

@@ -13,8 +13,8 @@ from engine import Engine, reference
 from engine.dropout import DropoutRates, Masks, sample_mask
 from genotypes import DARTS_V1
 from training.evaluation import evaluate
-from training.gradients import clipped_gradient, scaled_lr
-from training.losses import MicroBatches, losses
+from training.losses import MicroBatches, clipped_gradient, losses
+from training.optimizers import scaled_lr
 
 
 def plain_nll(model, outputs, y):

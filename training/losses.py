@@ -51,25 +51,21 @@ def losses(
     defines (R-Drop, Liang et al. 2021; fraternal dropout, Zolna et al. 2018). The state is that of the first pass.
     """
     masks = [batch.masks] if batch.second_masks is None else [batch.masks, batch.second_masks]
+    passes = len(masks)
     hiddens, states = zip(*(model(batch.x, batch.hidden, held) for held in masks), strict=True)  # (T, B, H) each
     if rdrop or alpha or fraternal:
         outputs = [drop(h, held.output) for h, held in zip(hiddens, masks, strict=True)]  # (T, B, H) each
     if rdrop:
         total, nll = model.word_losses(outputs, batch.y, rdrop)
     else:
-        total = nll = mean([model.nll(h, batch.y, held) for h, held in zip(hiddens, masks, strict=True)])
+        total = nll = sum(model.nll(h, batch.y, held) for h, held in zip(hiddens, masks, strict=True)) / passes
     if alpha:
-        total = total + alpha * mean([output.square().mean() for output in outputs])
+        total = total + alpha * (sum(output.square().mean() for output in outputs) / passes)
     if beta and len(batch.x) > 1:
-        total = total + beta * mean([(h[1:] - h[:-1]).square().mean() for h in hiddens])
+        total = total + beta * (sum((h[1:] - h[:-1]).square().mean() for h in hiddens) / passes)
     if fraternal:
         total = total + fraternal * (outputs[0] - outputs[1]).square().mean()
     return Losses(total, nll.detach(), states[0].detach())
-
-
-def mean(terms: list[Tensor]) -> Tensor:
-    """Returns the mean of the terms of one or two passes; the mean of one term is the term itself."""
-    return terms[0] if len(terms) == 1 else sum(terms) / len(terms)
 
 
 class MicroBatches:

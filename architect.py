@@ -47,10 +47,8 @@ class WeightUpdate:
     @torch.no_grad()
     def clip_(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Clips the gradients in place; returns their norm before that, and the factor c = min(1, clip_norm / norm) by
-        which they were multiplied (after each element was limited).
-
-        Both are scalar tensors, so that nothing waits for a GPU.
-        """
+        which they were multiplied (after each element was limited), as scalar tensors, so that nothing waits for a
+        GPU."""
         before = norm = get_total_norm(gradients)
         if self.clip_value:
             torch._foreach_clamp_min_(gradients, -self.clip_value)
@@ -103,10 +101,8 @@ class Architect:
         self.optimizer.register_load_state_dict_pre_hook(keep_capturable)
 
     def step(self, train: Any, valid: Any, eta: float | Tensor, velocity: list[Tensor] | None = None) -> Tensor:
-        """Takes one Adam step on the alphas; returns the hidden states (B, H) after the validation batch.
-
-        eta is the learning rate of the weight step that follows, `velocity` what its momentum adds to the gradient.
-        """
+        """Takes one Adam step on the alphas; returns the hidden states (B, H) after the validation batch. eta is the
+        learning rate of the weight step that follows, `velocity` what its momentum adds to the gradient."""
         direct, implicit, hidden = self.gradient(train, valid, eta, velocity)
         self.alphas.grad = direct if implicit is None else direct - implicit
         self.optimizer.step()
@@ -214,8 +210,8 @@ def perturbed(weights: list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
 def keep_capturable(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Returns a state that was saved on any kind of device, with the optimizer's own `capturable`, which depends on the
     device of its parameters: a hook of `load_state_dict`."""
-    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    return {**state, "param_groups": [{**old, "capturable": new["capturable"]} for old, new in pairs]}
+    [saved], [present] = state["param_groups"], optimizer.param_groups
+    return {**state, "param_groups": [{**saved, "capturable": present["capturable"]}]}
 
 
 class AveragedAdam(torch.optim.Adam):

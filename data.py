@@ -109,10 +109,8 @@ def load_corpus(name: str, root: Path = Path("corpora")) -> Corpus:
 
 def read_split(name: str, split: str, words: Sequence[str], root: Path = Path("corpora")) -> tuple[torch.Tensor, str]:
     """Returns the ids (tokens,) of one split under a given vocabulary, such as a checkpoint's, and the text's sha256.
-
     Words outside the vocabulary become `<unk>`. Raises DataError if it has no `<unk>` for them, or if the split cannot
-    be read.
-    """
+    be read."""
     texts, sha256 = _read(name, [split], root)
     ids = _encode(texts[split], {word: i for i, word in enumerate(words)})
     if outside := int((ids < 0).sum()):

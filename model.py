@@ -78,8 +78,7 @@ class RNNModel(nn.Module):
         """Returns the hidden states (T, B, H) and the state (B, S) from which the next segment starts, for word ids x
         (T, B) and the state (B, S) before them. S = H, and the state is the last hidden state, except for an LSTM."""
         embedded = F.embedding(x, self.embedding)  # (T, B, E)
-        if masks.word is not None:
-            # The mask is indexed by word id, so that a dropped word type is dropped at every position.
+        if masks.word is not None:  # It is indexed by word id: a dropped word type is dropped at every position.
             embedded = embedded * F.embedding(x, masks.word)
         return self.cell(drop(embedded, masks.embedding), state, masks, self.engine)
 
@@ -96,8 +95,9 @@ class RNNModel(nn.Module):
         `passes` are the outputs (T, B, H) of one or two passes after dropout, and `rdrop` is the coefficient of R-Drop,
         which compares two of them (see `softmax_losses.losses`). A second derivative raises RuntimeError.
         """
-        log_probs = softmax_losses.tied if self.mixture is None else softmax_losses.mixed
-        weights = [self.embedding, self.bias, *([] if self.mixture is None else self.mixture.parameters())]
+        log_probs, weights = softmax_losses.tied, [self.embedding, self.bias]
+        if self.mixture is not None:
+            log_probs, weights = softmax_losses.mixed, [*weights, *self.mixture.parameters()]
         log_probs = partial(log_probs, compute_dtype=self.engine.compute_dtype)
         return softmax_losses.losses(log_probs, weights, passes, y, rdrop)
 

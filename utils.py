@@ -126,16 +126,15 @@ def segments(
     least 5 and at most bptt + max_delta (Merity et al. 2018, section 4.1). Numbers are drawn one segment at a time, so
     that the sequence continues unchanged from the state of `generator` (CPU) and the next time step as `start`.
     """
-    i = start
-    while i < length - 1:
+    while start < length - 1:
         drawn = bptt if torch.rand((), generator=generator).item() < 0.95 else bptt / 2
         if std > 0:
             drawn = max(5, int(drawn + std * torch.randn((), generator=generator).item()))
             if max_delta is not None:
                 drawn = min(drawn, bptt + max_delta)
-        seq_len = min(max(1, int(drawn)), length - 1 - i)
-        yield i, seq_len
-        i += seq_len
+        seq_len = min(max(1, int(drawn)), length - 1 - start)
+        yield start, seq_len
+        start += seq_len
 
 
 class Cursor:

@@ -161,8 +161,8 @@ def sensitivity(model: RNNModelSearch, batch: Batch, probes: int = PROBES) -> fl
 
     It is the root mean square of |dh_T / dh_0 r| / |r| over random directions r, which is the Frobenius norm of the
     Jacobian dh_T / dh_0 (BH, BH) over sqrt(BH). It is estimated without dropout, from products of the transposed
-    Jacobian with `probes` normally distributed vectors. Far above 1, the recurrence is chaotic: its result depends on
-    the initial state, and a gradient through it on the batch at hand. Far below 1, it forgets the initial state.
+    Jacobian with `probes` normally distributed vectors. Far above 1, the recurrence is chaotic (docs/signal.md); far
+    below 1, it forgets the initial state.
     """
     hidden = batch.hidden.clone().requires_grad_()
     with requires_grad_only([], of=list(model.parameters())):

@@ -1,8 +1,6 @@
 """The learning rate over a run: it rises during the warm-up and decays after it (docs/strategies.md).
 
 The rate is a closed form of the progress of a run, so that a resumed run has the rates of one that was never stopped.
-The warm-up is measured in steps, the decay in epochs and in fractions of the text that has been read: segments differ
-in length, so that the number of steps of an epoch is not known beforehand.
 """
 
 import math

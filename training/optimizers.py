@@ -66,24 +66,22 @@ class ASGD(optim.ASGD):
         self.register_load_state_dict_pre_hook(keep_capturable)
 
     def step(self, closure=None):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if state := self.state.get(parameter):  # empty before the first step, which has the right rate
-                    state["eta"].fill_(group["lr"])
+        [group] = self.param_groups
+        for state in self.state.values():  # none before the first step, which has the right rate
+            state["eta"].fill_(group["lr"])
         return super().step(closure)
 
 
 @contextmanager
 def scaled_lr(optimizer: optim.Optimizer, scale: float) -> Iterator[float]:
     """Multiplies the learning rate by `scale` inside, yields the scaled rate, and restores the old one afterwards."""
-    before = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] *= scale
+    [group] = optimizer.param_groups
+    before = group["lr"]
+    group["lr"] *= scale
     try:
-        yield optimizer.param_groups[0]["lr"]
+        yield group["lr"]
     finally:
-        for group, lr in zip(optimizer.param_groups, before, strict=True):
-            group["lr"] = lr
+        group["lr"] = before
 
 
 @contextmanager

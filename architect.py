@@ -10,16 +10,14 @@ is computed by differentiating twice ("exact"), or as a central difference of d/
 ("finite"). Momentum adds a multiple of earlier gradients to the step, on which the present alphas have no influence.
 Where each element of g is limited, v counts only for the elements below the limit.
 
-A loss is a function of a batch that yields parts which sum to the loss of the batch. They are computed one by one, so
-that only one part's graph is alive at a time. All passes over one batch use the dropout masks that the batch carries.
-For the central difference, relu is also held at the active set of the first pass, since the difference would otherwise
-measure masks and kinks instead of curvature.
+The parts of a loss are computed one by one, so that only one part's graph is alive at a time. All passes over one batch
+use the dropout masks that the batch carries. For the central difference, relu is also held at the active set of the
+first pass, since the difference would otherwise measure masks and kinks instead of curvature.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from engine.matmul import matmul_precision
 
 RADIUS = 1e-4
 Product = Callable[[list[Tensor]], Tensor]  # v -> d/d alpha (d/dw L_train . v), shape of the alphas
+Average = Callable[[list[Tensor]], None]  # replaces tensors by their mean over all ranks (experiment/distributed.py)
 
 
 @dataclass(frozen=True)
@@ -38,26 +37,18 @@ class WeightUpdate:
 
     The weight step and the virtual step of the search both clip with `clip_`. The former then lets the optimizer that
     `training.optimizers.new_optimizer` makes from the same object take its step, the latter adds `deltas`.
-
-    Args:
-        clip_norm: the largest norm of the whole gradient; 0 for no limit.
-        clip_value: the largest absolute value of an element of the gradient, applied first; 0 for no limit.
-        weight_decay: the factor of the weights that is added to the gradient.
-        momentum: the momentum of the optimizer "momentum".
     """
 
-    clip_norm: float = 0.0
-    clip_value: float = 0.0
-    weight_decay: float = 0.0
-    momentum: float = 0.9
+    clip_norm: float = 0.0  # the largest norm of the whole gradient; 0 for no limit
+    clip_value: float = 0.0  # the largest absolute value of an element of the gradient, applied first; 0 for no limit
+    weight_decay: float = 0.0  # the factor of the weights that is added to the gradient
+    momentum: float = 0.9  # that of the optimizer "momentum"
 
     @torch.no_grad()
     def clip_(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Clips the gradients in place.
-
-        Returns their norm before that, and the factor c = min(1, clip_norm / norm) by which they were multiplied (after
-        each element was limited); both are scalar tensors, so that nothing waits for a GPU.
-        """
+        """Clips the gradients in place; returns their norm before that, and the factor c = min(1, clip_norm / norm) by
+        which they were multiplied (after each element was limited), as scalar tensors, so that nothing waits for a
+        GPU."""
         before = norm = get_total_norm(gradients)
         if self.clip_value:
             torch._foreach_clamp_min_(gradients, -self.clip_value)
@@ -68,17 +59,11 @@ class WeightUpdate:
         torch._foreach_mul_(gradients, factor := (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return before, factor
 
-    def unlimited(self, gradients: list[Tensor]) -> list[Tensor] | None:
-        """Returns where the elements of the gradients are within `clip_value`; None if there is no limit."""
-        return [g.abs() <= self.clip_value for g in gradients] if self.clip_value else None
-
     def deltas(
         self, weights: list[Tensor], clipped: list[Tensor], lr: float | Tensor, velocity: list[Tensor] | None = None
     ) -> list[Tensor]:
-        """Returns what a step of SGD adds to each weight, given the clipped gradient.
-
-        `velocity` is what momentum adds to the gradient (`training.optimizers.velocity`).
-        """
+        """Returns what a step of SGD adds to each weight, given the clipped gradient and what momentum adds to it
+        (`training.optimizers.velocity`)."""
         steps = [-lr * (g + self.weight_decay * w.detach()) for g, w in zip(clipped, weights, strict=True)]
         return steps if velocity is None else [step - lr * old for step, old in zip(steps, velocity, strict=True)]
 
@@ -89,35 +74,23 @@ class Architect:
     Args:
         weights: the parameters w, any shapes.
         alphas: the architecture parameters (N(N+1)/2, K).
-        train_loss, valid_loss: batch -> parts of the loss, each with `.total` (scalar to differentiate) and
-            `.hidden` (the last hidden states of the part's share of the batch). `train_loss` is the loss of the weight
-            step.
+        train_loss, valid_loss: batch -> parts that sum to its loss, each with `.total` (scalar to differentiate) and
+            `.hidden` (the last hidden states of its batch elements). `train_loss` is the loss of the weight step.
         precise_loss: `train_loss` in full precision, for the central difference; `train_loss` itself if None.
         update: the update of the weights, which the virtual step previews.
         hessian: None for the first-order step, else "finite" or "exact".
         lr, arch_wdecay: the learning rate and weight decay of Adam on the alphas.
-        average: replaces tensors by their mean over all ranks, where the batch is split among ranks
-            (experiment/distributed.py).
         mean_alphas: whether to keep a mean of the alphas over the steps, for `averaged(architect.optimizer)`.
         radius: R of the central difference.
+        average: the mean over all ranks, where the batch is split among ranks.
     """
 
     def __init__(
-        self,
-        weights: list[Tensor],
-        alphas: Tensor,
-        train_loss: Callable[[Any], Collection],
-        valid_loss: Callable[[Any], Iterable],
-        precise_loss: Callable[[Any], Iterable] | None = None,
-        *,
-        update: WeightUpdate,
-        hessian: str | None = None,
-        lr: float = 3e-3,
-        arch_wdecay: float = 1e-3,
-        mean_alphas: bool = False,
-        radius: float = RADIUS,
-        average: Callable[[list[Tensor]], None] | None = None,
-    ):
+        self, weights: list[Tensor], alphas: Tensor, train_loss: Callable[[Any], Collection],
+        valid_loss: Callable[[Any], Iterable], precise_loss: Callable[[Any], Iterable] | None = None, *,
+        update: WeightUpdate, hessian: str | None = None, lr: float = 3e-3, arch_wdecay: float = 1e-3,
+        mean_alphas: bool = False, radius: float = RADIUS, average: Average | None = None,
+    ):  # fmt: skip
         self.weights, self.alphas = weights, alphas
         self.train_loss, self.valid_loss = train_loss, valid_loss
         self.precise_loss = precise_loss or train_loss
@@ -125,21 +98,11 @@ class Architect:
         self.average = average or (lambda tensors: None)
         adam = AveragedAdam if mean_alphas else torch.optim.Adam
         self.optimizer = adam([alphas], lr=lr, weight_decay=arch_wdecay, capturable=alphas.is_cuda)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of `optimizer`; there is no other."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads a state of `optimizer` that was saved on any kind of device."""
-        groups = [{**group, "capturable": self.alphas.is_cuda} for group in state["param_groups"]]
-        self.optimizer.load_state_dict({**state, "param_groups": groups})
+        self.optimizer.register_load_state_dict_pre_hook(keep_capturable)
 
     def step(self, train: Any, valid: Any, eta: float | Tensor, velocity: list[Tensor] | None = None) -> Tensor:
-        """Takes one Adam step on the alphas; returns the hidden states (B, H) after the validation batch.
-
-        eta is the learning rate of the weight step that follows, `velocity` what its momentum adds to the gradient.
-        """
+        """Takes one Adam step on the alphas; returns the hidden states (B, H) after the validation batch. eta is the
+        learning rate of the weight step that follows, `velocity` what its momentum adds to the gradient."""
         direct, implicit, hidden = self.gradient(train, valid, eta, velocity)
         self.alphas.grad = direct if implicit is None else direct - implicit
         self.optimizer.step()
@@ -155,13 +118,14 @@ class Architect:
             return direct, None, hidden
 
         g, product = self.exact_hvp(train) if self.hessian == "exact" else self.finite_difference_hvp(train)
-        unlimited = self.update.unlimited(g)
+        limit = self.update.clip_value
+        unlimited = [g_i.abs() <= limit for g_i in g] if limit else []
         _, c = self.update.clip_(g)
         deltas = self.update.deltas(self.weights, g, eta, velocity)
         del g
         with perturbed(self.weights, deltas):  # the virtual step
             (direct, *v), hidden = self.gradients(self.valid_loss(valid), [self.alphas, *self.weights])
-        if unlimited is not None:
+        if limit:
             v = [v_i * within for v_i, within in zip(v, unlimited, strict=True)]
         return direct, eta * c * product(v), hidden
 
@@ -178,10 +142,8 @@ class Architect:
         return totals, torch.cat(hidden)
 
     def exact_hvp(self, train: Any) -> tuple[list[Tensor], Product]:
-        """Returns g = d/dw L_train and a function v -> d/d alpha (g . v) that differentiates g once more.
-
-        The graph of a single part is kept for the product; several parts are computed a second time.
-        """
+        """Returns g = d/dw L_train and a function v -> d/d alpha (g . v) that differentiates g once more, for which it
+        keeps the graph of a single part and computes several parts a second time."""
         parts = self.train_loss(train)
 
         def differentiable(part: Any) -> tuple[Tensor, ...]:
@@ -203,19 +165,19 @@ class Architect:
         return g, product
 
     def finite_difference_hvp(self, train: Any) -> tuple[list[Tensor], Product]:
-        """Returns g = d/dw L_train and a function v -> d/d alpha (g . v) that takes a central difference."""
-        return self.gradients(self.train_loss(train), self.weights)[0], partial(self.finite_product, train)
+        """Returns g = d/dw L_train and a function v -> d/d alpha (g . v) that takes a central difference of radius R
+        along v / |v| (DARTS, equation 8)."""
 
-    def finite_product(self, train: Any, v: list[Tensor]) -> Tensor:
-        """Returns d/d alpha (d/dw L_train . v) by a central difference of radius R along v / |v| (DARTS, equation
-        8)."""
-        scale = self.radius / get_total_norm(v).clamp(min=1e-30)  # v may be 0; the product is then 0 too
-        ends = []
-        for sign in (1, -1):
-            with perturbed(self.weights, [sign * scale * v_i for v_i in v]), matmul_precision("fp32"):
-                [end], _ = self.gradients(self.precise_loss(train), [self.alphas])
-            ends.append(end)
-        return (ends[0] - ends[1]) / (2 * scale)
+        def product(v: list[Tensor]) -> Tensor:
+            scale = self.radius / get_total_norm(v).clamp(min=1e-30)  # v may be 0; the product is then 0 too
+            ends = []
+            for sign in (1, -1):
+                with perturbed(self.weights, [sign * scale * v_i for v_i in v]), matmul_precision("fp32"):
+                    [end], _ = self.gradients(self.precise_loss(train), [self.alphas])
+                ends.append(end)
+            return (ends[0] - ends[1]) / (2 * scale)
+
+        return self.gradients(self.train_loss(train), self.weights)[0], product
 
 
 @contextmanager
@@ -233,19 +195,23 @@ def requires_grad_only(inputs: list[Tensor], of: list[Tensor]) -> Iterator[None]
 
 @contextmanager
 def perturbed(weights: list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
-    """Inside, the weights have the values w + delta; afterwards they have their old storage again.
-
-    The sums are new tensors: the old values are not overwritten, so that a saved graph that refers to them stays valid.
-    """
+    """Inside, the weights have the values w + delta in new tensors; afterwards they have their old storage again, which
+    is not overwritten, so that a saved graph that refers to it stays valid."""
     before = [w.data for w in weights]
-    after = [w.data + delta for w, delta in zip(weights, deltas, strict=True)]
     try:
-        for w, new in zip(weights, after, strict=True):
-            w.data = new
+        for w, delta in zip(weights, deltas, strict=True):
+            w.data = w.data + delta
         yield
     finally:
         for w, old in zip(weights, before, strict=True):
             w.data = old
+
+
+def keep_capturable(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state that was saved on any kind of device, with the optimizer's own `capturable`, which depends on the
+    device of its parameters: a hook of `load_state_dict`."""
+    [saved], [present] = state["param_groups"], optimizer.param_groups
+    return {**state, "param_groups": [{**saved, "capturable": present["capturable"]}]}
 
 
 class AveragedAdam(torch.optim.Adam):

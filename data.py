@@ -1,9 +1,7 @@
 """Reads corpora as streams of word ids; `utils.batchify` and its neighbours cut a stream into batches.
 
 A corpus has three splits of UTF-8 text. White space separates the words of a line, and `<eos>` ends each line; the
-vocabulary is the words of train. `penn` and `wikitext-2` are downloaded once and verified by their sha256. A folder
-with train.txt, valid.txt and test.txt is read as it is. `builtin` is made from the Python documentation that comes with
-every Python, so that it needs no network.
+vocabulary is the words of train.
 """
 
 import hashlib
@@ -90,12 +88,12 @@ def is_available(name: str, root: Path = Path("corpora")) -> bool:
 
 
 def load_corpus(name: str, root: Path = Path("corpora")) -> Corpus:
-    """Returns the corpus `penn`, `wikitext-2` (both under `root`, downloaded if missing), `builtin`, or a folder's.
+    """Returns the corpus `penn` or `wikitext-2` (under `root`, downloaded if missing, verified by sha256), `builtin`
+    (`_builtin_texts`), or that of the folder `name`, which has train.txt, valid.txt and test.txt.
 
     Words of valid and test that train lacks become `<unk>`, which is added to the vocabulary if needed. The ids are
-    cached beside the text, in a file whose name contains the checksum of the three splits.
-
-    Raises DataError with every fault of the corpus at once.
+    cached beside the text, in a file whose name contains the checksum of the three splits. Raises DataError with every
+    fault of the corpus at once.
     """
     texts, sha256 = _read(name, SPLITS, root)
     if name == "builtin":
@@ -111,10 +109,8 @@ def load_corpus(name: str, root: Path = Path("corpora")) -> Corpus:
 
 def read_split(name: str, split: str, words: Sequence[str], root: Path = Path("corpora")) -> tuple[torch.Tensor, str]:
     """Returns the ids (tokens,) of one split under a given vocabulary, such as a checkpoint's, and the text's sha256.
-
-    Words outside the vocabulary become `<unk>`. Raises DataError if the split cannot be read, or if there are such
-    words and the vocabulary has no `<unk>`.
-    """
+    Words outside the vocabulary become `<unk>`. Raises DataError if it has no `<unk>` for them, or if the split cannot
+    be read."""
     texts, sha256 = _read(name, [split], root)
     ids = _encode(texts[split], {word: i for i, word in enumerate(words)})
     if outside := int((ids < 0).sum()):
@@ -248,22 +244,18 @@ def _bytes(path: Path) -> bytes:
         raise DataError(f"{path}: a link that leaves its folder; put the text itself there")
     if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(f"{path}: not a file; put a text file there")
-    blocks, line = [], 0  # the number of bytes since the last line break
+    lines = []
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            blocks.append(block)
-            end = block.find(b"\n")
-            if line + (len(block) if end < 0 else end) > MAX_LINE:
+        while line := file.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE and not line.endswith(b"\n"):
                 raise DataError(f"{path}: a line of more than {MAX_LINE:,} bytes; break it into lines")
-            line = line + len(block) if end < 0 else len(block) - block.rfind(b"\n") - 1
-    return b"".join(blocks)
+            lines.append(line)
+    return b"".join(lines)
 
 
 def download(source: Source, path: Path) -> None:
-    """Downloads `source` to `path`, which is created only if its size and sha256 are right.
-
-    Raises DataError with one line if that fails for any reason.
-    """
+    """Downloads `source` to `path`, which is created only if its size and sha256 are right, else raises DataError with
+    one line."""
     by_hand = f"put {source.url} there by hand, or use --data builtin, which needs no network"
     digest, received = hashlib.sha256(), 0
     try:
@@ -291,14 +283,13 @@ def download(source: Source, path: Path) -> None:
 
 
 def _builtin_texts() -> dict[str, str]:
-    """Returns the topics of the Python documentation by split, one paragraph per line, in lower case.
+    """Returns the topics of the documentation that comes with Python by split, one paragraph per line, in lower case.
 
-    On Python 3.11 they have 66,499 + 7,062 + 6,955 tokens, with V = 1,580; other versions have other topics.
-
-    Topics are not divided: in sorted order, each goes to the split that is furthest below its share. A fifth of the
-    text is paragraphs that several topics share. Only their first occurrence is used, since train would otherwise
-    contain parts of valid and test. Lines under headings and frames of tables are left out: they are 15% of the tokens
-    and trivial to predict.
+    On Python 3.11 they have 66,499 + 7,062 + 6,955 tokens, with V = 1,580; other versions have other topics. Topics are
+    not divided: in sorted order, each goes to the split that is furthest below its share. A fifth of the text is
+    paragraphs that several topics share. Only their first occurrence is used, since train would otherwise contain parts
+    of valid and test. Lines under headings and frames of tables are left out: they are 15% of the tokens and trivial to
+    predict.
     """
     try:
         from pydoc_data.topics import topics

@@ -1,10 +1,8 @@
-"""Defines the genotype of a recurrent cell and the published cells, and reads a genotype from text or JSON.
+"""Defines the genotype of a recurrent cell and the published cells, and parses a genotype from text or JSON.
 
 A cell has N nodes. Node i = 1..N applies one activation to one earlier node; node 0 is s_0, computed from the input x_t
 and the previous hidden state h_{t-1}. The cell's output is the mean of the nodes in `concat` (DARTS, Liu, Simonyan &
 Yang, ICLR 2019, arXiv:1806.09055, sections 2.1 and 3.1.2).
-
-A genotype that comes from outside is parsed, never evaluated, and every fault in it raises `GenotypeError`.
 """
 
 import ast
@@ -46,66 +44,30 @@ class Genotype(NamedTuple):
 
 
 # This cell was found by reinforcement learning over shared weights (Pham et al., ICML 2018).
-ENAS = Genotype(
-    recurrent=(
-        ("tanh", 0),
-        ("tanh", 1),
-        ("relu", 1),
-        ("tanh", 3),
-        ("tanh", 3),
-        ("relu", 3),
-        ("relu", 4),
-        ("relu", 7),
-        ("relu", 8),
-        ("relu", 8),
-        ("relu", 8),
-    ),
-    concat=(2, 5, 6, 9, 10, 11),
-)
+ENAS = Genotype((
+    ("tanh", 0), ("tanh", 1), ("relu", 1), ("tanh", 3), ("tanh", 3), ("relu", 3), ("relu", 4), ("relu", 7), ("relu", 8),
+    ("relu", 8), ("relu", 8),
+), (2, 5, 6, 9, 10, 11))  # fmt: skip
 
 # This cell was found by the first-order search on Penn Treebank.
-DARTS_V1 = Genotype(
-    recurrent=(
-        ("relu", 0),
-        ("relu", 1),
-        ("tanh", 2),
-        ("relu", 3),
-        ("relu", 4),
-        ("identity", 1),
-        ("relu", 5),
-        ("relu", 1),
-    ),
-    concat=CONCAT,
-)
+DARTS_V1 = Genotype((
+    ("relu", 0), ("relu", 1), ("tanh", 2), ("relu", 3), ("relu", 4), ("identity", 1), ("relu", 5), ("relu", 1),
+), CONCAT)  # fmt: skip
 
 # This cell was found by the second-order (unrolled) search on Penn Treebank.
-DARTS_V2 = Genotype(
-    recurrent=(
-        ("sigmoid", 0),
-        ("relu", 1),
-        ("relu", 1),
-        ("identity", 1),
-        ("tanh", 2),
-        ("sigmoid", 5),
-        ("tanh", 3),
-        ("relu", 5),
-    ),
-    concat=CONCAT,
-)
+DARTS_V2 = Genotype((
+    ("sigmoid", 0), ("relu", 1), ("relu", 1), ("identity", 1), ("tanh", 2), ("sigmoid", 5), ("tanh", 3), ("relu", 5),
+), CONCAT)  # fmt: skip
 
 DARTS = DARTS_V2
-
 BASELINES = ("LSTM", "GRU")  # These are torch's own cells, which train.py accepts as well as genotypes.
-
 PUBLISHED = {"ENAS": ENAS, "DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "DARTS": DARTS}
 
 
 def validate(genotype: Genotype) -> None:
-    """Raises `GenotypeError` unless the genotype describes a cell that can be built.
-
-    Such a cell has 1 to `MAX_NODES` nodes. Each op is a primitive other than none, and the predecessor of node i is an
-    int in 0..i-1. concat is not empty and contains ints in 1..N, none of them twice.
-    """
+    """Raises `GenotypeError` unless the genotype describes a cell that can be built: 1 to `MAX_NODES` nodes, where the
+    op of node i is a primitive other than none and its predecessor an int in 0..i-1, and in concat at least one of the
+    ints 1..N, none twice."""
     recurrent, concat = genotype
     if not isinstance(recurrent, list | tuple):
         raise GenotypeError(f"recurrent must be a list of (op, predecessor), not {_short(recurrent)}")
@@ -119,7 +81,6 @@ def validate(genotype: Genotype) -> None:
             raise GenotypeError(f"node {i}: op {_short(op)} is not one of {', '.join(PRIMITIVES[1:])}")
         if type(j) is not int or not 0 <= j < i:
             raise GenotypeError(f"node {i}: predecessor must be an integer in 0..{i - 1}, not {_short(j)}")
-
     if not isinstance(concat, list | tuple | range) or not concat:
         raise GenotypeError(f"concat must be a list of at least one node, not {_short(concat)}")
     seen = set()
@@ -132,11 +93,10 @@ def validate(genotype: Genotype) -> None:
 
 
 def parse(text: str) -> Genotype:
-    """Returns the genotype that a text describes as a literal or as JSON; nothing is evaluated.
+    """Returns the genotype that a text describes; nothing is evaluated. Raises `GenotypeError`.
 
-    A literal is `Genotype(recurrent=[('relu', 0), ...], concat=range(1, 9))`, with lists or tuples and with or without
-    keywords. JSON is an object that `from_json` accepts. Raises `GenotypeError`, also for more than `MAX_TEXT`
-    characters.
+    The text has at most `MAX_TEXT` characters and is JSON for `from_json`, or a literal with lists or tuples and with
+    or without keywords, such as `Genotype(recurrent=[('relu', 0), ...], concat=range(1, 9))`.
     """
     if len(text) > MAX_TEXT:
         raise GenotypeError(f"a genotype's text has at most {MAX_TEXT:,} characters, not {len(text):,}")
@@ -150,10 +110,8 @@ def to_json(genotype: Genotype) -> dict[str, Any]:
 
 
 def from_json(obj: Any) -> Genotype:
-    """Returns the genotype that `to_json` turned into `obj`, or into the value of the key "genotype" of `obj`.
-
-    The second form is the one that a search writes to genotype.json. Other keys are ignored. Raises `GenotypeError`.
-    """
+    """Returns the genotype that `to_json` turned into `obj`, or into the value of its key "genotype", as a search
+    writes it to genotype.json; other keys are ignored. Raises `GenotypeError`."""
     if isinstance(obj, dict) and "recurrent" not in obj:
         obj = obj.get("genotype")
     if not isinstance(obj, dict) or not {"recurrent", "concat"} <= obj.keys():
@@ -162,11 +120,9 @@ def from_json(obj: Any) -> Genotype:
 
 
 def random_genotype(seed: int, steps: int = STEPS) -> Genotype:
-    """Returns a random cell of `steps` nodes, uniform over ops other than none and over predecessors.
-
-    Every node is in concat. Random search samples its cells from this distribution (the paper's baseline; Li &
-    Talwalkar, UAI 2019). Raises `GenotypeError` for steps outside 1..MAX_NODES.
-    """
+    """Returns a random cell of `steps` nodes, uniform over ops other than none and over predecessors, with every node
+    in concat, as random search samples them (the paper's baseline; Li & Talwalkar, UAI 2019). Raises `GenotypeError`
+    for steps outside 1..MAX_NODES."""
     if not 1 <= steps <= MAX_NODES:
         raise GenotypeError(f"a genotype has 1 to {MAX_NODES} nodes, not {steps}")
     rng = random.Random(seed)
@@ -175,11 +131,8 @@ def random_genotype(seed: int, steps: int = STEPS) -> Genotype:
 
 
 def resolve(arch: str) -> Genotype:
-    """Returns the genotype that the value of `--arch` specifies.
-
-    The value is a published name, `random:SEED`, a run directory with a genotype.json, a JSON file, or a text for
-    `parse`. Files are UTF-8 and at most 1 MB. Raises `GenotypeError`.
-    """
+    """Returns the genotype that the value of `--arch` specifies: a published name, `random:SEED`, a run directory with
+    a genotype.json, a JSON file (UTF-8, at most `MAX_FILE` bytes), or a text for `parse`. Raises `GenotypeError`."""
     if arch in PUBLISHED:
         return PUBLISHED[arch]
     if arch.startswith("random:"):
@@ -203,11 +156,8 @@ def resolve(arch: str) -> Genotype:
 
 
 def resolve_cell(arch: str) -> Genotype | str:
-    """Returns the cell that the value of train.py's `--arch` specifies.
-
-    It is the name of a baseline, in capitals, if the value is one in any case, else the genotype that `resolve`
-    returns. Raises `GenotypeError`.
-    """
+    """Returns the cell that the value of train.py's `--arch` specifies: the name of a baseline in capitals, which may
+    be given in any case, else the genotype that `resolve` returns. Raises `GenotypeError`."""
     return arch.upper() if arch.upper() in BASELINES else resolve(arch)
 
 
@@ -267,10 +217,8 @@ def _parse_literal(text: str) -> Genotype:
 
 
 def _literal(node: ast.expr) -> Any:
-    """Returns the value of a tree of ints, strings, lists, tuples and `range`, in which lists become tuples.
-
-    Raises `GenotypeError` for any other tree.
-    """
+    """Returns the value of a tree of ints, strings, lists, tuples and `range`, in which lists become tuples; raises
+    `GenotypeError` for any other tree."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, str):
         return node.value
     if isinstance(node, ast.List | ast.Tuple):
@@ -294,10 +242,8 @@ def _build(recurrent: Any, concat: Any) -> Genotype:
 
 
 def _short(value: Any, limit: int = 60) -> str:
-    """Returns the repr of a value, cut to `limit` characters, or its type's name if there is no repr.
-
-    An int of thousands of digits has no repr.
-    """
+    """Returns the repr of a value, cut to `limit` characters, or its type's name if it has no repr, such as an int of
+    thousands of digits."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):

@@ -21,21 +21,18 @@ NO_MASKS = Masks()
 
 
 def default_init_range(nhid: int) -> float:
-    """Returns the bound of the uniform initial weights of a model with `nhid` hidden units.
-
-    It is the published 0.04 for the published 850 hidden units, and scales as 1 / sqrt(nhid), so that products over the
-    hidden units have the same size in every model.
-    """
+    """Returns the bound of the uniform initial weights of a model with `nhid` hidden units: the published 0.04 for the
+    published 850, and in proportion to 1 / sqrt(nhid), so that products over them have the same size in every model."""
     return 0.04 * math.sqrt(850 / nhid)
 
 
 class DARTSCell(nn.Module):
     """Implements a cell with one operation and one predecessor per node (DARTS, section 3.1.2)."""
 
-    def __init__(self, ninp: int, nhid: int, genotype: Genotype, init_range: float):
+    def __init__(self, nhid: int, genotype: Genotype, init_range: float):
         super().__init__()
         self.genotype = genotype
-        self.W0, self.Ws = cell_weights(ninp, nhid, len(genotype.recurrent), init_range)
+        self.W0, self.Ws = cell_weights(nhid, len(genotype.recurrent), init_range)
 
     def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
         """Returns the hidden states (T, B, H) and the last of them (B, H), for x (T, B, E) and state (B, H)."""
@@ -43,13 +40,13 @@ class DARTSCell(nn.Module):
         return hiddens, hiddens[-1]
 
 
-def cell_weights(ninp: int, nhid: int, nodes: int, init_range: float) -> tuple[nn.Parameter, nn.ParameterList]:
+def cell_weights(nhid: int, nodes: int, init_range: float) -> tuple[nn.Parameter, nn.ParameterList]:
     """Returns W0 (E + H, 2H) and N matrices Ws (H, 2H), uniform between -init_range and init_range."""
 
     def weight(inputs: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(inputs, 2 * nhid).uniform_(-init_range, init_range))
 
-    return weight(ninp + nhid), nn.ParameterList(weight(nhid) for _ in range(nodes))
+    return weight(2 * nhid), nn.ParameterList(weight(nhid) for _ in range(nodes))
 
 
 class RNNModel(nn.Module):
@@ -78,22 +75,16 @@ class RNNModel(nn.Module):
         return other
 
     def forward(self, x: Tensor, state: Tensor, masks: Masks = NO_MASKS) -> tuple[Tensor, Tensor]:
-        """Returns the hidden states (T, B, H) and the state (B, S) from which the next segment starts.
-
-        The arguments are the word ids x (T, B) and the state (B, S) before them. S = H, and the state is the last
-        hidden state, except for an LSTM.
-        """
+        """Returns the hidden states (T, B, H) and the state (B, S) from which the next segment starts, for word ids x
+        (T, B) and the state (B, S) before them. S = H, and the state is the last hidden state, except for an LSTM."""
         embedded = F.embedding(x, self.embedding)  # (T, B, E)
-        if masks.word is not None:
-            # The mask is indexed by word id, so that a dropped word type is dropped at every position.
+        if masks.word is not None:  # It is indexed by word id: a dropped word type is dropped at every position.
             embedded = embedded * F.embedding(x, masks.word)
         return self.cell(drop(embedded, masks.embedding), state, masks, self.engine)
 
     def nll(self, hiddens: Tensor, y: Tensor, masks: Masks = NO_MASKS) -> Tensor:
-        """Returns the mean negative log-likelihood of the words y (T, B), in nats per word, as a scalar.
-
-        The hidden states (T, B, H) come from `forward`, before `masks.output` is applied.
-        """
+        """Returns the mean negative log-likelihood of the words y (T, B), in nats per word, as a scalar, for the hidden
+        states (T, B, H) that `forward` returns, before `masks.output` is applied."""
         if self.mixture is None:
             return self.engine.nll(hiddens, masks.output, self.embedding, self.bias, y)
         return self.word_losses([drop(hiddens, masks.output)], y)[0]
@@ -104,11 +95,11 @@ class RNNModel(nn.Module):
         `passes` are the outputs (T, B, H) of one or two passes after dropout, and `rdrop` is the coefficient of R-Drop,
         which compares two of them (see `softmax_losses.losses`). A second derivative raises RuntimeError.
         """
-        log_probs = softmax_losses.tied if self.mixture is None else softmax_losses.mixed
-        weights = [self.embedding, self.bias, *([] if self.mixture is None else self.mixture.parameters())]
-        return softmax_losses.losses(
-            partial(log_probs, compute_dtype=self.engine.compute_dtype), weights, passes, y, rdrop
-        )
+        log_probs, weights = softmax_losses.tied, [self.embedding, self.bias]
+        if self.mixture is not None:
+            log_probs, weights = softmax_losses.mixed, [*weights, *self.mixture.parameters()]
+        log_probs = partial(log_probs, compute_dtype=self.engine.compute_dtype)
+        return softmax_losses.losses(log_probs, weights, passes, y, rdrop)
 
     def sample_masks(self, batch_size: int) -> Masks:
         """Returns new dropout masks for a batch of `batch_size` elements, sampled from torch's global generator."""
@@ -124,21 +115,16 @@ class RNNModel(nn.Module):
 
 
 def retrain_model(
-    ntoken: int,
-    nhid: int,
-    rates: DropoutRates,
-    cell: Genotype | str,
-    n_experts: int = 1,
+    ntoken: int, nhid: int, rates: DropoutRates, cell: Genotype | str, n_experts: int = 1,
     init_range: float | None = None,
-) -> RNNModel:
-    """Returns the language model with the cell of a genotype, or with the baseline "LSTM" or "GRU".
+) -> RNNModel:  # fmt: skip
+    """Returns an `RNNModel` with the cell of a genotype, or with the baseline "LSTM" or "GRU".
 
-    Its decoder is a mixture of `n_experts` softmaxes if there is more than one. `init_range` is
-    `default_init_range(nhid)` by default; a baseline's cell keeps torch's own initial weights, whose range depends on
-    nhid too.
+    `init_range` is `default_init_range(nhid)` by default; a baseline's cell keeps torch's own initial weights, whose
+    range depends on nhid too.
     """
     init_range = default_init_range(nhid) if init_range is None else init_range
-    built = BaselineCell(nhid, nhid, cell) if isinstance(cell, str) else DARTSCell(nhid, nhid, cell, init_range)
+    built = BaselineCell(nhid, cell) if isinstance(cell, str) else DARTSCell(nhid, cell, init_range)
     return RNNModel(ntoken, nhid, rates, built, init_range, n_experts)
 
 
@@ -146,13 +132,13 @@ class BaselineCell(nn.Module):
     """Implements an LSTM or a GRU of one layer.
 
     torch computes the whole sequence in one call, in which the hidden state cannot be dropped. Instead `dropouth` drops
-    connections, which are elements of the hidden-to-hidden matrix. They are then missing at every time step and for
-    every batch element (Merity et al. 2017, section 2). `dropoutx` drops inputs, as it does for other cells.
+    elements of the hidden-to-hidden matrix at every time step and for every batch element (Merity et al. 2017, section
+    2). `dropoutx` drops inputs, as it does for other cells.
     """
 
-    def __init__(self, ninp: int, nhid: int, name: str):
+    def __init__(self, nhid: int, name: str):
         super().__init__()
-        self.name, self.rnn = name, {"LSTM": nn.LSTM, "GRU": nn.GRU}[name](ninp, nhid)
+        self.name, self.rnn = name, {"LSTM": nn.LSTM, "GRU": nn.GRU}[name](nhid, nhid)
         self.state_size = 2 * nhid if name == "LSTM" else nhid  # The state of an LSTM is [h, c].
 
     @property

@@ -13,15 +13,12 @@ from model import RNNModel, cell_weights, default_init_range
 
 
 class DARTSCellSearch(nn.Module):
-    """Implements the continuous relaxation of the cell (DARTS, section 2.2), with its architecture parameters.
+    """Implements the continuous relaxation of the cell (DARTS, section 2.2), with its architecture parameters."""
 
-    `norm`, one of `reference.NORMS`, is the normalisation of its states.
-    """
-
-    def __init__(self, ninp: int, nhid: int, norm: str, init_range: float, steps: int = STEPS):
+    def __init__(self, nhid: int, norm: str, init_range: float, steps: int):
         super().__init__()
-        self.norm = norm
-        self.W0, self.Ws = cell_weights(ninp, nhid, steps, init_range)
+        self.norm = norm  # the normalisation of the states, one of `reference.NORMS`
+        self.W0, self.Ws = cell_weights(nhid, steps, init_range)
         self.alphas = nn.Parameter(1e-3 * torch.randn(steps * (steps + 1) // 2, len(PRIMITIVES)))
 
     def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
@@ -37,16 +34,11 @@ class RNNModelSearch(RNNModel):
     """Implements a language model with two sets of parameters: `weights()` and `alphas` (N(N+1)/2, K)."""
 
     def __init__(
-        self,
-        ntoken: int,
-        nhid: int,
-        rates: DropoutRates,
-        steps: int = STEPS,
-        norm: str = "none",
+        self, ntoken: int, nhid: int, rates: DropoutRates, steps: int = STEPS, norm: str = "none",
         init_range: float | None = None,
-    ):
+    ):  # fmt: skip
         init_range = default_init_range(nhid) if init_range is None else init_range
-        super().__init__(ntoken, nhid, rates, DARTSCellSearch(nhid, nhid, norm, init_range, steps), init_range)
+        super().__init__(ntoken, nhid, rates, DARTSCellSearch(nhid, norm, init_range, steps), init_range)
 
     @property
     def alphas(self) -> nn.Parameter:

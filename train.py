@@ -22,9 +22,8 @@ from experiment.retrain_arguments import EVAL_BATCH_SIZES, build_parser, texts_t
 from genotypes import cell_to_json, resolve_cell
 from model import retrain_model
 from training.evaluation import format_perplexity, perplexity
-from training.gradients import clipped_gradient, scaled_lr
-from training.losses import Batch, MicroBatches
-from training.optimizers import NonMonotonicTrigger, averaged, new_optimizer
+from training.losses import Batch, MicroBatches, clipped_gradient
+from training.optimizers import NonMonotonicTrigger, averaged, new_optimizer, scaled_lr
 
 REASONS = ("patience", "nonmono")  # the reasons to stop before the last epoch
 

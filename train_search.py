@@ -26,9 +26,8 @@ from model_search import RNNModelSearch
 from training.diagnostics import Diagnosis
 from training.early_stopping import check_history, identities, is_stable
 from training.evaluation import format_perplexity, perplexity
-from training.gradients import clipped_gradient, scaled_lr
-from training.losses import Batch, MicroBatches
-from training.optimizers import averaged, new_optimizer, velocity
+from training.losses import Batch, MicroBatches, clipped_gradient
+from training.optimizers import averaged, new_optimizer, scaled_lr, velocity
 from utils import Cursor
 
 REASONS = ("patience", "stable", "identity")  # the reasons to stop before the last epoch
@@ -179,7 +178,7 @@ class SearchState:
         self.hidden = self.model.initial_hidden(self.batch_size)  # (B, H)
 
     def parts(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer, "arch_optimizer": self.architect}
+        return {"model": self.model, "optimizer": self.optimizer, "arch_optimizer": self.architect.optimizer}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -220,7 +219,7 @@ class SearchState:
         """Loads the weights and alphas of best.pt; returns their epoch."""
         best = checkpoint.load(self.run.folder / "best.pt")
         self.model.load_state_dict(best["model"])
-        self.architect.load_state_dict(best["arch_optimizer"])
+        self.architect.optimizer.load_state_dict(best["arch_optimizer"])
         self.optimizer.state.clear()  # the average is that of later weights
         epoch = best["progress"]["epoch"] - 1
         self.write_genotype(epoch)

@@ -1,18 +1,5 @@
 """What every part needs: errors for people, the device, whole files, and texts cut into batches.
 
-`batchify` lays a stream of word ids out as B columns of consecutive words, here the alphabet with B = 4:
-
-    a g m s
-    b h n t
-    c i o u
-    d j p v
-    e k q w
-    f l r x         y and z are left over and dropped
-
-The columns are treated as independent texts: the model never sees that g follows f, and in return reads B words at
-once. `segments` cuts the time axis into segments of about bptt time steps, and `get_batch` returns a segment and the
-words that follow each of its words.
-
 Shapes: T time steps, B batch, n time steps of a whole text.
 """
 
@@ -27,8 +14,6 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class RunError(Exception):
@@ -48,11 +33,8 @@ class DataError(Exception):
 
 
 def choose_device(name: str, deterministic: bool = False) -> torch.device:
-    """Returns the device of a name; `auto` is the first CUDA device, or the CPU if there is none.
-
-    With `deterministic`, equal runs are bit-identical, and an operation that cannot be raises RuntimeError. On the CPU
-    freed memory is kept for the process (`keep_memory`).
-    """
+    """Returns the device of a name; `auto` is the first CUDA device, or the CPU if there is none. With `deterministic`,
+    equal runs are bit-identical, and an operation that cannot be raises RuntimeError."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it before its first product
         torch.use_deterministic_algorithms(True)
@@ -66,23 +48,23 @@ def choose_device(name: str, deterministic: bool = False) -> torch.device:
 
 
 def keep_memory() -> None:
-    """Makes glibc's malloc keep freed memory for this process; other allocators are left as they are.
+    """Makes glibc's malloc, if it is in use, keep freed memory for this process.
 
-    By default glibc returns large blocks to the system at once, and torch allocates them again at every step: on a CPU
-    the page faults of new memory then cost more than most operations.
+    By default it returns large blocks to the system at once, and torch allocates them again at every step: on a CPU the
+    page faults of new memory then cost more than most operations.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(-4, 0)  # M_MMAP_MAX of glibc's malloc.h
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yields a file that replaces `path` at the end of the block, after it was flushed to the disk.
 
-    `path` is never partial: if the block or the writing fails, it is unchanged, and the temporary file beside it is
-    removed (unless the process is killed, or the disk refuses that too).
+    If the block or the writing fails, `path` is unchanged, and the temporary file beside it is removed (unless the
+    process is killed, or the disk refuses that too).
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -99,22 +81,26 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 def flush_folder(folder: Path) -> None:
     """Flushes the names in a folder to the disk, if the file system allows it."""
-    try:
+    with suppress(OSError):  # some network file systems do not support it; the files themselves have been flushed
         number = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(number)
-    except OSError:
-        pass  # some network file systems do not support it; the file itself has been flushed
-    finally:
-        os.close(number)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def batchify(ids: Tensor, batch_size: int) -> Tensor:
-    """Cuts `ids` (tokens,) into B columns that follow each other in the text: (tokens // B, B), contiguous.
+    """Cuts `ids` (tokens,) into B columns of consecutive words: (tokens // B, B), contiguous.
 
-    Raises DataError if that gives fewer than the two time steps that one prediction takes.
+        a g m s         the alphabet with B = 4
+        b h n t
+        c i o u
+        d j p v
+        e k q w
+        f l r x         y and z are left over and dropped
+
+    The columns are treated as independent texts: the model never sees that g follows f, and in return reads B words at
+    once. Raises DataError if that gives fewer than the two time steps that one prediction takes.
     """
     length = len(ids) // batch_size
     if length < 2:
@@ -132,47 +118,35 @@ def get_batch(source: Tensor, i: int, seq_len: int) -> tuple[Tensor, Tensor]:
 
 
 def segments(
-    length: int,
-    bptt: int,
-    generator: torch.Generator,
-    std: float = 0.0,
-    max_delta: int | None = None,
-    start: int = 0,
+    length: int, bptt: int, generator: torch.Generator, std: float = 0.0, max_delta: int | None = None, start: int = 0
 ) -> Iterator[tuple[int, int]]:
     """Yields (i, seq_len) such that each of the time steps start..length-2 is an input once.
 
     The base length is `bptt` with probability 0.95, else half of it. With `std` the length is normal about the base, at
     least 5 and at most bptt + max_delta (Merity et al. 2018, section 4.1). Numbers are drawn one segment at a time, so
-    that the sequence continues unchanged when the state of `generator` (CPU) is restored and the next time step is
-    given as `start`.
+    that the sequence continues unchanged from the state of `generator` (CPU) and the next time step as `start`.
     """
-    i = start
-    while i < length - 1:
+    while start < length - 1:
         drawn = bptt if torch.rand((), generator=generator).item() < 0.95 else bptt / 2
         if std > 0:
             drawn = max(5, int(drawn + std * torch.randn((), generator=generator).item()))
             if max_delta is not None:
                 drawn = min(drawn, bptt + max_delta)
-        seq_len = min(max(1, int(drawn)), length - 1 - i)
-        yield i, seq_len
-        i += seq_len
+        seq_len = min(max(1, int(drawn)), length - 1 - start)
+        yield start, seq_len
+        start += seq_len
 
 
 class Cursor:
-    """Takes full segments from `source` (n, B) without end: it starts again at the beginning when the text runs out.
-
-    Its only state is `position`, the next time step: save it in a checkpoint and set it on resuming.
-    """
+    """Takes full segments from `source` (n, B) without end: it starts again at the beginning when the text runs out."""
 
     def __init__(self, source: Tensor):
         self.source = source
-        self.position = 0
+        self.position = 0  # the next time step, the only state
 
     def take(self, seq_len: int) -> tuple[Tensor, Tensor, bool]:
-        """Returns inputs and targets, both (T, B), and whether it started again: the hidden state is then reset.
-
-        T = seq_len, or all of a source that has fewer than seq_len + 1 time steps.
-        """
+        """Returns inputs and targets, both (T, B), and whether it started again, after which the hidden state is reset.
+        T = seq_len, or all of a source that has fewer than seq_len + 1 time steps."""
         wrapped = self.position > 0 and self.position + seq_len > len(self.source) - 1
         if wrapped:
             self.position = 0

@@ -27,8 +27,7 @@ from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU
 from experiment import signals
 from model_search import RNNModelSearch
-from training.gradients import clipped_gradient
-from training.losses import Batch, losses
+from training.losses import Batch, clipped_gradient, losses
 from utils import Cursor, batchify
 
 ENGINES = {"eager fp32": Engine(), "fused fp32": Engine("fused"), "fused bf16": Engine("fused", "bf16")}

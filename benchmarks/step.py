@@ -44,8 +44,7 @@ from genotypes import DARTS
 from model import retrain_model
 from model_search import RNNModelSearch
 from training.evaluation import VALID_BATCH_SIZE
-from training.gradients import clipped_gradient
-from training.losses import Batch, MicroBatches
+from training.losses import Batch, MicroBatches, clipped_gradient
 from utils import choose_device
 
 SEARCH = {"T": 35, "B": 256, "H": 300, "V": 10_000, "N": 8}

@@ -16,8 +16,7 @@ from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU, Masks
 from experiment.distributed import Distributed, exit_process
 from model_search import RNNModelSearch
-from training.gradients import clipped_gradient
-from training.losses import Batch, MicroBatches
+from training.losses import Batch, MicroBatches, clipped_gradient
 
 V, H, B, T = 50, 12, 8, 4
 

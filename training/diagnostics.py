@@ -33,29 +33,17 @@ ONE_HOT_LOGIT = 50.0  # The softmax of this logit, where all others are 0, is 1 
 
 
 class Signal(NamedTuple):
-    """Holds one measurement, in which None stands for a missing implicit part or for a number that is not finite.
+    """Holds one measurement, in which None stands for a missing implicit part or for a number that is not finite."""
 
-    Args:
-        cosine_direct: the mean cosine between the direct parts of the alpha gradients of independent batches.
-        cosine_implicit: the same mean for the implicit parts.
-        cosine_whole: the same mean for direct - implicit, which the alphas follow.
-        norm_ratio: the mean ratio of the norm of the implicit part to that of the direct part.
-        product_cosine: the cosine between the finite and the exact implicit part of one batch.
-        eigenvalue: the eigenvalue of largest magnitude of the Hessian of L_valid in alpha.
-        sensitivity: the root mean square growth of a small change of the state over one segment.
-        relaxed_loss: the loss of the relaxed model in nats per word of validation text.
-        discrete_loss: the same loss with the genotype in place of the mixture of primitives and the same weights.
-    """
-
-    cosine_direct: float | None
-    cosine_implicit: float | None
-    cosine_whole: float | None
-    norm_ratio: float | None
-    product_cosine: float | None
-    eigenvalue: float | None
-    sensitivity: float | None
-    relaxed_loss: float | None
-    discrete_loss: float | None
+    cosine_direct: float | None  # the mean cosine between the direct parts of the gradients of independent batches
+    cosine_implicit: float | None  # the same mean for the implicit parts
+    cosine_whole: float | None  # the same mean for direct - implicit, which the alphas follow
+    norm_ratio: float | None  # the mean ratio of the norm of the implicit part to that of the direct part
+    product_cosine: float | None  # the cosine between the finite and the exact implicit part of one batch
+    eigenvalue: float | None  # the eigenvalue of largest magnitude of the Hessian of L_valid in alpha
+    sensitivity: float | None  # the root mean square growth of a small change of the state over one segment
+    relaxed_loss: float | None  # the loss of the relaxed model in nats per word of validation text
+    discrete_loss: float | None  # the same with the genotype in place of the mixture of primitives, at the same weights
 
     def __str__(self) -> str:
         return "signal: " + " | ".join(
@@ -69,28 +57,19 @@ class Diagnosis:
     Args:
         model: the model that is searched, with the engine of the search.
         architect_of: a function of the model with some engine, the size of a micro-batch and the kind of
-            Hessian-vector product (None in first order), which returns an `Architect` on the model's weights and alphas
-            with the search's own losses.
-        hessian: the kind of Hessian-vector product in the search: "finite", "exact", or None in first order.
+            Hessian-vector product, which returns an `Architect` with the search's own losses.
+        hessian, micro_batch_size, bptt: those of the search; hessian is "finite", "exact", or None in first order.
         texts: the word ids (n, B) of the weights' text and of the alphas' text, both with the batch elements of this
             rank, and of the validation text.
-        micro_batch_size: the number of batch elements that the search computes at a time.
-        bptt: the length of every segment.
         seed: the seed of everything that is sampled, after the step is added to it.
         seed_masks: a function that seeds the generator of the masks, which differ from rank to rank.
     """
 
     def __init__(
-        self,
-        model: RNNModelSearch,
-        architect_of: Callable[[RNNModelSearch, int, str | None], Architect],
-        hessian: str | None,
-        texts: tuple[Tensor, Tensor, Tensor],
-        micro_batch_size: int,
-        bptt: int,
-        seed: int,
+        self, model: RNNModelSearch, architect_of: Callable[[RNNModelSearch, int, str | None], Architect],
+        hessian: str | None, texts: tuple[Tensor, Tensor, Tensor], micro_batch_size: int, bptt: int, seed: int,
         seed_masks: Callable[[int], None],
-    ):
+    ):  # fmt: skip
         self.model, self.hessian, self.bptt, self.seed, self.seed_masks = model, hessian, bptt, seed, seed_masks
         self.train, self.alphas_text, self.valid = texts
         self.batch_size = min(MAX_BATCH_SIZE, micro_batch_size)
@@ -102,11 +81,8 @@ class Diagnosis:
     def measure(
         self, step: int, genotype: Genotype, eta: float | Tensor, velocity: list[Tensor] | None = None
     ) -> Signal:
-        """Returns the measurement of the alpha step that would follow now.
-
-        `step` seeds what is sampled, `genotype` is the one with which the search would end now, and `eta` and
-        `velocity` are the arguments of `Architect.step`.
-        """
+        """Returns the measurement of the alpha step that would follow now, with the arguments `eta` and `velocity` of
+        `Architect.step`; `step` seeds what is sampled, `genotype` is that with which the search would end now."""
         cuda = [self.train.device] if self.train.is_cuda else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(self.seed + step)
@@ -135,10 +111,8 @@ class Diagnosis:
         return [cosine(directs), cosine(implicits), cosine(whole), ratio]
 
     def product_cosine(self, rng: torch.Generator, eta: float | Tensor, velocity: list[Tensor] | None) -> float | None:
-        """Returns the cosine between two implicit parts of the same batch; None in first order.
-
-        One is computed by a central difference and the other by differentiating twice.
-        """
+        """Returns the cosine between two implicit parts of the same batch, one computed by a central difference and the
+        other by differentiating twice; None in first order."""
         if self.hessian is None:
             return None
         train = self.batch(self.train, rng, self.batch_size, held=True)
@@ -146,11 +120,8 @@ class Diagnosis:
         return cosine([architect.gradient(train, valid, eta, velocity)[1] for architect in self.by_product.values()])
 
     def hessian_product(self, rng: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """Returns the function v -> H v, both with the alphas' shape, for the Hessian H of L_valid in alpha.
-
-        H is that of one batch without dropout. Its largest eigenvalue grows where a search collapses (Zela et al., ICLR
-        2020).
-        """
+        """Returns the function v -> H v, both with the alphas' shape, for the Hessian H of L_valid in alpha on one
+        batch without dropout. Its largest eigenvalue grows where a search collapses (Zela et al., ICLR 2020)."""
         batch = self.batch(self.alphas_text, rng, self.batch_size)._replace(masks=Masks())
         eager = self.model.with_engine(Engine("eager"))  # The fused engine has no such second derivative.
         alphas = self.model.alphas
@@ -160,11 +131,9 @@ class Diagnosis:
         return lambda v: torch.autograd.grad(gradient, alphas, v, retain_graph=True)[0]
 
     def discretization_gap(self, genotype: Genotype) -> tuple[float, float]:
-        """Returns the loss (nats per word) of the relaxed model, and its loss with the alphas of a genotype.
-
-        Both have the same weights and norm and are measured on the beginning of the validation text. (Without a norm,
-        the mean over predecessors remains and shrinks the states of the genotype.)
-        """
+        """Returns the loss (nats per word) of the relaxed model, and its loss with the alphas of a genotype, at the
+        same weights and norm, on the beginning of the validation text. (Without a norm, the mean over predecessors
+        remains and shrinks the states of the genotype.)"""
         text, alphas = self.valid[: SEGMENTS * self.bptt + 1], self.model.alphas
         relaxed = evaluate(self.model, text, self.bptt, "the relaxed model")
         certain = logits(genotype).to(alphas) - alphas.detach()
@@ -172,11 +141,9 @@ class Diagnosis:
             return relaxed, evaluate(self.model, text, self.bptt, "the discretised model")
 
     def batch(self, text: Tensor, rng: torch.Generator, batch_size: int | None = None, held: bool = False) -> Batch:
-        """Returns a random segment of the first `batch_size` columns of a text (n, B), or of all columns for None.
-
-        It has new masks and the state in which the segment before it ends. With `held`, the masks hold relu's active
-        set fixed (`FrozenReLU`).
-        """
+        """Returns a random segment of the first `batch_size` columns of a text (n, B), or of all columns for None, with
+        new masks and the state in which the segment before it ends. With `held`, relu's active set is held fixed
+        (`FrozenReLU`)."""
         text = text[:, :batch_size]
         lead = min(self.bptt, (len(text) - 1) // 2)
         start = int(torch.randint(max(1, len(text) - lead - self.bptt), (), generator=rng))
@@ -194,9 +161,8 @@ def sensitivity(model: RNNModelSearch, batch: Batch, probes: int = PROBES) -> fl
 
     It is the root mean square of |dh_T / dh_0 r| / |r| over random directions r, which is the Frobenius norm of the
     Jacobian dh_T / dh_0 (BH, BH) over sqrt(BH). It is estimated without dropout, from products of the transposed
-    Jacobian with `probes` normally distributed vectors. If it is above 1 by orders of magnitude, the recurrence is
-    chaotic: its result depends on the initial state, and a gradient through it depends on the batch at hand. If it is
-    far below 1, the recurrence forgets the initial state.
+    Jacobian with `probes` normally distributed vectors. Far above 1, the recurrence is chaotic (docs/signal.md); far
+    below 1, it forgets the initial state.
     """
     hidden = batch.hidden.clone().requires_grad_()
     with requires_grad_only([], of=list(model.parameters())):
@@ -214,16 +180,16 @@ def cosine(gradients: Sequence[Tensor]) -> float:
     return mean(of(a.flatten(), b.flatten()).item() for a, b in combinations(gradients, 2))
 
 
-def dominant_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, steps: int = PRODUCTS) -> float:
-    """Returns the eigenvalue of largest magnitude of a symmetric matrix, given by its products with vectors.
+def dominant_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """Returns the eigenvalue of largest magnitude of a symmetric matrix, given by its products with vectors, which have
+    the shape of `like`; nan if a product is not finite.
 
-    The vectors have the shape of `like`. Lanczos's method computes the eigenvalue from at most `steps` products, as the
-    projection on a Krylov space with an orthonormal basis (Golub & Van Loan, section 10.1). If a product is not finite,
-    the eigenvalue is nan.
+    Lanczos's method computes it from at most `PRODUCTS` products, as the projection on a Krylov space with an
+    orthonormal basis (Golub & Van Loan, section 10.1).
     """
     basis, images = [], []
     image = torch.randn_like(like)
-    for _ in range(min(steps, like.numel())):
+    for _ in range(min(PRODUCTS, like.numel())):
         vector = image.flatten().double()
         size = vector.norm()
         for _ in range(2):  # After the first pass, rounding errors along the basis remain.
@@ -244,10 +210,8 @@ def dominant_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, steps
 
 
 def logits(genotype: Genotype) -> Tensor:
-    """Returns alphas (N(N+1)/2, K) whose softmax is the genotype.
-
-    Their softmax is 1 for the genotype's primitive on each of its edges, and for `none` on all other edges.
-    """
+    """Returns alphas (N(N+1)/2, K) whose softmax is 1 for the genotype's primitive on each of its edges, and for `none`
+    on all other edges."""
     choices = []
     for i, (op, predecessor) in enumerate(genotype.recurrent, start=1):
         choices += [PRIMITIVES.index(op if j == predecessor else "none") for j in range(i)]

@@ -29,10 +29,8 @@ class Patience:
 
 
 def is_stable(history: list[tuple[int, Any]], epochs: int) -> bool:
-    """Returns whether the last genotype is also that of the `epochs` epochs before it; False for 0 epochs.
-
-    `history` holds (epoch, genotype) at the end of each epoch so far.
-    """
+    """Returns whether the last genotype of a history of (epoch, genotype) is also that of the `epochs` epochs before
+    it; False for 0 epochs."""
     last = [genotype for _, genotype in history[-epochs - 1 :]]
     return 0 < epochs < len(history) and all(genotype == last[-1] for genotype in last)
 

@@ -1,4 +1,4 @@
-"""Computes the training loss of a batch and of its micro-batches.
+"""Computes the training loss of a batch and of its micro-batches, and the gradient that moves the weights.
 
 Shapes: T time steps, B batch, H hidden, S state.
 """
@@ -6,22 +6,21 @@ Shapes: T time steps, B batch, H hidden, S state.
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from architect import Average, WeightUpdate
 from engine.dropout import Masks, drop
 
 
 class Batch(NamedTuple):
-    """Holds a segment of text, the state from which it starts, and the dropout masks of all its time steps.
+    """Holds a segment of text, the state from which it starts, and the dropout masks of all its time steps."""
 
-    x holds word ids and y the next words. Losses that compare two passes need `second_masks` for the second pass.
-    """
-
-    x: Tensor  # (T, B)
-    y: Tensor  # (T, B)
+    x: Tensor  # (T, B), word ids
+    y: Tensor  # (T, B), the next words
     hidden: Tensor  # (B, S)
     masks: Masks
-    second_masks: Masks | None = None
+    second_masks: Masks | None = None  # those of the second pass, for losses that compare two
 
     def batch_slice(self, start: int, stop: int) -> "Batch":
         """Returns the part of the batch with the batch elements start..stop-1."""
@@ -31,15 +30,11 @@ class Batch(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Holds the loss of a batch or of a part of it.
+    """Holds the loss of a batch or of a part of it, and the state from which the next segment starts."""
 
-    The scalar `total` is differentiated, the scalar `nll` (nats per word, detached) is reported, and the next segment
-    starts from the state `hidden` (B, S).
-    """
-
-    total: Tensor
-    nll: Tensor
-    hidden: Tensor
+    total: Tensor  # the scalar that is differentiated
+    nll: Tensor  # a scalar in nats per word, detached, which is reported
+    hidden: Tensor  # (B, S)
 
 
 def losses(
@@ -51,33 +46,26 @@ def losses(
     activation regularisation, is `beta` times the mean squared difference of successive hidden states, without dropout,
     and is 0 for a single time step.
 
-    A batch with second masks passes through the model twice, once with each set. Each term is then the mean over both
-    passes, and two penalties of their difference are added: `rdrop` times the mean divergence of their predictions
-    (R-Drop, Liang et al. 2021; see `softmax_losses.losses`), and `fraternal` times the mean squared difference of their
-    outputs after dropout (Zolna et al. 2018, with the outputs in place of the logits). Both coefficients need second
-    masks. The state that is returned is that of the first pass.
+    A batch with second masks, which `rdrop` and `fraternal` need, passes through the model twice, once with each set.
+    Each term is then the mean over both passes, and the penalties of their difference are added that docs/strategies.md
+    defines (R-Drop, Liang et al. 2021; fraternal dropout, Zolna et al. 2018). The state is that of the first pass.
     """
     masks = [batch.masks] if batch.second_masks is None else [batch.masks, batch.second_masks]
+    passes = len(masks)
     hiddens, states = zip(*(model(batch.x, batch.hidden, held) for held in masks), strict=True)  # (T, B, H) each
     if rdrop or alpha or fraternal:
         outputs = [drop(h, held.output) for h, held in zip(hiddens, masks, strict=True)]  # (T, B, H) each
     if rdrop:
         total, nll = model.word_losses(outputs, batch.y, rdrop)
     else:
-        total = nll = mean(model.nll(h, batch.y, held) for h, held in zip(hiddens, masks, strict=True))
+        total = nll = sum(model.nll(h, batch.y, held) for h, held in zip(hiddens, masks, strict=True)) / passes
     if alpha:
-        total = total + alpha * mean(output.square().mean() for output in outputs)
+        total = total + alpha * (sum(output.square().mean() for output in outputs) / passes)
     if beta and len(batch.x) > 1:
-        total = total + beta * mean((h[1:] - h[:-1]).square().mean() for h in hiddens)
+        total = total + beta * (sum((h[1:] - h[:-1]).square().mean() for h in hiddens) / passes)
     if fraternal:
         total = total + fraternal * (outputs[0] - outputs[1]).square().mean()
     return Losses(total, nll.detach(), states[0].detach())
-
-
-def mean(terms: Iterable[Tensor]) -> Tensor:
-    """Returns the mean of one or more terms; the mean of one term is the term itself."""
-    first, *others = terms
-    return sum(others, first) / (1 + len(others)) if others else first
 
 
 class MicroBatches:
@@ -85,7 +73,7 @@ class MicroBatches:
 
     A micro-batch has `small_batch_size` elements, which must divide the batch size. It is computed when it is asked
     for, so that only one graph is in memory at a time. The masks are the whole batch's, so that every word has the same
-    loss as in the whole batch, except with the batch normalisation of a relaxed cell, which is over the micro-batch.
+    loss as in it, except with the batch normalisation of a relaxed cell, which is over the micro-batch.
     """
 
     def __init__(self, model, batch: Batch, small_batch_size: int, **coefficients: float):
@@ -103,3 +91,24 @@ class MicroBatches:
         found = losses(self.model, self.batch.batch_slice(start, start + self.size), **self.coefficients)
         share = self.size / self.batch.x.size(1)
         return Losses(share * found.total, share * found.nll, found.hidden)
+
+
+def clipped_gradient(
+    parts: Iterable[Losses], weights: list[Tensor], update: WeightUpdate, average: Average | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds the gradient of the sum of the parts to the `.grad` of the weights, and of no other tensor, and clips it.
+
+    Returns the NLL (nats per word) of the whole batch, its last hidden states (B, S), and the norm of the gradient
+    before it was clipped. With `average`, NLL and gradient are the mean over all ranks.
+    """
+    nll, hidden = 0.0, []
+    for part in parts:
+        part.total.backward(inputs=weights)
+        nll = nll + part.nll
+        hidden.append(part.hidden)
+        del part  # frees its graph before the next one is built
+    gradients = [w.grad for w in weights]
+    if average is not None:
+        average([nll, *gradients])
+    norm, _ = update.clip_(gradients)
+    return nll, torch.cat(hidden), norm

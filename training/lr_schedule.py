@@ -1,11 +1,6 @@
-"""The learning rate over a run: it rises during the warm-up and decays after it.
-
-    schedule.set_rate(optimizer, progress.step, progress.position())   # before each step
-    schedule.close_epoch(valid_loss)                                   # for `plateau`
+"""The learning rate over a run: it rises during the warm-up and decays after it (docs/strategies.md).
 
 The rate is a closed form of the progress of a run, so that a resumed run has the rates of one that was never stopped.
-The warm-up is measured in steps, the decay in epochs and in fractions of the text that has been read: segments differ
-in length, so that the number of steps of an epoch is not known beforehand.
 """
 
 import math
@@ -15,6 +10,7 @@ import torch
 
 SHAPES = ("linear", "exponential")
 DECAYS = ("constant", "step", "exponential", "cosine", "polynomial", "plateau")
+STATE = ("scale", "decay_from", "plateau", "best", "bad_epochs")  # what a `Schedule` saves
 
 
 class WarmUp(NamedTuple):
@@ -25,8 +21,8 @@ class WarmUp(NamedTuple):
     start: float = 0.1
 
     def factor(self, step: int) -> float:
-        """Returns the factor of the rate after `step` steps; 1 when the warm-up is over."""
-        share = min(step / self.steps, 1.0) if self.steps else 1.0
+        """Returns the factor of the rate after `step` steps of the warm-up, fewer than `steps`."""
+        share = step / self.steps
         if self.shape == "exponential":
             return self.start ** (1 - share)
         return self.start + (1 - self.start) * share
@@ -44,21 +40,14 @@ class Decay(NamedTuple):
     patience: int = 3  # epochs
 
     def rate(self, lr: float, epochs: float, left: float) -> float:
-        """Returns the rate after `epochs` epochs of decay, with `left` epochs left until the end of the run.
-
-        step          lr gamma^floor(epochs / step_size)
-        exponential   lr gamma^epochs
-        cosine        final + (lr - final) (1 + cos(pi share)) / 2        (Loshchilov & Hutter 2017, equation 5)
-        polynomial    final + (lr - final) (1 - share)^power
-
-        where share is the elapsed share of the decay, or of its present cycle.
-        """
+        """Returns the rate after `epochs` epochs of decay, with `left` epochs left until the end of the run."""
         if self.name == "step":
             return lr * self.gamma ** math.floor(epochs / self.step_size)
         if self.name == "exponential":
             return lr * self.gamma**epochs
+        # the elapsed share of the decay, or of its present cycle
         share = (epochs % self.cycle) / self.cycle if self.cycle else epochs / max(epochs + left, 1e-9)
-        if self.name == "cosine":
+        if self.name == "cosine":  # Loshchilov & Hutter 2017, equation 5
             return self.final + (lr - self.final) * (1 + math.cos(math.pi * share)) / 2
         if self.name == "polynomial":
             return self.final + (lr - self.final) * (1 - share) ** self.power
@@ -97,14 +86,11 @@ class Schedule:
             self.plateau, self.bad_epochs = self.plateau * self.decay.gamma, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "scale": self.scale, "decay_from": self.decay_from, "plateau": self.plateau, "best": self.best,
-            "bad_epochs": self.bad_epochs,
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what `state_dict` returned. Raises ValueError for a state that no run can have."""
         if not 0 <= state["decay_from"] <= self.epochs:
             raise ValueError("the decay begins outside of the run")
-        self.scale, self.decay_from = state["scale"], state["decay_from"]
-        self.plateau, self.best, self.bad_epochs = state["plateau"], state["best"], state["bad_epochs"]
+        for name in STATE:
+            setattr(self, name, state[name])

@@ -2,15 +2,14 @@
 
 import math
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from architect import WeightUpdate
 from engine.dropout import Masks
 from training.evaluation import perplexity
-from training.gradients import clipped_gradient
-from training.losses import Batch, MicroBatches
+from training.losses import Batch, MicroBatches, clipped_gradient
 from utils import RunError, get_batch
 
 KNOWN = 1.5  # A model overfits a batch if its perplexity is below this.
@@ -18,12 +17,7 @@ STEPS = 2000  # This is the largest number of steps.
 
 
 def overfit(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    text: Tensor,
-    bptt: int,
-    small_batch_size: int,
-    update: WeightUpdate,
+    model: nn.Module, optimizer: Optimizer, text: Tensor, bptt: int, small_batch_size: int, update: WeightUpdate
 ) -> str:
     """Trains on the first segment of a text (n, B), without dropout, until its perplexity is below `KNOWN`.
 

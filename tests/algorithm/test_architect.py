@@ -10,8 +10,7 @@ from torch.func import functional_call
 import train_search
 from architect import Architect, WeightUpdate, perturbed
 from engine.dropout import FrozenReLU
-from training.gradients import clipped_gradient
-from training.losses import MicroBatches, losses
+from training.losses import MicroBatches, clipped_gradient, losses
 from training.optimizers import LIKE_SGD, new_optimizer, velocity
 
 ETA, CLIP, WDECAY, AR, TAR = 0.7, 0.25, 1e-2, 0.4, 0.9

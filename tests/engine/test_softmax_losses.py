@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
+from architect import WeightUpdate
 from engine import Engine, softmax_losses
 from engine.dropout import DropoutRates
 from genotypes import DARTS_V1
 from model import retrain_model
-from training.gradients import accumulate_gradients
-from training.losses import Batch, MicroBatches, losses
+from training.losses import Batch, MicroBatches, clipped_gradient, losses
 
 
 def softmax(scores):
@@ -151,7 +151,7 @@ def test_micro_batches_match_whole_batch_with_two_passes(build, small):
     for size in (tiny.B, small):
         model.zero_grad()
         parts = MicroBatches(model, batch, size, alpha=0.3, beta=0.7, rdrop=0.9, fraternal=1.7)
-        nll, hidden = accumulate_gradients(parts, model.weights())
+        nll, hidden, _ = clipped_gradient(parts, model.weights(), WeightUpdate())
         results.append([nll, hidden, *(w.grad for w in model.weights())])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
@@ -189,12 +189,13 @@ def test_two_passes_peak_memory_is_within_two_logit_tensors_of_one(engine, small
     second_masks = batch._replace(second_masks=model.sample_masks(B))
 
     def step(batch, **more):
-        accumulate_gradients(MicroBatches(model, batch, small, beta=1e-3, **more), model.weights())
+        parts = MicroBatches(model, batch, small, beta=1e-3, **more)
+        clipped_gradient(parts, model.weights(), WeightUpdate())
 
     eager = retrain_model(V, H, tiny.RATES, DARTS_V1)
 
     def plain():
-        accumulate_gradients(MicroBatches(eager, batch, small, beta=1e-3), eager.weights())
+        clipped_gradient(MicroBatches(eager, batch, small, beta=1e-3), eager.weights(), WeightUpdate())
 
     for warm in (plain, lambda: step(batch), lambda: step(second_masks, rdrop=1.0, fraternal=1.0)):
         warm()

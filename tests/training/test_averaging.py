@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from architect import AveragedAdam
-from training.gradients import scaled_lr
-from training.optimizers import ASGD, NonMonotonicTrigger, averaged, averaging_sgd, saved_average
+from training.optimizers import ASGD, NonMonotonicTrigger, averaged, saved_average, scaled_lr
 
 
 @given(losses=st.lists(st.floats(0, 10), max_size=30), nonmono=st.integers(1, 6))
@@ -38,7 +37,7 @@ def test_asgd_steps_match_sgd_with_scaled_lr():
     scales = [1.0, 0.5, 1.3, 0.2, 1.0, 0.7]
     raw = torch.arange(3.0)
     w = torch.nn.Parameter(raw.clone())
-    optimizer = ASGD([w], lr=0.5, t0=0, lambd=0, weight_decay=0.1)
+    optimizer = ASGD([w], lr=0.5, weight_decay=0.1)
     for actual, gradient, scale in zip(descend(optimizer, w, gradients, scales), gradients, scales, strict=True):
         raw = raw - 0.5 * scale * (gradient + 0.1 * raw)
         torch.testing.assert_close(actual, raw)
@@ -47,7 +46,7 @@ def test_asgd_steps_match_sgd_with_scaled_lr():
 def test_averaged_weights_are_swapped_in_and_restored():
     gradients = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)).unbind()
     w = torch.nn.Parameter(torch.zeros(3))
-    optimizer = ASGD([w], lr=0.5, t0=0, lambd=0)
+    optimizer = ASGD([w], lr=0.5)
     path = torch.stack(list(descend(optimizer, w, gradients, [1.0] * 9)))
     mean = path[1:].mean(0)  # torch's average leaves out the first iterate
     with pytest.raises(ZeroDivisionError), averaged(optimizer):
@@ -62,11 +61,11 @@ def test_capturable_state_of_a_gpu_run_resumes_on_cpu():
     ends = []
     for capturable in (False, True):
         w = torch.nn.Parameter(torch.ones(2))
-        optimizer = averaging_sgd([w], lr=0.5, wdecay=0.0)
+        optimizer = ASGD([w], lr=0.5)
         list(descend(optimizer, w, torch.ones(3, 2).unbind(), [1.0] * 3))
         state = optimizer.state_dict()
         state["param_groups"][0]["capturable"] = capturable
-        other = averaging_sgd([w], lr=0.5, wdecay=0.0)
+        other = ASGD([w], lr=0.5)
         other.load_state_dict(state)
         ends.append(list(descend(other, w, torch.ones(3, 2).unbind(), [1.0] * 3))[-1])
         assert other.state[w]["step"] == 6
@@ -83,11 +82,11 @@ def test_plain_sgd_has_no_average():
     assert saved_average(optimizer.state_dict()) is None
 
 
-def test_asgd_with_decaying_step_size_raises():
+def test_asgd_accepts_no_decay_of_the_step_size():
     w = torch.nn.Parameter(torch.ones(2))
-    w.grad = torch.ones(2)
-    with pytest.raises(ValueError, match="lambd"):
-        ASGD([w], lr=1.0, lambd=1e-4).step()
+    with pytest.raises(TypeError, match="lambd"):
+        ASGD([w], lr=1.0, lambd=1e-4)
+    assert [group["lambd"] for group in ASGD([w], lr=1.0).param_groups] == [0]
 
 
 def test_averaged_adam_matches_adam_and_averages_by_polynomial_decay():

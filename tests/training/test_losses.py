@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from architect import WeightUpdate
 from engine import Engine, reference
 from engine.dropout import DropoutRates, Masks, sample_mask
 from genotypes import DARTS_V1
 from training.evaluation import evaluate
-from training.gradients import accumulate_gradients, scaled_lr
-from training.losses import MicroBatches, losses
+from training.losses import MicroBatches, clipped_gradient, losses
+from training.optimizers import scaled_lr
 
 
 def plain_nll(model, outputs, y):
@@ -114,7 +115,8 @@ def test_micro_batches_match_whole_batch_for_independent_elements(cell, engine, 
     for size in (tiny.B, small):
         model.zero_grad()
         inputs = list(model.parameters())
-        nll, hidden = accumulate_gradients(MicroBatches(model, batch, size, alpha=0.5, beta=0.5), inputs)
+        parts = MicroBatches(model, batch, size, alpha=0.5, beta=0.5)
+        nll, hidden, _ = clipped_gradient(parts, inputs, WeightUpdate())
         results.append([nll, hidden, *(w.grad for w in inputs)])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
@@ -128,14 +130,15 @@ def test_micro_batches_match_whole_batch_with_equal_batch_statistics():
     for size in (12, 3):
         model.zero_grad()
         inputs = [*model.weights(), model.alphas]
-        nll, _ = accumulate_gradients(MicroBatches(model, large, size, alpha=0.5, beta=0.5), inputs)
+        parts = MicroBatches(model, large, size, alpha=0.5, beta=0.5)
+        nll, _, _ = clipped_gradient(parts, inputs, WeightUpdate())
         results.append([nll, *(p.grad for p in inputs)])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
 
 
 def test_weight_step_gives_alphas_no_gradient():
     model = tiny.search_model()
-    accumulate_gradients(MicroBatches(model, tiny.batch(model, 1), 3), model.weights())
+    clipped_gradient(MicroBatches(model, tiny.batch(model, 1), 3), model.weights(), WeightUpdate())
     assert model.alphas.grad is None
     assert all(w.grad is not None for w in model.weights())
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from architect import WeightUpdate
 from genotypes import DARTS_V1
-from training.gradients import clipped_gradient, scaled_lr
-from training.losses import Losses
-from training.optimizers import OPTIMIZERS, new_optimizer, velocity
+from training.losses import Losses, clipped_gradient
+from training.optimizers import OPTIMIZERS, new_optimizer, scaled_lr, velocity
 
 DECAY, MOMENTUM = 0.01, 0.8
 

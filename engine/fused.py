@@ -20,7 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.autograd import forbid_double_backward, graph_task_id, unformed_grad
-from engine.cell_kernels import (
+from engine.cell_kernels import output, relaxed_node, relaxed_node_back, relaxed_start, relaxed_start_back
+from engine.dropout import FrozenReLU, drop
+from engine.fused_discrete import Discrete
+from engine.matmul import ALIGNMENT, Workspace, addmm_, matmul, padding
+from engine.relaxed_buffers import (
     Constants,
     GradAccumulators,
     SavedBackward,
@@ -31,31 +35,16 @@ from engine.cell_kernels import (
     held_set,
     nodes_and_edges,
     of_nodes,
-    output,
-    relaxed_node,
-    relaxed_node_back,
-    relaxed_start,
-    relaxed_start_back,
     unit_share,
 )
-from engine.dropout import FrozenReLU, drop
-from engine.fused_discrete import Discrete
-from engine.matmul import ALIGNMENT, Workspace, addmm_, matmul, padding
 from engine.second_derivative import r_backward, r_forward
 
 
 def relaxed(
-    x: Tensor,
-    h0: Tensor,
-    W0: Tensor,
-    Ws: Sequence[Tensor],
-    probs: Tensor,
-    x_mask: Tensor | None = None,
-    h_mask: Tensor | None = None,
-    held_relu: FrozenReLU | None = None,
-    norm: str = "batch",
+    x: Tensor, h0: Tensor, W0: Tensor, Ws: Sequence[Tensor], probs: Tensor, x_mask: Tensor | None = None,
+    h_mask: Tensor | None = None, held_relu: FrozenReLU | None = None, norm: str = "batch",
     compute_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Returns the hidden states (T, B, H) of the continuous relaxation, as defined by `reference.relaxed` (F1 to F6).
 
     The shapes are x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N times (H, 2H), probs (N(N+1)/2, K), x_mask (B, E) and
@@ -70,16 +59,10 @@ def relaxed(
 
 
 def discrete(
-    x: Tensor,
-    h0: Tensor,
-    W0: Tensor,
-    Ws: Sequence[Tensor],
-    recurrent: Sequence[tuple[str, int]],
-    concat: Sequence[int],
-    x_mask: Tensor | None = None,
-    h_mask: Tensor | None = None,
+    x: Tensor, h0: Tensor, W0: Tensor, Ws: Sequence[Tensor], recurrent: Sequence[tuple[str, int]],
+    concat: Sequence[int], x_mask: Tensor | None = None, h_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Returns the hidden states (T, B, H) of the cell of one genotype, as defined by `reference.discrete`.
 
     The shapes are x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N times (H, 2H), x_mask (B, E) and h_mask (B, H).
@@ -98,15 +81,9 @@ def wants_gradient(*inputs: Tensor) -> bool:
 
 
 def prepare(
-    x: Tensor,
-    h0: Tensor,
-    W0: Tensor,
-    Ws: Sequence[Tensor],
-    x_mask: Tensor | None,
-    h_mask: Tensor | None,
-    compute_dtype: torch.dtype,
-    more: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
+    x: Tensor, h0: Tensor, W0: Tensor, Ws: Sequence[Tensor], x_mask: Tensor | None, h_mask: Tensor | None,
+    compute_dtype: torch.dtype, more: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:  # fmt: skip
     """Returns xW, h0, W0_h, h_mask and Ws, with H padded by `more` hidden units.
 
     xW (T, B, 2H), in `compute_dtype`, is the input's term of the preactivations [c_0, u_0] (F1), and W0_h (H, 2H) the

@@ -25,13 +25,9 @@ BLOCK = 512  # `in_rows` copies so many rows or columns of a matrix at once.
 
 
 def nll(
-    hiddens: Tensor,
-    mask: Tensor | None,
-    embedding: Tensor,
-    bias: Tensor,
-    y: Tensor,
+    hiddens: Tensor, mask: Tensor | None, embedding: Tensor, bias: Tensor, y: Tensor,
     compute_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Returns the mean negative log-likelihood, in nats per word, of the target words y (T, B), a scalar.
 
     The probabilities are softmax(outputs @ embedding.T + bias), where outputs (T, B, H) are the hidden states times
@@ -119,16 +115,9 @@ class TiedDecoderBack(torch.autograd.Function):
 
 
 def r_gradient(
-    hiddens: Tensor,
-    embedding: Tensor,
-    bias: Tensor,
-    v_hiddens: Tensor,
-    v_embedding: Tensor,
-    v_bias: Tensor,
-    mask: Tensor | None,
-    y: Tensor,
-    compute_dtype: torch.dtype,
-) -> Tensor:
+    hiddens: Tensor, embedding: Tensor, bias: Tensor, v_hiddens: Tensor, v_embedding: Tensor, v_bias: Tensor,
+    mask: Tensor | None, y: Tensor, compute_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """Returns the tangent of the gradient of `nll` with respect to the hidden states, (T, B, H).
 
     It is the derivative of that gradient as the hidden states (T, B, H), the embedding (V, H) and the bias (V,) move

@@ -53,16 +53,9 @@ def initial_state(xW: Tensor, h: Tensor, W0_h: Tensor, h_mask: Tensor | None) ->
 
 
 def relaxed(
-    x: Tensor,
-    h0: Tensor,
-    W0: Tensor,
-    Ws: Sequence[Tensor],
-    probs: Tensor,
-    x_mask: Tensor | None = None,
-    h_mask: Tensor | None = None,
-    held_relu: FrozenReLU | None = None,
-    norm: str = "batch",
-) -> Tensor:
+    x: Tensor, h0: Tensor, W0: Tensor, Ws: Sequence[Tensor], probs: Tensor, x_mask: Tensor | None = None,
+    h_mask: Tensor | None = None, held_relu: FrozenReLU | None = None, norm: str = "batch",
+) -> Tensor:  # fmt: skip
     """Returns the hidden states (T, B, H) of the continuous relaxation (DARTS, sections 2.2 and 3.1.2; F1 to F6).
 
     The shapes are x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N times (H, 2H), x_mask (B, E), h_mask (B, H), and probs
@@ -99,15 +92,9 @@ def relaxed(
 
 
 def discrete(
-    x: Tensor,
-    h0: Tensor,
-    W0: Tensor,
-    Ws: Sequence[Tensor],
-    recurrent: Sequence[tuple[str, int]],
-    concat: Sequence[int],
-    x_mask: Tensor | None = None,
-    h_mask: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, h0: Tensor, W0: Tensor, Ws: Sequence[Tensor], recurrent: Sequence[tuple[str, int]],
+    concat: Sequence[int], x_mask: Tensor | None = None, h_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Returns the hidden states (T, B, H) of the cell of one genotype (DARTS, section 3.1.2).
 
     The shapes are x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N times (H, 2H), x_mask (B, E) and h_mask (B, H).

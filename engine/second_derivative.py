@@ -16,28 +16,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.cell_kernels import (
+from engine.cell_kernels import average, mixture, of_sum, output, units_alone, whole
+from engine.elementwise import force_materialize, sigmoid, sigmoid_tanh
+from engine.inductor import kernel
+from engine.matmul import matmul
+from engine.relaxed_buffers import (
     Edges,
     GradAccumulators,
     Node,
     SavedBackward,
     SavedForward,
-    average,
     by_node,
     flat_rows,
     halves,
     held_set,
-    mixture,
     nodes_and_edges,
     of_nodes,
-    of_sum,
-    output,
-    units_alone,
-    whole,
 )
-from engine.elementwise import force_materialize, sigmoid, sigmoid_tanh
-from engine.inductor import kernel
-from engine.matmul import matmul
 
 
 class Tangents(NamedTuple):
@@ -50,15 +45,9 @@ class Tangents(NamedTuple):
 
 
 def r_forward(
-    trace: SavedForward,
-    h0: Tensor,
-    hiddens: Tensor,
-    weights: list[Tensor],
-    probs: Tensor,
-    vxW: Tensor | None,
-    vh0: Tensor | None,
-    direction: list[Tensor],
-) -> tuple[Tangents, Tensor]:
+    trace: SavedForward, h0: Tensor, hiddens: Tensor, weights: list[Tensor], probs: Tensor, vxW: Tensor | None,
+    vh0: Tensor | None, direction: list[Tensor],
+) -> tuple[Tangents, Tensor]:  # fmt: skip
     """Returns the tangents that `r_backward` needs, and those of the hidden states (T, B, H).
 
     The direction is vxW (T, B, 2H) for xW, vh0 (B, H) for h0, and `direction` for W0_h and Ws, (H, 2H) each. None
@@ -99,15 +88,9 @@ def r_forward(
 
 
 def r_backward(
-    trace: SavedForward,
-    backward_pass: SavedBackward,
-    tangents: Tangents,
-    h0: Tensor,
-    hiddens: Tensor,
-    weights: list[Tensor],
-    probs: Tensor,
-    r_g_hiddens: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    trace: SavedForward, backward_pass: SavedBackward, tangents: Tangents, h0: Tensor, hiddens: Tensor,
+    weights: list[Tensor], probs: Tensor, r_g_hiddens: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns the tangents of the gradients of xW (T, B, 2H), h0 (B, H) and probs (N(N+1)/2, K).
 
     r_g_hiddens (T, B, H) is the tangent of the gradient of the hidden states. `backward_pass` was saved by the backward

@@ -53,6 +53,10 @@ class Job(NamedTuple):
             return not self.test or found["test_ppl"] is not None
         return (folder / "halved.json").exists()
 
+    def output(self, study: Path) -> Path:
+        """Returns the path of the file that receives what the trial prints."""
+        return study / f"{self.name}.out"
+
     def command(self, study: Path) -> list[str]:
         """Returns the script and its flags; a run that has begun gets --resume, as config.json holds its flags."""
         begun = (study / self.name / "config.json").exists()
@@ -73,8 +77,8 @@ def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[
     folder = study / job.name
     seen = 0
     if not job.is_done(study):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        output = folder.with_name(f"{folder.name}.out")
+        output = job.output(study)
+        output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "ab") as file:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-c", LAUNCH, str(os.getpid()), *job.command(study)],

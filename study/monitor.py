@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from experiment import metrics
 from experiment.run_directory import Run, append
-from study import jobs
-from study.jobs import Job
+from study.jobs import Job, last_line
 
 HALTING = ("failures", "budget")  # These reasons end the whole study, and others only a stage.
 FEW = 10  # The share of failed trials is judged once this many have ended.
@@ -131,7 +130,7 @@ class Monitor:
         """Records that the trial failed and will not be retried."""
         self.running.pop(job.name, None)
         self.failures.add(job.name)
-        reason = jobs.last_line(self.output(job))
+        reason = last_line(job.output(self.run.folder))
         self.record(job, "failed", reason=reason)
         self.log(f"{job.name}: failed ({reason}) | {self.counts()}")
 
@@ -161,9 +160,6 @@ class Monitor:
         event = self.record(job, "halved" if halved else "done", valid_ppl=(halved or found)["valid_ppl"])
         self.over[job.name] = event
         return event
-
-    def output(self, job: Job) -> Path:
-        return self.run.folder / f"{job.name}.out"
 
     def record(self, job: Job, event: str, **more: Any) -> dict[str, Any]:
         """Appends an event to events.jsonl, unless the monitor is quiet, and returns it."""

@@ -9,9 +9,9 @@ from typing import Any
 import data
 from experiment import metrics
 from experiment.run_directory import Run
-from study import cost, jobs, ray_backend
+from study import cost, ray_backend
 from study.cost import Resources
-from study.jobs import Job
+from study.jobs import Job, last_line
 from study.leaderboard import SHARE
 from study.monitor import HALTING, MEANING, Monitor, Rules, log_event
 from utils import RunError
@@ -53,18 +53,17 @@ class StudyRunner:
         kinds = {cost.kind(job): job for job in todo}
         unknown = [kind for kind in kinds if key + kind not in known]
         new = {kind: cost.probe(kinds[kind], f"probe/{i}") for i, kind in enumerate(unknown)}
-        company = [job._replace(name=f"{job.name}-{i}") for i in range(self.parallel) for job in new.values()]
         if new:
             self.run.log(f"measuring how long a step takes, {len(new)} kinds of runs")
             shutil.rmtree(self.run.folder / "probe", ignore_errors=True)
             # Extra probes load the machine as the study will.
-            probes = [*new.values(), *company[: max(0, self.parallel - len(new))]]
-            board = Monitor(self.run, probes, {job.name: 0.0 for job in probes}, self.parallel, quiet=True)
-            with board:
-                self.run_all(probes, board)
+            extra = [job._replace(name=f"{job.name}-{i}") for i in range(self.parallel) for job in new.values()]
+            probes = [*new.values(), *extra[: max(0, self.parallel - len(new))]]
+            with Monitor(self.run, probes, {job.name: 0.0 for job in probes}, self.parallel, quiet=True) as board:
+                ray_backend.run_all(probes, board, self.share, self.args.retries)
             for job in probes:
                 if job.name in board.failures:
-                    raise RunError(f"{job.name} failed: {jobs.last_line(board.output(job))}")
+                    raise RunError(f"{job.name} failed: {last_line(job.output(self.run.folder))}")
                 if not job.is_done(self.run.folder):
                     raise KeyboardInterrupt  # Ray swallowed it, and left the probe unfinished.
             known |= {key + kind: cost.read(self.run.folder / job.name) for kind, job in new.items()}
@@ -75,26 +74,20 @@ class StudyRunner:
     def plan(self, stages: Mapping[str, Sequence[Job]], whole: Job) -> str:
         """Returns the plan of the stages with its cost, as text. `whole` is one full training, for comparison."""
         self.measure([whole, *(job for todo in stages.values() for job in todo)])
-        entries = [
-            cost.entry(stage, todo, self.run.folder, self.corpus, self.paces, self.parallel)
-            for stage, todo in stages.items()
-        ]
-        full = cost.seconds(whole, self.corpus, self.paces)
-        return cost.text(entries, self.parallel, self.share, full)
-
-    def run_all(self, todo: Sequence[Job], board: Monitor, halving: int = 0) -> None:
-        """Runs the jobs on Ray; see `ray_backend.run_all`."""
-        ray_backend.run_all(todo, self.run.folder, self.share, self.parallel, self.args.retries, board, halving)
+        common = (self.run.folder, self.corpus, self.paces, self.parallel)
+        entries = [cost.entry(stage, todo, *common) for stage, todo in stages.items()]
+        return cost.text(entries, self.parallel, self.share, cost.seconds(whole, self.corpus, self.paces))
 
     def pending(self, todo: Sequence[Job]) -> list[Job]:
         """Returns the jobs that are neither done nor halved."""
         return [job for job in todo if not job.is_done(self.run.folder)]
 
-    def run_stage(self, stage: str, todo: Sequence[Job], halving: int = 0) -> bool:
+    def run_stage(self, stage: str, todo: Sequence[Job]) -> bool:
         """Runs the jobs that are not done and returns whether the study continues with its next stage.
 
-        `halving` is described at `ray_backend.run_all`. Sets `interrupted` if jobs remain for no recorded reason.
+        Sets `interrupted` if jobs remain for no recorded reason.
         """
+        halving = self.args.select_epochs if stage == "select" and self.args.halving else 0
         expected = {job.name: cost.seconds(job, self.corpus, self.paces) for job in todo}
         rules = Rules(self.args.converged if stage == "select" else 0, self.args.budget_hours)
         elsewhere = {path.parent for path in self.run.folder.glob("*/**/metrics.jsonl")}
@@ -105,7 +98,7 @@ class StudyRunner:
             if left and not board.reason():
                 self.run.log(f"{stage}: {len(todo)} trials, {len(left)} to run")
                 # Halving compares with the trials that have ended, so they are replayed.
-                self.run_all(todo if halving else left, board, halving)
+                ray_backend.run_all(todo if halving else left, board, self.share, self.args.retries, halving)
             left = self.pending(todo)
             reason = board.reason() if left else ""
         self.interrupted = not reason and any(job.name not in board.failures for job in left)

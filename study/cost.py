@@ -18,20 +18,6 @@ from genotypes import BASELINES
 from study.jobs import Job
 
 SCRIPTS = {"train.py": retrain_arguments, "train_search.py": search_arguments}
-# The study sets these flags itself, so the quoted flags that a user gives for the scripts must not contain them.
-RESERVED_FLAGS = (
-    "save",
-    "resume",
-    "data",
-    "arch",
-    "epochs",
-    "seed",
-    "test",
-    "overfit",
-    "finetune",
-    "search_split",
-    "unrolled",
-)
 PROBE_STEPS = 12  # The run that measures a kind of job has this many steps.
 WARM = 4  # The first steps are not timed, as they compile functions and allocate memory.
 NOT_OF_THE_KIND = {"epochs", "seed", "save", "resume", "limit_tokens", "test", "log_interval"}
@@ -100,11 +86,10 @@ def probe(job: Job, name: str) -> Job:
     tokens = args.batch_size * max(PROBE_STEPS * args.bptt, 2) / (1 - held_out)
     if held_out:  # The text held out for the alphas needs two time steps for each batch element.
         tokens = max(tokens, 2 * args.arch_batch_size / held_out)
-    short = ("--epochs", "1", "--limit_tokens", str(int(tokens) + 1), "--log_interval", "1", "--checkpoint_minutes",
-             "60", "--cycle", "0")  # fmt: skip
+    short = f"--epochs 1 --limit_tokens {int(tokens) + 1} --log_interval 1 --checkpoint_minutes 60 --cycle 0"
     if job.script == "train_search.py":
-        short += ("--arch_start", "0")  # Every measured step also updates the alphas.
-    return Job(name, job.script, (*job.flags, *short))
+        short += " --arch_start 0"  # Every measured step also updates the alphas.
+    return Job(name, job.script, (*job.flags, *short.split()))
 
 
 def read(folder: Path) -> Timing:

@@ -122,7 +122,7 @@ def run_one(todo: Sequence[Job], study: Path, directory: Path, share: Resources,
         if record["epoch"] != halving:  # ASHA cannot save time after the last epoch.
             tune.report({"epoch": record["epoch"], "valid_ppl": record["valid_ppl"], "work_seconds": record["seconds"]})
 
-    jobs.run(todo[config["index"]], study, directory, share.threads, report)
+    jobs.run(todo[config["index"]], study, directory, max(1, int(share.cpus)), report)
 
 
 class Told(tune.Callback):

@@ -6,6 +6,8 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 import data
 from experiment import metrics
 from experiment.run_directory import Run
@@ -72,11 +74,35 @@ class StudyRunner:
         self.paces = {kind: cost.Timing(*known[key + kind]) for kind in kinds}
 
     def plan(self, stages: Mapping[str, Sequence[Job]], whole: Job) -> str:
-        """Returns the plan of the stages with its cost, as text. `whole` is one full training, for comparison."""
+        """Returns the cost of the stages as a table for the user, and compares it with `whole`, one full training."""
         self.measure([whole, *(job for todo in stages.values() for job in todo)])
-        common = (self.run.folder, self.corpus, self.paces, self.parallel)
-        entries = [cost.entry(stage, todo, *common) for stage, todo in stages.items()]
-        return cost.text(entries, self.parallel, self.share, cost.seconds(whole, self.corpus, self.paces))
+        hours = f"{self.share.unit}-hours"
+        lines = [f"{'stage':<10}{'trials':>8}{'done':>6}{'steps':>12}{'s/step':>9}{hours:>12}{'wall clock':>13}"]
+        work, wall = [], []  # Both are seconds of each stage; the second is with several trials at a time.
+        for stage, todo in stages.items():
+            left = [self.rest(job) for job in self.pending(todo)]
+            work.append(sum(seconds for seconds, _ in left))
+            wall.append(cost.makespan((seconds for seconds, _ in left), self.parallel))
+            steps = sum(n for _, n in left)
+            pace = f"{work[-1] / steps:.3g}" if steps else ""
+            lines.append(
+                f"{stage:<10}{len(todo):>8}{len(todo) - len(left):>6}{steps:>12,}{pace:>9}"
+                f"{work[-1] * self.share.devices / 3600:>12.2f}{tqdm.format_interval(wall[-1]):>13}"
+            )
+        full = cost.seconds(whole, self.corpus, self.paces)
+        multiple = f", {sum(work) / full:.1f} times one training in full" if full else ""
+        lines.append(
+            f"in all {sum(work) * self.share.devices / 3600:.2f} {hours}{multiple}; {tqdm.format_interval(sum(wall))}"
+            f" with {self.parallel} trial{'s' if self.parallel > 1 else ''} at a time"
+            " (without starting processes and compiling)"
+        )
+        return "\n".join(lines)
+
+    def rest(self, job: Job) -> tuple[float, int]:
+        """Returns the seconds and the steps that a job still takes, which may have begun but is not done."""
+        whole = cost.seconds(job, self.corpus, self.paces)
+        rest = max(0.0, whole - metrics.seconds(self.run.folder / job.name))
+        return rest, round(cost.steps(job, self.corpus) * rest / whole) if whole else 0
 
     def pending(self, todo: Sequence[Job]) -> list[Job]:
         """Returns the jobs that are neither done nor halved."""

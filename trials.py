@@ -49,13 +49,13 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
         found += validate_arguments.begun_faults(args, config, folder)
     study = Study(folder, args)
     stages = requested_stages(args)
-    found = found or validate_arguments.missing_faults(study) or job_faults(parser, study, stages)
+    found = found or validate_arguments.missing_faults(study) or job_faults(study, stages)
     if not found:
         try:
             corpus = data.load_corpus(args.data)
         except DataError as error:
             parser.refuse(error.faults)
-        found = job_faults(parser, study, stages, corpus)
+        found = job_faults(study, stages, corpus)
         if config is not None and config["sha256"] != corpus.sha256:
             found.append(f"--data {args.data}: not the text that the study in {folder} began with")
     if found:

@@ -20,15 +20,7 @@ def build_parser() -> arguments.Parser:
     """Returns the parser of trials.py."""
     parser = arguments.Parser("trials.py", "A study: searches, selection, retraining and a leaderboard.")
     parser.add_argument("stage", choices=("run", *STAGE_FLAGS, "report"), help="run is all of them in this order")
-    add_study_flags(parser)
-    add_proxy_flags(parser)
-    add_search_flags(parser)
-    add_run_flags(parser)
-    return parser
 
-
-def add_study_flags(parser: arguments.Parser) -> None:
-    """Adds the flags for the study's directory, its corpus and the options of every training."""
     add = parser.add_argument_group("study").add_argument
     add("--study", metavar="DIR", help="its directory (default: runs/study-YYYYMMDD-HHMMSS)")
     add("--resume", action="store_true",
@@ -38,9 +30,25 @@ def add_study_flags(parser: arguments.Parser) -> None:
     add("--seed", type=int, default=1, help="of the first trial of each kind; the others count on")
     add("--train_flags", default="", metavar="FLAGS", help="of train.py, for every training of a cell, in quotes")
 
+    add_stage_flags(parser)
 
-def add_proxy_flags(parser: arguments.Parser) -> None:
-    """Adds the flags of the stages that train reference cells: baseline in full, proxy both long and short."""
+    add = parser.add_argument_group("run").add_argument
+    add("--parallel", type=int, default=0, help="trials at a time (default: as many as fit)")
+    add("--cpus_per_trial", type=float, default=1, help="processor cores, and threads, of one trial")
+    add("--gpus_per_trial", type=float,
+        help="GPUs of one trial; 0.25 puts four trials on one GPU, 0 is for processors alone (default: 1 where there "
+        "are GPUs, else 0)")  # fmt: skip
+    add("--address", metavar="HOST:PORT", help="of a Ray cluster to join (default: this machine alone)")
+    add("--retries", type=int, default=3, help="how often a trial whose process died is started again")
+    add("--budget_hours", type=float, default=0, help="device time after which no more is run; 0: any")
+    add("--converged", type=int, default=0, metavar="M",
+        help="end a selection when M trials brought nothing better and spread less than the M before; "
+        "0: never")  # fmt: skip
+    return parser
+
+
+def add_stage_flags(parser: arguments.Parser) -> None:
+    """Adds the flags of each stage, in the order in which the stages run."""
     add = parser.add_argument_group("baseline: the yardstick, trained in full").add_argument
     add("--baselines", nargs="+", default=["DARTS", "LSTM"], metavar="ARCH", help="cells")
     add("--full_epochs", type=int, default=3600, help="epochs of a training in full")
@@ -58,9 +66,6 @@ def add_proxy_flags(parser: arguments.Parser) -> None:
         help="epochs of the long training (default: full_epochs)")  # fmt: skip
     add("--proxy_seeds", type=int, default=2, help="trainings of each cell")
 
-
-def add_search_flags(parser: arguments.Parser) -> None:
-    """Adds the flags of the stages that search for cells, select among them and retrain the best in full."""
     add = parser.add_argument_group("search: cells, by each method").add_argument
     methods = [*METHODS, RANDOM]
     add("--methods", nargs="+", choices=methods, default=methods, help="how cells are found")
@@ -82,22 +87,6 @@ def add_search_flags(parser: arguments.Parser) -> None:
 
     add = parser.add_argument_group("retrain: the best in full").add_argument
     add("--top", type=int, default=1, metavar="K", help="how many cells")
-
-
-def add_run_flags(parser: arguments.Parser) -> None:
-    """Adds the flags that set how trials share a machine or a cluster, and when a stage ends early."""
-    add = parser.add_argument_group("run").add_argument
-    add("--parallel", type=int, default=0, help="trials at a time (default: as many as fit)")
-    add("--cpus_per_trial", type=float, default=1, help="processor cores, and threads, of one trial")
-    add("--gpus_per_trial", type=float,
-        help="GPUs of one trial; 0.25 puts four trials on one GPU, 0 is for processors alone (default: 1 where there "
-        "are GPUs, else 0)")  # fmt: skip
-    add("--address", metavar="HOST:PORT", help="of a Ray cluster to join (default: this machine alone)")
-    add("--retries", type=int, default=3, help="how often a trial whose process died is started again")
-    add("--budget_hours", type=float, default=0, help="device time after which no more is run; 0: any")
-    add("--converged", type=int, default=0, metavar="M",
-        help="end a selection when M trials brought nothing better and spread less than the M before; "
-        "0: never")  # fmt: skip
 
 
 def requested_stages(args: Namespace) -> list[str]:

@@ -66,27 +66,21 @@ class Job(NamedTuple):
 
 
 def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[dict[str, Any]], None]) -> None:
-    """Starts or resumes the trial and returns when it is done.
+    """Starts or resumes the trial and returns when it is done. Raises `TrialFailed` if its process exits with an error.
 
-    Args:
-        directory: relative paths in the job's flags are relative to it.
-        report: receives each epoch's record of metrics.jsonl, including those written before a resume.
-
-    Raises `TrialFailed` if the process exits with an error.
+    Relative paths in the job's flags are relative to `directory`. `report` receives each epoch's record of
+    metrics.jsonl, including those written before a resume.
     """
     folder = study / job.name
     seen = 0
     if not job.is_done(study):
         output = job.output(study)
         output.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-I", "-c", LAUNCH, str(os.getpid()), *job.command(study)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with open(output, "ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-c", LAUNCH, str(os.getpid()), *job.command(study)],
-                cwd=directory,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                command, cwd=directory, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment
             )
             try:
                 size = 0

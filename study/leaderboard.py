@@ -126,21 +126,18 @@ def stages(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
     for name, before, after in (("search, select", relaxed, short), ("select, retrain", short, full)):
         both = sorted(before.keys() & after.keys())
         x, y = [before[key] for key in both], [after[key] for key in both]
-        found.append({
-            "between": name, "n": len(both),
-            "tau": number(stats.kendall(x, y)), "rho": number(stats.spearman(x, y)),
-        })  # fmt: skip
+        tau, rho = number(stats.kendall(x, y)), number(stats.spearman(x, y))
+        found.append({"between": name, "n": len(both), "tau": tau, "rho": rho})
     return found
 
 
 def baseline(study: Study, job: Job) -> dict[str, Any]:
     """Returns the record of one full training of a baseline, with its validation perplexity after each epoch."""
     _, cell, seed = job.name.split("/")
-    result = metrics.result(study.folder / job.name)
     return {
         "cell": cell,
         "seed": int(seed),
-        "valid_ppl": None if result is None else result["valid_ppl"],
+        "valid_ppl": next(iter(study.values([job])), None),
         "curve": [row["valid_ppl"] for row in metrics.epochs(study.folder / job.name)],
     }
 
@@ -228,14 +225,13 @@ def number(value: float) -> float | None:
 # --- Text ---
 
 
-def as_csv(cells: Iterable[dict]) -> str:
+def as_csv(cells: Sequence[dict]) -> str:
     """Returns CSV text with a header and one line for each cell."""
     file = io.StringIO()
-    rows = [{**row, "found_by": " ".join(row["found_by"])} for row in cells]
-    if rows:
-        table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+    if cells:
+        table = csv.DictWriter(file, cells[0].keys(), lineterminator="\n")
         table.writeheader()
-        table.writerows(rows)
+        table.writerows({**row, "found_by": " ".join(row["found_by"])} for row in cells)
     return file.getvalue()
 
 

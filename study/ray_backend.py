@@ -91,7 +91,7 @@ def has_gpus() -> bool:
 
 
 def run_all(todo: Sequence[Job], board: Monitor, share: Resources, retries: int, halving: int = 0) -> None:
-    """Runs the jobs as `board` describes them, and restarts each up to `retries` times if its process or machine dies.
+    """Runs the jobs, `board.parallel` at a time, and restarts each whose process or machine dies up to `retries` times.
 
     If `halving` is not 0, it is the number of epochs of each job, and successive halving (ASHA, Li et al. 2020) ends
     the worse trials early.
@@ -100,10 +100,9 @@ def run_all(todo: Sequence[Job], board: Monitor, share: Resources, retries: int,
     scheduler = ASHAScheduler("epoch", "valid_ppl", "min", max_t=halving + 1, reduction_factor=3) if halving else None
     study = board.run.folder.absolute()  # Ray's processes have another working directory.
     one = partial(run_one, todo, study, Path.cwd(), share, halving)
-    trial = tune.with_resources(one, {"cpu": share.cpus, "gpu": share.gpus})
     with TemporaryDirectory(prefix="tune-", dir=study) as storage:
         tune.Tuner(
-            trial,
+            tune.with_resources(one, {"cpu": share.cpus, "gpu": share.gpus}),
             param_space={"index": tune.grid_search(list(range(len(todo))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=board.parallel, scheduler=scheduler, reuse_actors=False),
             run_config=tune.RunConfig(

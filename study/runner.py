@@ -15,7 +15,7 @@ from study import cost, ray_backend
 from study.cost import Resources
 from study.jobs import Job, last_line
 from study.leaderboard import SHARE
-from study.monitor import HALTING, MEANING, Monitor, Rules, log_event
+from study.monitor import HALTING, MEANING, Monitor, log_event
 from utils import RunError
 
 PACES = "paces.json"
@@ -115,11 +115,11 @@ class StudyRunner:
         """
         halving = self.args.select_epochs if stage == "select" and self.args.halving else 0
         expected = {job.name: cost.seconds(job, self.corpus, self.paces) for job in todo}
-        rules = Rules(self.args.converged if stage == "select" else 0, self.args.budget_hours)
+        rules = (self.args.converged if stage == "select" else 0, self.args.budget_hours)
         elsewhere = {path.parent for path in self.run.folder.glob("*/**/metrics.jsonl")}
         elsewhere -= {self.run.folder / job.name for job in todo}
         hours = sum(map(metrics.seconds, elsewhere)) * self.share.devices / 3600
-        with Monitor(self.run, todo, expected, self.parallel, rules, hours, self.share.devices) as board:
+        with Monitor(self.run, todo, expected, self.parallel, *rules, hours, self.share.devices) as board:
             left = self.pending(todo)
             if left and not board.reason():
                 self.run.log(f"{stage}: {len(todo)} trials, {len(left)} to run")

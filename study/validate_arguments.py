@@ -30,12 +30,8 @@ def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
     """
     found = metrics.read_json(folder / CONFIG) or {}
     flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in EPHEMERAL_FLAGS}
-    if (
-        not isinstance(flags, dict)
-        or flags.keys() != actions.keys()
-        or not all(fits(actions[name], flags[name]) for name in flags)
-        or "sha256" not in found
-    ):
+    complete = isinstance(flags, dict) and flags.keys() == actions.keys() and "sha256" in found
+    if not complete or not all(fits(actions[name], flags[name]) for name in flags):
         parser.refuse([f"--study: {folder / CONFIG} is damaged or of an earlier version; start another study"])
     return found
 
@@ -131,9 +127,7 @@ def missing_faults(study: Study) -> list[str]:
     return []
 
 
-def job_faults(
-    parser: arguments.Parser, study: Study, stages: Sequence[str], corpus: data.Corpus | None = None
-) -> list[str]:
+def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None = None) -> list[str]:
     """Returns the faults that train.py and train_search.py would report for the jobs of these stages.
 
     Without a corpus, the flags are validated. With one, only the lengths of its texts are.
@@ -144,7 +138,7 @@ def job_faults(
         for job in planned(study, stage):
             script = cost.SCRIPTS[job.script]
             of_script = script.build_parser()
-            of_script.prog = f"{parser.prog}: --{flag}"
+            of_script.prog = f"trials.py: --{flag}"
             args = of_script.parse_args([*job.flags, "--save", str(study.folder / "new")])
             arguments.complete(args, stage)
             if corpus is not None:

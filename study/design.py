@@ -1,7 +1,7 @@
 """Defines the jobs of each stage of a study, and the cells that one stage passes to the next.
 
-Everything is computed from the study's flags and its run directories, so that a resumed study has the same jobs. The
-directory of a job is STAGE/CELL/SEED, or search/METHOD/SEED for a search and proxy/SETTING/CELL/SEED for a proxy.
+Everything is computed from the study's flags and its run directories (docs/study.md names them), so that a resumed
+study has the same jobs.
 """
 
 import re
@@ -34,14 +34,11 @@ class Cell(NamedTuple):
 
 
 class Proxy(NamedTuple):
-    """A proxy is the setting of a short training: its epochs, its --emsize and its tokens of training text.
-
-    An `emsize` of 0 stands for the full size, and `tokens` of 0 for the text that --train_flags selects.
-    """
+    """A proxy is the setting of a short training."""
 
     epochs: int
-    emsize: int
-    tokens: int
+    emsize: int  # 0 stands for the full size.
+    tokens: int  # 0 stands for the training text that --train_flags selects.
 
     @property
     def folder(self) -> str:
@@ -146,7 +143,7 @@ class Study:
     def retrain(self, cells: Sequence[Cell] | None = None) -> list[Job]:
         """Returns the full trainings of the given cells; the default is the --top best of the selection.
 
-        Other seeds than those of the selection take the advantage from a cell that was selected by a lucky seed.
+        Their seeds differ from those of the selection, so that a cell which a lucky seed selected loses that advantage.
         """
         a, found = self.args, []
         if cells is None:

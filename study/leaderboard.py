@@ -81,10 +81,7 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def methods(cells: Sequence[dict]) -> list[dict[str, Any]]:
-    """Returns statistics of the short trainings for each method, best mean first.
-
-    A cell that a method found twice counts twice.
-    """
+    """Returns statistics of the short trainings by method, best mean first; a cell that was found twice counts twice."""
     found: dict[str, list[float]] = {}
     for row in cells:
         for name in row["found_by"] if row["select"] is not None else ():
@@ -191,10 +188,7 @@ def proxies(study: Study) -> list[dict[str, Any]]:
 
 
 def cost(study: Study) -> list[dict[str, Any]]:
-    """Returns the device time of all runs of each stage, in core-hours or GPU-hours.
-
-    A trial counts with the cores or GPUs that the study last gave to its trials.
-    """
+    """Returns the device time of each stage, as if every trial had the cores or GPUs that the last trials had."""
     saved = metrics.read_json(study.folder / SHARE) or {}
     share = Resources(**{name: saved[name] for name in Resources._fields if metrics.is_number(saved.get(name))})
     found = []

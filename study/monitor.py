@@ -1,7 +1,6 @@
 """Displays a running study, and has the rules that end a stage before its last trial.
 
-Every event is a record of events.jsonl in the study's directory, the only place that has the order in which trials
-ended.
+Every event is a record of the study's events.jsonl, the only place that has the order in which trials ended.
 """
 
 import json
@@ -9,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, stdev
 from typing import Any
@@ -60,27 +60,22 @@ def reason_to_stop(
     return ""
 
 
+@dataclass(eq=False)
 class Monitor:
-    """Counts, logs and displays the events of the trials of a stage.
+    """Counts, logs and displays the events of the trials of a stage."""
 
-    Args:
-        run: the directory and the log of the study.
-        todo: the jobs of the stage.
-        expected: predicted seconds of each job, by name.
-        parallel: how many trials run at a time.
-        converged, budget_hours: the rules of `reason_to_stop`.
-        hours: device time, in hours, that the study has used in other stages.
-        devices: the GPUs or cores that one trial occupies.
-        quiet: neither log nor record events.
-    """
+    run: Run  # It has the directory and the log of the study.
+    todo: Sequence[Job]  # These are the jobs of the stage.
+    expected: Mapping[str, float]  # Values are the predicted seconds of each job, by name.
+    parallel: int  # So many trials run at a time.
+    converged: int = 0  # This and the next are the rules of `reason_to_stop`.
+    budget_hours: float = 0.0
+    hours_elsewhere: float = 0.0  # This is the device time, in hours, that the study has used in other stages.
+    devices: float = 0.0  # One trial occupies so many GPUs or cores.
+    quiet: bool = False  # A quiet monitor neither logs nor records events.
 
-    def __init__(
-        self, run: Run, todo: Sequence[Job], expected: Mapping[str, float], parallel: int, converged: int = 0,
-        budget_hours: float = 0.0, hours: float = 0.0, devices: float = 0.0, quiet: bool = False,
-    ):  # fmt: skip
-        self.run, self.todo, self.expected, self.parallel = run, todo, expected, parallel
-        self.converged, self.budget_hours = converged, budget_hours
-        self.hours_elsewhere, self.devices, self.quiet = hours, devices, quiet
+    def __post_init__(self) -> None:
+        run, todo = self.run, self.todo
         self.running: dict[str, tuple[int, float]] = {}  # Values are (epoch, validation perplexity).
         self.work = {job.name: metrics.seconds(run.folder / job.name) for job in todo}
         self.failures: set[str] = set()
@@ -140,12 +135,11 @@ class Monitor:
             return  # Its end is recorded already; halving only replayed its epochs.
         if job.is_done(self.run.folder):
             self.work[job.name] = metrics.seconds(self.run.folder / job.name)
-            event = self.close(job)
         elif self.reason() or not epoch:
             return
         else:
             self.run.write(f"{job.name}/halved.json", {"epoch": epoch, "valid_ppl": valid_ppl})
-            event = self.close(job)
+        event = self.close(job)
         what = f"halved at epoch {epoch}, " if event["event"] == "halved" else ""
         self.log(f"{job.name}: {what}valid ppl {event['valid_ppl']:.2f} | {self.counts()}")
 

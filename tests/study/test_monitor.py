@@ -52,7 +52,7 @@ def todo():
 def test_monitor_counts_and_records_the_events_of_a_stage(tmp_path, todo):
     run = Run(tmp_path / "study")
     expected = {job.name: 20.0 for job in todo}
-    monitor = Monitor(run, todo, expected, 2, budget_hours=1, hours=0.5, devices=2)
+    monitor = Monitor(run, todo, expected, 2, budget_hours=1, hours_elsewhere=0.5, devices=2)
     assert monitor.seconds_left() == 40  # The work takes 80 seconds, with two trials at a time.
     monitor.started(todo[0])
     monitor.started(todo[1])
@@ -113,7 +113,7 @@ def test_halved_trial_is_done_and_has_no_value(tmp_path, todo):
 
 def test_trial_ended_with_its_stage_is_not_halved(tmp_path, todo):
     run = Run(tmp_path / "study")
-    monitor = Monitor(run, todo, {}, 2, budget_hours=1, hours=2, devices=1)
+    monitor = Monitor(run, todo, {}, 2, budget_hours=1, hours_elsewhere=2, devices=1)
     (run.folder / todo[0].name).mkdir(parents=True)
     monitor.started(todo[0])
     monitor.ended(todo[0])

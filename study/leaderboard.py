@@ -81,7 +81,7 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def methods(cells: Sequence[dict]) -> list[dict[str, Any]]:
-    """Returns statistics of the short trainings by method, best mean first; a cell that was found twice counts twice."""
+    """Returns statistics of the short trainings by method, best mean first; a cell found twice counts twice."""
     found: dict[str, list[float]] = {}
     for row in cells:
         for name in row["found_by"] if row["select"] is not None else ():

@@ -72,7 +72,7 @@ def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[
     metrics.jsonl, including those written before a resume.
     """
     folder = study / job.name
-    seen = 0
+    seen, size = 0, 0  # These are the epochs that were reported, and the bytes of metrics.jsonl that were read.
     if not job.is_done(study):
         output = job.output(study)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,6 @@ def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[
                 command, cwd=directory, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment
             )
             try:
-                size = 0
                 while process.poll() is None:
                     time.sleep(POLL)
                     if (now := size_of(folder / "metrics.jsonl")) == size:

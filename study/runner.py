@@ -35,10 +35,8 @@ class StudyRunner:
         self.share = Resources(args.cpus_per_trial, float(ray_backend.has_gpus()) if gpus is None else gpus)
         max_concurrent_trials = ray_backend.max_concurrent_trials(self.share)
         if max_concurrent_trials < 1:
-            raise RunError(
-                f"--cpus_per_trial {self.share.cpus:g} --gpus_per_trial {self.share.gpus:g}: no machine has so much;"
-                " ask for less"
-            )
+            asked = f"--cpus_per_trial {self.share.cpus:g} --gpus_per_trial {self.share.gpus:g}"
+            raise RunError(f"{asked}: no machine has so much; ask for less")
         self.parallel = min(args.parallel or sys.maxsize, max_concurrent_trials)
         for left in run.folder.glob("tune-*"):  # A driver that was killed leaves these.
             shutil.rmtree(left, ignore_errors=True)

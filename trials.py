@@ -1,12 +1,10 @@
-"""Runs a study: searches by several methods, selection, retraining and a leaderboard.
+"""Runs a study: searches by several methods, selection, retraining and a leaderboard (docs/study.md).
 
     python trials.py run --study runs/study                            # published sizes: weeks of GPU time
     python trials.py run --study runs/small --data builtin --dry_run --search_flags "--emsize 32 ..."
 
-One search yields one random sample of a cell. A study searches for several cells by each method, samples as many at
-random, trains all of them under one budget, and tests whether the searched cells are better than the random ones. It
-prints its cost before it begins (--dry_run stops there), runs many trials at a time on one machine or a cluster, and
-resumes with --resume after any interruption. It needs Ray: pip install -r requirements-cluster.txt
+A study tests whether searched cells are better than random ones under one budget. It prints its cost before it begins
+(--dry_run stops there), and continues with --resume. It needs Ray: pip install -r requirements-cluster.txt
 """
 
 import shutil
@@ -16,22 +14,14 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import data
-from experiment import arguments, signals, validate_arguments
+from experiment import arguments, signals
 from experiment.lock import Locked
 from experiment.run_directory import Run, new_folder
+from experiment.validate_arguments import holds_work
+from study import validate_arguments
 from study.arguments import build_parser, requested_stages
 from study.design import Study
-from study.validate_arguments import (
-    CONFIG,
-    EPHEMERAL_FLAGS,
-    begun_faults,
-    job_faults,
-    missing_faults,
-    number_faults,
-    planned,
-    read_config,
-    text_faults,
-)
+from study.validate_arguments import CONFIG, EPHEMERAL_FLAGS, job_faults, planned
 from utils import DataError, RunError
 
 INSTALL = "trials.py needs Ray, SciPy and rich: pip install -r requirements-cluster.txt"
@@ -44,30 +34,28 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
     """
     args, config = parser.parse_args(argv), None
     if args.study and (Path(args.study) / CONFIG).exists():
-        config = read_config(parser, Path(args.study))
+        config = validate_arguments.read_config(parser, Path(args.study))
         parser.set_defaults(**config["flags"])
         args = parser.parse_args(argv)
     folder = Path(args.study or new_folder("study"))
 
-    found = number_faults(args) + text_faults(args)
+    found = validate_arguments.number_faults(args) + validate_arguments.text_faults(args)
     if config is None:
         if args.resume or args.stage == "report":
             found.append(f"--study {args.study}: there is no study ({CONFIG} is missing); name another")
-        elif folder.is_dir() and any(map(validate_arguments.holds_work, folder.iterdir())):
+        elif folder.is_dir() and any(map(holds_work, folder.iterdir())):
             found.append(f"--study {folder}: holds files already; take another")
     else:
-        found += begun_faults(args, config, folder)
+        found += validate_arguments.begun_faults(args, config, folder)
     study = Study(folder, args)
     stages = requested_stages(args)
-    found = found or missing_faults(study) or job_faults(parser, study, stages)
-    corpus = None
+    found = found or validate_arguments.missing_faults(study) or job_faults(study, stages)
     if not found:
         try:
             corpus = data.load_corpus(args.data)
         except DataError as error:
-            found += error.faults
-    if corpus is not None:
-        found += job_faults(parser, study, stages, corpus)
+            parser.refuse(error.faults)
+        found = job_faults(study, stages, corpus)
         if config is not None and config["sha256"] != corpus.sha256:
             found.append(f"--data {args.data}: not the text that the study in {folder} began with")
     if found:
@@ -100,27 +88,26 @@ def main(argv: list[str] | None = None) -> int:
     if stages:
         try:
             with ray_backend.connected(args.address):
-                crew = StudyRunner(run, args, corpus)
+                runner = StudyRunner(run, args, corpus)
                 whole = study.training("plan", "whole", "DARTS", args.full_epochs, 1)[0]
-                run.log(crew.plan({stage: planned(study, stage) for stage in stages}, whole))
+                run.log(runner.plan({stage: planned(study, stage) for stage in stages}, whole))
                 if args.dry_run:
                     return 0
                 for stage in stages:
-                    todo = getattr(study, stage)()
-                    go_on = crew.run_stage(stage, todo, args.select_epochs if stage == "select" and args.halving else 0)
+                    go_on = runner.run_stage(stage, getattr(study, stage)())
                     if go_on and stage == "retrain" and (chosen := study.chosen()):
-                        go_on = crew.run_stage("test", [chosen[1]])
+                        go_on = runner.run_stage("test", [chosen[1]])
                     if not go_on:
                         break
         finally:
             if not (run.folder / CONFIG).exists():  # A --dry_run of a new study leaves no directory.
                 shutil.rmtree(run.folder)
-        if crew.interrupted:
+        if runner.interrupted:
             run.log(f"interrupted; continue with: python trials.py {args.stage} --resume --study {run.folder}")
             return 130
     if args.stage in ("run", "report"):
         run.log(leaderboard.write(study, run))
-    return 1 if "failures" in leaderboard.stopped(study).values() else 0
+    return 1 if "failures" in leaderboard.reasons(study, "stopped").values() else 0
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@
 import heapq
 import shlex
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 import data
 from experiment import arguments, metrics, retrain_arguments, search_arguments
@@ -18,20 +16,6 @@ from genotypes import BASELINES
 from study.jobs import Job
 
 SCRIPTS = {"train.py": retrain_arguments, "train_search.py": search_arguments}
-# The study sets these flags itself, so the quoted flags that a user gives for the scripts must not contain them.
-RESERVED_FLAGS = (
-    "save",
-    "resume",
-    "data",
-    "arch",
-    "epochs",
-    "seed",
-    "test",
-    "overfit",
-    "finetune",
-    "search_split",
-    "unrolled",
-)
 PROBE_STEPS = 12  # The run that measures a kind of job has this many steps.
 WARM = 4  # The first steps are not timed, as they compile functions and allocate memory.
 NOT_OF_THE_KIND = {"epochs", "seed", "save", "resume", "limit_tokens", "test", "log_interval"}
@@ -53,27 +37,12 @@ class Resources(NamedTuple):
         """Returns the name of the device that device time counts, "GPU" or "core"."""
         return "GPU" if self.gpus else "core"
 
-    @property
-    def threads(self) -> int:
-        return max(1, int(self.cpus))
-
 
 class Timing(NamedTuple):
     """Timings are measured seconds on the machine that runs the study."""
 
     step: float
     evaluation: float  # This is one pass over the validation text.
-
-
-class Entry(NamedTuple):
-    """An entry is one line of the plan: the cost of one stage."""
-
-    stage: str
-    trials: int
-    done: int
-    steps: int  # These steps remain to be run.
-    seconds: float  # This is the sum over the remaining trials.
-    wall: float  # This is in seconds, with several trials at a time.
 
 
 @cache
@@ -100,11 +69,10 @@ def probe(job: Job, name: str) -> Job:
     tokens = args.batch_size * max(PROBE_STEPS * args.bptt, 2) / (1 - held_out)
     if held_out:  # The text held out for the alphas needs two time steps for each batch element.
         tokens = max(tokens, 2 * args.arch_batch_size / held_out)
-    short = ("--epochs", "1", "--limit_tokens", str(int(tokens) + 1), "--log_interval", "1", "--checkpoint_minutes",
-             "60", "--cycle", "0")  # fmt: skip
+    short = f"--epochs 1 --limit_tokens {int(tokens) + 1} --log_interval 1 --checkpoint_minutes 60 --cycle 0"
     if job.script == "train_search.py":
-        short += ("--arch_start", "0")  # Every measured step also updates the alphas.
-    return Job(name, job.script, (*job.flags, *short))
+        short += " --arch_start 0"  # Every measured step also updates the alphas.
+    return Job(name, job.script, (*job.flags, *short.split()))
 
 
 def read(folder: Path) -> Timing:
@@ -136,33 +104,3 @@ def makespan(durations: Iterable[float], parallel: int) -> float:
     for duration in durations:
         heapq.heappush(ends, heapq.heappop(ends) + duration)
     return max(ends)
-
-
-def entry(stage: str, todo: Sequence[Job], study: Path, corpus: data.Corpus, paces: Mapping, parallel: int) -> Entry:
-    """Returns the cost of a stage, in which a job that is done costs nothing and one that has begun only its rest."""
-    left, total = [], 0
-    for job in todo:
-        if not job.is_done(study):
-            whole = seconds(job, corpus, paces)
-            rest = max(0.0, whole - metrics.seconds(study / job.name))
-            left.append(rest)
-            total += round(steps(job, corpus) * rest / whole) if whole else 0
-    return Entry(stage, len(todo), len(todo) - len(left), total, sum(left), makespan(left, parallel))
-
-
-def text(entries: Sequence[Entry], parallel: int, share: Resources, full: float) -> str:
-    """Returns the plan as a table for the user. `full` is the seconds of one full training, or 0 to leave it out."""
-    hours = f"{share.unit}-hours"
-    lines = [f"{'stage':<10}{'trials':>8}{'done':>6}{'steps':>12}{'s/step':>9}{hours:>12}{'wall clock':>13}"]
-    for e in entries:
-        pace = f"{e.seconds / e.steps:.3g}" if e.steps else ""
-        lines.append(
-            f"{e.stage:<10}{e.trials:>8}{e.done:>6}{e.steps:>12,}{pace:>9}{e.seconds * share.devices / 3600:>12.2f}"
-            f"{tqdm.format_interval(e.wall):>13}"
-        )
-    work, wall = sum(e.seconds for e in entries), sum(e.wall for e in entries)
-    multiple = f", {work / full:.1f} times one training in full" if full else ""
-    return "\n".join(lines) + (
-        f"\nin all {work * share.devices / 3600:.2f} {hours}{multiple}; {tqdm.format_interval(wall)} with {parallel}"
-        f" trial{'s' if parallel > 1 else ''} at a time (without starting processes and compiling)"
-    )

@@ -1,7 +1,7 @@
 """Defines the jobs of each stage of a study, and the cells that one stage passes to the next.
 
-Everything is computed from the study's flags and its run directories, so that a resumed study has the same jobs. The
-directory of a job is STAGE/CELL/SEED, or search/METHOD/SEED for a search and proxy/SETTING/CELL/SEED for a proxy.
+Everything is computed from the study's flags and its run directories (docs/study.md names them), so that a resumed
+study has the same jobs.
 """
 
 import re
@@ -34,14 +34,11 @@ class Cell(NamedTuple):
 
 
 class Proxy(NamedTuple):
-    """A proxy is the setting of a short training: its epochs, its --emsize and its tokens of training text.
-
-    An `emsize` of 0 stands for the full size, and `tokens` of 0 for the text that --train_flags selects.
-    """
+    """A proxy is the setting of a short training."""
 
     epochs: int
-    emsize: int
-    tokens: int
+    emsize: int  # 0 stands for the full size.
+    tokens: int  # 0 stands for the training text that --train_flags selects.
 
     @property
     def folder(self) -> str:
@@ -65,22 +62,17 @@ class Study:
     ) -> list[Job]:
         """Returns the trainings of one cell, one for each of `seeds` seeds after the first `after` seeds."""
         a = self.args
+        flags = ("--data", a.data, "--arch", arch, "--epochs", str(epochs), *shlex.split(a.train_flags), *more)
         return [
-            Job(
-                f"{stage}/{label}/{seed}",
-                "train.py",
-                ("--data", a.data, "--arch", arch, "--epochs", str(epochs), *shlex.split(a.train_flags), *more,
-                 "--seed", str(seed)),
-            )
+            Job(f"{stage}/{label}/{seed}", "train.py", (*flags, "--seed", str(seed)))
             for seed in range(a.seed + after, a.seed + after + seeds)
-        ]  # fmt: skip
+        ]
 
     def baseline(self) -> list[Job]:
-        a = self.args
-        return [
-            job for arch in a.baselines
-            for job in self.training("baseline", label(arch), arch, a.full_epochs, a.full_seeds)
-        ]  # fmt: skip
+        a, found = self.args, []
+        for arch in a.baselines:
+            found += self.training("baseline", label(arch), arch, a.full_epochs, a.full_seeds)
+        return found
 
     def proxies(self) -> list[Proxy]:
         """Returns the short trainings to try; those of full size must have fewer epochs than the reference training."""
@@ -102,43 +94,31 @@ class Study:
             more = ("--emsize", str(proxy.emsize)) if proxy.emsize else ()
             more += ("--limit_tokens", str(proxy.tokens)) if proxy.tokens else ()
             for arch in a.proxy_cells:
-                stage = f"proxy/{proxy.folder}"
-                found += self.training(stage, label(arch), arch, proxy.epochs, a.proxy_seeds, *more)
+                found += self.training(f"proxy/{proxy.folder}", label(arch), arch, proxy.epochs, a.proxy_seeds, *more)
         return found
 
     def search(self) -> list[Job]:
         a = self.args
+        flags = ("--epochs", str(a.search_epochs), "--search_split", a.search_split, *shlex.split(a.search_flags))
         return [
-            Job(
-                f"search/{method}/{seed}",
-                "train_search.py",
-                ("--data", a.data, *METHODS[method], "--epochs", str(a.search_epochs), "--search_split",
-                 a.search_split, *shlex.split(a.search_flags), "--seed", str(seed)),
-            )
+            Job(f"search/{method}/{seed}", "train_search.py",
+                ("--data", a.data, *METHODS[method], *flags, "--seed", str(seed)))
             for seed in range(a.seed, a.seed + a.seeds) for method in a.methods if method in METHODS
         ]  # fmt: skip
 
     def searched(self) -> dict[str, dict[str, Any]]:
         """Returns the results of the searches that have ended, by name ("first-1")."""
         results = {job.name: metrics.result(self.folder / job.name) for job in self.search()}
-        return {
-            name.removeprefix("search/").replace("/", "-"): result
-            for name, result in results.items() if result is not None
-        }  # fmt: skip
+        return {"-".join(name.split("/")[1:]): result for name, result in results.items() if result is not None}
 
     def random_cells(self, searched: int) -> dict[str, Genotype]:
         """Returns random cells by name: as many as --random_cells says, or `searched` cells if that is 0."""
         a = self.args
-        if RANDOM not in a.methods:
-            return {}
-        seeds = range(a.seed, a.seed + (a.random_cells or searched))
-        return {f"{RANDOM}-{seed}": random_genotype(seed) for seed in seeds}
+        number = (a.random_cells or searched) if RANDOM in a.methods else 0
+        return {f"{RANDOM}-{seed}": random_genotype(seed) for seed in range(a.seed, a.seed + number)}
 
     def cells(self) -> list[Cell]:
-        """Returns every distinct searched cell and every distinct random cell.
-
-        The two kinds alternate, so that a selection which ends early has trained cells of both.
-        """
+        """Returns every distinct searched and random cell, alternating, so that an early end has trained both kinds."""
         searched = distinct((name, from_json(result["genotype"])) for name, result in self.searched().items())
         drawn = distinct(self.random_cells(len(searched)).items())
         return [cell for pair in zip_longest(searched, drawn) for cell in pair if cell]
@@ -156,28 +136,22 @@ class Study:
 
     def selected(self) -> list[tuple[float, Cell]]:
         """Returns (mean validation perplexity, cell), best first, of the cells whose short trainings are all done."""
-        ranked = []
-        for cell in self.cells():
-            values = self.values(self.select([cell]))
-            if len(values) == self.args.select_seeds:
-                ranked.append((mean(values), cell))
+        trained = [(self.values(self.select([cell])), cell) for cell in self.cells()]
+        ranked = [(mean(values), cell) for values, cell in trained if len(values) == self.args.select_seeds]
         return sorted(ranked, key=lambda pair: (pair[0], pair[1].label))
 
     def retrain(self, cells: Sequence[Cell] | None = None) -> list[Job]:
         """Returns the full trainings of the given cells; the default is the --top best of the selection.
 
-        The seeds differ from those of the selection, so that a cell which was selected by a lucky seed loses that
-        advantage.
+        Their seeds differ from those of the selection, so that a cell which a lucky seed selected loses that advantage.
         """
-        a = self.args
+        a, found = self.args, []
         if cells is None:
             cells = [cell for _, cell in self.selected()[: a.top]]
-        return [
-            job for cell in cells
-            for job in self.training(
-                "retrain", cell.label, str(cell.genotype), a.full_epochs, a.full_seeds, after=a.select_seeds
-            )
-        ]  # fmt: skip
+        for cell in cells:
+            text = str(cell.genotype)
+            found += self.training("retrain", cell.label, text, a.full_epochs, a.full_seeds, after=a.select_seeds)
+        return found
 
     def chosen(self) -> tuple[Cell, Job] | None:
         """Returns the cell with the best mean validation perplexity after retraining, and the best of its runs.

@@ -53,6 +53,10 @@ class Job(NamedTuple):
             return not self.test or found["test_ppl"] is not None
         return (folder / "halved.json").exists()
 
+    def output(self, study: Path) -> Path:
+        """Returns the path of the file that receives what the trial prints."""
+        return study / f"{self.name}.out"
+
     def command(self, study: Path) -> list[str]:
         """Returns the script and its flags; a run that has begun gets --resume, as config.json holds its flags."""
         begun = (study / self.name / "config.json").exists()
@@ -62,30 +66,23 @@ class Job(NamedTuple):
 
 
 def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[dict[str, Any]], None]) -> None:
-    """Starts or resumes the trial and returns when it is done.
+    """Starts or resumes the trial and returns when it is done. Raises `TrialFailed` if its process exits with an error.
 
-    Args:
-        directory: relative paths in the job's flags are relative to it.
-        report: receives each epoch's record of metrics.jsonl, including those written before a resume.
-
-    Raises `TrialFailed` if the process exits with an error.
+    Relative paths in the job's flags are relative to `directory`. `report` receives each epoch's record of
+    metrics.jsonl, including those written before a resume.
     """
     folder = study / job.name
-    seen = 0
+    seen, size = 0, 0  # These are the epochs that were reported, and the bytes of metrics.jsonl that were read.
     if not job.is_done(study):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        output = folder.with_name(f"{folder.name}.out")
+        output = job.output(study)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-I", "-c", LAUNCH, str(os.getpid()), *job.command(study)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with open(output, "ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-c", LAUNCH, str(os.getpid()), *job.command(study)],
-                cwd=directory,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                command, cwd=directory, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment
             )
             try:
-                size = 0
                 while process.poll() is None:
                     time.sleep(POLL)
                     if (now := size_of(folder / "metrics.jsonl")) == size:

@@ -39,9 +39,8 @@ def summary(study: Study) -> dict[str, Any]:
     `searched_against_random` is None.
     """
     cells = [cell_row(study, cell) for cell in study.cells()]
-    cells.sort(
-        key=lambda row: (not row["retrained"], row["retrain"] or math.inf, row["select"] or math.inf, row["cell"])
-    )
+    # A cell without a value is behind those with one.
+    cells.sort(key=lambda row: (row["retrain"] or math.inf, row["select"] or math.inf, row["cell"]))
     chosen = study.chosen()
     test = metrics.result(study.folder / chosen[1].name) if chosen else None
     fair = not any(row["halved"] for row in cells)
@@ -57,8 +56,8 @@ def summary(study: Study) -> dict[str, Any]:
         "baselines": [baseline(study, job) for job in study.baseline()],
         "proxies": proxies(study),
         "cost": cost(study),
-        "failures": failures(study),
-        "stopped": stopped(study),
+        "failures": [{"trial": name, "reason": reason} for name, reason in reasons(study, "failed").items()],
+        "stopped": reasons(study, "stopped"),
     }  # fmt: skip
 
 
@@ -70,11 +69,11 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
     return {
         "cell": cell.label,
         "found_by": list(cell.found_by),
-        "select": average(selected),
+        "select": mean(selected) if selected else None,
         "select_sd": spread(selected),
         "select_n": len(selected),
         "halved": any(halved),
-        "retrain": average(retrained),
+        "retrain": mean(retrained) if retrained else None,
         "retrain_sd": spread(retrained),
         "retrained": len(retrained),
         "genotype": str(cell.genotype),
@@ -82,21 +81,16 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def methods(cells: Sequence[dict]) -> list[dict[str, Any]]:
-    """Returns statistics of the short trainings for each method, best mean first.
-
-    A cell that a method found twice counts twice.
-    """
+    """Returns statistics of the short trainings by method, best mean first; a cell found twice counts twice."""
     found: dict[str, list[float]] = {}
     for row in cells:
         for name in row["found_by"] if row["select"] is not None else ():
             found.setdefault(name.rpartition("-")[0], []).append(row["select"])
-    return sorted(
-        (
-            {"method": name, "n": len(values), "mean": mean(values), "sd": spread(values), "best": min(values)}
-            for name, values in found.items()
-        ),
-        key=lambda row: row["mean"],
-    )
+    rows = [
+        {"method": name, "n": len(values), "mean": mean(values), "sd": spread(values), "best": min(values)}
+        for name, values in found.items()
+    ]
+    return sorted(rows, key=lambda row: row["mean"])
 
 
 def against_random(cells: Sequence[dict]) -> dict[str, Any] | None:
@@ -129,21 +123,18 @@ def stages(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
     for name, before, after in (("search, select", relaxed, short), ("select, retrain", short, full)):
         both = sorted(before.keys() & after.keys())
         x, y = [before[key] for key in both], [after[key] for key in both]
-        found.append({
-            "between": name, "n": len(both),
-            "tau": number(stats.kendall(x, y)), "rho": number(stats.spearman(x, y)),
-        })  # fmt: skip
+        tau, rho = number(stats.kendall(x, y)), number(stats.spearman(x, y))
+        found.append({"between": name, "n": len(both), "tau": tau, "rho": rho})
     return found
 
 
 def baseline(study: Study, job: Job) -> dict[str, Any]:
     """Returns the record of one full training of a baseline, with its validation perplexity after each epoch."""
     _, cell, seed = job.name.split("/")
-    result = metrics.result(study.folder / job.name)
     return {
         "cell": cell,
         "seed": int(seed),
-        "valid_ppl": None if result is None else result["valid_ppl"],
+        "valid_ppl": next(iter(study.values([job])), None),
         "curve": [row["valid_ppl"] for row in metrics.epochs(study.folder / job.name)],
     }
 
@@ -163,7 +154,7 @@ def proxies(study: Study) -> list[dict[str, Any]]:
     def curves(proxy: Proxy, seeds: slice) -> dict[str, list[tuple[float, float]]]:
         """Returns (best perplexity, seconds) by cell and seed after the proxy's epochs, or at an earlier end."""
         found: dict[str, list[tuple[float, float]]] = {}
-        for cell, of_cell in runs.get(proxy.folder, {}).items():
+        for cell, of_cell in runs[proxy.folder].items():
             for job in of_cell[seeds]:
                 rows = metrics.epochs(study.folder / job.name)[: proxy.epochs]
                 if rows and (len(rows) == proxy.epochs or job.is_done(study.folder)):
@@ -175,7 +166,7 @@ def proxies(study: Study) -> list[dict[str, Any]]:
         apart = proxy.folder == reference.folder
         short = curves(proxy, slice(0, None, 2) if apart else slice(None))
         long = curves(reference, slice(1, None, 2) if apart else slice(None))
-        cells = [cell for cell in runs.get(proxy.folder, {}) if cell in short and cell in long]
+        cells = [cell for cell in short if cell in long]
         if len(cells) < 2:
             continue
         x, y = ([[ppl for ppl, _ in side[cell]] for cell in cells] for side in (short, long))
@@ -190,22 +181,17 @@ def proxies(study: Study) -> list[dict[str, Any]]:
             "cells": len(cells),
         })  # fmt: skip
     found.sort(key=lambda row: row["cost"])
-    good = [row for row in found if (row["tau"][0] or 0) >= AGREES and (row["tau"][1] or 0) > 0]
+    cheapest = next((row for row in found if (row["tau"][0] or 0) >= AGREES and (row["tau"][1] or 0) > 0), None)
     for row in found:
-        row["recommended"] = bool(good) and row is good[0]
+        row["recommended"] = row is cheapest
     return found
 
 
 def cost(study: Study) -> list[dict[str, Any]]:
-    """Returns the device time of all runs of each stage, in core-hours or GPU-hours.
-
-    A trial counts with the cores or GPUs that the study last gave to its trials.
-    """
-    kept = (metrics.read_json(study.folder / SHARE) or {}).items()
-    share, found = (
-        Resources(**{name: value for name, value in kept if name in Resources._fields and metrics.is_number(value)}),
-        [],
-    )
+    """Returns the device time of each stage, as if every trial had the cores or GPUs that the last trials had."""
+    saved = metrics.read_json(study.folder / SHARE) or {}
+    share = Resources(**{name: saved[name] for name in Resources._fields if metrics.is_number(saved.get(name))})
+    found = []
     for stage in STAGES:
         folders = [path.parent for path in sorted((study.folder / stage).glob("**/metrics.jsonl"))]
         total = sum(map(metrics.seconds, folders))
@@ -213,27 +199,11 @@ def cost(study: Study) -> list[dict[str, Any]]:
     return found
 
 
-def failures(study: Study) -> list[dict[str, Any]]:
-    """Returns the trials whose last outcome is a failure, with the reasons."""
-    last = {
-        event["trial"]: event
-        for event in metrics.events(study.folder)
-        if event["event"] in ("failed", "done", "halved")
-    }
-    return [{"trial": name, "reason": event["reason"]} for name, event in last.items() if event["event"] == "failed"]
-
-
-def stopped(study: Study) -> dict[str, str]:
-    """Returns the reason of each stage that stopped before its last trial."""
-    last = {event["trial"]: event for event in metrics.events(study.folder) if event["event"] in ("stopped", "over")}
-    return {stage: event["reason"] for stage, event in last.items() if event["event"] == "stopped"}
-
-
-# --- Numbers ---
-
-
-def average(values: Sequence[float]) -> float | None:
-    return mean(values) if values else None
+def reasons(study: Study, outcome: str) -> dict[str, str]:
+    """Returns the reasons of the trials whose last outcome is "failed", or of the stages whose last is "stopped"."""
+    outcomes = ("failed", "done", "halved", "stopped", "over")
+    last = {event["trial"]: event for event in metrics.events(study.folder) if event["event"] in outcomes}
+    return {name: event["reason"] for name, event in last.items() if event["event"] == outcome}
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -249,14 +219,13 @@ def number(value: float) -> float | None:
 # --- Text ---
 
 
-def as_csv(cells: Iterable[dict]) -> str:
+def as_csv(cells: Sequence[dict]) -> str:
     """Returns CSV text with a header and one line for each cell."""
     file = io.StringIO()
-    rows = [{**row, "found_by": " ".join(row["found_by"])} for row in cells]
-    if rows:
-        table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+    if cells:
+        table = csv.DictWriter(file, cells[0].keys(), lineterminator="\n")
         table.writeheader()
-        table.writerows(rows)
+        table.writerows({**row, "found_by": " ".join(row["found_by"])} for row in cells)
     return file.getvalue()
 
 
@@ -269,9 +238,9 @@ def with_spread(value: float | None, sd: float | None) -> str:
     return shown(value) + ("" if sd is None else f" ± {sd:.2f}")
 
 
-def table(head: str, rows: Iterable[Sequence[Any]]) -> str:
+def table(head: str, rows: Iterable[Iterable[Any]]) -> str:
     """Returns a Markdown table; " | " separates the columns in `head`."""
-    lines = [f"| {' | '.join(shown(value) for value in row)} |" for row in rows]
+    lines = [f"| {' | '.join(map(shown, row))} |" for row in rows]
     return "\n".join([f"| {head} |", "|" + "---|" * (head.count("|") + 1), *lines])
 
 
@@ -284,16 +253,16 @@ def as_markdown(found: dict[str, Any]) -> str:
             f"Chosen: **{c['cell']}** ({c['run']}), {c['valid_ppl']:.2f} valid, "
             + ("test not read yet." if c["test_ppl"] is None else f"{c['test_ppl']:.2f} test, read once.")
         )
-    parts.append(table("cell | found by | short training | in full", [
+    rows = [
         (row["cell"], ", ".join(row["found_by"]),
          "halved" if row["halved"] else with_spread(row["select"], row["select_sd"]),
          with_spread(row["retrain"], row["retrain_sd"]))
         for row in found["cells"]
-    ]))  # fmt: skip
+    ]  # fmt: skip
+    parts += [table("cell | found by | short training | in full", rows)]
     if found["methods"]:
-        parts += ["## By method (short trainings)", table("method | n | mean | sd | best", [
-            (m["method"], m["n"], m["mean"], m["sd"], m["best"]) for m in found["methods"]
-        ])]  # fmt: skip
+        rows = [m.values() for m in found["methods"]]
+        parts += ["## By method (short trainings)", table("method | n | mean | sd | best", rows)]
     if t := found["searched_against_random"]:
         p = "too few for a test" if t["p"] is None else f"p = {t['p']:.3f}, two-sided permutation test"
         parts.append(
@@ -301,33 +270,30 @@ def as_markdown(found: dict[str, Any]) -> str:
             f" distinct cells ({p}); the best {t['best_searched']:.2f} and {t['best_random']:.2f}."
             + (f" Left out, as no short training of theirs ended: {', '.join(t['left_out'])}." if t["left_out"] else "")
         )
-    parts += ["## Agreement between stages", table("between | cells | Kendall's tau | Spearman's rho", [
-        (a["between"], a["n"], a["tau"], a["rho"]) for a in found["agreement"]
-    ])]  # fmt: skip
+    rows = [a.values() for a in found["agreement"]]
+    parts += ["## Agreement between stages", table("between | cells | Kendall's tau | Spearman's rho", rows)]
     if any(b["curve"] for b in found["baselines"]):
-        parts += ["## Baselines, in full", table("cell | seed | valid ppl | epochs", [
-            (b["cell"], b["seed"], b["valid_ppl"], len(b["curve"])) for b in found["baselines"]
-        ])]  # fmt: skip
+        rows = [(b["cell"], b["seed"], b["valid_ppl"], len(b["curve"])) for b in found["baselines"]]
+        parts += ["## Baselines, in full", table("cell | seed | valid ppl | epochs", rows)]
     if found["proxies"]:
-        columns = "short training | cost, of one in full | cells | tau | rho | sd of seeds | of cells | recommended"
-        parts += ["## Proxies", "tau and rho against the long training, with 90% intervals of the bootstrap.", table(
-            columns, [
-                (p["proxy"], f"{100 * p['cost']:.1f}%", p["cells"], interval(p["tau"]), interval(p["rho"]),
-                 p["seed_sd"], p["cell_sd"], "yes" if p["recommended"] else "")
-                for p in found["proxies"]
-            ])]  # fmt: skip
+        head = "short training | cost, of one in full | cells | tau | rho | sd of seeds | of cells | recommended"
+        rows = [
+            (p["proxy"], f"{100 * p['cost']:.1f}%", p["cells"], interval(p["tau"]), interval(p["rho"]),
+             p["seed_sd"], p["cell_sd"], "yes" if p["recommended"] else "")
+            for p in found["proxies"]
+        ]  # fmt: skip
+        parts += ["## Proxies", "tau and rho against the long training, with 90% intervals of the bootstrap."]
+        parts += [table(head, rows)]
         if not any(p["recommended"] for p in found["proxies"]):
             parts.append(f"None has a tau of {AGREES} with an interval above 0: train longer, or rank more cells.")
-    parts += ["## Cost", table("stage | runs | device time", [
+    rows = [
         (c["stage"], c["runs"], f"{value:.2f} {key.replace('_', '-')}")
         for c in found["cost"] for key, value in c.items() if key.endswith("hours")
-    ])]  # fmt: skip
+    ]  # fmt: skip
+    parts += ["## Cost", table("stage | runs | device time", rows)]
     parts += [f"The stage {stage} was stopped: {reason}." for stage, reason in found["stopped"].items()]
     if found["failures"]:
-        parts += [
-            "## Failures",
-            table("trial | its last words", [(f["trial"], f["reason"]) for f in found["failures"]]),
-        ]
+        parts += ["## Failures", table("trial | its last words", [f.values() for f in found["failures"]])]
     parts += ["## Genotypes", "\n".join(f"- {row['cell']}: `{row['genotype']}`" for row in found["cells"])]
     return "\n\n".join(parts) + "\n"
 

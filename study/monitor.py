@@ -1,7 +1,6 @@
 """Displays a running study, and has the rules that end a stage before its last trial.
 
-Every event is a record of events.jsonl in the study's directory, the only place that has the order in which trials
-ended.
+Every event is a record of the study's events.jsonl, the only place that has the order in which trials ended.
 """
 
 import json
@@ -9,9 +8,10 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Group
 from rich.live import Live
@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from experiment import metrics
 from experiment.run_directory import Run, append
-from study import jobs
-from study.jobs import Job
+from study.jobs import Job, last_line
 
 HALTING = ("failures", "budget")  # These reasons end the whole study, and others only a stage.
 FEW = 10  # The share of failed trials is judged once this many have ended.
@@ -34,64 +33,55 @@ MEANING = {
 }
 
 
-class Rules(NamedTuple):
-    """These rules stop a stage; 0 disables a rule.
+def reason_to_stop(
+    values: Sequence[float], failed: int, allowed: int, hours: float, converged: int = 0, budget_hours: float = 0.0
+) -> str:
+    """Returns why a stage should end now, or "" if it should not.
 
-    `converged` is a number of trials without a better one, and `budget_hours` is device time in hours.
-    """
-
-    converged: int = 0
-    budget_hours: float = 0.0
-
-    def reason(self, values: Sequence[float], failed: int, allowed: int, hours: float) -> str:
-        """Returns why a stage should end now, or "" if it should not.
-
-        The reason is "failures" if more than a third of the `allowed` trials failed, or more than a fifth of at least
-        `FEW` that have ended; "budget" if `hours` reach the budget; and "converged" if the last M = `converged` trials
-        have no new best and a smaller standard deviation than the M before them.
-
-        Args:
-            values: validation perplexities of the trials that are done, in the order in which they ended.
-            failed: the number of trials that failed.
-            allowed: the number of trials of the stage.
-            hours: device time of the study so far.
-        """
-        ended, M = len(values) + failed, self.converged
-        if failed > allowed / 3 or (ended >= FEW and failed > ended / 5):
-            return "failures"
-        if 0 < self.budget_hours <= hours:
-            return "budget"
-        if M > 1 and len(values) >= 2 * M:
-            before, last = values[:-M], values[-M:]
-            if min(last) >= min(before) and stdev(last) < stdev(before[-M:]):
-                return "converged"
-        return ""
-
-
-class Monitor:
-    """Counts, logs and displays the events of the trials of a stage.
+    The reason is "failures" if more than a third of the `allowed` trials failed, or more than a fifth of at least
+    `FEW` that have ended; "budget" if `hours` reach `budget_hours`; and "converged" if the last M = `converged` trials
+    have no new best and a smaller standard deviation than the M before them. 0 disables either of the last two rules.
 
     Args:
-        run: the directory and the log of the study.
-        todo: the jobs of the stage.
-        expected: predicted seconds of each job, by name.
-        parallel: how many trials run at a time.
-        hours: device time, in hours, that the study has used in other stages.
-        devices: the GPUs or cores that one trial occupies.
-        quiet: neither log nor record events.
+        values: validation perplexities of the trials that are done, in the order in which they ended.
+        failed: the number of trials that failed.
+        allowed: the number of trials of the stage.
+        hours: device time of the study so far.
     """
+    ended, M = len(values) + failed, converged
+    if failed > allowed / 3 or (ended >= FEW and failed > ended / 5):
+        return "failures"
+    if 0 < budget_hours <= hours:
+        return "budget"
+    if M > 1 and len(values) >= 2 * M:
+        before, last = values[:-M], values[-M:]
+        if min(last) >= min(before) and stdev(last) < stdev(before[-M:]):
+            return "converged"
+    return ""
 
-    def __init__(
-        self, run: Run, todo: Sequence[Job], expected: Mapping[str, float], parallel: int, rules: Rules | None = None,
-        hours: float = 0.0, devices: float = 0.0, quiet: bool = False,
-    ):  # fmt: skip
-        self.run, self.todo, self.expected, self.parallel = run, todo, expected, parallel
-        self.rules, self.hours_elsewhere, self.devices = rules or Rules(), hours, devices
-        self.quiet = quiet
+
+@dataclass(eq=False)
+class Monitor:
+    """Counts, logs and displays the events of the trials of a stage."""
+
+    run: Run  # It has the directory and the log of the study.
+    todo: Sequence[Job]  # These are the jobs of the stage.
+    expected: Mapping[str, float]  # Values are the predicted seconds of each job, by name.
+    parallel: int  # So many trials run at a time.
+    converged: int = 0  # This and the next are the rules of `reason_to_stop`.
+    budget_hours: float = 0.0
+    hours_elsewhere: float = 0.0  # This is the device time, in hours, that the study has used in other stages.
+    devices: float = 0.0  # One trial occupies so many GPUs or cores.
+    quiet: bool = False  # A quiet monitor neither logs nor records events.
+
+    def __post_init__(self) -> None:
+        run, todo = self.run, self.todo
         self.running: dict[str, tuple[int, float]] = {}  # Values are (epoch, validation perplexity).
         self.work = {job.name: metrics.seconds(run.folder / job.name) for job in todo}
         self.failures: set[str] = set()
-        repair_jsonl(run.folder / metrics.EVENTS)
+        events = run.folder / metrics.EVENTS
+        if events.exists() and events.read_bytes()[-1:] not in (b"", b"\n"):
+            append(events, "\n")  # A full disk left the last line incomplete; the next record needs a line of its own.
         over = {job.name for job in todo if job.is_done(run.folder)}
         ended = [event for event in metrics.events(run.folder) if event["event"] in ("done", "halved")]
         self.over = {event["trial"]: event for event in ended if event["trial"] in over}
@@ -131,7 +121,7 @@ class Monitor:
         """Records that the trial failed and will not be retried."""
         self.running.pop(job.name, None)
         self.failures.add(job.name)
-        reason = jobs.last_line(self.output(job))
+        reason = last_line(job.output(self.run.folder))
         self.record(job, "failed", reason=reason)
         self.log(f"{job.name}: failed ({reason}) | {self.counts()}")
 
@@ -145,12 +135,11 @@ class Monitor:
             return  # Its end is recorded already; halving only replayed its epochs.
         if job.is_done(self.run.folder):
             self.work[job.name] = metrics.seconds(self.run.folder / job.name)
-            event = self.close(job)
         elif self.reason() or not epoch:
             return
         else:
             self.run.write(f"{job.name}/halved.json", {"epoch": epoch, "valid_ppl": valid_ppl})
-            event = self.close(job)
+        event = self.close(job)
         what = f"halved at epoch {epoch}, " if event["event"] == "halved" else ""
         self.log(f"{job.name}: {what}valid ppl {event['valid_ppl']:.2f} | {self.counts()}")
 
@@ -161,9 +150,6 @@ class Monitor:
         event = self.record(job, "halved" if halved else "done", valid_ppl=(halved or found)["valid_ppl"])
         self.over[job.name] = event
         return event
-
-    def output(self, job: Job) -> Path:
-        return self.run.folder / f"{job.name}.out"
 
     def record(self, job: Job, event: str, **more: Any) -> dict[str, Any]:
         """Appends an event to events.jsonl, unless the monitor is quiet, and returns it."""
@@ -187,21 +173,21 @@ class Monitor:
         return self.hours_elsewhere + sum(self.work.values()) * self.devices / 3600
 
     def reason(self) -> str:
-        """Returns why no further trial should run, or "" while trials should run; see `Rules.reason`."""
-        return self.rules.reason(self.values(), len(self.failures), len(self.todo), self.hours())
+        """Returns why no further trial should run, or "" while trials should run; see `reason_to_stop`."""
+        counts = (len(self.failures), len(self.todo))
+        return reason_to_stop(self.values(), *counts, self.hours(), self.converged, self.budget_hours)
 
     def seconds_left(self) -> float:
         """Returns the predicted seconds until the stage ends.
 
         Predictions are scaled by the ratio of actual to predicted time of the trials that are done.
         """
-        done = [job.name for job in self.todo if job.name in self.over and self.over[job.name]["event"] == "done"]
+        left = {name: seconds for name, seconds in self.expected.items() if name not in self.over}
+        done = [name for name in self.expected if name not in left and self.over[name]["event"] == "done"]
         foreseen = sum(self.expected[name] for name in done)
         pace = sum(self.work[name] for name in done) / foreseen if foreseen else 1.0
-        left = [
-            max(0.0, pace * self.expected[j.name] - self.work[j.name]) for j in self.todo if j.name not in self.over
-        ]
-        return max(sum(left) / self.parallel, max(left, default=0.0))
+        rest = [max(0.0, pace * seconds - self.work[name]) for name, seconds in left.items()]
+        return max(sum(rest) / self.parallel, max(rest, default=0.0))
 
     def counts(self) -> str:
         """Returns one line with the progress of the stage."""
@@ -243,9 +229,3 @@ def sparks(values: Sequence[float]) -> str:
 def log_event(study: Path, **record: Any) -> None:
     """Appends an event to events.jsonl with the current time."""
     append(study / metrics.EVENTS, json.dumps({"at": time.time(), **record}) + "\n")
-
-
-def repair_jsonl(path: Path) -> None:
-    """Ends an incomplete last line, which a full disk leaves, so that the next record begins on its own line."""
-    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
-        append(path, "\n")

@@ -90,24 +90,21 @@ def has_gpus() -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
-def run_all(
-    todo: Sequence[Job], study: Path, share: Resources, parallel: int, retries: int, board: Monitor, halving: int = 0
-) -> None:
-    """Runs the jobs, `parallel` at a time, and restarts each up to `retries` times if its process or machine dies.
+def run_all(todo: Sequence[Job], board: Monitor, share: Resources, retries: int, halving: int = 0) -> None:
+    """Runs the jobs, `board.parallel` at a time, and restarts each whose process or machine dies up to `retries` times.
 
     If `halving` is not 0, it is the number of epochs of each job, and successive halving (ASHA, Li et al. 2020) ends
     the worse trials early.
     """
     # max_t is out of reach, because ASHA would end a trial there before its result is written.
     scheduler = ASHAScheduler("epoch", "valid_ppl", "min", max_t=halving + 1, reduction_factor=3) if halving else None
-    study = study.absolute()  # Ray's processes have another working directory.
+    study = board.run.folder.absolute()  # Ray's processes have another working directory.
     one = partial(run_one, todo, study, Path.cwd(), share, halving)
-    trial = tune.with_resources(one, {"cpu": share.cpus, "gpu": share.gpus})
     with TemporaryDirectory(prefix="tune-", dir=study) as storage:
         tune.Tuner(
-            trial,
+            tune.with_resources(one, {"cpu": share.cpus, "gpu": share.gpus}),
             param_space={"index": tune.grid_search(list(range(len(todo))))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=parallel, scheduler=scheduler, reuse_actors=False),
+            tune_config=tune.TuneConfig(max_concurrent_trials=board.parallel, scheduler=scheduler, reuse_actors=False),
             run_config=tune.RunConfig(
                 name="trials", storage_path=storage, verbose=0, callbacks=[Told(todo, board)], stop=Stop(board),
                 failure_config=tune.FailureConfig(max_failures=retries),
@@ -124,7 +121,7 @@ def run_one(todo: Sequence[Job], study: Path, directory: Path, share: Resources,
         if record["epoch"] != halving:  # ASHA cannot save time after the last epoch.
             tune.report({"epoch": record["epoch"], "valid_ppl": record["valid_ppl"], "work_seconds": record["seconds"]})
 
-    jobs.run(todo[config["index"]], study, directory, share.threads, report)
+    jobs.run(todo[config["index"]], study, directory, max(1, int(share.cpus)), report)
 
 
 class Told(tune.Callback):

@@ -6,14 +6,16 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 import data
 from experiment import metrics
 from experiment.run_directory import Run
-from study import cost, jobs, ray_backend
+from study import cost, ray_backend
 from study.cost import Resources
-from study.jobs import Job
+from study.jobs import Job, last_line
 from study.leaderboard import SHARE
-from study.monitor import HALTING, MEANING, Monitor, Rules, log_event
+from study.monitor import HALTING, MEANING, Monitor, log_event
 from utils import RunError
 
 PACES = "paces.json"
@@ -33,10 +35,8 @@ class StudyRunner:
         self.share = Resources(args.cpus_per_trial, float(ray_backend.has_gpus()) if gpus is None else gpus)
         max_concurrent_trials = ray_backend.max_concurrent_trials(self.share)
         if max_concurrent_trials < 1:
-            raise RunError(
-                f"--cpus_per_trial {self.share.cpus:g} --gpus_per_trial {self.share.gpus:g}: no machine has so much;"
-                " ask for less"
-            )
+            asked = f"--cpus_per_trial {self.share.cpus:g} --gpus_per_trial {self.share.gpus:g}"
+            raise RunError(f"{asked}: no machine has so much; ask for less")
         self.parallel = min(args.parallel or sys.maxsize, max_concurrent_trials)
         for left in run.folder.glob("tune-*"):  # A driver that was killed leaves these.
             shutil.rmtree(left, ignore_errors=True)
@@ -53,18 +53,17 @@ class StudyRunner:
         kinds = {cost.kind(job): job for job in todo}
         unknown = [kind for kind in kinds if key + kind not in known]
         new = {kind: cost.probe(kinds[kind], f"probe/{i}") for i, kind in enumerate(unknown)}
-        company = [job._replace(name=f"{job.name}-{i}") for i in range(self.parallel) for job in new.values()]
         if new:
             self.run.log(f"measuring how long a step takes, {len(new)} kinds of runs")
             shutil.rmtree(self.run.folder / "probe", ignore_errors=True)
             # Extra probes load the machine as the study will.
-            probes = [*new.values(), *company[: max(0, self.parallel - len(new))]]
-            board = Monitor(self.run, probes, {job.name: 0.0 for job in probes}, self.parallel, quiet=True)
-            with board:
-                self.run_all(probes, board)
+            extra = [job._replace(name=f"{job.name}-{i}") for i in range(self.parallel) for job in new.values()]
+            probes = [*new.values(), *extra[: max(0, self.parallel - len(new))]]
+            with Monitor(self.run, probes, {job.name: 0.0 for job in probes}, self.parallel, quiet=True) as board:
+                ray_backend.run_all(probes, board, self.share, self.args.retries)
             for job in probes:
                 if job.name in board.failures:
-                    raise RunError(f"{job.name} failed: {jobs.last_line(board.output(job))}")
+                    raise RunError(f"{job.name} failed: {last_line(job.output(self.run.folder))}")
                 if not job.is_done(self.run.folder):
                     raise KeyboardInterrupt  # Ray swallowed it, and left the probe unfinished.
             known |= {key + kind: cost.read(self.run.folder / job.name) for kind, job in new.items()}
@@ -73,39 +72,57 @@ class StudyRunner:
         self.paces = {kind: cost.Timing(*known[key + kind]) for kind in kinds}
 
     def plan(self, stages: Mapping[str, Sequence[Job]], whole: Job) -> str:
-        """Returns the plan of the stages with its cost, as text. `whole` is one full training, for comparison."""
+        """Returns the cost of the stages as a table for the user, and compares it with `whole`, one full training."""
         self.measure([whole, *(job for todo in stages.values() for job in todo)])
-        entries = [
-            cost.entry(stage, todo, self.run.folder, self.corpus, self.paces, self.parallel)
-            for stage, todo in stages.items()
-        ]
+        hours = f"{self.share.unit}-hours"
+        lines = [f"{'stage':<10}{'trials':>8}{'done':>6}{'steps':>12}{'s/step':>9}{hours:>12}{'wall clock':>13}"]
+        work, wall = [], []  # Both are seconds of each stage; the second is with several trials at a time.
+        for stage, todo in stages.items():
+            left = [self.rest(job) for job in self.pending(todo)]
+            work.append(sum(seconds for seconds, _ in left))
+            wall.append(cost.makespan((seconds for seconds, _ in left), self.parallel))
+            steps = sum(n for _, n in left)
+            pace = f"{work[-1] / steps:.3g}" if steps else ""
+            lines.append(
+                f"{stage:<10}{len(todo):>8}{len(todo) - len(left):>6}{steps:>12,}{pace:>9}"
+                f"{work[-1] * self.share.devices / 3600:>12.2f}{tqdm.format_interval(wall[-1]):>13}"
+            )
         full = cost.seconds(whole, self.corpus, self.paces)
-        return cost.text(entries, self.parallel, self.share, full)
+        multiple = f", {sum(work) / full:.1f} times one training in full" if full else ""
+        lines.append(
+            f"in all {sum(work) * self.share.devices / 3600:.2f} {hours}{multiple}; {tqdm.format_interval(sum(wall))}"
+            f" with {self.parallel} trial{'s' if self.parallel > 1 else ''} at a time"
+            " (without starting processes and compiling)"
+        )
+        return "\n".join(lines)
 
-    def run_all(self, todo: Sequence[Job], board: Monitor, halving: int = 0) -> None:
-        """Runs the jobs on Ray; see `ray_backend.run_all`."""
-        ray_backend.run_all(todo, self.run.folder, self.share, self.parallel, self.args.retries, board, halving)
+    def rest(self, job: Job) -> tuple[float, int]:
+        """Returns the seconds and the steps that a job still takes, which may have begun but is not done."""
+        whole = cost.seconds(job, self.corpus, self.paces)
+        rest = max(0.0, whole - metrics.seconds(self.run.folder / job.name))
+        return rest, round(cost.steps(job, self.corpus) * rest / whole) if whole else 0
 
     def pending(self, todo: Sequence[Job]) -> list[Job]:
         """Returns the jobs that are neither done nor halved."""
         return [job for job in todo if not job.is_done(self.run.folder)]
 
-    def run_stage(self, stage: str, todo: Sequence[Job], halving: int = 0) -> bool:
+    def run_stage(self, stage: str, todo: Sequence[Job]) -> bool:
         """Runs the jobs that are not done and returns whether the study continues with its next stage.
 
-        `halving` is described at `ray_backend.run_all`. Sets `interrupted` if jobs remain for no recorded reason.
+        Sets `interrupted` if jobs remain for no recorded reason.
         """
+        halving = self.args.select_epochs if stage == "select" and self.args.halving else 0
         expected = {job.name: cost.seconds(job, self.corpus, self.paces) for job in todo}
-        rules = Rules(self.args.converged if stage == "select" else 0, self.args.budget_hours)
+        rules = (self.args.converged if stage == "select" else 0, self.args.budget_hours)
         elsewhere = {path.parent for path in self.run.folder.glob("*/**/metrics.jsonl")}
         elsewhere -= {self.run.folder / job.name for job in todo}
         hours = sum(map(metrics.seconds, elsewhere)) * self.share.devices / 3600
-        with Monitor(self.run, todo, expected, self.parallel, rules, hours, self.share.devices) as board:
+        with Monitor(self.run, todo, expected, self.parallel, *rules, hours, self.share.devices) as board:
             left = self.pending(todo)
             if left and not board.reason():
                 self.run.log(f"{stage}: {len(todo)} trials, {len(left)} to run")
                 # Halving compares with the trials that have ended, so they are replayed.
-                self.run_all(todo if halving else left, board, halving)
+                ray_backend.run_all(todo if halving else left, board, self.share, self.args.retries, halving)
             left = self.pending(todo)
             reason = board.reason() if left else ""
         self.interrupted = not reason and any(job.name not in board.failures for job in left)

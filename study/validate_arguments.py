@@ -17,13 +17,10 @@ from study.arguments import STAGE_FLAGS, requested_stages
 from study.design import METHODS, RANDOM, Cell, Study, label
 from study.jobs import Job
 
-QUOTED = {
-    "baseline": "train_flags", "proxy": "train_flags", "search": "search_flags", "select": "select_flags",
-    "retrain": "train_flags",
-}  # fmt: skip
 CONFIG = "study.json"
 EPHEMERAL_FLAGS = {"help", "stage", "study", "resume", "dry_run", "address"}
-LEAST = {"proxy_reference": 0, "top": 1, "proxy_emsize": 1, "proxy_tokens": 1}
+# The study sets these flags itself, so the quoted flags that a user gives for the scripts must not contain them.
+RESERVED_FLAGS = "save resume data arch epochs seed test overfit finetune search_split unrolled".split()
 
 
 def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
@@ -33,12 +30,8 @@ def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
     """
     found = metrics.read_json(folder / CONFIG) or {}
     flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in EPHEMERAL_FLAGS}
-    if (
-        not isinstance(flags, dict)
-        or flags.keys() != actions.keys()
-        or not all(fits(actions[name], flags[name]) for name in flags)
-        or "sha256" not in found
-    ):
+    complete = isinstance(flags, dict) and flags.keys() == actions.keys() and "sha256" in found
+    if not complete or not all(fits(actions[name], flags[name]) for name in flags):
         parser.refuse([f"--study: {folder / CONFIG} is damaged or of an earlier version; start another study"])
     return found
 
@@ -54,7 +47,7 @@ def number_faults(args: Namespace) -> list[str]:
     """Returns a fault for each number that is out of its range or contradicts another flag."""
     found = []
     for name, value in vars(args).items():
-        least = LEAST.get(name, 1 if name.endswith(("epochs", "seeds", "top")) else 0)
+        least = 1 if name.endswith(("epochs", "seeds", "emsize", "tokens", "top")) else 0
         for number in value if isinstance(value, list) else [value]:
             if type(number) in (int, float) and not least <= number < validate_arguments.LARGEST:
                 found.append(f"--{name} {number}: must be at least {least} and below {validate_arguments.LARGEST:,}")
@@ -73,10 +66,10 @@ def number_faults(args: Namespace) -> list[str]:
 
 
 def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[str]:
-    """Returns the faults of flags that conflict with a study that has begun.
+    """Returns the faults of flags that conflict with a study that has begun; `config` is the content of study.json.
 
-    A requested stage that has begun needs --resume (or --dry_run), and a flag that shapes such a stage must keep the
-    value in `config`, the content of study.json.
+    A requested stage that has begun needs --resume (or --dry_run), and a flag that shapes such a stage must keep its
+    value.
     """
     begun = [stage for stage in STAGE_FLAGS if (folder / stage).exists()]
     again = [stage for stage in requested_stages(args) if stage in begun]
@@ -103,11 +96,8 @@ def text_faults(args: Namespace) -> list[str]:
             found.append(f"--{name}: {error}; close the quotes")
             continue
         given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-        found += [
-            f"--{name}: --{taken} is the study's to set; leave it out"
-            for taken in cost.RESERVED_FLAGS
-            if taken in given
-        ]
+        reserved = [flag for flag in RESERVED_FLAGS if flag in given]
+        found += [f"--{name}: --{flag} is the study's to set; leave it out" for flag in reserved]
         if name == "search_flags" and args.search_split == "train":
             found += [
                 f"--search_flags: --{word} looks at valid.txt, which --search_split train keeps for selecting"
@@ -137,20 +127,18 @@ def missing_faults(study: Study) -> list[str]:
     return []
 
 
-def job_faults(
-    parser: arguments.Parser, study: Study, stages: Sequence[str], corpus: data.Corpus | None = None
-) -> list[str]:
+def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None = None) -> list[str]:
     """Returns the faults that train.py and train_search.py would report for the jobs of these stages.
 
     Without a corpus, the flags are validated. With one, only the lengths of its texts are.
     """
     found: dict[str, None] = {}
     for stage in stages:
-        flag = QUOTED[stage]
+        flag = f"{stage}_flags" if stage in ("search", "select") else "train_flags"
         for job in planned(study, stage):
             script = cost.SCRIPTS[job.script]
             of_script = script.build_parser()
-            of_script.prog = f"{parser.prog}: --{flag}"
+            of_script.prog = f"trials.py: --{flag}"
             args = of_script.parse_args([*job.flags, "--save", str(study.folder / "new")])
             arguments.complete(args, stage)
             if corpus is not None:

@@ -8,7 +8,7 @@ import pytest
 from experiment.metrics import EVENTS, events
 from experiment.run_directory import Run
 from study.jobs import Job
-from study.monitor import Monitor, Rules, sparks
+from study.monitor import Monitor, reason_to_stop, sparks
 
 FALLING = [9.0, 7.0, 5.0, 4.0, 3.0, 2.0]
 STILL = [2.0, 9.0, 5.0, 4.0, 4.1, 4.2]
@@ -17,23 +17,23 @@ STILL = [2.0, 9.0, 5.0, 4.0, 4.1, 4.2]
 @pytest.mark.parametrize(
     ("rules", "values", "failed", "allowed", "hours", "reason"),
     [
-        (Rules(), FALLING, 0, 6, 1e9, ""),
-        (Rules(), [], 2, 6, 0, ""),  # Exactly a third of the allowed trials failed, which is not enough.
-        (Rules(), [], 3, 6, 0, "failures"),
-        (Rules(), [1.0] * 7, 2, 100, 0, ""),  # The nine trials that ended are too few to judge.
-        (Rules(), [1.0] * 8, 2, 100, 0, ""),  # Exactly a fifth of the trials failed, which is not enough.
-        (Rules(), [1.0] * 8, 3, 100, 0, "failures"),
-        (Rules(budget_hours=2), [], 0, 6, 1.9, ""),
-        (Rules(budget_hours=2), [], 0, 6, 2.0, "budget"),
-        (Rules(converged=3), FALLING, 0, 6, 0, ""),  # The trials still improve.
-        (Rules(converged=3), STILL, 0, 6, 0, "converged"),
-        (Rules(converged=3), STILL[:5], 0, 6, 0, ""),  # There are fewer than 2 * 3 values.
-        (Rules(converged=3), [2.0, 4.0, 4.1, 4.2, 5.0, 9.0], 0, 6, 0, ""),  # The standard deviation grows.
-        (Rules(converged=3, budget_hours=1), STILL, 3, 6, 2, "failures"),
+        ({}, FALLING, 0, 6, 1e9, ""),
+        ({}, [], 2, 6, 0, ""),  # Exactly a third of the allowed trials failed, which is not enough.
+        ({}, [], 3, 6, 0, "failures"),
+        ({}, [1.0] * 7, 2, 100, 0, ""),  # The nine trials that ended are too few to judge.
+        ({}, [1.0] * 8, 2, 100, 0, ""),  # Exactly a fifth of the trials failed, which is not enough.
+        ({}, [1.0] * 8, 3, 100, 0, "failures"),
+        ({"budget_hours": 2}, [], 0, 6, 1.9, ""),
+        ({"budget_hours": 2}, [], 0, 6, 2.0, "budget"),
+        ({"converged": 3}, FALLING, 0, 6, 0, ""),  # The trials still improve.
+        ({"converged": 3}, STILL, 0, 6, 0, "converged"),
+        ({"converged": 3}, STILL[:5], 0, 6, 0, ""),  # There are fewer than 2 * 3 values.
+        ({"converged": 3}, [2.0, 4.0, 4.1, 4.2, 5.0, 9.0], 0, 6, 0, ""),  # The standard deviation grows.
+        ({"converged": 3, "budget_hours": 1}, STILL, 3, 6, 2, "failures"),
     ],
 )
 def test_rules_stop_a_stage_for_failures_budget_or_convergence(rules, values, failed, allowed, hours, reason):
-    assert rules.reason(values, failed, allowed, hours) == reason
+    assert reason_to_stop(values, failed, allowed, hours, **rules) == reason
 
 
 def finish(folder, name, valid_ppl, seconds=10.0):
@@ -52,7 +52,7 @@ def todo():
 def test_monitor_counts_and_records_the_events_of_a_stage(tmp_path, todo):
     run = Run(tmp_path / "study")
     expected = {job.name: 20.0 for job in todo}
-    monitor = Monitor(run, todo, expected, 2, Rules(budget_hours=1), hours=0.5, devices=2)
+    monitor = Monitor(run, todo, expected, 2, budget_hours=1, hours_elsewhere=0.5, devices=2)
     assert monitor.seconds_left() == 40  # The work takes 80 seconds, with two trials at a time.
     monitor.started(todo[0])
     monitor.started(todo[1])
@@ -113,7 +113,7 @@ def test_halved_trial_is_done_and_has_no_value(tmp_path, todo):
 
 def test_trial_ended_with_its_stage_is_not_halved(tmp_path, todo):
     run = Run(tmp_path / "study")
-    monitor = Monitor(run, todo, {}, 2, Rules(budget_hours=1), hours=2, devices=1)
+    monitor = Monitor(run, todo, {}, 2, budget_hours=1, hours_elsewhere=2, devices=1)
     (run.folder / todo[0].name).mkdir(parents=True)
     monitor.started(todo[0])
     monitor.ended(todo[0])

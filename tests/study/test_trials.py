@@ -53,7 +53,8 @@ class SerialRunner:
     def __init__(self):
         self.ran, self.fails = [], set()
 
-    def run_all(self, todo, study, share, parallel, retries, board, halving=0):
+    def run_all(self, todo, board, share, retries, halving=0):
+        study = board.run.folder
         for job in todo:
             if board.reason():
                 return

@@ -144,3 +144,8 @@ def as_genotype(value: Any) -> Genotype | None:
 def edges(nodes: int) -> Iterable[tuple[int, int]]:
     """Returns the (predecessor, node) pairs in the order of the alphas' edges."""
     return ((j, i) for i in range(1, nodes + 1) for j in range(i))
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """Returns at most `most` indices of `count` records, evenly chosen and with the last one among them."""
+    return np.unique(np.linspace(0, count - 1, most).round().astype(int))

@@ -16,15 +16,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 FORMATS = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
 
 # The palette of Okabe & Ito remains distinguishable with the common colour blindnesses.
-COLOURS = {
-    "none": "#999999",
-    "tanh": "#0072B2",
-    "relu": "#D55E00",
-    "sigmoid": "#009E73",
-    "identity": "#CC79A7",
-}
+COLOURS = {"none": "#999999", "tanh": "#0072B2", "relu": "#D55E00", "sigmoid": "#009E73", "identity": "#CC79A7"}
 # Curves that do not stand for a primitive have these colours.
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BLUE, RED, GREEN, *_ = SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # A page in dark mode replaces these colours (report.html).
 INK, SOFT, GREY, PAPER, BOXES = "#222222", "#666666", "#B0B0B0", "#FFFFFF", "#EDF1F5"
 ON_COLOUR = "#FDFDFD"  # Text on a coloured area has this colour in dark mode too.

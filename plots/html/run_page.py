@@ -72,8 +72,7 @@ def run_pictures(history: History, result: dict | None, flags: dict) -> list[dic
     with suppress(PictureError):  # A retraining has no alphas.
         found.append(formation_picture(history))
     for name, figure in search_curves.figures(history).items():
-        title, note, *_ = search_curves.PICTURES[name]
-        found.append(picture(name, title, note, figure))
+        found.append(picture(name, *search_curves.NOTES[name], figure))
     if not history.genotypes and history.curve("epoch", "valid_ppl", 0)[0]:
         found.append(picture("training", "Validation", "", train_curves.train_figure([history])))
     return found

@@ -22,7 +22,8 @@ from matplotlib.path import Path as Curve
 from PIL import Image
 
 from genotypes import PRIMITIVES, Genotype
-from plots.run_history import History, edges, node_count
+from plots.cell_graph import add_box, add_text
+from plots.run_history import History, edges, evenly, node_count
 from plots.style import COLOURS, GREY, INK, PAPER, POINT, SMALL, SOFT, WIDTH, PictureError, whole
 
 OPS = PRIMITIVES[1:]
@@ -62,11 +63,8 @@ def states(alphas: np.ndarray, cells: Sequence[Genotype]) -> list[dict[str, floa
     return found
 
 
-def build(nodes: int, labels: Collection[str] = ()) -> tuple[Figure, dict[str, list[Artist]]]:
-    """Returns the figure with every part that may become visible, and the parts by gid.
-
-    Of the labels, the figure has only those whose gids are in `labels`.
-    """
+def build(nodes: int, labels: Collection[str]) -> tuple[Figure, dict[str, list[Artist]]]:
+    """Returns the figure with every arc, and the labels whose gids are in `labels`, and these parts by gid."""
     spacing = (WIDTH - 120) / nodes
     height = LANE * nodes + 120
     figure = Figure(figsize=(WIDTH / 96, height / 96), dpi=96, facecolor=PAPER)
@@ -74,27 +72,20 @@ def build(nodes: int, labels: Collection[str] = ()) -> tuple[Figure, dict[str, l
     axes.set_axis_off()
     parts: dict[str, list[Artist]] = {}
     for (j, i), op in product(edges(nodes), OPS):
-        start, end, top = j * spacing, i * spacing, LANE * (i - j) + 14
+        name, start, end, top = f"{j}-{i}-{op}", j * spacing, i * spacing, LANE * (i - j) + 14
         points = [(start, 0), (start, top * 4 / 3), (end, top * 4 / 3), (end, 0)]
         curve = Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
-        arc = patches.PathPatch(
-            curve, fill=False, edgecolor=COLOURS[op], linewidth=2.2 * POINT, gid=f"arc-{j}-{i}-{op}"
-        )
-        parts[arc.get_gid()] = [axes.add_patch(arc)]
-    for (j, i), op in product(edges(nodes), OPS):
-        if (gid := f"label-{j}-{i}-{op}") in labels:
-            x, y, wide = (i + j) / 2 * spacing, LANE * (i - j) + 14, len(op) * SMALL * 0.58 + 12
-            shape = patches.BoxStyle("Round", pad=0, rounding_size=9)
-            look = {"facecolor": PAPER, "edgecolor": COLOURS[op], "linewidth": 1.5 * POINT}
-            box = patches.FancyBboxPatch((x - wide / 2, y - 9), wide, 18, shape, gid=gid, zorder=3, **look)
-            word = axes.text(x, y, op, ha="center", va="center_baseline", fontsize=SMALL * POINT, zorder=4,
-                             color=INK, gid=f"{gid}-text")  # fmt: skip
-            parts[gid] = [axes.add_patch(box), word]
+        look = {"edgecolor": COLOURS[op], "linewidth": 2.2 * POINT, "gid": f"arc-{name}"}
+        parts[f"arc-{name}"] = [axes.add_patch(patches.PathPatch(curve, fill=False, **look))]
+        if (gid := f"label-{name}") in labels:
+            centre, wide = ((i + j) / 2 * spacing, top), len(op) * SMALL * 0.58 + 12
+            look = {"facecolor": PAPER, "edgecolor": COLOURS[op], "linewidth": 1.5 * POINT, "gid": gid}
+            box = add_box(axes, centre, wide, 18, 9, zorder=3, **look)
+            parts[gid] = [box, add_text(axes, centre, op, SMALL, zorder=4, gid=f"{gid}-text")]
     for i in range(nodes + 1):
         outline = {"facecolor": PAPER, "edgecolor": INK, "linewidth": 1.5 * POINT}
         axes.add_patch(patches.Circle((i * spacing, 0), RADIUS, zorder=5, gid=f"node-{i}", **outline))
-        axes.text(i * spacing, 0, node_name(i), ha="center", va="center_baseline", fontsize=(SMALL + 2) * POINT,
-                  style="italic", color=INK, zorder=6)  # fmt: skip
+        add_text(axes, (i * spacing, 0), node_name(i), SMALL + 2, style="italic", zorder=6)
     note = {"ha": "center", "color": SOFT}
     axes.text(0, -34, "from xₜ and hₜ₋₁", **note)
     axes.text(nodes / 2 * spacing, -34, f"hₜ is the mean of {node_name(1)} to {node_name(nodes)}", **note)
@@ -123,7 +114,7 @@ def frames(history: History) -> tuple[list[float], list[dict[str, float]]]:
     both = [k for k, when in enumerate(x) if when in cells and len(cells[when].recurrent) == history.nodes]
     if not both:
         raise PictureError(f"{history.folder}: no alphas of a search to animate; train_search.py writes them down")
-    few = np.array(both)[np.unique(np.linspace(0, len(both) - 1, MOST).round().astype(int))]
+    few = np.array(both)[evenly(len(both), MOST)]
     when = [x[k] for k in few]
     return when, states(alphas[few], [cells[x] for x in when])
 
@@ -190,10 +181,7 @@ def in_palette(image: Image.Image) -> Image.Image:
 
 
 def write_mp4(images: Iterable[Image.Image], path: Path) -> None:
-    """Writes a video with ffmpeg that pauses on its last frame.
-
-    Raises `PictureError` with the message of ffmpeg if that fails.
-    """
+    """Writes a video with ffmpeg that pauses on its last frame. Raises `PictureError` with its message if it fails."""
     frames = list(images)
     wide, high = (size // 2 * 2 for size in frames[0].size)  # The codec needs even sizes.
     command = ["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{wide}x{high}",

@@ -1,6 +1,5 @@
 """Defines the colours, sizes, axes and file formats that all pictures share."""
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,14 +74,6 @@ def whole(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def svg(figure: Figure) -> str:
-    """Returns the figure as an <svg> element for an HTML page."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
 
 
 def plot(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, colour: str, look: str = "-", **more) -> None:

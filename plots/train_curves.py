@@ -8,7 +8,6 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiment import metrics
 from plots.run_history import History
 from plots.style import GREY, INK, POINT, SERIES, SMALL, SOFT, PictureError, log_scale, new_figure, plot
 
@@ -16,12 +15,6 @@ from plots.style import GREY, INK, POINT, SERIES, SMALL, SOFT, PictureError, log
 ANCHORS = {300: 64.0, 500: 61.9, 1600: 59.5, 2600: 58.5, 3600: 58.2}
 HEIGHT, LINE = 400, 17  # The picture and a line of text have these heights in pixels.
 LOOKS = ("-", "--", ":", "-.")
-
-
-def on_penn(folder: Path) -> bool:
-    """Returns whether the flags in config.json say that the run read the whole of Penn Treebank."""
-    flags = (metrics.read_json(folder / "config.json") or {}).get("flags")
-    return isinstance(flags, dict) and flags.get("data") == "penn" and flags.get("limit_tokens") == 0
 
 
 def switch(history: History) -> float | None:
@@ -58,9 +51,9 @@ def train_figure(histories: Sequence[History]) -> Figure:
             axes.plot([when], after[:1], "D", color=colour, markersize=6, markeredgecolor=INK, gid=f"switch-{name}")
             switched = True
     end = max(history.end for history in histories)
-    if all(on_penn(history.folder) for history in histories):
-        draw_anchors(axes, end, (min(values), max(values)))
+    if all((run.flags.get("data"), run.flags.get("limit_tokens")) == ("penn", 0) for run in histories):  # all of PTB
         values += ANCHORS.values()
+        draw_anchors(axes, end, log(max(values)) - log(min(values)))
     axes.set_xlim(0, 1.02 * end)
     if max(values) > 1.5 * min(values):
         log_scale(axes)
@@ -76,19 +69,16 @@ def train_figure(histories: Sequence[History]) -> Figure:
     return figure
 
 
-def draw_anchors(axes: Axes, end: float, limits: tuple[float, float]) -> None:
+def draw_anchors(axes: Axes, end: float, span: float) -> None:
     """Draws a line for each published perplexity, and a cross at its epoch if the runs are that long.
 
-    The lines are labelled at their right end, where close lines share one label. `limits` are the lowest and the
-    highest perplexity of the runs.
+    The lines are labelled at their right end, where close lines share one label. `span` is the axis's height in nats.
     """
     for epochs, value in ANCHORS.items():
         axes.axhline(value, gid=f"anchor-{epochs}", color=GREY, linestyle=":", linewidth=POINT)
         if epochs <= end:
             axes.plot([epochs], [value], "x", color=SOFT, markersize=6, gid=f"reached-{epochs}")
-    least, most = min(limits[0], *ANCHORS.values()), max(limits[1], *ANCHORS.values())
-    # This is the height of a line of text on a log axis, in nats, which is more than on a linear axis.
-    line = 1.05 * (log(most) - log(least)) * LINE / HEIGHT
+    line = 1.05 * span * LINE / HEIGHT  # The height of a line of text on a log axis, more than on a linear axis.
     groups: list[list[int]] = []
     for epochs, value in ANCHORS.items():  # Perplexities are in descending order.
         last = groups[-1] if groups else []

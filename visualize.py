@@ -82,10 +82,7 @@ def draw(args: argparse.Namespace) -> Path:
 
 
 def report(args: argparse.Namespace) -> Path:
-    """Writes the HTML page and returns its path; with --watch, repeats that until the run is over or Ctrl-C.
-
-    Raises `PictureError`.
-    """
+    """Writes the HTML page, with --watch until the run is over or Ctrl-C, and returns its path. Raises `PictureError`."""
     from plots.html.page import is_over
     from plots.html.report import write
 

@@ -7,7 +7,7 @@ node j to node i is i - j lanes high, so that no two labels overlap: their posit
 import os
 import shutil
 import subprocess
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ from PIL import Image
 
 from genotypes import PRIMITIVES, Genotype
 from plots.cell_graph import add_box, add_text
-from plots.run_history import History, edges, evenly, node_count
+from plots.run_history import History, edges, evenly
 from plots.style import COLOURS, GREY, INK, PAPER, POINT, SMALL, SOFT, WIDTH, PictureError, whole
 
 OPS = PRIMITIVES[1:]
@@ -40,33 +40,29 @@ def states(alphas: np.ndarray, cells: Sequence[Genotype]) -> list[dict[str, floa
 
     An edge of the most likely cell has the opaque parts `arc-0-1-tanh` and `label-0-1-tanh`. Any other edge has the arc
     of its strongest primitive other than none, whose opacity grows with that primitive's probability.
-
-    Args:
-        alphas: probabilities (R, N(N+1)/2, K).
-        cells: the most likely cell of each of the R records.
+    `alphas` has the probabilities (R, N(N+1)/2, K), and `cells` the most likely cell of each record.
     """
     strength = alphas[..., 1:].max(-1)  # (R, edges)
     low, high = strength.min(), strength.max()
     share = (strength - low) / (high - low) if high > low else np.zeros_like(strength)
-    places = list(edges(node_count(alphas.shape[1])))
+    strongest = alphas[..., 1:].argmax(-1)
+    opacity = FAINT + (FULL - FAINT) * share
     found = []
-    for row, shares, cell in zip(alphas, share, cells, strict=True):
+    for k, cell in enumerate(cells):
         state = {}
-        for (j, i), probabilities, part in zip(places, row, shares, strict=True):
+        for edge, (j, i) in enumerate(edges(len(cell.recurrent))):
             op, kept = cell.recurrent[i - 1]
             if j == kept:
                 state[f"arc-{j}-{i}-{op}"] = state[f"label-{j}-{i}-{op}"] = 1.0
             else:
-                strongest = OPS[probabilities[1:].argmax()]
-                state[f"arc-{j}-{i}-{strongest}"] = FAINT + (FULL - FAINT) * float(part)
+                state[f"arc-{j}-{i}-{OPS[strongest[k, edge]]}"] = float(opacity[k, edge])
         found.append(state)
     return found
 
 
 def build(nodes: int, labels: Collection[str]) -> tuple[Figure, dict[str, list[Artist]]]:
     """Returns the figure with every arc, and the labels whose gids are in `labels`, and these parts by gid."""
-    spacing = (WIDTH - 120) / nodes
-    height = LANE * nodes + 120
+    spacing, height = (WIDTH - 120) / nodes, LANE * nodes + 120
     figure = Figure(figsize=(WIDTH / 96, height / 96), dpi=96, facecolor=PAPER)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-60, WIDTH - 60), ylim=(-50, height - 50))
     axes.set_axis_off()
@@ -97,18 +93,8 @@ def node_name(i: int) -> str:
     return "s" + str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
-def show(parts: Mapping[str, Sequence[Artist]], state: Mapping[str, float]) -> None:
-    """Makes exactly the parts in `state` visible, with their opacities."""
-    for gid, artists in parts.items():
-        for artist in artists:
-            artist.set(visible=gid in state, alpha=state.get(gid, 0.0))
-
-
 def frames(history: History) -> tuple[list[float], list[dict[str, float]]]:
-    """Returns the times and the states of at most `MOST` frames, evenly chosen and with the last one among them.
-
-    Raises `PictureError` if the run has no alphas with a genotype.
-    """
+    """Returns the times and the states of at most `MOST` frames. Raises `PictureError` if no alphas have a genotype."""
     x, alphas = history.probabilities
     cells = dict(history.genotypes)
     both = [k for k, when in enumerate(x) if when in cells and len(cells[when].recurrent) == history.nodes]
@@ -140,7 +126,9 @@ def draw_formation(folder: str | Path, path: str | Path) -> None:
 
     def images() -> Iterator[Image.Image]:
         for now, state in zip(x, found, strict=True):
-            show(parts, state)
+            for gid, artists in parts.items():
+                for artist in artists:
+                    artist.set(visible=gid in state, alpha=state.get(gid, 0.0))
             clock.set_text(f"{now:.1f} epochs" if history.unit == "epochs" else f"{now:.0f} steps")
             bar.set_data([left, left + WIDTH * now / (x[-1] or 1)], [top - 2, top - 2])
             canvas.draw()

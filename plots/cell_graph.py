@@ -126,10 +126,7 @@ def pill_width(op: str) -> float:
 
 
 def cell_figure(genotype: Genotype) -> Figure:
-    """Returns the drawing of a cell, with gids such as `node-2`, `edge-1-2-relu`, `label-2-relu` and `edge-2-output`.
-
-    Raises `GenotypeError`.
-    """
+    """Draws a cell whose parts have gids such as `node-2`, `edge-1-2-relu`, `label-2-relu`. Raises `GenotypeError`."""
     layout = layout_cell(genotype)
     left, top, right, bottom = layout.frame
     figure = Figure(figsize=((right - left) / 96, (bottom - top) / 96), dpi=96, facecolor="none")

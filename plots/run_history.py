@@ -19,10 +19,7 @@ KINDS = ("interval", "epoch", "diagnosis", "rollback")
 
 
 class History:
-    """A history holds the valid records of a run's metrics.jsonl, by kind and in the order of their steps.
-
-    Raises `PictureError` if there is none.
-    """
+    """Holds the valid records of a run's metrics.jsonl, by kind and by step. Raises `PictureError` if there is none."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -41,10 +38,7 @@ class History:
         self.end = self.when(max(record["step"] for record in chain(*self.records.values())))
 
     def when(self, step: int) -> float:
-        """Returns the time of a weight step in epochs, interpolated within an epoch and extrapolated after the last.
-
-        While no epoch is over, the time is in weight steps.
-        """
+        """Returns the time of a weight step in epochs, inter- or extrapolated, or in steps while no epoch is over."""
         if len(self.ends) == 1:
             return float(step)
         (*_, before, last) = self.ends
@@ -65,10 +59,7 @@ class History:
 
     @cached_property
     def probabilities(self) -> tuple[list[float], np.ndarray]:
-        """Returns the times of R records and their softmaxed alphas (R, N(N+1)/2, K).
-
-        Records whose alphas have another shape than the last one's are left out. R may be 0.
-        """
+        """Returns the times and softmaxed alphas (R, N(N+1)/2, K) of R >= 0 records, all of the last one's shape."""
         found = [(self.when(record["step"]), alphas) for record in self.of_search()
                  if (alphas := as_probabilities(record.get("probabilities"))) is not None]  # fmt: skip
         if not found:

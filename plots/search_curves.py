@@ -116,10 +116,7 @@ def run_panels(history: History) -> list[Panel]:
 
 
 def draw_panels(figure: Figure | SubFigure, history: History, panels: Sequence[Panel]) -> None:
-    """Draws panels three to a row with a common time axis, and a vertical line at each rollback.
-
-    Panels of the primitives share a legend.
-    """
+    """Draws panels three to a row with a common time axis, a line at each rollback, and a legend of any primitives."""
     columns = min(3, len(panels))
     grid = figure.subplots(ceil(len(panels) / columns), columns, squeeze=False, sharex=True)
     for axes, (title, unit, draw) in zip(grid.flat, panels, strict=False):

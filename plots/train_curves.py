@@ -51,7 +51,8 @@ def train_figure(histories: Sequence[History]) -> Figure:
             axes.plot([when], after[:1], "D", color=colour, markersize=6, markeredgecolor=INK, gid=f"switch-{name}")
             switched = True
     end = max(history.end for history in histories)
-    if all((run.flags.get("data"), run.flags.get("limit_tokens")) == ("penn", 0) for run in histories):  # all of PTB
+    # The anchors are of the whole of Penn Treebank.
+    if all((run.flags.get("data"), run.flags.get("limit_tokens")) == ("penn", 0) for run in histories):
         values += ANCHORS.values()
         draw_anchors(axes, end, log(max(values)) - log(min(values)))
     axes.set_xlim(0, 1.02 * end)
@@ -61,7 +62,7 @@ def train_figure(histories: Sequence[History]) -> Figure:
     axes.set_ylabel("validation perplexity, per word")
     if switched:
         axes.plot([], [], "D", color="none", markeredgecolor=INK, markersize=6, label="averaging from here on")
-    lines = [line for line in axes.lines if line.get_label() != f"_child{axes.lines.index(line)}"]
+    lines = [line for i, line in enumerate(axes.lines) if line.get_label() != f"_child{i}"]
     found = axes.legend(lines, [line.get_label() for line in lines], title="run: best", loc="upper left",
                         bbox_to_anchor=(1.01, 1), alignment="left")  # fmt: skip
     for text in found.get_texts():

@@ -61,8 +61,7 @@ def facts(history: History, link: Link) -> list[dict[str, str]]:
 def run_pictures(history: History) -> list[dict[str, Any]]:
     """Returns the pictures of a run that can be drawn from its records."""
     found = []
-    cell = cell_of(history)
-    if cell is not None:
+    if cell := cell_of(history):
         searched = "The cell that was found" if history.result else "The most likely cell so far"
         title = searched if history.genotypes else "The cell"
         found.append(picture("cell", title, "", cell_figure(cell), code=str(cell)))
@@ -88,16 +87,14 @@ def cell_of(history: History) -> Genotype | None:
 
 
 def formation_picture(history: History) -> dict[str, Any]:
-    """Returns the formation with the states of its frames for the page's script, without which the last frame shows.
-
-    Raises `PictureError` if there is nothing to animate.
-    """
+    """Returns the formation with the states of its frames. Raises `PictureError` if there is nothing to animate."""
     when, states = animation.frames(history)
     figure, _ = animation.build(history.nodes, {gid for state in states for gid in state})
-    found = picture("formation", "The formation", "Every edge fades with its probability; the most likely cell has "
-                    "labels.", figure)  # fmt: skip
+    note = "Every edge fades with its probability; the most likely cell has labels."
+    found = picture("formation", "The formation", note, figure)
 
     def seen(part: re.Match) -> str:
+        """Returns an id with the opacity in the last frame, which shows unless the page's script runs."""
         opacity = states[-1].get(part[1].removesuffix("-text"), 0)
         return f'{part[0]} style="opacity: {opacity:.2f}"'
 

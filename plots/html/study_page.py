@@ -19,10 +19,7 @@ from study.design import STAGES
 
 
 def study_page(folder: Path, link: Link) -> dict[str, Any]:
-    """Returns the variables of the template report.html, from a study's events and leaderboard.json if that exists.
-
-    Raises `PictureError` if no trial has begun.
-    """
+    """Returns the variables of the template report.html for a study. Raises `PictureError` if no trial has begun."""
     events = metrics.events(folder)
     if not events:
         raise PictureError(f"{folder}: no trial of this study has begun; python trials.py run --study {folder} begins")

@@ -82,7 +82,7 @@ def draw(args: argparse.Namespace) -> Path:
 
 
 def report(args: argparse.Namespace) -> Path:
-    """Writes the HTML page, with --watch until the run is over or Ctrl-C, and returns its path. Raises `PictureError`."""
+    """Writes the page, with --watch until the run is over or Ctrl-C, and returns its path. Raises `PictureError`."""
     from plots.html.page import is_over
     from plots.html.report import write
 

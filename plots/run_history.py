@@ -23,19 +23,15 @@ class History:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.records: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-        for record in metrics.records(self.folder):
-            if record["kind"] in KINDS and is_count(record.get("step")) and is_count(record.get("epoch")):
-                self.records[record["kind"]].append(record)
-        for records in self.records.values():
-            records.sort(key=lambda record: record["step"])
-        if not any(self.records.values()):
+        records = sorted(filter(is_valid, metrics.records(self.folder)), key=lambda record: record["step"])
+        if not records:
             what = "no metrics.jsonl with records; name a run directory of train_search.py or train.py"
             raise PictureError(f"{self.folder}: {what}")
+        self.records = {kind: [record for record in records if record["kind"] == kind] for kind in KINDS}
         ends = {record["epoch"]: record["step"] for record in self.records["epoch"] if record["step"] > 0}
         self.ends = [(0, 0), *sorted((step, epoch) for epoch, step in ends.items())]
         self.unit = "epochs" if len(self.ends) > 1 else "weight steps"
-        self.end = self.when(max(record["step"] for record in chain(*self.records.values())))
+        self.end = self.when(records[-1]["step"])
 
     def when(self, step: int) -> float:
         """Returns the time of a weight step in epochs, inter- or extrapolated, or in steps while no epoch is over."""
@@ -102,8 +98,10 @@ class History:
         return flags if isinstance(flags, dict) else {}
 
 
-def is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
+def is_valid(record: dict[str, Any]) -> bool:
+    """Returns whether a record of metrics.jsonl is of one of `KINDS` and has a step and an epoch."""
+    counts = (record.get("step"), record.get("epoch"))
+    return record["kind"] in KINDS and all(type(count) is int and 0 <= count < 2**53 for count in counts)
 
 
 def as_probabilities(value: Any) -> np.ndarray | None:

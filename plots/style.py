@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from matplotlib import style
@@ -31,9 +31,8 @@ class PictureError(ValueError):
     """Raised when a picture cannot be made; the message is one line for the user."""
 
 
-@contextmanager
-def plain_style() -> Iterator[None]:
-    """Applies matplotlib's default style with this module's settings inside the context.
+def plain_style() -> AbstractContextManager[None]:
+    """Returns a context that applies matplotlib's default style with this module's settings.
 
     The user's own matplotlibrc is ignored, because it may ask for other fonts or for TeX.
     """
@@ -44,8 +43,7 @@ def plain_style() -> Iterator[None]:
         "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
         "axes.linewidth": POINT, "lines.linewidth": 1.6 * POINT, "legend.frameon": False, "axes.facecolor": "none",
     }  # fmt: skip
-    with style.context(["default", look]):
-        yield
+    return style.context(["default", look])
 
 
 def new_figure(height: float) -> Figure:

@@ -108,8 +108,7 @@ def run_panels(history: History) -> list[Panel]:
         (history.probabilities[0], ("Entropy of the alphas", "nats", entropy)),
         (history.probabilities[0], ("Mean probability", "over all edges", mean_probabilities)),
         (history.genotypes, ("Primitives in the genotype", "nodes", shares)),
-        (history.curve("interval", "norm", 0)[0],
-         ("Gradient of the weights", "norm, before clipping", norms)),
+        (history.curve("interval", "norm", 0)[0], ("Gradient of the weights", "norm, before clipping", norms)),
         (rate(history)[0], ("Learning rate", "of a full segment", rates)),
     ]  # fmt: skip
     return [panel for recorded, panel in found if recorded]
@@ -121,10 +120,7 @@ def draw_panels(figure: Figure | SubFigure, history: History, panels: Sequence[P
     grid = figure.subplots(ceil(len(panels) / columns), columns, squeeze=False, sharex=True)
     for axes, (title, unit, draw) in zip(grid.flat, panels, strict=False):
         draw(axes, history)
-        axes.set_title(title)
-        axes.set_ylabel(unit)
-        axes.set_xlabel(history.unit)
-        axes.set_xlim(0, 1.02 * history.end)
+        axes.set(title=title, ylabel=unit, xlabel=history.unit, xlim=(0, 1.02 * history.end))
         axes.tick_params(labelbottom=True)
         for row in history.records["rollback"]:
             axes.axvline(history.when(row["step"]), color=RED, linestyle="--", linewidth=POINT, gid="rollback")
@@ -174,14 +170,10 @@ def draw_strip(figure: Figure | SubFigure, history: History, rows: Sequence[tupl
         if s.stop - s.start > 12 * pixel:
             look = {"fontsize": SMALL * POINT, "color": ON_COLOUR, "va": "center_baseline", "weight": "bold"}
             axes.text(s.start + 5 * pixel, s.node, str(s.predecessor), **look)
-    axes.set_xlim(0, end)
-    axes.set_ylim(nodes + 0.6, 0.4)
+    axes.set(xlim=(0, end), ylim=(nodes + 0.6, 0.4), xlabel=history.unit, ylabel="node", title="The genotype over time")
     axes.set_yticks(range(1, nodes + 1), [f"$s_{i}$" for i in range(1, nodes + 1)])
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(history.unit)
-    axes.set_ylabel("node")
-    axes.set_title("The genotype over time")
     key(figure, PRIMITIVES[1:], loc="outside lower center")
 
 

@@ -35,8 +35,7 @@ def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
         here = [(i, value) for i, (cell, value) in zip(order, done, strict=True) if cell.startswith(f"{method}-")]
         if here:
             axes.plot(*zip(*here, strict=True), mark, color=colour, markersize=7, label=method)
-    axes.set_xlabel("short trainings that ended")
-    axes.set_ylabel("validation perplexity, per word")
+    axes.set(xlabel="short trainings that ended", ylabel="validation perplexity, per word")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

@@ -55,11 +55,9 @@ def train_figure(histories: Sequence[History]) -> Figure:
     if all((run.flags.get("data"), run.flags.get("limit_tokens")) == ("penn", 0) for run in histories):
         values += ANCHORS.values()
         draw_anchors(axes, end, log(max(values)) - log(min(values)))
-    axes.set_xlim(0, 1.02 * end)
+    axes.set(xlabel="epochs", ylabel="validation perplexity, per word", xlim=(0, 1.02 * end))
     if max(values) > 1.5 * min(values):
         log_scale(axes)
-    axes.set_xlabel("epochs")
-    axes.set_ylabel("validation perplexity, per word")
     if switched:
         axes.plot([], [], "D", color="none", markeredgecolor=INK, markersize=6, label="averaging from here on")
     lines = [line for i, line in enumerate(axes.lines) if line.get_label() != f"_child{i}"]

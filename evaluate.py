@@ -27,23 +27,15 @@ from utils import DataError, batchify, choose_device
 
 def build_parser() -> arguments.Parser:
     parser = arguments.Parser("evaluate.py", "Perplexity of a checkpoint on a split of a corpus.")
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="best.pt or last.pt of a run of either script",
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run of either script")
     parser.add_argument(
         "--data",
         metavar="NAME|DIR",
-        help="penn, wikitext-2, builtin or a folder; words that the checkpoint does not know count as "
-        "<unk> (default: what it was trained on)",
+        help="penn, wikitext-2, builtin or a folder; words that the checkpoint does not know count as <unk> "
+        "(default: what it was trained on)",
     )
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="which text")
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="auto (CUDA where there is some), cpu, cuda or cuda:N",
-    )
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is some), cpu, cuda or cuda:N")
     return parser
 
 
@@ -53,16 +45,16 @@ def build_model(saved: dict) -> RNNModel:
     The model is built on the meta device and takes the checkpoint's own tensors, so that no memory is allocated for a
     size which the file merely claims. Raises `ValueError` or `TypeError` for a norm or a dtype that no run has.
     """
-    vocabulary, size = len(saved["words"]), saved["flags"]["emsize"]
+    vocabulary, flags = len(saved["words"]), saved["flags"]
     with torch.device("meta"):
         if saved["kind"] == "search":
-            norm = saved["flags"].get("norm", "batch")  # Older checkpoints lack the flag.
+            norm = flags.get("norm", "batch")  # Older checkpoints lack the flag.
             if norm not in NORMS:
                 raise ValueError("a norm that no run has")
-            model = RNNModelSearch(vocabulary, size, DropoutRates(), norm=norm)
+            model = RNNModelSearch(vocabulary, flags["emsize"], DropoutRates(), norm=norm)
         else:
             cell = cell_from_json(saved["genotype"])
-            model = retrain_model(vocabulary, size, DropoutRates(), cell, saved["flags"]["n_experts"])
+            model = retrain_model(vocabulary, flags["emsize"], DropoutRates(), cell, flags["n_experts"])
     if any(weight.dtype != torch.float32 for weight in saved["model"].values()):
         raise TypeError("weights that no run has")
     model.load_state_dict(saved["model"], assign=True)
@@ -73,13 +65,9 @@ def build_model(saved: dict) -> RNNModel:
 
 
 def reading(saved: dict, split: str) -> tuple[str, list[str], int, int]:
-    """Returns how the run of a checkpoint read a split: corpus, vocabulary, batch size B and segment length T.
-
-    Raises `ValueError` for values that no run writes.
-    """
-    name, words, batch_size, bptt = (
-        saved["flags"]["data"], saved["words"], saved["eval_batch_sizes"][split], saved["flags"]["bptt"],
-    )  # fmt: skip
+    """Returns how a run read a split: corpus, vocabulary, B and T. Raises `ValueError` for a value that no run has."""
+    name, words = saved["flags"]["data"], saved["words"]
+    batch_size, bptt = saved["eval_batch_sizes"][split], saved["flags"]["bptt"]
     if not (isinstance(name, str) and all(isinstance(word, str) for word in words) and min(batch_size, bptt) >= 1):
         raise ValueError("not what a run writes")
     return name, words, int(batch_size), int(bptt)
@@ -93,13 +81,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         saved = load(args.checkpoint)
         model = build_model(saved)
-        name, words, batch_size, bptt = reading(saved, args.split)
+        trained_on, words, batch_size, bptt = reading(saved, args.split)
         before = saved["sha256"][args.split]
     except CheckpointError as error:
         parser.refuse([str(error)])
     except UNREADABLE:  # The file is a dict with other content.
         parser.refuse([f"{args.checkpoint}: holds no model of this project"])
-    name = args.data or name
+    name = args.data or trained_on
     try:
         ids, sha256 = read_split(name, args.split, words)
         source = batchify(ids, batch_size)

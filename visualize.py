@@ -14,7 +14,6 @@ or interrupted, in a few seconds on a CPU. This needs matplotlib; the page also 
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,37 +40,36 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, words: str, argument: str, meaning: str, out: str, endings: str, many: bool = False) -> Parser:
+    its = "its directory"
+    for name, words, argument, meaning, out, endings in (
+        ("cell", "draw one recurrent cell", "ARCH",
+         "a published cell's name, random:SEED, a search's run directory, a genotype.json, or its text",
+         "cell.svg", f"{ENDINGS}, or .dot for graphviz"),
+        ("search", "draw a search: losses, alphas, genotype, signal", "RUN", its, "search.svg", ENDINGS),
+        ("formation", "animate how the cell of a search formed", "RUN", its, "formation.gif",
+         ".gif, or .mp4, which needs ffmpeg"),
+        ("train", "draw the validation curves of trainings", "RUN", "directories", "train.svg", ENDINGS),
+        ("study", "draw what the selection of a study found, trial by trial", "STUDY", its, "study.svg", ENDINGS),
+        ("report", "write one page about a run or a study", "DIR", its, None,
+         ".html; report.html in that directory if not given"),
+    ):  # fmt: skip
         command = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
-        command.add_argument("what", metavar=argument, nargs="+" if many else None, help=meaning)
+        command.add_argument("what", metavar=argument, nargs="+" if name == "train" else None, help=meaning)
         command.add_argument("--out", metavar="FILE", default=out, help=f"ends in {endings}; rewritten if it exists")
-        return command
-
-    add("cell", "draw one recurrent cell", "ARCH",
-        "a published cell's name, random:SEED, a search's run directory, a genotype.json, or its text",
-        "cell.svg", f"{ENDINGS}, or .dot for graphviz")  # fmt: skip
-    add("search", "draw a search: losses, alphas, genotype, signal", "RUN", "its directory", "search.svg", ENDINGS)
-    add("formation", "animate how the cell of a search formed", "RUN", "its directory", "formation.gif",
-        ".gif, or .mp4, which needs ffmpeg")  # fmt: skip
-    add("train", "draw the validation curves of trainings", "RUN", "directories", "train.svg", ENDINGS, many=True)
-    add("study", "draw what the selection of a study found, trial by trial", "STUDY", "its directory", "study.svg",
-        ENDINGS)  # fmt: skip
-    report = add("report", "write one page about a run or a study", "DIR", "its directory",
-                 None, ".html; report.html in that directory if not given")  # fmt: skip
-    report.add_argument(
-        "--watch", action="store_true", help="write it again while the run continues, and let the browser reload it"
-    )
+    watch = "write it again while the run continues, and let the browser reload it"
+    commands.choices["report"].add_argument("--watch", action="store_true", help=watch)
     return parser, commands.choices
 
 
 def draw(args: argparse.Namespace) -> Path:
     """Writes the picture that the command names and returns its path. Raises `GenotypeError` and `PictureError`."""
     out = Path(args.out)
-    if args.command == "cell" and out.suffix.lower() == ".dot":
-        out.write_text(cell_dot(resolve(args.what)), encoding="utf-8")
-    elif args.command == "cell":
+    if args.command == "cell":
         cell = resolve(args.what)
-        save(cell_figure(cell), out, str(cell))
+        if out.suffix.lower() == ".dot":
+            out.write_text(cell_dot(cell), encoding="utf-8")
+        else:
+            save(cell_figure(cell), out, str(cell))
     elif args.command == "search":
         save(whole_figure(History(args.what)), out, "search")
     elif args.command == "formation":
@@ -84,10 +82,7 @@ def draw(args: argparse.Namespace) -> Path:
 
 
 def report(args: argparse.Namespace) -> Path:
-    """Writes the HTML page and returns its path; with --watch, repeats that until the run is over or Ctrl-C.
-
-    Raises `PictureError`.
-    """
+    """Writes the page, with --watch until the run is over or Ctrl-C, and returns its path. Raises `PictureError`."""
     from plots.html.page import is_over
     from plots.html.report import write
 
@@ -113,10 +108,9 @@ def main(argv: list[str] | None = None) -> int:
     parser, commands = build_parser()
     args = parser.parse_args(argv)
     command = commands[args.command]
-    make: Callable[[argparse.Namespace], Path] = report if args.command == "report" else draw
     try:
         with plain_style():
-            out = make(args)
+            out = report(args) if args.command == "report" else draw(args)
     except (GenotypeError, PictureError) as error:
         command.error(str(error))
     except ImportError as error:

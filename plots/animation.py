@@ -7,7 +7,7 @@ node j to node i is i - j lanes high, so that no two labels overlap: their posit
 import os
 import shutil
 import subprocess
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,8 @@ from matplotlib.path import Path as Curve
 from PIL import Image
 
 from genotypes import PRIMITIVES, Genotype
-from plots.run_history import History, edges, node_count
+from plots.cell_graph import add_box, add_text
+from plots.run_history import History, edges, evenly
 from plots.style import COLOURS, GREY, INK, PAPER, POINT, SMALL, SOFT, WIDTH, PictureError, whole
 
 OPS = PRIMITIVES[1:]
@@ -39,62 +40,48 @@ def states(alphas: np.ndarray, cells: Sequence[Genotype]) -> list[dict[str, floa
 
     An edge of the most likely cell has the opaque parts `arc-0-1-tanh` and `label-0-1-tanh`. Any other edge has the arc
     of its strongest primitive other than none, whose opacity grows with that primitive's probability.
-
-    Args:
-        alphas: probabilities (R, N(N+1)/2, K).
-        cells: the most likely cell of each of the R records.
+    `alphas` has the probabilities (R, N(N+1)/2, K), and `cells` the most likely cell of each record.
     """
     strength = alphas[..., 1:].max(-1)  # (R, edges)
     low, high = strength.min(), strength.max()
     share = (strength - low) / (high - low) if high > low else np.zeros_like(strength)
-    places = list(edges(node_count(alphas.shape[1])))
+    strongest = alphas[..., 1:].argmax(-1)
+    opacity = FAINT + (FULL - FAINT) * share
     found = []
-    for row, shares, cell in zip(alphas, share, cells, strict=True):
+    for k, cell in enumerate(cells):
         state = {}
-        for (j, i), probabilities, part in zip(places, row, shares, strict=True):
+        for edge, (j, i) in enumerate(edges(len(cell.recurrent))):
             op, kept = cell.recurrent[i - 1]
             if j == kept:
                 state[f"arc-{j}-{i}-{op}"] = state[f"label-{j}-{i}-{op}"] = 1.0
             else:
-                strongest = OPS[probabilities[1:].argmax()]
-                state[f"arc-{j}-{i}-{strongest}"] = FAINT + (FULL - FAINT) * float(part)
+                state[f"arc-{j}-{i}-{OPS[strongest[k, edge]]}"] = float(opacity[k, edge])
         found.append(state)
     return found
 
 
-def build(nodes: int, labels: Collection[str] = ()) -> tuple[Figure, dict[str, list[Artist]]]:
-    """Returns the figure with every part that may become visible, and the parts by gid.
-
-    Of the labels, the figure has only those whose gids are in `labels`.
-    """
-    spacing = (WIDTH - 120) / nodes
-    height = LANE * nodes + 120
+def build(nodes: int, labels: Collection[str]) -> tuple[Figure, dict[str, list[Artist]]]:
+    """Returns the figure with every arc, and the labels whose gids are in `labels`, and these parts by gid."""
+    spacing, height = (WIDTH - 120) / nodes, LANE * nodes + 120
     figure = Figure(figsize=(WIDTH / 96, height / 96), dpi=96, facecolor=PAPER)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-60, WIDTH - 60), ylim=(-50, height - 50))
     axes.set_axis_off()
     parts: dict[str, list[Artist]] = {}
     for (j, i), op in product(edges(nodes), OPS):
-        start, end, top = j * spacing, i * spacing, LANE * (i - j) + 14
+        name, start, end, top = f"{j}-{i}-{op}", j * spacing, i * spacing, LANE * (i - j) + 14
         points = [(start, 0), (start, top * 4 / 3), (end, top * 4 / 3), (end, 0)]
         curve = Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
-        arc = patches.PathPatch(
-            curve, fill=False, edgecolor=COLOURS[op], linewidth=2.2 * POINT, gid=f"arc-{j}-{i}-{op}"
-        )
-        parts[arc.get_gid()] = [axes.add_patch(arc)]
-    for (j, i), op in product(edges(nodes), OPS):
-        if (gid := f"label-{j}-{i}-{op}") in labels:
-            x, y, wide = (i + j) / 2 * spacing, LANE * (i - j) + 14, len(op) * SMALL * 0.58 + 12
-            shape = patches.BoxStyle("Round", pad=0, rounding_size=9)
-            look = {"facecolor": PAPER, "edgecolor": COLOURS[op], "linewidth": 1.5 * POINT}
-            box = patches.FancyBboxPatch((x - wide / 2, y - 9), wide, 18, shape, gid=gid, zorder=3, **look)
-            word = axes.text(x, y, op, ha="center", va="center_baseline", fontsize=SMALL * POINT, zorder=4,
-                             color=INK, gid=f"{gid}-text")  # fmt: skip
-            parts[gid] = [axes.add_patch(box), word]
+        look = {"edgecolor": COLOURS[op], "linewidth": 2.2 * POINT, "gid": f"arc-{name}"}
+        parts[f"arc-{name}"] = [axes.add_patch(patches.PathPatch(curve, fill=False, **look))]
+        if (gid := f"label-{name}") in labels:
+            centre, wide = ((i + j) / 2 * spacing, top), len(op) * SMALL * 0.58 + 12
+            look = {"facecolor": PAPER, "edgecolor": COLOURS[op], "linewidth": 1.5 * POINT, "gid": gid}
+            box = add_box(axes, centre, wide, 18, 9, zorder=3, **look)
+            parts[gid] = [box, add_text(axes, centre, op, SMALL, zorder=4, gid=f"{gid}-text")]
     for i in range(nodes + 1):
         outline = {"facecolor": PAPER, "edgecolor": INK, "linewidth": 1.5 * POINT}
         axes.add_patch(patches.Circle((i * spacing, 0), RADIUS, zorder=5, gid=f"node-{i}", **outline))
-        axes.text(i * spacing, 0, node_name(i), ha="center", va="center_baseline", fontsize=(SMALL + 2) * POINT,
-                  style="italic", color=INK, zorder=6)  # fmt: skip
+        add_text(axes, (i * spacing, 0), node_name(i), SMALL + 2, style="italic", zorder=6)
     note = {"ha": "center", "color": SOFT}
     axes.text(0, -34, "from xₜ and hₜ₋₁", **note)
     axes.text(nodes / 2 * spacing, -34, f"hₜ is the mean of {node_name(1)} to {node_name(nodes)}", **note)
@@ -106,24 +93,14 @@ def node_name(i: int) -> str:
     return "s" + str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
-def show(parts: Mapping[str, Sequence[Artist]], state: Mapping[str, float]) -> None:
-    """Makes exactly the parts in `state` visible, with their opacities."""
-    for gid, artists in parts.items():
-        for artist in artists:
-            artist.set(visible=gid in state, alpha=state.get(gid, 0.0))
-
-
 def frames(history: History) -> tuple[list[float], list[dict[str, float]]]:
-    """Returns the times and the states of at most `MOST` frames, evenly chosen and with the last one among them.
-
-    Raises `PictureError` if the run has no alphas with a genotype.
-    """
+    """Returns the times and the states of at most `MOST` frames. Raises `PictureError` if no alphas have a genotype."""
     x, alphas = history.probabilities
     cells = dict(history.genotypes)
     both = [k for k, when in enumerate(x) if when in cells and len(cells[when].recurrent) == history.nodes]
     if not both:
         raise PictureError(f"{history.folder}: no alphas of a search to animate; train_search.py writes them down")
-    few = np.array(both)[np.unique(np.linspace(0, len(both) - 1, MOST).round().astype(int))]
+    few = np.array(both)[evenly(len(both), MOST)]
     when = [x[k] for k in few]
     return when, states(alphas[few], [cells[x] for x in when])
 
@@ -149,7 +126,9 @@ def draw_formation(folder: str | Path, path: str | Path) -> None:
 
     def images() -> Iterator[Image.Image]:
         for now, state in zip(x, found, strict=True):
-            show(parts, state)
+            for gid, artists in parts.items():
+                for artist in artists:
+                    artist.set(visible=gid in state, alpha=state.get(gid, 0.0))
             clock.set_text(f"{now:.1f} epochs" if history.unit == "epochs" else f"{now:.0f} steps")
             bar.set_data([left, left + WIDTH * now / (x[-1] or 1)], [top - 2, top - 2])
             canvas.draw()
@@ -190,10 +169,7 @@ def in_palette(image: Image.Image) -> Image.Image:
 
 
 def write_mp4(images: Iterable[Image.Image], path: Path) -> None:
-    """Writes a video with ffmpeg that pauses on its last frame.
-
-    Raises `PictureError` with the message of ffmpeg if that fails.
-    """
+    """Writes a video with ffmpeg that pauses on its last frame. Raises `PictureError` with its message if it fails."""
     frames = list(images)
     wide, high = (size // 2 * 2 for size in frames[0].size)  # The codec needs even sizes.
     command = ["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{wide}x{high}",

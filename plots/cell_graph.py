@@ -1,14 +1,12 @@
-"""Draws one recurrent cell as a graph.
-
-The inputs are on the left, the nodes are in columns by depth, each edge is labelled with its activation, and grey lines
-lead from the nodes that the output averages.
-"""
+"""Draws one recurrent cell as a graph: inputs on the left, nodes in columns by depth, an activation on each edge, and
+grey lines from the nodes that the output averages."""
 
 from itertools import chain
 from statistics import median
 from typing import NamedTuple
 
 from matplotlib import patches
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.path import Path as Curve
@@ -123,51 +121,44 @@ def layout_cell(genotype: Genotype) -> Layout:
 
 
 def pill_width(op: str) -> float:
-    """Returns the width of a label in pixels, estimated from the number of letters so that no renderer is needed.
-
-    A test checks that the text fits.
-    """
+    """Returns the width of a label in pixels, estimated from its letters to need no renderer; a test measures it."""
     return len(op) * FONT * 0.58 + 16
 
 
 def cell_figure(genotype: Genotype) -> Figure:
-    """Returns the drawing of a cell.
-
-    Each part has a gid: `node-2`, `edge-1-2-relu`, `label-2-relu`, `edge-2-output`. Raises `GenotypeError`.
-    """
+    """Draws a cell whose parts have gids such as `node-2`, `edge-1-2-relu`, `label-2-relu`. Raises `GenotypeError`."""
     layout = layout_cell(genotype)
     left, top, right, bottom = layout.frame
     figure = Figure(figsize=((right - left) / 96, (bottom - top) / 96), dpi=96, facecolor="none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
     axes.set_axis_off()
-    # The page may be dark, so the picture has its own background.
-    paper = ((left + right) / 2, (top + bottom) / 2)
-    _box(axes, paper, right - left, bottom - top, 14, facecolor=PAPER, gid="paper")
+    middle = ((left + right) / 2, (top + bottom) / 2)
+    add_box(axes, middle, right - left, bottom - top, 14, facecolor=PAPER, gid="paper")  # The page may be dark.
 
     (bar, low), (_, high) = layout.mean
     x, y = layout.nodes["output"]
     arrow = Edge("mean", "output", None, (bar, y), 0, (x - BOX[0] / 2, y))
     for edge in sorted([*layout.edges, arrow], key=lambda edge: edge.end[0] != bar):  # Grey lines lie below.
         if edge.end[0] == bar:
-            _line(axes, edge, GREY, 1.2, 0)
+            add_line(axes, edge, GREY, 1.2, 0)
         else:
-            _line(axes, edge, COLOURS.get(edge.op, INK), 1.8, HEAD)
-    _box(axes, (bar, (low + high) / 2), 7, high - low, 3.5, facecolor=GREY, gid="mean")
-    _text(axes, (bar + (OUTPUT - BOX[0] / 2 - HEAD) / 2 + 2, y - 11), "mean", FONT - 1, SOFT)
+            add_line(axes, edge, COLOURS.get(edge.op, INK), 1.8, HEAD)
+    add_box(axes, (bar, (low + high) / 2), 7, high - low, 3.5, facecolor=GREY, gid="mean")
+    add_text(axes, (bar + (OUTPUT - BOX[0] / 2 - HEAD) / 2 + 2, y - 11), "mean", FONT - 1, SOFT)
 
     for i, point in layout.labels.items():
         op, _ = genotype.recurrent[i - 1]
         pill = {"facecolor": PAPER, "edgecolor": COLOURS[op], "linewidth": 1.5 * POINT}
-        _box(axes, point, pill_width(op), PILL, PILL / 2, gid=f"label-{i}-{op}", **pill)
-        _text(axes, point, op, FONT)
+        add_box(axes, point, pill_width(op), PILL, PILL / 2, gid=f"label-{i}-{op}", **pill)
+        add_text(axes, point, op, FONT)
     outline = {"edgecolor": INK, "linewidth": 1.5 * POINT}
     for name, point in layout.nodes.items():
         if name in ENDS:
-            _box(axes, point, *BOX, 7, facecolor=BOXES, gid=f"node-{name}", **outline)
-            _text(axes, point, ENDS[name], FONT + 4)
+            add_box(axes, point, *BOX, 7, facecolor=BOXES, gid=f"node-{name}", **outline)
+            add_text(axes, point, ENDS[name], FONT + 4)
         else:
             axes.add_patch(patches.Circle(point, RADIUS, facecolor=PAPER, gid=f"node-{name}", **outline))
-            _text(axes, point, f"$s_{{{name}}}$", FONT + 3)
+            add_text(axes, point, f"$s_{{{name}}}$", FONT + 3)
     for order, artist in enumerate(axes.get_children()):
         artist.set_zorder(order)  # Later artists cover earlier ones; by default, the kind decides.
     return figure
@@ -189,7 +180,7 @@ def cell_dot(genotype: Genotype) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def _line(axes: Axes, edge: Edge, colour: str, width: float, head: float) -> None:
+def add_line(axes: Axes, edge: Edge, colour: str, width: float, head: float) -> None:
     (x0, y0), (x1, y1), middle = edge.start, edge.end, edge.start[0] + edge.bend / 2
     points = [(x0, y0), (middle, y0), (middle, y1), (x0 + edge.bend, y1), (x1 - head, y1)]
     gid = "-".join(str(part) for part in ("edge", *edge[:3]) if part is not None)
@@ -200,12 +191,14 @@ def _line(axes: Axes, edge: Edge, colour: str, width: float, head: float) -> Non
         axes.add_patch(patches.Polygon(triangle, facecolor=colour, linewidth=0))
 
 
-def _box(axes: Axes, centre: Point, width: float, height: float, rounding: float, **look) -> None:
+def add_box(axes: Axes, centre: Point, width: float, height: float, rounding: float, **look) -> Artist:
+    """Adds a rectangle with round corners, without an outline unless `look` has a linewidth, and returns it."""
     corner = (centre[0] - width / 2, centre[1] - height / 2)
     shape = patches.BoxStyle("Round", pad=0, rounding_size=rounding)
-    axes.add_patch(patches.FancyBboxPatch(corner, width, height, shape, **{"linewidth": 0, **look}))
+    return axes.add_patch(patches.FancyBboxPatch(corner, width, height, shape, **{"linewidth": 0, **look}))
 
 
-def _text(axes: Axes, centre: Point, text: str, size: float, colour: str = INK) -> None:
-    look = {"color": colour, "ha": "center", "va": "center_baseline", "math_fontfamily": "stix"}
-    axes.text(*centre, text, fontsize=size * POINT, **look)
+def add_text(axes: Axes, centre: Point, text: str, size: float, color: str = INK, **look) -> Artist:
+    """Adds a text of `size` pixels around a point and returns it."""
+    look = {"ha": "center", "va": "center_baseline", "math_fontfamily": "stix", **look}
+    return axes.text(*centre, text, fontsize=size * POINT, color=color, **look)

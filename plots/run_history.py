@@ -1,6 +1,7 @@
 """Reads the records of a run for plots: curves over epochs, the probabilities of the alphas, and the genotypes."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -18,34 +19,22 @@ KINDS = ("interval", "epoch", "diagnosis", "rollback")
 
 
 class History:
-    """A history holds the valid records of a run's metrics.jsonl, by kind and in the order of their steps.
-
-    Raises `PictureError` if there is none.
-    """
+    """Holds the valid records of a run's metrics.jsonl, by kind and by step. Raises `PictureError` if there is none."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.records: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-        for record in metrics.records(self.folder):
-            if record["kind"] in KINDS and is_count(record.get("step")) and is_count(record.get("epoch")):
-                self.records[record["kind"]].append(record)
-        for records in self.records.values():
-            records.sort(key=lambda record: record["step"])
-        if not any(self.records.values()):
-            raise PictureError(
-                f"{self.folder}: no metrics.jsonl with records; name a run directory of train_search.py or train.py"
-            )
+        records = sorted(filter(is_valid, metrics.records(self.folder)), key=lambda record: record["step"])
+        if not records:
+            what = "no metrics.jsonl with records; name a run directory of train_search.py or train.py"
+            raise PictureError(f"{self.folder}: {what}")
+        self.records = {kind: [record for record in records if record["kind"] == kind] for kind in KINDS}
         ends = {record["epoch"]: record["step"] for record in self.records["epoch"] if record["step"] > 0}
         self.ends = [(0, 0), *sorted((step, epoch) for epoch, step in ends.items())]
         self.unit = "epochs" if len(self.ends) > 1 else "weight steps"
-
-        self.end = self.when(max(record["step"] for record in chain(*self.records.values())))
+        self.end = self.when(records[-1]["step"])
 
     def when(self, step: int) -> float:
-        """Returns the time of a weight step in epochs, interpolated within an epoch and extrapolated after the last.
-
-        While no epoch is over, the time is in weight steps.
-        """
+        """Returns the time of a weight step in epochs, inter- or extrapolated, or in steps while no epoch is over."""
         if len(self.ends) == 1:
             return float(step)
         (*_, before, last) = self.ends
@@ -55,12 +44,9 @@ class History:
 
     def curve(self, kind: str, name: str, least: float = -LARGEST) -> tuple[list[float], list[float]]:
         """Returns the times and values of field `name` in the records of a kind, where it is a number above `least`."""
-        points = [
-            (self.when(record["step"]), value)
-            for record in self.records[kind]
-            if is_between(value := record.get(name), least)
-        ]
-        return tuple(map(list, zip(*points, strict=True))) if points else ([], [])
+        records = [record for record in self.records[kind] if metrics.is_number(record.get(name))]
+        records = [record for record in records if least < record[name] < LARGEST]
+        return [self.when(record["step"]) for record in records], [record[name] for record in records]
 
     def of_search(self) -> list[dict[str, Any]]:
         """Returns the records of intervals and epochs together, one for each step; an epoch replaces an interval."""
@@ -69,10 +55,7 @@ class History:
 
     @cached_property
     def probabilities(self) -> tuple[list[float], np.ndarray]:
-        """Returns the times of R records and their softmaxed alphas (R, N(N+1)/2, K).
-
-        Records whose alphas have another shape than the last one's are left out. R may be 0.
-        """
+        """Returns the times and softmaxed alphas (R, N(N+1)/2, K) of R >= 0 records, all of the last one's shape."""
         found = [(self.when(record["step"]), alphas) for record in self.of_search()
                  if (alphas := as_probabilities(record.get("probabilities"))) is not None]  # fmt: skip
         if not found:
@@ -97,36 +80,42 @@ class History:
 
     def cells_of(self, records: Iterable[dict[str, Any]]) -> list[tuple[float, Genotype]]:
         """Returns the times and genotypes of the records, of those that have as many nodes as the last one."""
-        found = [
-            (self.when(record["step"]), cell) for record in records if (cell := as_genotype(record.get("genotype")))
-        ]
+        found = []
+        for record in records:
+            with suppress(GenotypeError):
+                found.append((self.when(record["step"]), from_json(record.get("genotype"))))
         return [(x, cell) for x, cell in found if len(cell.recurrent) == len(found[-1][1].recurrent)]
 
+    @cached_property
     def result(self) -> dict[str, Any] | None:
         """Returns the content of result.json, or None before the run is over."""
         return metrics.result(self.folder)
 
+    @cached_property
+    def flags(self) -> dict[str, Any]:
+        """Returns the flags in config.json, or none if they are missing or damaged."""
+        flags = (metrics.read_json(self.folder / "config.json") or {}).get("flags")
+        return flags if isinstance(flags, dict) else {}
 
-def is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
+
+def is_valid(record: dict[str, Any]) -> bool:
+    """Returns whether a record of metrics.jsonl is of one of `KINDS` and has a step and an epoch."""
+    counts = (record.get("step"), record.get("epoch"))
+    return record["kind"] in KINDS and all(type(count) is int and 0 <= count < 2**53 for count in counts)
 
 
 def as_probabilities(value: Any) -> np.ndarray | None:
     """Returns a value read from a file as an array (N(N+1)/2, K) of probabilities, or None if it is not one."""
-    if not isinstance(value, list) or not value or not all(isinstance(edge, list) for edge in value):
-        return None
-    if not all(len(edge) == len(PRIMITIVES) and all(map(is_share, edge)) for edge in value):
+    if not isinstance(value, list) or not value or not all(map(is_edge, value)):
         return None
     nodes = node_count(len(value))
     return np.array(value, dtype=float) if nodes * (nodes + 1) // 2 == len(value) else None
 
 
-def is_between(value: Any, least: float) -> bool:
-    return metrics.is_number(value) and least < value < LARGEST
-
-
-def is_share(value: Any) -> bool:
-    return metrics.is_number(value) and 0 <= value <= 1
+def is_edge(value: Any) -> bool:
+    """Returns whether a value read from a file is a list of K numbers from 0 to 1."""
+    shares = value if isinstance(value, list) else []
+    return len(shares) == len(PRIMITIVES) and all(metrics.is_number(p) and 0 <= p <= 1 for p in shares)
 
 
 def node_count(edges: int) -> int:
@@ -134,13 +123,11 @@ def node_count(edges: int) -> int:
     return int(((8 * edges + 1) ** 0.5 - 1) / 2)
 
 
-def as_genotype(value: Any) -> Genotype | None:
-    try:
-        return from_json(value)
-    except GenotypeError:
-        return None
-
-
 def edges(nodes: int) -> Iterable[tuple[int, int]]:
     """Returns the (predecessor, node) pairs in the order of the alphas' edges."""
     return ((j, i) for i in range(1, nodes + 1) for j in range(i))
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """Returns at most `most` indices of `count` records, evenly chosen and with the last one among them."""
+    return np.unique(np.linspace(0, count - 1, most).round().astype(int))

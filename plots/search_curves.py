@@ -1,10 +1,8 @@
-"""Plots a search: its losses, its alphas and genotypes over time, and the signal in the alphas' gradient.
-
-Each `Picture` has a function that draws into a figure, and one that returns the figure's height, which is 0 if nothing
-was recorded for the picture.
-"""
+"""Plots a search: its losses, its alphas and genotypes over time, and the signal in the alphas' gradient."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 from math import ceil, log
 from typing import NamedTuple
 
@@ -14,14 +12,15 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from genotypes import PRIMITIVES, Genotype
-from plots.run_history import LARGEST, History, edges
+from plots.run_history import LARGEST, History, edges, evenly
 from plots.style import (
+    BLUE,
     COLOURS,
     GREY,
     INK,
     ON_COLOUR,
     POINT,
-    SERIES,
+    RED,
     SMALL,
     SOFT,
     WIDTH,
@@ -33,24 +32,21 @@ from plots.style import (
     plot,
 )
 
-BLUE, RED, GREEN, *_ = SERIES
 MOST = 150  # A curve of the small multiples has at most this many points.
 LANE = 24  # A node's lane has this height in pixels.
 PANEL = 215  # A row of panels has this height in pixels.
 
 Panel = tuple[str, str, Callable[[Axes, History], None]]  # A panel is (title, unit of y, function that draws it).
 
-
-class Picture(NamedTuple):
-    """A picture is one part of the plots of a search."""
-
-    title: str
-    note: str  # The note says how to read the picture.
-    height: Callable[[History], float]  # The height is in pixels, and 0 if there is nothing to draw.
-    draw: Callable[[Figure | SubFigure, History], None]
-
-
-# --- Losses ---
+# The pages of runs show each picture under this title, with this note on how to read it.
+NOTES = {
+    "curves": ("The run", "The relaxed model's perplexities say that it learns, not how good the cell is."),
+    "genotype": ("The genotype",
+                 "Colour is the activation, the number the node that it is applied to; a dark line is a change."),
+    "edges": ("The alphas", "A node keeps the edge whose strongest primitive other than none is the most probable."),
+    "signal": ("The signal",
+               "From --diagnose_every: whether the alphas' gradient says the same on one batch and on another."),
+}  # fmt: skip
 
 
 def perplexities(axes: Axes, history: History) -> None:
@@ -106,50 +102,32 @@ def rates(axes: Axes, history: History) -> None:
 
 def run_panels(history: History) -> list[Panel]:
     """Returns the panels of a run for which something was recorded."""
-    panels: list[Panel] = []
-    if history.curve("interval", "ppl", 0)[0] or history.curve("epoch", "valid_ppl", 0)[0]:
-        panels.append(("Perplexity", "per word", perplexities))
-    if history.probabilities[0]:
-        panels.append(("Entropy of the alphas", "nats", entropy))
-        panels.append(("Mean probability", "over all edges", mean_probabilities))
-    if history.genotypes:
-        panels.append(("Primitives in the genotype", "nodes", shares))
-    if history.curve("interval", "norm", 0)[0]:
-        panels.append(("Gradient of the weights", "norm, before clipping", norms))
-    if rate(history)[0]:
-        panels.append(("Learning rate", "of a full segment", rates))
-    return panels
-
-
-def panels_height(panels: Sequence[Panel]) -> float:
-    return PANEL * ceil(len(panels) / 3)
+    found = [
+        (history.curve("interval", "ppl", 0)[0] or history.curve("epoch", "valid_ppl", 0)[0],
+         ("Perplexity", "per word", perplexities)),
+        (history.probabilities[0], ("Entropy of the alphas", "nats", entropy)),
+        (history.probabilities[0], ("Mean probability", "over all edges", mean_probabilities)),
+        (history.genotypes, ("Primitives in the genotype", "nodes", shares)),
+        (history.curve("interval", "norm", 0)[0], ("Gradient of the weights", "norm, before clipping", norms)),
+        (rate(history)[0], ("Learning rate", "of a full segment", rates)),
+    ]  # fmt: skip
+    return [panel for recorded, panel in found if recorded]
 
 
 def draw_panels(figure: Figure | SubFigure, history: History, panels: Sequence[Panel]) -> None:
-    """Draws panels three to a row with a common time axis, and a vertical line at each rollback."""
+    """Draws panels three to a row with a common time axis, a line at each rollback, and a legend of any primitives."""
     columns = min(3, len(panels))
     grid = figure.subplots(ceil(len(panels) / columns), columns, squeeze=False, sharex=True)
     for axes, (title, unit, draw) in zip(grid.flat, panels, strict=False):
         draw(axes, history)
-        axes.set_title(title)
-        axes.set_ylabel(unit)
-        axes.set_xlabel(history.unit)
-        axes.set_xlim(0, 1.02 * history.end)
+        axes.set(title=title, ylabel=unit, xlabel=history.unit, xlim=(0, 1.02 * history.end))
         axes.tick_params(labelbottom=True)
         for row in history.records["rollback"]:
             axes.axvline(history.when(row["step"]), color=RED, linestyle="--", linewidth=POINT, gid="rollback")
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-
-
-def draw_run(figure: Figure | SubFigure, history: History) -> None:
-    panels = run_panels(history)
-    draw_panels(figure, history, panels)
     if any(draw in (mean_probabilities, shares) for *_, draw in panels):
         key(figure, PRIMITIVES, loc="outside lower center")
-
-
-# --- The genotype ---
 
 
 def strip_rows(history: History) -> list[tuple[float, Genotype]]:
@@ -170,24 +148,17 @@ class Stretch(NamedTuple):
 
 def stretches(rows: Sequence[tuple[float, Genotype]]) -> list[Stretch]:
     """Returns the stretches of each node; a genotype is taken to hold since the time of the one before it."""
-    found = []
-    for node in range(1, len(rows[-1][1].recurrent) + 1):
-        start, now = 0.0, rows[0][1].recurrent[node - 1]
-        for (before, _), (_, cell) in zip([(0.0, None), *rows], rows, strict=False):
-            if cell.recurrent[node - 1] != now:
-                found.append(Stretch(node, *now, start, before))
-                start, now = before, cell.recurrent[node - 1]
-        found.append(Stretch(node, *now, start, rows[-1][0]))
+    times, found = [0.0, *(x for x, _ in rows)], []
+    for node, choices in enumerate(zip(*(cell.recurrent for _, cell in rows), strict=True), start=1):
+        first = 0
+        for (op, predecessor), same in groupby(choices):
+            after = first + len(list(same))
+            found.append(Stretch(node, op, predecessor, times[first], times[after]))
+            first = after
     return found
 
 
-def strip_height(history: History) -> float:
-    rows = strip_rows(history)
-    return LANE * len(rows[-1][1].recurrent) + 95 if rows else 0
-
-
-def draw_strip(figure: Figure | SubFigure, history: History) -> None:
-    rows = strip_rows(history)
+def draw_strip(figure: Figure | SubFigure, history: History, rows: Sequence[tuple[float, Genotype]]) -> None:
     axes = figure.subplots()
     end, nodes = rows[-1][0], len(rows[-1][1].recurrent)
     pixel = end / (WIDTH - 60)
@@ -199,38 +170,25 @@ def draw_strip(figure: Figure | SubFigure, history: History) -> None:
         if s.stop - s.start > 12 * pixel:
             look = {"fontsize": SMALL * POINT, "color": ON_COLOUR, "va": "center_baseline", "weight": "bold"}
             axes.text(s.start + 5 * pixel, s.node, str(s.predecessor), **look)
-    axes.set_xlim(0, end)
-    axes.set_ylim(nodes + 0.6, 0.4)
+    axes.set(xlim=(0, end), ylim=(nodes + 0.6, 0.4), xlabel=history.unit, ylabel="node", title="The genotype over time")
     axes.set_yticks(range(1, nodes + 1), [f"$s_{i}$" for i in range(1, nodes + 1)])
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(history.unit)
-    axes.set_ylabel("node")
-    axes.set_title("The genotype over time")
     key(figure, PRIMITIVES[1:], loc="outside lower center")
 
 
-# --- Every edge ---
-
-
-def edges_height(history: History) -> float:
-    return 80 + 68 * history.nodes if history.nodes else 0
-
-
-def draw_edges(figure: Figure | SubFigure, history: History) -> None:
+def draw_edges(figure: Figure | SubFigure, history: History, height: float) -> None:
+    """Draws a panel for each edge, in a row for its node, into a figure of `height` pixels."""
     if isinstance(figure, Figure):
         figure.set_layout_engine("none")  # Axes are placed by hand.
     x, alphas = history.probabilities
-    few = np.unique(np.linspace(0, len(x) - 1, MOST).round().astype(int))  # The last one is always included.
+    few = evenly(len(x), MOST)
     x, alphas = np.array(x)[few], alphas[few]
     nodes = history.nodes
-    found = history.genotypes
-    kept = {} if not found else {(j, i): op for i, (op, j) in enumerate(found[-1][1].recurrent, start=1)}
-    if len(kept) != nodes:
-        kept = {}
+    cell = history.genotypes[-1][1].recurrent if history.genotypes else ()
+    kept = {(j, i): op for i, (op, j) in enumerate(cell, start=1)} if len(cell) == nodes else {}
     room = 0.08 * np.ptp(alphas) + 1e-4
     limits = alphas.min() - room, alphas.max() + room
-    height = edges_height(history)
     left, bottom, head = 56 / WIDTH, 46 / height, 30 / height
     wide, high = (1 - left - 8 / WIDTH) / nodes, (1 - bottom - head) / nodes
     for edge, (j, i) in enumerate(edges(nodes)):
@@ -259,9 +217,6 @@ def draw_edges(figure: Figure | SubFigure, history: History) -> None:
     key(figure, PRIMITIVES, loc="upper left", bbox_to_anchor=(left + 2.4 * wide - 6 / WIDTH, 1 - 60 / height))
 
 
-# --- The signal ---
-
-
 def cosines(axes: Axes, history: History) -> None:
     for name, colour in (("whole", INK), ("direct", BLUE), ("implicit", RED)):
         x, y = history.curve("diagnosis", f"cosine_{name}")
@@ -272,6 +227,8 @@ def cosines(axes: Axes, history: History) -> None:
 
 
 def one_of(name: str, log: bool = False) -> Callable[[Axes, History], None]:
+    """Returns a function that draws the diagnosis `name` as one curve."""
+
     def draw(axes: Axes, history: History) -> None:
         plot(axes, *history.curve("diagnosis", name, 0 if log else -LARGEST), name.replace("_", " "), BLUE)
         if log:
@@ -289,6 +246,7 @@ def gap(axes: Axes, history: History) -> None:
 
 
 def signal_panels(history: History) -> list[Panel]:
+    """Returns the panels of the diagnoses for which something was recorded."""
     panels: list[tuple[str, Panel]] = [
         ("cosine_whole", ("Independent batches agree", "cosine of alpha gradients", cosines)),
         ("norm_ratio", ("Implicit to direct part", "ratio of norms", one_of("norm_ratio", log=True))),
@@ -300,45 +258,39 @@ def signal_panels(history: History) -> list[Panel]:
     return [panel for name, panel in panels if history.curve("diagnosis", name)[0]]
 
 
-PICTURES = {
-    "curves": Picture(
-        "The run", "The relaxed model's perplexities say that it learns, not how good the cell is.",
-        lambda history: (height := panels_height(run_panels(history))) and height + 30, draw_run,
-    ),
-    "genotype": Picture(
-        "The genotype", "Colour is the activation, the number the node that it is applied to; a dark line is a change.",
-        strip_height, draw_strip,
-    ),
-    "edges": Picture(
-        "The alphas", "A node keeps the edge whose strongest primitive other than none is the most probable.",
-        edges_height, draw_edges,
-    ),
-    "signal": Picture(
-        "The signal", "From --diagnose_every: whether the alphas' gradient says the same on one batch and on another.",
-        lambda history: panels_height(signal_panels(history)),
-        lambda figure, history: draw_panels(figure, history, signal_panels(history)),
-    ),
-}  # fmt: skip
+def parts(history: History) -> dict[str, tuple[float, Callable[[Figure | SubFigure], None]]]:
+    """Returns by name the height in pixels, and a function that draws it, of each picture with something recorded."""
+    found = {}
+    if panels := run_panels(history):
+        found["curves"] = PANEL * ceil(len(panels) / 3) + 30, partial(draw_panels, history=history, panels=panels)
+    if rows := strip_rows(history):
+        height = LANE * len(rows[-1][1].recurrent) + 95
+        found["genotype"] = height, partial(draw_strip, history=history, rows=rows)
+    if history.nodes:
+        height = 80 + 68 * history.nodes
+        found["edges"] = height, partial(draw_edges, history=history, height=height)
+    if panels := signal_panels(history):
+        found["signal"] = PANEL * ceil(len(panels) / 3), partial(draw_panels, history=history, panels=panels)
+    return found
 
 
 def figures(history: History) -> dict[str, Figure]:
     """Returns by name a figure of each picture for which something was recorded."""
     found = {}
-    for name, picture in PICTURES.items():
-        if height := picture.height(history):
-            found[name] = new_figure(height)
-            picture.draw(found[name], history)
+    for name, (height, draw) in parts(history).items():
+        found[name] = new_figure(height)
+        draw(found[name])
     return found
 
 
 def whole_figure(history: History) -> Figure:
     """Returns one figure with all pictures below each other. Raises `PictureError` if nothing was recorded."""
-    heights = {name: height for name, picture in PICTURES.items() if (height := picture.height(history))}
-    if not heights:
+    if not (found := parts(history)):
         raise PictureError(f"{history.folder}: nothing to draw yet; its metrics.jsonl has no interval and no epoch")
-    figure = new_figure(sum(heights.values()))
-    parts = figure.subfigures(len(heights), 1, height_ratios=list(heights.values()), squeeze=False)[:, 0]
-    for part, name in zip(parts, heights, strict=True):
-        part.set_facecolor("none")
-        PICTURES[name].draw(part, history)
+    heights, draws = zip(*found.values(), strict=True)
+    figure = new_figure(sum(heights))
+    places = figure.subfigures(len(found), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for place, draw in zip(places, draws, strict=True):
+        place.set_facecolor("none")
+        draw(place)
     return figure

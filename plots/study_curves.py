@@ -8,27 +8,23 @@ from matplotlib.figure import Figure
 
 from experiment import metrics
 from plots.run_history import LARGEST
-from plots.style import GREY, INK, SERIES, PictureError, new_figure
+from plots.style import BLUE, GREEN, GREY, INK, RED, PictureError, new_figure
 
-BLUE, RED, GREEN, *_ = SERIES
 METHODS = {"first": (BLUE, "o"), "unrolled": (RED, "s"), "random": (GREEN, "^")}  # (colour, marker)
 
 
-def selected(folder: Path) -> dict[str, float]:
-    """Returns by trial ("first-1/1") the validation perplexity of its short training, in the order of their ends."""
+def selected(folder: Path) -> list[tuple[str, float]]:
+    """Returns (trial such as "first-1/1", validation perplexity) of each short training, in the order of their ends."""
     done = {}
     for event in metrics.events(folder):
         stage, _, cell = event["trial"].partition("/")
         if stage == "select" and event["event"] in ("done", "halved") and 0 < event["valid_ppl"] < LARGEST:
             done[cell] = event["valid_ppl"]
-    return done
+    return list(done.items())
 
 
 def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
-    """Returns a figure of the short trainings of a study.
-
-    `done` has a (trial, validation perplexity per word) for each, in the order in which they ended.
-    """
+    """Returns a figure of the short trainings of a study, of which `done` is what `selected` returns."""
     figure = new_figure(345)
     axes = figure.add_subplot()
     values, order = [value for _, value in done], range(1, len(done) + 1)
@@ -39,8 +35,7 @@ def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
         here = [(i, value) for i, (cell, value) in zip(order, done, strict=True) if cell.startswith(f"{method}-")]
         if here:
             axes.plot(*zip(*here, strict=True), mark, color=colour, markersize=7, label=method)
-    axes.set_xlabel("short trainings that ended")
-    axes.set_ylabel("validation perplexity, per word")
+    axes.set(xlabel="short trainings that ended", ylabel="validation perplexity, per word")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
@@ -48,9 +43,6 @@ def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
 
 def selection_figure(folder: Path) -> Figure:
     """Returns a figure of the selection so far. Raises `PictureError` if no trial of it is done or halved."""
-    done = selected(folder)
-    if not done:
-        raise PictureError(
-            f"no short training of a study is done in {str(folder)!r}; python trials.py select makes some"
-        )
-    return study_figure(list(done.items()))
+    if done := selected(folder):
+        return study_figure(done)
+    raise PictureError(f"no short training of a study is done in {str(folder)!r}; python trials.py select makes some")

@@ -1,9 +1,8 @@
 """Defines the colours, sizes, axes and file formats that all pictures share."""
 
-import io
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from matplotlib import style
@@ -16,15 +15,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 FORMATS = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
 
 # The palette of Okabe & Ito remains distinguishable with the common colour blindnesses.
-COLOURS = {
-    "none": "#999999",
-    "tanh": "#0072B2",
-    "relu": "#D55E00",
-    "sigmoid": "#009E73",
-    "identity": "#CC79A7",
-}
+COLOURS = {"none": "#999999", "tanh": "#0072B2", "relu": "#D55E00", "sigmoid": "#009E73", "identity": "#CC79A7"}
 # Curves that do not stand for a primitive have these colours.
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BLUE, RED, GREEN, *_ = SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # A page in dark mode replaces these colours (report.html).
 INK, SOFT, GREY, PAPER, BOXES = "#222222", "#666666", "#B0B0B0", "#FFFFFF", "#EDF1F5"
 ON_COLOUR = "#FDFDFD"  # Text on a coloured area has this colour in dark mode too.
@@ -38,9 +31,8 @@ class PictureError(ValueError):
     """Raised when a picture cannot be made; the message is one line for the user."""
 
 
-@contextmanager
-def plain_style() -> Iterator[None]:
-    """Applies matplotlib's default style with this module's settings inside the context.
+def plain_style() -> AbstractContextManager[None]:
+    """Returns a context that applies matplotlib's default style with this module's settings.
 
     The user's own matplotlibrc is ignored, because it may ask for other fonts or for TeX.
     """
@@ -51,8 +43,7 @@ def plain_style() -> Iterator[None]:
         "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
         "axes.linewidth": POINT, "lines.linewidth": 1.6 * POINT, "legend.frameon": False, "axes.facecolor": "none",
     }  # fmt: skip
-    with style.context(["default", look]):
-        yield
+    return style.context(["default", look])
 
 
 def new_figure(height: float) -> Figure:
@@ -81,14 +72,6 @@ def whole(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def svg(figure: Figure) -> str:
-    """Returns the figure as an <svg> element for an HTML page."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
 
 
 def plot(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, colour: str, look: str = "-", **more) -> None:

@@ -4,6 +4,7 @@ The event files always have the content of metrics.jsonl: when a run resumes or 
 rewritten. A TensorBoard process that is open meanwhile may show both versions until it is restarted.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,5 @@ class TensorBoardLogger:
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
         if kind == "epoch" and "genotype" in record and record["genotype"] != self.cell:
             self.cell = record["genotype"]
-            try:
-                with plain_style():
-                    self.writer.add_figure("cell", cell_figure(from_json(self.cell)), step)
-            except GenotypeError:
-                pass  # Someone may have edited metrics.jsonl.
+            with suppress(GenotypeError), plain_style():  # Someone may have edited metrics.jsonl.
+                self.writer.add_figure("cell", cell_figure(from_json(self.cell)), step)

@@ -8,7 +8,6 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiment import metrics
 from plots.run_history import History
 from plots.style import GREY, INK, POINT, SERIES, SMALL, SOFT, PictureError, log_scale, new_figure, plot
 
@@ -16,12 +15,6 @@ from plots.style import GREY, INK, POINT, SERIES, SMALL, SOFT, PictureError, log
 ANCHORS = {300: 64.0, 500: 61.9, 1600: 59.5, 2600: 58.5, 3600: 58.2}
 HEIGHT, LINE = 400, 17  # The picture and a line of text have these heights in pixels.
 LOOKS = ("-", "--", ":", "-.")
-
-
-def on_penn(folder: Path) -> bool:
-    """Returns whether the flags in config.json say that the run read the whole of Penn Treebank."""
-    flags = (metrics.read_json(folder / "config.json") or {}).get("flags")
-    return isinstance(flags, dict) and flags.get("data") == "penn" and flags.get("limit_tokens") == 0
 
 
 def switch(history: History) -> float | None:
@@ -58,17 +51,16 @@ def train_figure(histories: Sequence[History]) -> Figure:
             axes.plot([when], after[:1], "D", color=colour, markersize=6, markeredgecolor=INK, gid=f"switch-{name}")
             switched = True
     end = max(history.end for history in histories)
-    if all(on_penn(history.folder) for history in histories):
-        draw_anchors(axes, end, (min(values), max(values)))
+    # The anchors are of the whole of Penn Treebank.
+    if all((run.flags.get("data"), run.flags.get("limit_tokens")) == ("penn", 0) for run in histories):
         values += ANCHORS.values()
-    axes.set_xlim(0, 1.02 * end)
+        draw_anchors(axes, end, log(max(values)) - log(min(values)))
+    axes.set(xlabel="epochs", ylabel="validation perplexity, per word", xlim=(0, 1.02 * end))
     if max(values) > 1.5 * min(values):
         log_scale(axes)
-    axes.set_xlabel("epochs")
-    axes.set_ylabel("validation perplexity, per word")
     if switched:
         axes.plot([], [], "D", color="none", markeredgecolor=INK, markersize=6, label="averaging from here on")
-    lines = [line for line in axes.lines if line.get_label() != f"_child{axes.lines.index(line)}"]
+    lines = [line for i, line in enumerate(axes.lines) if line.get_label() != f"_child{i}"]
     found = axes.legend(lines, [line.get_label() for line in lines], title="run: best", loc="upper left",
                         bbox_to_anchor=(1.01, 1), alignment="left")  # fmt: skip
     for text in found.get_texts():
@@ -76,19 +68,16 @@ def train_figure(histories: Sequence[History]) -> Figure:
     return figure
 
 
-def draw_anchors(axes: Axes, end: float, limits: tuple[float, float]) -> None:
+def draw_anchors(axes: Axes, end: float, span: float) -> None:
     """Draws a line for each published perplexity, and a cross at its epoch if the runs are that long.
 
-    The lines are labelled at their right end, where close lines share one label. `limits` are the lowest and the
-    highest perplexity of the runs.
+    The lines are labelled at their right end, where close lines share one label. `span` is the axis's height in nats.
     """
     for epochs, value in ANCHORS.items():
         axes.axhline(value, gid=f"anchor-{epochs}", color=GREY, linestyle=":", linewidth=POINT)
         if epochs <= end:
             axes.plot([epochs], [value], "x", color=SOFT, markersize=6, gid=f"reached-{epochs}")
-    least, most = min(limits[0], *ANCHORS.values()), max(limits[1], *ANCHORS.values())
-    # This is the height of a line of text on a log axis, in nats, which is more than on a linear axis.
-    line = 1.05 * (log(most) - log(least)) * LINE / HEIGHT
+    line = 1.05 * span * LINE / HEIGHT  # The height of a line of text on a log axis, more than on a linear axis.
     groups: list[list[int]] = []
     for epochs, value in ANCHORS.items():  # Perplexities are in descending order.
         last = groups[-1] if groups else []

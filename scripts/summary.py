@@ -25,10 +25,6 @@ def unigram_perplexity(train: torch.Tensor, test: torch.Tensor, words: int) -> f
     return perplexity(-(counts / counts.sum()).log()[test].mean().item())
 
 
-def shown(test_ppl: float | None) -> str:
-    return "not read" if test_ppl is None else f"{test_ppl:.2f}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of finished runs of train.py on one corpus")
@@ -40,7 +36,8 @@ def main() -> int:
 
     print(f"\n{'cell':<12}{'valid ppl':>10}{'test ppl':>10}   run")
     for folder, result in results.items():
-        print(f"{folder.name:<12}{result['valid_ppl']:>10.2f}{shown(result['test_ppl']):>10}   {folder}")
+        test = "not read" if result["test_ppl"] is None else f"{result['test_ppl']:.2f}"
+        print(f"{folder.name:<12}{result['valid_ppl']:>10.2f}{test:>10}   {folder}")
     print(f"{'no context':<12}{'':>10}{unigram:>10.2f}   (unigram model)")
 
     folder, result = next(iter(results.items()))

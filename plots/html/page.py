@@ -4,6 +4,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiment import metrics
-from plots.style import BOXES, GREY, INK, PAPER, SOFT, svg
+from plots.style import BOXES, GREY, INK, PAPER, SOFT
 
 IN_THE_DARK = {INK: "var(--ink)", SOFT: "var(--soft)", GREY: "var(--line)", PAPER: "var(--paper)", BOXES: "var(--page)"}
 
@@ -41,10 +42,7 @@ def is_over(folder: Path) -> bool:
 
 
 def inline(figure: Figure, prefix: str) -> Markup:
-    """Returns a figure as SVG for a page with several figures.
-
-    Its ids begin with `prefix` and are unique, and its colours follow the page's light or dark mode.
-    """
+    """Returns a figure as an <svg> element with unique ids, which begin with `prefix`, and the colours of the page."""
     seen: Counter[str] = Counter()
 
     def own(found: re.Match) -> str:
@@ -52,7 +50,10 @@ def inline(figure: Figure, prefix: str) -> Markup:
         seen[found[1]] += 1
         return f'id="{prefix}{found[1]}' + (f'-again-{seen[found[1]]}"' if seen[found[1]] > 1 else '"')
 
-    text = re.sub(r'\bid="([^"]*)"', own, svg(figure))
+    file = StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = file.getvalue()
+    text = re.sub(r'\bid="([^"]*)"', own, text[text.index("<svg") :])
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", text)
     for colour, variable in IN_THE_DARK.items():
         text = re.sub(colour, variable, text, flags=re.IGNORECASE)

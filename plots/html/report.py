@@ -17,8 +17,7 @@ NAME = "report.html"
 def write(folder: str | Path, path: str | Path | None = None, refresh: int = 0) -> Path:
     """Writes the page of a run or a study and returns its path, by default report.html in the directory.
 
-    If `refresh` is not 0, the page reloads itself every `refresh` seconds until the run or the study is over. Raises
-    `PictureError` and `OSError`.
+    Until that is over, the page reloads itself every `refresh` seconds if not 0. Raises `PictureError` and `OSError`.
     """
     folder = Path(folder)
     path = folder / NAME if path is None else Path(path)
@@ -30,9 +29,8 @@ def write(folder: str | Path, path: str | Path | None = None, refresh: int = 0) 
 
     with plain_style():
         page = study_page(folder, link) if is_study(folder) else run_page(folder, link)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     text = environment.get_template(NAME).render(page | {"refresh": 0 if is_over(folder) else refresh})
     with whole(path) as temporary:  # A browser may be reading the page.
         temporary.write_text(text, encoding="utf-8", errors="replace")

@@ -19,27 +19,24 @@ from plots.style import PictureError
 def run_page(folder: Path, link: Link) -> dict[str, Any]:
     """Returns the variables of the template report.html for a run. Raises `PictureError` if it has no metrics."""
     history = History(folder)
-    result = history.result()
-    config = metrics.read_json(folder / "config.json")
-    flags = (config or {}).get("flags")
-    flags = flags if isinstance(flags, dict) else {}
-    notes = [] if config else ["config.json is missing or damaged, so the flags of this run are not known."]
+    result = history.result
+    unknown = "config.json is missing or damaged, so the flags of this run are not known."
     stopped = "" if result is None else f"over, stopped by {result.get('stopped_by', '?')}"
     return {
         "title": folder.resolve().name,
         "status": stopped or f"no result yet; metrics.jsonl was last written to {since(folder / 'metrics.jsonl')}",
-        "notes": notes, "facts": facts(history, result, flags, link), "board": None, "tables": [],
-        "pictures": run_pictures(history, result, flags),
-        "flags": [(name, str(value)) for name, value in sorted(flags.items())],
+        "notes": [] if metrics.read_json(folder / "config.json") else [unknown],
+        "facts": facts(history, link), "board": None, "tables": [], "pictures": run_pictures(history),
+        "flags": [(name, str(value)) for name, value in sorted(history.flags.items())],
     }  # fmt: skip
 
 
-def facts(history: History, result: dict | None, flags: dict, link: Link) -> list[dict[str, str]]:
+def facts(history: History, link: Link) -> list[dict[str, str]]:
     """Returns the key figures of a run, each with a link to the file that it is from."""
-    folder, found = history.folder, []
+    found, result, flags = [], history.result, history.flags
 
     def add(name: str, text: str, file: str) -> None:
-        found.append({"name": name, "value": text, "href": link(folder / file)})
+        found.append({"name": name, "value": text, "href": link(history.folder / file)})
 
     rows = [row for rows in history.records.values() for row in rows]
     last = max(rows, key=lambda row: row["step"])
@@ -61,49 +58,43 @@ def facts(history: History, result: dict | None, flags: dict, link: Link) -> lis
     return found
 
 
-def run_pictures(history: History, result: dict | None, flags: dict) -> list[dict[str, Any]]:
+def run_pictures(history: History) -> list[dict[str, Any]]:
     """Returns the pictures of a run that can be drawn from its records."""
     found = []
-    cell = cell_of(history, result, flags)
-    if cell is not None:
-        cells = history.genotypes
-        title = "The cell" if not cells else "The cell that was found" if result else "The most likely cell so far"
+    if cell := cell_of(history):
+        searched = "The cell that was found" if history.result else "The most likely cell so far"
+        title = searched if history.genotypes else "The cell"
         found.append(picture("cell", title, "", cell_figure(cell), code=str(cell)))
     with suppress(PictureError):  # A retraining has no alphas.
         found.append(formation_picture(history))
     for name, figure in search_curves.figures(history).items():
-        title, note, *_ = search_curves.PICTURES[name]
-        found.append(picture(name, title, note, figure))
+        found.append(picture(name, *search_curves.NOTES[name], figure))
     if not history.genotypes and history.curve("epoch", "valid_ppl", 0)[0]:
         found.append(picture("training", "Validation", "", train_curves.train_figure([history])))
     return found
 
 
-def cell_of(history: History, result: dict | None, flags: dict) -> Genotype | None:
-    """Returns the cell of the result, else the last genotype of a search, else the cell that is trained.
-
-    Returns None for torch's own cells, which have no genotype.
-    """
+def cell_of(history: History) -> Genotype | None:
+    """Returns the cell of the result, else the last one of a search, else the trained one; None for an LSTM or GRU."""
+    result = history.result
     if history.genotypes and not result:
         return history.genotypes[-1][1]
     try:
-        cell = cell_from_json(result["genotype"]) if result else parse(str(flags.get("arch")))
+        cell = cell_from_json(result["genotype"]) if result else parse(str(history.flags.get("arch")))
     except GenotypeError:
         return None
     return cell if isinstance(cell, Genotype) else None
 
 
 def formation_picture(history: History) -> dict[str, Any]:
-    """Returns the formation picture with the states of its frames for the page's script.
-
-    Without the script, the page shows the last frame. Raises `PictureError` if there is nothing to animate.
-    """
+    """Returns the formation with the states of its frames. Raises `PictureError` if there is nothing to animate."""
     when, states = animation.frames(history)
     figure, _ = animation.build(history.nodes, {gid for state in states for gid in state})
-    found = picture("formation", "The formation", "Every edge fades with its probability; the most likely cell has "
-                    "labels.", figure)  # fmt: skip
+    note = "Every edge fades with its probability; the most likely cell has labels."
+    found = picture("formation", "The formation", note, figure)
 
     def seen(part: re.Match) -> str:
+        """Returns an id with the opacity in the last frame, which shows unless the page's script runs."""
         opacity = states[-1].get(part[1].removesuffix("-text"), 0)
         return f'{part[0]} style="opacity: {opacity:.2f}"'
 

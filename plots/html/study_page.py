@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,25 +19,23 @@ from study.design import STAGES
 
 
 def study_page(folder: Path, link: Link) -> dict[str, Any]:
-    """Returns the variables of the template report.html for a study.
-
-    They come from the events of its trials, and from leaderboard.json if that exists. Raises `PictureError` if no trial
-    has begun.
-    """
+    """Returns the variables of the template report.html for a study. Raises `PictureError` if no trial has begun."""
     events = metrics.events(folder)
     if not events:
         raise PictureError(f"{folder}: no trial of this study has begun; python trials.py run --study {folder} begins")
     summary = metrics.read_json(folder / "leaderboard.json") or {}
     pictures = []
     if done := study_curves.selected(folder):
-        pictures.append(picture(
-            "selection", "The selection", "Every cell after its short training, in the order in which they ended.",
-            study_curves.study_figure(list(done.items())),
-        ))  # fmt: skip
-    histories = readable(folder.glob("retrain/*/*/metrics.jsonl"), folder.glob("baseline/*/*/metrics.jsonl"))
+        note = "Every cell after its short training, in the order in which they ended."
+        pictures.append(picture("selection", "The selection", note, study_curves.study_figure(done)))
+    histories = []
+    retrained, baselines = (sorted(folder.glob(f"{stage}/*/*/metrics.jsonl")) for stage in ("retrain", "baseline"))
+    for path in retrained + baselines:
+        with suppress(PictureError):  # A run may have no valid record yet.
+            histories.append(History(path.parent))
     if any(history.curve("epoch", "valid_ppl", 0)[0] for history in histories):
-        pictures.append(picture("training", "Training in full", "The chosen cells and the baselines.",
-                                train_curves.train_figure(histories)))  # fmt: skip
+        note = "The chosen cells and the baselines."
+        pictures.append(picture("training", "Training in full", note, train_curves.train_figure(histories)))
     last = {event["trial"]: event for event in events if event["event"] != "started"}
     counts = Counter(event["event"] for event in last.values())
     state = "over" if is_over(folder) else f"last event {since(folder / metrics.EVENTS)}"
@@ -66,61 +65,41 @@ def trial(name: str) -> tuple[str, str, str] | None:
     return tuple(parts) if len(parts) == 3 and parts[0] in STAGES and not {"", ".", ".."} & set(parts) else None
 
 
-def readable(*paths: Iterable[Path]) -> list[History]:
-    """Returns the histories of the runs whose metrics.jsonl has valid records."""
-    found = []
-    for path in (path for group in paths for path in sorted(group)):
-        try:
-            found.append(History(path.parent))
-        except PictureError:
-            continue
-    return found
-
-
 def leaderboard(folder: Path, events: Sequence[dict[str, Any]], link: Link) -> dict[str, Any]:
     """Returns a table with one row for each trained cell, the best first."""
-    values: dict[tuple[str, str], dict[str, float]] = {}  # (stage, cell) -> seed -> perplexity
-    halved = set()
+    done: dict[tuple[str, str], dict[str, dict]] = {}  # (stage, cell) -> seed -> event
     for event in events:
         if event["event"] in ("done", "halved") and (found := trial(event["trial"])):
             stage, cell, seed = found
             if stage in ("baseline", "select", "retrain"):
-                values.setdefault((stage, cell), {})[seed] = event["valid_ppl"]
-                (halved.add if event["event"] == "halved" else halved.discard)((stage, cell, seed))
+                done.setdefault((stage, cell), {})[seed] = event
     rows = []
-    for cell in dict.fromkeys(cell for _, cell in values):
-        full = next((stage for stage in ("baseline", "retrain") if (stage, cell) in values), None)
+    for cell in dict.fromkeys(cell for _, cell in done):
+        full = next((stage for stage in ("baseline", "retrain") if (stage, cell) in done), "")
         fields = []
         for stage in ("select", full):
-            of = values.get((stage, cell), {}) if stage else {}
-            fields.append(mean_field(list(of.values()), link(folder / stage / cell) if of else "",
-                                     any((stage, cell, seed) in halved for seed in of)))  # fmt: skip
-        runs = [folder / stage / cell / seed for stage in (full, "select") if stage
-                for seed in values.get((stage, cell), ())]  # fmt: skip
+            fields.append(mean_field(done.get((stage, cell), {}).values(), link(folder / stage / cell)))
+        runs = [folder / stage / cell / seed for stage in (full, "select") for seed in done.get((stage, cell), ())]
         results = {run: result for run in runs if (result := metrics.result(run))}
-        tested = {run: value for run, result in results.items()
-                  if metrics.is_number(value := result.get("test_ppl"))}  # fmt: skip
-        run, test = next(iter(tested.items()), (None, None))
-        fields.append(Field(number(test), link(run), test) if run else Field("-"))
-        genotype = genotype_of(results.values())
+        tested = [Field(number(test), link(run), test) for run, result in results.items()
+                  if (test := result.get("test_ppl")) is not None]  # fmt: skip
+        fields += tested[:1] or [Field("-")]
+        cells = (cell_from_json(result["genotype"]) for result in results.values())
+        genotype = next((genotype for genotype in cells if isinstance(genotype, Genotype)), None)  # not an LSTM or GRU
         drawn = inline(cell_figure(genotype), f"{re.sub(r'[^A-Za-z0-9]', '_', cell)}-") if genotype else ""
         rows.append({"cell": cell, "fields": fields, "svg": drawn})
     rows.sort(key=lambda row: [(field.value == "", field.value) for field in reversed(row["fields"][:2])])
     return {"columns": ["cell", "short training", "in full", "test"], "rows": rows}
 
 
-def mean_field(values: Sequence[float], href: str, halved: bool) -> Field:
-    """Returns a field with the mean over seeds and the standard deviation."""
+def mean_field(events: Collection[dict[str, Any]], href: str) -> Field:
+    """Returns a field with the mean over the trials of a cell and the standard deviation, or a dash without trials."""
+    values = [event["valid_ppl"] for event in events]
     if not values:
         return Field("-")
     spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return Field(number(mean(values)) + spread + (" (halved)" if halved else ""), href, mean(values))
-
-
-def genotype_of(results: Iterable[dict[str, Any]]) -> Genotype | None:
-    """Returns the cell that runs of train.py trained, or None for torch's own cells, which have no genotype."""
-    cells = (cell_from_json(result["genotype"]) for result in results)
-    return next((cell for cell in cells if isinstance(cell, Genotype)), None)
+    halved = " (halved)" if any(event["event"] == "halved" for event in events) else ""
+    return Field(number(mean(values)) + spread + halved, href, mean(values))
 
 
 def chosen_facts(folder: Path, summary: dict[str, Any], link: Link) -> list[dict[str, str]]:
@@ -140,18 +119,17 @@ def tables(folder: Path, summary: dict[str, Any], link: Link) -> Iterable[dict[s
     if isinstance(versus, dict):
         note += (f" Searched minus random: {number(versus.get('difference'))}, p = {number(versus.get('p'), 3)} in a "
                  "permutation test.")  # fmt: skip
-    for key, title, words, columns in (
-        ("methods", "Methods", note, ("method", "n", "mean", "sd", "best")),
-        ("agreement", "Does one stage foretell the next?", "Kendall's tau and Spearman's rho.",
+    for key, title, words, stage, columns in (
+        ("methods", "Methods", note, "select", ("method", "n", "mean", "sd", "best")),
+        ("agreement", "Does one stage foretell the next?", "Kendall's tau and Spearman's rho.", "select",
          ("between", "n", "tau", "rho")),
         ("proxies", "Proxies for training in full", "Rank correlation with it, and the interval of a bootstrap.",
-         ("proxy", "cost", "tau", "rho", "seed_sd", "cell_sd")),
-        ("cost", "Cost", "Device time by stage.", ("stage", "runs", "core_hours", "GPU_hours")),
+         "proxy", ("proxy", "cost", "tau", "rho", "seed_sd", "cell_sd")),
+        ("cost", "Cost", "Device time by stage.", None, ("stage", "runs", "core_hours", "GPU_hours")),
     ):  # fmt: skip
         rows = summary.get(key)
         rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         columns = [name for name in columns if any(name in row for row in rows)]
-        stage = {"methods": "select", "agreement": "select", "proxies": "proxy"}.get(key)
         found = []
         for row in rows if columns else ():
             here = stage or row.get("stage")  # The link leads to the runs of this stage.

@@ -38,12 +38,9 @@ def varied(*samples: Sequence[float]) -> bool:
 
 
 def agreement(
-    statistic: Callable[[Sequence[float], Sequence[float]], float],
-    x: Sequence[Sequence[float]],
-    y: Sequence[Sequence[float]],
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Estimate:
+    statistic: Callable[[Sequence[float], Sequence[float]], float], x: Sequence[Sequence[float]],
+    y: Sequence[Sequence[float]], seed: int = 0, resamples: int = RESAMPLES,
+) -> Estimate:  # fmt: skip
     """Returns a rank correlation of the cells' means over seeds, with its bootstrap interval.
 
     The bootstrap resamples the seeds of every cell, and then the cells; a cell that is sampled twice ties with itself.

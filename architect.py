@@ -34,10 +34,8 @@ Average = Callable[[list[Tensor]], None]  # replaces tensors by their mean over 
 @dataclass(frozen=True)
 class WeightUpdate:
     """How a gradient moves the weights: it is clipped, weight decay and momentum are added, and lr times that is taken.
-
     The weight step and the virtual step of the search both clip with `clip_`. The former then lets the optimizer that
-    `training.optimizers.new_optimizer` makes from the same object take its step, the latter adds `deltas`.
-    """
+    `training.optimizers.new_optimizer` makes from the same object take its step, the latter adds `deltas`."""
 
     clip_norm: float = 0.0  # the largest norm of the whole gradient; 0 for no limit
     clip_value: float = 0.0  # the largest absolute value of an element of the gradient, applied first; 0 for no limit
@@ -215,11 +213,9 @@ def keep_capturable(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
 
 
 class AveragedAdam(torch.optim.Adam):
-    """Adam that also keeps a mean of each parameter over the steps; the steps themselves are those of torch's Adam.
-
-    The mean has polynomial decay (Shamir & Zhang, ICML 2013, section 4): the weight of step t grows like t^DECAY, so
-    that the first steps are forgotten while the last oscillations are averaged out.
-    """
+    """Adam that also keeps a mean of each parameter over the steps; the steps themselves are those of torch's Adam. The
+    mean has polynomial decay (Shamir & Zhang, ICML 2013, section 4): the weight of step t grows like t^DECAY, so that
+    the first steps are forgotten while the last oscillations are averaged out."""
 
     DECAY = 3  # measured in docs/signal.md
 

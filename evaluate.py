@@ -40,11 +40,9 @@ def build_parser() -> arguments.Parser:
 
 
 def build_model(saved: dict) -> RNNModel:
-    """Returns the model of a checkpoint with the weights that its run evaluated: the averaged ones if it has any.
-
-    The model is built on the meta device and takes the checkpoint's own tensors, so that no memory is allocated for a
-    size which the file merely claims. Raises `ValueError` or `TypeError` for a norm or a dtype that no run has.
-    """
+    """Returns the model of a checkpoint with the weights that its run evaluated: the averaged ones if it has any. The
+    model is built on the meta device and takes the checkpoint's own tensors, so that no memory is allocated for a size
+    which the file merely claims. Raises `ValueError` or `TypeError` for a norm or a dtype that no run has."""
     vocabulary, flags = len(saved["words"]), saved["flags"]
     with torch.device("meta"):
         if saved["kind"] == "search":

@@ -32,9 +32,7 @@ class GenotypeError(ValueError):
 
 class Genotype(NamedTuple):
     """Describes a discrete cell: `recurrent[i - 1]` is (op, predecessor) of node i, `concat` lists the averaged nodes.
-
-    `parse` reads its repr, such as `Genotype(recurrent=[('sigmoid', 0), ('relu', 1)], concat=[1, 2])`.
-    """
+    `parse` reads its repr, such as `Genotype(recurrent=[('sigmoid', 0), ('relu', 1)], concat=[1, 2])`."""
 
     recurrent: tuple[tuple[str, int], ...]
     concat: tuple[int, ...]
@@ -93,11 +91,9 @@ def validate(genotype: Genotype) -> None:
 
 
 def parse(text: str) -> Genotype:
-    """Returns the genotype that a text describes; nothing is evaluated. Raises `GenotypeError`.
-
-    The text has at most `MAX_TEXT` characters and is JSON for `from_json`, or a literal with lists or tuples and with
-    or without keywords, such as `Genotype(recurrent=[('relu', 0), ...], concat=range(1, 9))`.
-    """
+    """Returns the genotype that a text describes; nothing is evaluated. Raises `GenotypeError`. The text has at most
+    `MAX_TEXT` characters and is JSON for `from_json`, or a literal with lists or tuples and with or without keywords,
+    such as `Genotype(recurrent=[('relu', 0), ...], concat=range(1, 9))`."""
     if len(text) > MAX_TEXT:
         raise GenotypeError(f"a genotype's text has at most {MAX_TEXT:,} characters, not {len(text):,}")
     text = text.strip()

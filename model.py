@@ -90,11 +90,9 @@ class RNNModel(nn.Module):
         return self.word_losses([drop(hiddens, masks.output)], y)[0]
 
     def word_losses(self, passes: Sequence[Tensor], y: Tensor, rdrop: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Returns the loss and the mean negative log-likelihood of the words y (T, B), both in nats per word.
-
-        `passes` are the outputs (T, B, H) of one or two passes after dropout, and `rdrop` is the coefficient of R-Drop,
-        which compares two of them (see `softmax_losses.losses`). A second derivative raises RuntimeError.
-        """
+        """Returns the loss and the mean negative log-likelihood of the words y (T, B), both in nats per word. `passes`
+        are the outputs (T, B, H) of one or two passes after dropout, and `rdrop` is the coefficient of R-Drop, which
+        compares two of them (see `softmax_losses.losses`). A second derivative raises RuntimeError."""
         log_probs, weights = softmax_losses.tied, [self.embedding, self.bias]
         if self.mixture is not None:
             log_probs, weights = softmax_losses.mixed, [*weights, *self.mixture.parameters()]
@@ -118,23 +116,18 @@ def retrain_model(
     ntoken: int, nhid: int, rates: DropoutRates, cell: Genotype | str, n_experts: int = 1,
     init_range: float | None = None,
 ) -> RNNModel:  # fmt: skip
-    """Returns an `RNNModel` with the cell of a genotype, or with the baseline "LSTM" or "GRU".
-
-    `init_range` is `default_init_range(nhid)` by default; a baseline's cell keeps torch's own initial weights, whose
-    range depends on nhid too.
-    """
+    """Returns an `RNNModel` with the cell of a genotype, or with the baseline "LSTM" or "GRU". `init_range` is
+    `default_init_range(nhid)` by default; a baseline's cell keeps torch's own initial weights, whose range depends on
+    nhid too."""
     init_range = default_init_range(nhid) if init_range is None else init_range
     built = BaselineCell(nhid, cell) if isinstance(cell, str) else DARTSCell(nhid, cell, init_range)
     return RNNModel(ntoken, nhid, rates, built, init_range, n_experts)
 
 
 class BaselineCell(nn.Module):
-    """Implements an LSTM or a GRU of one layer.
-
-    torch computes the whole sequence in one call, in which the hidden state cannot be dropped. Instead `dropouth` drops
-    elements of the hidden-to-hidden matrix at every time step and for every batch element (Merity et al. 2017, section
-    2). `dropoutx` drops inputs, as it does for other cells.
-    """
+    """Implements an LSTM or a GRU of one layer. torch computes the whole sequence in one call, in which the hidden
+    state cannot be dropped. Instead `dropouth` drops elements of the hidden-to-hidden matrix at every time step and for
+    every batch element (Merity et al. 2017, section 2). `dropoutx` drops inputs, as it does for other cells."""
 
     def __init__(self, nhid: int, name: str):
         super().__init__()
@@ -147,10 +140,8 @@ class BaselineCell(nn.Module):
         return self.rnn.weight_hh_l0
 
     def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
-        """Returns the hidden states (T, B, H) and the state (B, S) after them, for x (T, B, E) and state (B, S).
-
-        The engine is not used, and --precision bf16 applies to the decoder alone: torch's kernel runs in fp32 or TF32.
-        """
+        """Returns the hidden states (T, B, H) and the state (B, S) after them, for x (T, B, E) and state (B, S). The
+        engine is not used, and --precision bf16 applies to the decoder alone: torch's kernel runs in fp32 or TF32."""
         rnn = self.rnn
         weights = [rnn.weight_ih_l0, drop(self.connections, masks.connections), rnn.bias_ih_l0, rnn.bias_hh_l0]
         how = (weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)

@@ -54,12 +54,9 @@ class RNNModelSearch(RNNModel):
 
 
 def derive(probs: Tensor) -> Genotype:
-    """Returns the most likely discrete cell (DARTS, section 2.4).
-
-    Each node gets the predecessor whose strongest primitive other than `none` has the largest probability, and that
-    primitive. The output is the mean of all nodes. probs (N(N+1)/2, K) has one row for each edge, and the edges of node
-    i = 1..N come from its predecessors 0..i-1.
-    """
+    """Returns the most likely discrete cell (DARTS, section 2.4). Each node gets the predecessor whose strongest
+    primitive other than `none` has the largest probability, and that primitive. The output is the mean of all nodes.
+    probs (N(N+1)/2, K) has one row for each edge, and the edges of node i = 1..N come from its predecessors 0..i-1."""
     strength, primitive = probs[:, 1:].max(dim=-1)  # (N(N+1)/2,)
     recurrent, start = [], 0
     while start < len(probs):

@@ -61,10 +61,8 @@ class RetrainState:
     # --- the step ---
 
     def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the clipped gradient of a training batch into .grad.
-
-        Returns the loss (nats per word), the last hidden states (B, S), and the norm of the gradient before clipping.
-        """
+        """Computes the clipped gradient of a training batch into .grad. Returns the loss (nats per word), the last
+        hidden states (B, S), and the norm of the gradient before clipping."""
         args, masks = self.args, self.model.sample_masks(self.batch_size)
         two_passes = args.rdrop > 0 or args.fraternal > 0
         batch = Batch(x, y, hidden, masks, self.model.sample_masks(self.batch_size) if two_passes else None)
@@ -91,10 +89,8 @@ class RetrainState:
         return ""
 
     def reason_to_stop(self, valid_loss: float) -> str:
-        """Returns the reason to stop after an epoch with this loss, or "" to continue.
-
-        With --finetune, which averages from the start, the condition that starts averaging elsewhere ends the run.
-        """
+        """Returns the reason to stop after an epoch with this loss, or "" to continue. With --finetune, which averages
+        from the start, the condition that starts averaging elsewhere ends the run."""
         if self.patience.step(valid_loss):
             return "patience"
         return "nonmono" if self.args.finetune and self.trigger.step(valid_loss) else ""

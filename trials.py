@@ -28,10 +28,8 @@ INSTALL = "trials.py needs Ray, SciPy and rich: pip install -r requirements-clus
 
 
 def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, data.Corpus, Run]:
-    """Returns the flags, the corpus and the directory of a new or resumed study.
-
-    Ends the script with one line for each fault if the flags or the corpus cannot be used.
-    """
+    """Returns the flags, the corpus and the directory of a new or resumed study. Ends the script with one line for each
+    fault if the flags or the corpus cannot be used."""
     args, config = parser.parse_args(argv), None
     if args.study and (Path(args.study) / CONFIG).exists():
         config = validate_arguments.read_config(parser, Path(args.study))

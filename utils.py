@@ -48,11 +48,9 @@ def choose_device(name: str, deterministic: bool = False) -> torch.device:
 
 
 def keep_memory() -> None:
-    """Makes glibc's malloc, if it is in use, keep freed memory for this process.
-
-    By default it returns large blocks to the system at once, and torch allocates them again at every step: on a CPU the
-    page faults of new memory then cost more than most operations.
-    """
+    """Makes glibc's malloc, if it is in use, keep freed memory for this process. By default it returns large blocks to
+    the system at once, and torch allocates them again at every step: on a CPU the page faults of new memory then cost
+    more than most operations."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX of glibc's malloc.h
@@ -61,11 +59,9 @@ def keep_memory() -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that replaces `path` at the end of the block, after it was flushed to the disk.
-
-    If the block or the writing fails, `path` is unchanged, and the temporary file beside it is removed (unless the
-    process is killed, or the disk refuses that too).
-    """
+    """Yields a file that replaces `path` at the end of the block, after it was flushed to the disk. If the block or the
+    writing fails, `path` is unchanged, and the temporary file beside it is removed (unless the process is killed, or
+    the disk refuses that too)."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -24,9 +24,8 @@ def relaxed_start(cu, h, constants, node):
 
 @kernel
 def relaxed_node(edges, p, active, constants, node):
-    """Writes s_i to `node`, given its `edges`, their probabilities p (i, K) and relu's active set (i, B, H) or None
-    (F3 to F5).
-    """
+    """Writes s_i to `node`, given its `edges`, their probabilities p (i, K) and relu's active set (i, B, H) or None (F3
+    to F5)."""
     c, u = edges.cu.chunk(2, dim=-1)
     p = p[:, 1:, None, None]
     *_, mixed, _ = mixture(p, u, active)
@@ -59,11 +58,8 @@ def of_sum(norm, predecessors):
 
 
 def average(x, constants):
-    """Returns the mean of x (B, H) that the norm "batch" or "layer" takes (F5).
-
-    For "batch" it is the mean of each hidden unit over the batch, (H,), and for "layer" that of each batch element over
-    its hidden units, (B, 1).
-    """
+    """Returns the mean of x (B, H) that the norm "batch" or "layer" takes (F5). For "batch" it is the mean of each
+    hidden unit over the batch, (H,), and for "layer" that of each batch element over its hidden units, (B, 1)."""
     return x.mean(0) if constants.norm == "batch" else (x * constants.share).sum(-1, keepdim=True)
 
 
@@ -110,10 +106,8 @@ def whole(grad, constants):
 
 
 def normalise_back(g, node, constants):
-    """Returns the gradient before a norm, inverse * (g - mean(g) - s mean(g s)), (B, H) (B2).
-
-    g (B, H) is the gradient of s = node.state, and the means are those of `average`. Without a norm, the result is g.
-    """
+    """Returns the gradient before a norm, inverse * (g - mean(g) - s mean(g s)), (B, H) (B2). g (B, H) is the gradient
+    of s = node.state, and the means are those of `average`. Without a norm, the result is g."""
     if constants.norm == "none":
         return force_materialize(g)
     s = node.state.to(g.dtype)
@@ -164,10 +158,8 @@ def relaxed_start_back(grad, node, cu, h, constants, received, dc, du, grad_h_di
 
 @kernel
 def discrete_start_back(g, cu, h, dc, du, grad_h_direct):
-    """Computes the backward pass through s_0 of the discrete cell (B6).
-
-    Reads g and h (B, H) and cu (B, 2H), and writes dc, du and grad_h_direct as in `put_start_back`, (B, H) each.
-    """
+    """Computes the backward pass through s_0 of the discrete cell (B6). Reads g and h (B, H) and cu (B, 2H), and writes
+    dc, du and grad_h_direct as in `put_start_back`, (B, H) each."""
     put_start_back(g, cu, h, dc, du, grad_h_direct)
 
 
@@ -185,10 +177,8 @@ def put_start_back(g, cu, h, dc, du, grad_h_direct):
 
 
 def activation(name, u):
-    """Returns f(u) and f'(u) for the activation f called `name`, in the shape of u.
-
-    `name` is one of `reference.ACTIVATIONS`.
-    """
+    """Returns f(u) and f'(u) for the activation f called `name`, in the shape of u. `name` is one of
+    `reference.ACTIVATIONS`."""
     if name == "identity":
         return u, torch.ones_like(u)
     if name == "relu":
@@ -199,10 +189,8 @@ def activation(name, u):
 
 @kernel
 def discrete_node(name, cu, s, h_mask, state, masked):
-    """Computes s_i of the discrete cell, s + sigmoid(c) * (f(u) - s), with the activation f called `name`.
-
-    Reads cu = [c, u] (B, 2H), the predecessor s (B, H) and h_mask (B, H). Writes state and masked (B, H).
-    """
+    """Computes s_i of the discrete cell, s + sigmoid(c) * (f(u) - s), with the activation f called `name`. Reads cu =
+    [c, u] (B, 2H), the predecessor s (B, H) and h_mask (B, H). Writes state and masked (B, H)."""
     c, u = cu.to(h_mask.dtype).chunk(2, dim=-1)
     s = s.to(h_mask.dtype)
     s = s + sigmoid(c) * (activation(name, u)[0] - s)

@@ -36,10 +36,8 @@ class FrozenReLU:
         self.parts: dict[tuple[int, int], FrozenReLU] = {}  # of micro-batches, by `start` and `stop`
 
     def active_set(self, u: Tensor, place: tuple[int, int]) -> Tensor:
-        """Returns where relu is active at `place`, a time step and a node i, bool (i, B, H).
-
-        The first call for a place records where u (i, B, H) is positive, and later calls return that record.
-        """
+        """Returns where relu is active at `place`, a time step and a node i, bool (i, B, H). The first call for a place
+        records where u (i, B, H) is positive, and later calls return that record."""
         if place not in self.active:
             self.active[place] = u.detach() > 0
         return self.active[place]
@@ -77,9 +75,7 @@ def drop(value: Tensor, mask: Tensor | None) -> Tensor:
 
 def sample_mask(length: int, width: int, p: float, like: Tensor) -> Tensor | None:
     """Returns a new mask (length, width), whose elements are 0 with probability p, else 1 / (1 - p); None for p = 0.
-
-    The mask has the dtype and the device of `like`.
-    """
+    The mask has the dtype and the device of `like`."""
     if p == 0:
         return None
     return torch.empty(length, width, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)

@@ -118,11 +118,8 @@ def inductor(graph: torch.fx.GraphModule, inputs: list) -> Callable:
 
 @contextmanager
 def calls_of_inductor() -> Iterator[list[tuple[Callable, tuple]]]:
-    """Yields a list of the calls of Inductor's code inside the block, each with its arguments.
-
-    The code is without torch's wrappers. `CompiledFxGraph.__call__` is replaced meanwhile, since torch has no
-    public way to this code.
-    """
+    """Yields a list of the calls of Inductor's code inside the block, each with its arguments. The code is without
+    torch's wrappers. `CompiledFxGraph.__call__` is replaced meanwhile, since torch has no public way to this code."""
     from torch._inductor.output_code import CompiledFxGraph
 
     calls = []

@@ -145,10 +145,8 @@ def r_gradient(
 
 
 def to_softmax(logits: Tensor, bias: Tensor, words: Tensor, scale: float) -> Tensor:
-    """Replaces logits (n, V), which lack their bias (V,), by scale * softmax(logits + bias) in place.
-
-    Returns the negative log-likelihoods (n,) in nats of the target words (n, 1).
-    """
+    """Replaces logits (n, V), which lack their bias (V,), by scale * softmax(logits + bias) in place. Returns the
+    negative log-likelihoods (n,) in nats of the target words (n, 1)."""
     losses = bias.new_empty(len(words))
     of_words = logits.gather(1, words).to(bias.dtype) + bias.detach()[words]  # (n, 1)
     softmax(logits, bias.detach(), of_words, scale, losses)
@@ -186,11 +184,8 @@ def factors(
 
 
 def in_rows(matrix: Tensor) -> Tensor:
-    """Returns the matrix contiguous, row by row in memory.
-
-    On a CPU it is copied in blocks, since torch copies a matrix that lies in memory column by column at a fifth of the
-    speed if it is copied as a whole.
-    """
+    """Returns the matrix contiguous, row by row in memory. On a CPU it is copied in blocks, since torch copies a matrix
+    that lies in memory column by column at a fifth of the speed if it is copied as a whole."""
     if matrix.is_contiguous() or matrix.is_cuda:
         return matrix.contiguous()
     rows, longer = torch.empty_like(matrix, memory_format=torch.contiguous_format), int(matrix.size(1) > len(matrix))
@@ -200,10 +195,8 @@ def in_rows(matrix: Tensor) -> Tensor:
 
 
 def chunks(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Chunk"]:
-    """Yields chunks that contain every target word (T, B) once, for a decoder (H', V).
-
-    With a mask `skipped` (B, H), the chunks leave the hidden units that it drops out of the products.
-    """
+    """Yields chunks that contain every target word (T, B) once, for a decoder (H', V). With a mask `skipped` (B, H),
+    the chunks leave the hidden units that it drops out of the products."""
     if skipped is None:
         steps = max(1, CHUNK // (decoder.size(1) * B * decoder.itemsize))
         for t in range(0, T, steps):
@@ -308,9 +301,7 @@ def has_amx(device: torch.device, compute_dtype: torch.dtype) -> bool:
 @kernel
 def softmax(logits, bias, of_words, scale, losses):
     """Writes -log softmax(logits + bias) at the target words to `losses` (n,), and scale * softmax to `logits` (n, V).
-
-    `of_words` (n, 1) are the logits of the target words with their bias, and bias is (V,).
-    """
+    `of_words` (n, 1) are the logits of the target words with their bias, and bias is (V,)."""
     z = logits.to(bias.dtype) + bias
     top = z.amax(-1, keepdim=True)
     e = torch.exp2(LOG2_E * (z - top))
@@ -322,8 +313,6 @@ def softmax(logits, bias, of_words, scale, losses):
 @kernel
 def r_softmax(p, r_bias, scale, r_logits):
     """Replaces `r_logits` (n, V), the tangent of the logits without bias, by the tangent of p = scale * softmax (n, V).
-
-    `r_bias` (V,) is the tangent of the bias.
-    """
+    `r_bias` (V,) is the tangent of the bias."""
     p, r_z = p.to(r_bias.dtype), r_logits.to(r_bias.dtype) + r_bias
     r_logits.copy_(p * (r_z - (p * r_z).sum(-1, keepdim=True) / scale))

@@ -34,17 +34,13 @@ class Workspace(NamedTuple):
 
 def padding(rows: Tensor, compute_dtype: torch.dtype) -> int:
     """Returns with how many zeros to pad the rows (..., n) of a matrix so that products in `compute_dtype` are fast.
-
-    That is 0 on a CPU unless `compute_dtype` is bfloat16, since products there are as fast without padding.
-    """
+    That is 0 on a CPU unless `compute_dtype` is bfloat16, since products there are as fast without padding."""
     return 0 if compute_dtype != torch.bfloat16 and rows.device.type == "cpu" else -rows.size(-1) % ALIGNMENT
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Writes a @ b to `out`, for a (n, k) and a weight b (k, m), by the library that is faster on this processor.
-
-    oneDNN is ahead where a has few rows and b is large. It is very slow where b is a slice of a wider matrix.
-    """
+    oneDNN is ahead where a has few rows and b is large. It is very slow where b is a slice of a wider matrix."""
     lead = a.dtype == torch.float32 and a.device.type == "cpu" and len(a) <= 512 and b.numel() >= 1 << 17
     if lead and (b.is_contiguous() or b.t().is_contiguous()) and onednn_is_quicker():
         out.copy_(onednn(a, b))
@@ -115,10 +111,8 @@ def add_narrow_rows(rows, total):
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Runs CUDA's products of fp32 tensors in TF32 inside the context if `precision` is "tf32", else in full fp32.
-
-    This includes torch's own LSTM and GRU. The settings from before are restored at the end.
-    """
+    """Runs CUDA's products of fp32 tensors in TF32 inside the context if `precision` is "tf32", else in full fp32. This
+    includes torch's own LSTM and GRU. The settings from before are restored at the end."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:

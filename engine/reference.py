@@ -35,10 +35,8 @@ def normalise(s: Tensor, norm: str) -> Tensor:
 
 
 def cell_inputs(x: Tensor, W0: Tensor, x_mask: Tensor | None) -> Iterator[Tensor]:
-    """Yields the input's term of the preactivations [c_0, u_0] (F1) of each time step, (B, 2H).
-
-    One product over all time steps computes them, from x (T, B, E), W0 (E + H, 2H) and x_mask (B, E).
-    """
+    """Yields the input's term of the preactivations [c_0, u_0] (F1) of each time step, (B, 2H). One product over all
+    time steps computes them, from x (T, B, E), W0 (E + H, 2H) and x_mask (B, E)."""
     return (drop(x, x_mask) @ W0[: x.size(-1)]).unbind(0)
 
 

@@ -100,18 +100,14 @@ def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
 
 
 def held_set(cu: Tensor, held_relu: FrozenReLU | None, place: tuple[int, int]) -> Tensor | None:
-    """Returns the active set of `held_relu` (i, B, H) at `place`, a time step and a node i, or None if it is None.
-
-    cu (i, B, 2H) are the preactivations [c, u]. The active set is viewed as uint8, since Inductor reads bool slowly.
-    """
+    """Returns the active set of `held_relu` (i, B, H) at `place`, a time step and a node i, or None if it is None. cu
+    (i, B, 2H) are the preactivations [c, u]. The active set is viewed as uint8, since Inductor reads bool slowly."""
     return None if held_relu is None else held_relu.active_set(halves(cu)[1], place).view(torch.uint8)
 
 
 def unit_share(width: int, like: Tensor) -> Tensor:
-    """Returns (H,): 1 / width for each of the first `width` hidden units, and 0 for the padding.
-
-    `like` (B, H) gives H, the dtype and the device.
-    """
+    """Returns (H,): 1 / width for each of the first `width` hidden units, and 0 for the padding. `like` (B, H) gives H,
+    the dtype and the device."""
     return (torch.arange(like.size(-1), device=like.device) < width).to(like.dtype) / width
 
 
@@ -156,8 +152,6 @@ class GradAccumulators:
         return self.grad_h_direct + self.grad_h_matmul * h_mask
 
     def grad_probs(self) -> Tensor:
-        """Returns the gradient of the probabilities (N(N+1)/2, K), once the loop has ended.
-
-        It is 0 for `none`, whose probability changes nothing.
-        """
+        """Returns the gradient of the probabilities (N(N+1)/2, K), once the loop has ended. It is 0 for `none`, whose
+        probability changes nothing."""
         return torch.cat([torch.stack([torch.zeros_like(sums[0]), *sums], -1).sum(1) for sums in self.sums])

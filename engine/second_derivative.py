@@ -140,11 +140,8 @@ def r_backward(
 
 @kernel
 def r_start(cu, r_cu, h, r_h, constants, node, r_node):
-    """Computes the tangent of s_0 (F1, F5).
-
-    Reads cu and its tangent r_cu (B, 2H), h and r_h (B, H), and the results `node`. Writes `r_node` as in
-    `put_r_normalised`.
-    """
+    """Computes the tangent of s_0 (F1, F5). Reads cu and its tangent r_cu (B, 2H), h and r_h (B, H), and the results
+    `node`. Writes `r_node` as in `put_r_normalised`."""
     c, u = cu.to(h.dtype).chunk(2, dim=-1)
     r_c, r_u = r_cu.to(h.dtype).chunk(2, dim=-1)
     gate, tanh = sigmoid(c), sigmoid_tanh(u)[1]
@@ -154,11 +151,8 @@ def r_start(cu, r_cu, h, r_h, constants, node, r_node):
 
 @kernel
 def r_node(edges, r_edges, p, active, constants, node, r_node):
-    """Computes the tangent of s_i (F3 to F5).
-
-    Reads what `cell_kernels.relaxed_node` reads, the results `node` that it wrote, and the tangents `r_edges`. Writes
-    `r_node` as in `put_r_normalised`.
-    """
+    """Computes the tangent of s_i (F3 to F5). Reads what `cell_kernels.relaxed_node` reads, the results `node` that it
+    wrote, and the tangents `r_edges`. Writes `r_node` as in `put_r_normalised`."""
     dtype = constants.h_mask.dtype
     c, u = edges.cu.chunk(2, dim=-1)
     r_c, r_u = r_edges.cu.to(dtype).chunk(2, dim=-1)

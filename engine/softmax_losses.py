@@ -21,11 +21,8 @@ PIECES = 8
 
 
 def tied(outputs: Tensor, embedding: Tensor, bias: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
-    """Returns log softmax(outputs @ embedding.T + bias), (n, V).
-
-    The shapes are outputs (n, H), embedding (V, H) and bias (V,). `compute_dtype` is the dtype of the product, None for
-    that of the weights.
-    """
+    """Returns log softmax(outputs @ embedding.T + bias), (n, V). The shapes are outputs (n, H), embedding (V, H) and
+    bias (V,). `compute_dtype` is the dtype of the product, None for that of the weights."""
     compute_dtype = compute_dtype or bias.dtype
     return ((outputs.to(compute_dtype) @ embedding.t().to(compute_dtype)).to(bias.dtype) + bias).log_softmax(-1)
 

@@ -106,11 +106,8 @@ def frames(history: History) -> tuple[list[float], list[dict[str, float]]]:
 
 
 def draw_formation(folder: str | Path, path: str | Path) -> None:
-    """Writes the animation of the search in `folder` to `path`.
-
-    Raises `PictureError` if there is nothing to animate, if the ending is not in `WRITERS` or if ffmpeg is missing, and
-    `OSError` if the file cannot be written.
-    """
+    """Writes the animation of the search in `folder` to `path`. Raises `PictureError` if there is nothing to animate,
+    if the ending is not in `WRITERS` or if ffmpeg is missing, and `OSError` if the file cannot be written."""
     ending = Path(path).suffix.lower()
     if ending not in WRITERS:
         raise PictureError(f"an animation's name ends in {' or '.join(WRITERS)}, unlike {str(path)!r}")
@@ -147,10 +144,8 @@ def write_gif(images: Iterable[Image.Image], path: Path) -> None:
 
 @cache
 def palette() -> np.ndarray:
-    """Returns the palette (168, 3), from 0 to 255: blends of each colour with the background.
-
-    A palette chosen from a frame would lose colours that only a few pixels have.
-    """
+    """Returns the palette (168, 3), from 0 to 255: blends of each colour with the background. A palette chosen from a
+    frame would lose colours that only a few pixels have."""
     paper = np.array(to_rgb(PAPER))
     inks = [np.array(to_rgb(colour)) for colour in (INK, SOFT, GREY, *(COLOURS[op] for op in OPS))]
     return 255 * np.array([ink + (paper - ink) * share for ink in inks for share in np.linspace(0, 1, 24)])

@@ -54,11 +54,9 @@ class Layout(NamedTuple):
 
 
 def layout_cell(genotype: Genotype) -> Layout:
-    """Returns positions for a cell such that no lines cross and none runs under a node or a label.
-
-    Every node has one predecessor, so a cell is a tree with root s_0. Each subtree has a band of rows to itself: a row
-    for each leaf, and a narrow row among its children for the grey line of an inner node. Raises `GenotypeError`.
-    """
+    """Returns positions for a cell such that no lines cross and none runs under a node or a label. Every node has one
+    predecessor, so a cell is a tree with root s_0. Each subtree has a band of rows to itself: a row for each leaf, and
+    a narrow row among its children for the grey line of an inner node. Raises `GenotypeError`."""
     validate(genotype)
     ops, parents = zip(("", 0), *genotype.recurrent, strict=True)  # s_0 at index 0 has neither, so it gets dummies.
     nodes = range(len(ops))

@@ -86,11 +86,8 @@ def norms(axes: Axes, history: History) -> None:
 
 
 def rate(history: History) -> tuple[list[float], list[float]]:
-    """Returns the times and values of the schedule's learning rate.
-
-    Runs of earlier versions lack the field `rate`; `lr` replaces it, of epochs if possible, because the `lr` of a step
-    is scaled by the length of its segment.
-    """
+    """Returns the times and values of the schedule's learning rate. Runs of earlier versions lack the field `rate`;
+    `lr` replaces it, of epochs if possible, because the `lr` of a step is scaled by the length of its segment."""
     return next((curve for column in (("interval", "rate"), ("epoch", "lr"), ("interval", "lr"))
                  if (curve := history.curve(*column))[0]), ([], []))  # fmt: skip
 

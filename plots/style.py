@@ -32,10 +32,8 @@ class PictureError(ValueError):
 
 
 def plain_style() -> AbstractContextManager[None]:
-    """Returns a context that applies matplotlib's default style with this module's settings.
-
-    The user's own matplotlibrc is ignored, because it may ask for other fonts or for TeX.
-    """
+    """Returns a context that applies matplotlib's default style with this module's settings. The user's own
+    matplotlibrc is ignored, because it may ask for other fonts or for TeX."""
     look = {
         "svg.hashsalt": "cell", "font.size": SMALL * POINT, "axes.titlesize": (SMALL + 1) * POINT,
         "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
@@ -52,10 +50,8 @@ def new_figure(height: float) -> Figure:
 
 
 def save(figure: Figure, path: str | Path, title: str) -> None:
-    """Writes a figure in the format that the ending of `path` names; equal figures give identical files.
-
-    Raises `PictureError` for an ending that is not in `FORMATS`, and `OSError`.
-    """
+    """Writes a figure in the format that the ending of `path` names; equal figures give identical files. Raises
+    `PictureError` for an ending that is not in `FORMATS`, and `OSError`."""
     ending = Path(path).suffix.lower()
     if ending not in FORMATS:
         raise PictureError(f"a picture's name ends in {', '.join(FORMATS)}, unlike {str(path)!r}")

@@ -69,10 +69,8 @@ def train_figure(histories: Sequence[History]) -> Figure:
 
 
 def draw_anchors(axes: Axes, end: float, span: float) -> None:
-    """Draws a line for each published perplexity, and a cross at its epoch if the runs are that long.
-
-    The lines are labelled at their right end, where close lines share one label. `span` is the axis's height in nats.
-    """
+    """Draws a line for each published perplexity, and a cross at its epoch if the runs are that long. The lines are
+    labelled at their right end, where close lines share one label. `span` is the axis's height in nats."""
     for epochs, value in ANCHORS.items():
         axes.axhline(value, gid=f"anchor-{epochs}", color=GREY, linestyle=":", linewidth=POINT)
         if epochs <= end:

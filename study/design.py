@@ -141,10 +141,8 @@ class Study:
         return sorted(ranked, key=lambda pair: (pair[0], pair[1].label))
 
     def retrain(self, cells: Sequence[Cell] | None = None) -> list[Job]:
-        """Returns the full trainings of the given cells; the default is the --top best of the selection.
-
-        Their seeds differ from those of the selection, so that a cell which a lucky seed selected loses that advantage.
-        """
+        """Returns the full trainings of the given cells; the default is the --top best of the selection. Their seeds
+        differ from those of the selection, so that a cell which a lucky seed selected loses that advantage."""
         a, found = self.args, []
         if cells is None:
             cells = [cell for _, cell in self.selected()[: a.top]]
@@ -154,11 +152,9 @@ class Study:
         return found
 
     def chosen(self) -> tuple[Cell, Job] | None:
-        """Returns the cell with the best mean validation perplexity after retraining, and the best of its runs.
-
-        That run evaluates the test text. Once it has, it remains the choice, whatever is retrained later. Returns None
-        if no cell has finished all of its retrainings.
-        """
+        """Returns the cell with the best mean validation perplexity after retraining, and the best of its runs. That
+        run evaluates the test text. Once it has, it remains the choice, whatever is retrained later. Returns None if no
+        cell has finished all of its retrainings."""
         ranked = []
         for _, cell in self.selected()[: self.args.top]:
             results = {job: metrics.result(self.folder / job.name) for job in self.retrain([cell])}

@@ -35,10 +35,8 @@ class TrialFailed(Exception):
 
 
 class Job(NamedTuple):
-    """A job runs a script with these flags in the study's subdirectory `name` ("select/first-1/1").
-
-    Only a job with `test` evaluates the test text.
-    """
+    """A job runs a script with these flags in the study's subdirectory `name` ("select/first-1/1"). Only a job with
+    `test` evaluates the test text."""
 
     name: str
     script: str
@@ -67,10 +65,8 @@ class Job(NamedTuple):
 
 def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[dict[str, Any]], None]) -> None:
     """Starts or resumes the trial and returns when it is done. Raises `TrialFailed` if its process exits with an error.
-
     Relative paths in the job's flags are relative to `directory`. `report` receives each epoch's record of
-    metrics.jsonl, including those written before a resume.
-    """
+    metrics.jsonl, including those written before a resume."""
     folder = study / job.name
     seen, size = 0, 0  # These are the epochs that were reported, and the bytes of metrics.jsonl that were read.
     if not job.is_done(study):

@@ -33,11 +33,9 @@ def write(study: Study, run: Run) -> str:
 
 
 def summary(study: Study) -> dict[str, Any]:
-    """Returns the results of the study as plain JSON values, computed from its run directories.
-
-    A value that is not known yet is None. If any trial was halved, methods are not compared: `methods` is empty and
-    `searched_against_random` is None.
-    """
+    """Returns the results of the study as plain JSON values, computed from its run directories. A value that is not
+    known yet is None. If any trial was halved, methods are not compared: `methods` is empty and
+    `searched_against_random` is None."""
     cells = [cell_row(study, cell) for cell in study.cells()]
     # A cell without a value is behind those with one.
     cells.sort(key=lambda row: (row["retrain"] or math.inf, row["select"] or math.inf, row["cell"]))
@@ -95,9 +93,7 @@ def methods(cells: Sequence[dict]) -> list[dict[str, Any]]:
 
 def against_random(cells: Sequence[dict]) -> dict[str, Any] | None:
     """Compares distinct searched cells with random ones: the difference of their means and its permutation p-value.
-
-    Returns None unless there are short trainings of both kinds.
-    """
+    Returns None unless there are short trainings of both kinds."""
     known = [row for row in cells if row["select"] is not None]
     drawn = [row["select"] for row in known if row["cell"].startswith(f"{RANDOM}-")]
     searched = [row["select"] for row in known if not row["cell"].startswith(f"{RANDOM}-")]
@@ -140,12 +136,9 @@ def baseline(study: Study, job: Job) -> dict[str, Any]:
 
 
 def proxies(study: Study) -> list[dict[str, Any]]:
-    """Returns how well each short training reproduces the ranking of the long training, cheapest first.
-
-    A short training of full size is the beginning of a long one, so it is read from the runs of every second seed and
-    compared with the long runs of the other seeds: no run is compared with itself. `cost` is relative to one full
-    training.
-    """
+    """Returns how well each short training reproduces the ranking of the long training, cheapest first. A short
+    training of full size is the beginning of a long one, so it is read from the runs of every second seed and compared
+    with the long runs of the other seeds: no run is compared with itself. `cost` is relative to one full training."""
     runs: dict[str, dict[str, list[Job]]] = {}  # The keys are folder and cell; a list has one job per seed.
     for job in study.proxy():
         _, folder, cell, _ = job.name.split("/")

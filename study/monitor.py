@@ -126,10 +126,8 @@ class Monitor:
         self.log(f"{job.name}: failed ({reason}) | {self.counts()}")
 
     def ended(self, job: Job) -> None:
-        """Handles the end of a trial: it is done, it is halved, or all trials end because the stage stops.
-
-        A halved trial gets its halved.json here; one that ends because the stage stops can be resumed.
-        """
+        """Handles the end of a trial: it is done, it is halved, or all trials end because the stage stops. A halved
+        trial gets its halved.json here; one that ends because the stage stops can be resumed."""
         epoch, valid_ppl = self.running.pop(job.name, (0, math.nan))
         if job.name in self.over:
             return  # Its end is recorded already; halving only replayed its epochs.
@@ -178,10 +176,8 @@ class Monitor:
         return reason_to_stop(self.values(), *counts, self.hours(), self.converged, self.budget_hours)
 
     def seconds_left(self) -> float:
-        """Returns the predicted seconds until the stage ends.
-
-        Predictions are scaled by the ratio of actual to predicted time of the trials that are done.
-        """
+        """Returns the predicted seconds until the stage ends. Predictions are scaled by the ratio of actual to
+        predicted time of the trials that are done."""
         left = {name: seconds for name, seconds in self.expected.items() if name not in self.over}
         done = [name for name in self.expected if name not in left and self.over[name]["event"] == "done"]
         foreseen = sum(self.expected[name] for name in done)

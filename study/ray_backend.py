@@ -36,9 +36,7 @@ WATCH = 3.0  # The time between two checks that Ray is alive is in seconds.
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
     """Connects to the Ray cluster at `address`, or starts Ray on this machine if that is None; disconnects at the end.
-
-    Raises `RunError` if Ray cannot be reached or started.
-    """
+    Raises `RunError` if Ray cannot be reached or started."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The monitor reports failed trials.
     own = {} if address else {"include_dashboard": False, "object_store_memory": 128 << 20}
     try:
@@ -92,10 +90,8 @@ def has_gpus() -> bool:
 
 def run_all(todo: Sequence[Job], board: Monitor, share: Resources, retries: int, halving: int = 0) -> None:
     """Runs the jobs, `board.parallel` at a time, and restarts each whose process or machine dies up to `retries` times.
-
     If `halving` is not 0, it is the number of epochs of each job, and successive halving (ASHA, Li et al. 2020) ends
-    the worse trials early.
-    """
+    the worse trials early."""
     # max_t is out of reach, because ASHA would end a trial there before its result is written.
     scheduler = ASHAScheduler("epoch", "valid_ppl", "min", max_t=halving + 1, reduction_factor=3) if halving else None
     study = board.run.folder.absolute()  # Ray's processes have another working directory.

@@ -22,10 +22,8 @@ PACES = "paces.json"
 
 
 class StudyRunner:
-    """Runs jobs of a study, as many at a time as fit on the Ray cluster that this process is connected to.
-
-    The constructor raises `RunError` if no machine has the resources of one trial.
-    """
+    """Runs jobs of a study, as many at a time as fit on the Ray cluster that this process is connected to. The
+    constructor raises `RunError` if no machine has the resources of one trial."""
 
     def __init__(self, run: Run, args: Namespace, corpus: data.Corpus):
         self.run, self.args, self.corpus = run, args, corpus
@@ -44,9 +42,7 @@ class StudyRunner:
 
     def measure(self, todo: Sequence[Job]) -> None:
         """Measures the seconds of a step for each kind of job, with as many trials at a time as the study will run.
-
-        Measured timings are saved and reused. Raises `RunError` if a probe fails.
-        """
+        Measured timings are saved and reused. Raises `RunError` if a probe fails."""
         key = f"{self.share.cpus:g} cores, {self.share.gpus:g} GPUs, {self.parallel} at a time: "
         found = metrics.read_json(self.run.folder / PACES) or {}
         known = {kind: pace for kind, pace in found.items() if is_pace(pace)}
@@ -107,10 +103,8 @@ class StudyRunner:
         return [job for job in todo if not job.is_done(self.run.folder)]
 
     def run_stage(self, stage: str, todo: Sequence[Job]) -> bool:
-        """Runs the jobs that are not done and returns whether the study continues with its next stage.
-
-        Sets `interrupted` if jobs remain for no recorded reason.
-        """
+        """Runs the jobs that are not done and returns whether the study continues with its next stage. Sets
+        `interrupted` if jobs remain for no recorded reason."""
         halving = self.args.select_epochs if stage == "select" and self.args.halving else 0
         expected = {job.name: cost.seconds(job, self.corpus, self.paces) for job in todo}
         rules = (self.args.converged if stage == "select" else 0, self.args.budget_hours)

@@ -24,10 +24,8 @@ RESERVED_FLAGS = "save resume data arch epochs seed test overfit finetune search
 
 
 def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
-    """Reads study.json, which holds the flags of a study that has begun and the checksums of its text.
-
-    Ends the script with an error message if the file is damaged or has other flags than this version.
-    """
+    """Reads study.json, which holds the flags of a study that has begun and the checksums of its text. Ends the script
+    with an error message if the file is damaged or has other flags than this version."""
     found = metrics.read_json(folder / CONFIG) or {}
     flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in EPHEMERAL_FLAGS}
     complete = isinstance(flags, dict) and flags.keys() == actions.keys() and "sha256" in found
@@ -66,11 +64,9 @@ def number_faults(args: Namespace) -> list[str]:
 
 
 def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[str]:
-    """Returns the faults of flags that conflict with a study that has begun; `config` is the content of study.json.
-
-    A requested stage that has begun needs --resume (or --dry_run), and a flag that shapes such a stage must keep its
-    value.
-    """
+    """Returns the faults of flags that conflict with a study that has begun; `config` is the content of study.json. A
+    requested stage that has begun needs --resume (or --dry_run), and a flag that shapes such a stage must keep its
+    value."""
     begun = [stage for stage in STAGE_FLAGS if (folder / stage).exists()]
     again = [stage for stage in requested_stages(args) if stage in begun]
     found = []
@@ -83,11 +79,9 @@ def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[
 
 
 def text_faults(args: Namespace) -> list[str]:
-    """Returns the faults of the quoted flags and of the names of methods and cells.
-
-    Quoted flags must be parsable and must not contain a flag that the study itself sets. Names must be distinct, cells
-    must exist, and the proxy stage needs at least two cells.
-    """
+    """Returns the faults of the quoted flags and of the names of methods and cells. Quoted flags must be parsable and
+    must not contain a flag that the study itself sets. Names must be distinct, cells must exist, and the proxy stage
+    needs at least two cells."""
     found = []
     for name in ("train_flags", "search_flags", "select_flags"):
         try:
@@ -128,10 +122,8 @@ def missing_faults(study: Study) -> list[str]:
 
 
 def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None = None) -> list[str]:
-    """Returns the faults that train.py and train_search.py would report for the jobs of these stages.
-
-    Without a corpus, the flags are validated. With one, only the lengths of its texts are.
-    """
+    """Returns the faults that train.py and train_search.py would report for the jobs of these stages. Without a corpus,
+    the flags are validated. With one, only the lengths of its texts are."""
     found: dict[str, None] = {}
     for stage in stages:
         flag = f"{stage}_flags" if stage in ("search", "select") else "train_flags"

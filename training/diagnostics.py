@@ -182,11 +182,8 @@ def cosine(gradients: Sequence[Tensor]) -> float:
 
 def dominant_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
     """Returns the eigenvalue of largest magnitude of a symmetric matrix, given by its products with vectors, which have
-    the shape of `like`; nan if a product is not finite.
-
-    Lanczos's method computes it from at most `PRODUCTS` products, as the projection on a Krylov space with an
-    orthonormal basis (Golub & Van Loan, section 10.1).
-    """
+    the shape of `like`; nan if a product is not finite. Lanczos's method computes it from at most `PRODUCTS` products,
+    as the projection on a Krylov space with an orthonormal basis (Golub & Van Loan, section 10.1)."""
     basis, images = [], []
     image = torch.randn_like(like)
     for _ in range(min(PRODUCTS, like.numel())):

@@ -14,11 +14,9 @@ VALID_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # These are the published batch sizes
 
 @torch.no_grad()
 def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
-    """Returns the mean negative log-likelihood in nats per predicted word of `source` (n, B), without dropout.
-
-    It is computed in the precision of the model's engine, in segments of `bptt` time steps, from each of which the
-    hidden state is carried to the next. The progress bar shows `name`.
-    """
+    """Returns the mean negative log-likelihood in nats per predicted word of `source` (n, B), without dropout. It is
+    computed in the precision of the model's engine, in segments of `bptt` time steps, from each of which the hidden
+    state is carried to the next. The progress bar shows `name`."""
 
     def segment(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         hiddens, hidden = model(x, hidden)  # (T, B, H), (B, S)

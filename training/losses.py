@@ -97,10 +97,8 @@ def clipped_gradient(
     parts: Iterable[Losses], weights: list[Tensor], update: WeightUpdate, average: Average | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds the gradient of the sum of the parts to the `.grad` of the weights, and of no other tensor, and clips it.
-
     Returns the NLL (nats per word) of the whole batch, its last hidden states (B, S), and the norm of the gradient
-    before it was clipped. With `average`, NLL and gradient are the mean over all ranks.
-    """
+    before it was clipped. With `average`, NLL and gradient are the mean over all ranks."""
     nll, hidden = 0.0, []
     for part in parts:
         part.total.backward(inputs=weights)

@@ -55,10 +55,8 @@ class NonMonotonicTrigger:
 
 class ASGD(optim.ASGD):
     """SGD that averages the weights from its first step on, each step at the present rate of its parameter group.
-
     torch's ASGD computes the step size at the end of the previous step, so that a rate that was scaled for one segment
-    of text would be applied to the next one. Without decay of the step size (lambd = 0) it equals lr.
-    """
+    of text would be applied to the next one. Without decay of the step size (lambd = 0) it equals lr."""
 
     def __init__(self, weights: list[Tensor], lr: float, weight_decay: float = 0.0):
         on_gpu = weights[0].is_cuda  # torch then keeps its step counters on the GPU, which avoids synchronisation

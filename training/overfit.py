@@ -19,11 +19,9 @@ STEPS = 2000  # This is the largest number of steps.
 def overfit(
     model: nn.Module, optimizer: Optimizer, text: Tensor, bptt: int, small_batch_size: int, update: WeightUpdate
 ) -> str:
-    """Trains on the first segment of a text (n, B), without dropout, until its perplexity is below `KNOWN`.
-
-    Returns a line with the perplexity and the number of steps. Raises `RunError` if the perplexity is not below `KNOWN`
-    after `STEPS` steps, or as soon as it is not finite. `update` clips the gradient.
-    """
+    """Trains on the first segment of a text (n, B), without dropout, until its perplexity is below `KNOWN`. Returns a
+    line with the perplexity and the number of steps. Raises `RunError` if the perplexity is not below `KNOWN` after
+    `STEPS` steps, or as soon as it is not finite. `update` clips the gradient."""
     batch = Batch(*get_batch(text, 0, bptt), model.initial_hidden(text.size(1)), Masks())
     weights, ppl = model.weights(), math.inf
     with tqdm(range(STEPS + 1), desc="one batch", unit="step", leave=False, disable=None, dynamic_ncols=True) as bar:

@@ -15,10 +15,8 @@ NAME = "report.html"
 
 
 def write(folder: str | Path, path: str | Path | None = None, refresh: int = 0) -> Path:
-    """Writes the page of a run or a study and returns its path, by default report.html in the directory.
-
-    Until that is over, the page reloads itself every `refresh` seconds if not 0. Raises `PictureError` and `OSError`.
-    """
+    """Writes the page of a run or a study and returns its path, by default report.html in the directory. Until that is
+    over, the page reloads itself every `refresh` seconds if not 0. Raises `PictureError` and `OSError`."""
     folder = Path(folder)
     path = folder / NAME if path is None else Path(path)
     if path.suffix.lower() != ".html":

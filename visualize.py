@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         command.error(f"needs {error.name}; pip install -r requirements-plots.txt")
     except OSError as error:
-        command.error(f"cannot write {error.filename or args.out}: {error.strerror}")
+        command.error(f"cannot write {args.out or error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         return 130
     print(f"wrote {out}")

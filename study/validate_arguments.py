@@ -85,11 +85,11 @@ def text_faults(args: Namespace) -> list[str]:
     found = []
     for name in ("train_flags", "search_flags", "select_flags"):
         try:
-            words = shlex.split(getattr(args, name))
+            words = shlex.split(getattr(args, name).replace("=", " "))
         except ValueError as error:
             found.append(f"--{name}: {error}; close the quotes")
             continue
-        given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+        given = {word[2:] for word in words if word.startswith("--")}
         reserved = [flag for flag in RESERVED_FLAGS if flag in given]
         found += [f"--{name}: --{flag} is the study's to set; leave it out" for flag in reserved]
         if name == "search_flags" and args.search_split == "train":

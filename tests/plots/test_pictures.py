@@ -448,10 +448,10 @@ def test_directory_without_a_run_exits_2_with_one_line(command, text, tmp_path, 
     (["search", "RUN", "--out", "a.gif"], "a picture's name ends in"),
     (["formation", "RUN", "--out", "a.svg"], "an animation's name ends in"),
     (["formation", "TRAIN"], "no alphas of a search to animate"),
-    (["train", "RUN", "--out", "no/a.svg"], "cannot write"),
-    (["formation", "RUN", "--out", "no/a.gif"], "cannot write"),
+    (["train", "RUN", "--out", "no/a.svg"], "cannot write no/a.svg:"),
+    (["formation", "RUN", "--out", "no/a.gif"], "cannot write no/a.gif:"),
     (["report", "RUN", "--out", "a.pdf"], "a page's name ends in .html"),
-    (["report", "RUN", "--out", "no/a.html"], "cannot write"),
+    (["report", "RUN", "--out", "no/a.html"], "cannot write no/a.html:"),
     (["train"], "arguments are required"),
 ])  # fmt: skip
 def test_invalid_arguments_exit_2_with_one_line(argv, message, run, tmp_path, monkeypatch, capsys):

@@ -377,6 +377,7 @@ def test_number_of_trials_that_fit_on_a_machine(available, cpus, gpus, fit):
         (["--train_flags", "--schedule cosine"], "under it a short training is not the beginning of a long one"),
         (["--search_flags", "--patience 3"], "--search_flags: --patience looks at valid.txt"),
         (["--search_flags", "--schedule plateau"], "--search_flags: --schedule looks at valid.txt"),
+        (["--search_flags=--schedule=plateau"], "--search_flags: --schedule looks at valid.txt"),
         (["--methods", "first", "first"], "--methods: first is named twice"),
         (["--baselines", "LSTM", "DARTS", "LSTM"], "--baselines: LSTM is named twice"),
         (["--proxy_seeds", "1"], "--proxy_seeds 1: at least 2, since no run is to be compared with itself"),

@@ -41,19 +41,9 @@ CHECKSUM = "sha256 {}"
 CHECKSUM_SIZE = len(CHECKSUM.format("")) + 64  # bytes
 # The errors that torch's reader raises on damaged or forged files.
 UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    LookupError,
-    EOFError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-)
+    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, TypeError, AttributeError, AssertionError,
+    LookupError, EOFError, ArithmeticError, MemoryError, struct.error,
+)  # fmt: skip
 
 
 class CheckpointError(Exception):
@@ -143,7 +133,7 @@ def load_last(folder: str | Path) -> tuple[dict[str, Any] | None, str | None]:
 class CheckpointManager:
     """Saves the checkpoints of a run, on the rank that `writes`, and knows when the next one is due."""
 
-    def __init__(self, folder: Path, minutes: float, writes: bool = True):
+    def __init__(self, folder: Path, minutes: float, writes: bool):
         self.folder, self.seconds, self.writes = folder, 60 * minutes, writes
         self.saved = time.monotonic()
 
@@ -157,15 +147,10 @@ class CheckpointManager:
             save_last(state, self.folder)
         self.saved = time.monotonic()
 
-    def save_best(self, state: dict[str, Any]) -> None:
-        """Saves best.pt."""
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Saves best.pt, or last.pt without keeping the one before."""
         if self.writes:
-            save(state, self.folder / "best.pt")
-
-    def replace(self, state: dict[str, Any]) -> None:
-        """Saves last.pt and leaves previous.pt unchanged."""
-        if self.writes:
-            save(state, self.folder / "last.pt")
+            save(state, self.folder / name)
 
 
 # --- bytes ---

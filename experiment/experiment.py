@@ -1,15 +1,16 @@
 """Runs one search or retraining: its flags and texts, progress, checkpoints, rollbacks, and the reason that it ends."""
 
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from shlex import quote
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from architect import WeightUpdate
-from data import Corpus
+from engine import Engine
+from engine.dropout import DropoutRates
 from engine.matmul import matmul_precision
 from experiment import arguments, checkpoint, resume, startup
 from experiment.distributed import Distributed
@@ -22,12 +23,51 @@ from training.overfit import overfit
 from utils import Diverged, batchify, choose_device, get_batch, segments
 
 
-class TrainingState(Protocol):
-    """What a run trains: model, optimizer, and all else that a checkpoint must hold to resume bit-identically."""
+class TrainingState:
+    """What a run trains: model, optimizer, and all else that a checkpoint must hold to resume bit-identically.
 
-    model: nn.Module
+    The state of a script adds the `optimizer`, the methods without a body here, and `gradient`, which computes the
+    clipped gradient of a training batch (x, y, hidden) and returns loss, last hidden states (B, S) and norm.
+    """
+
     optimizer: torch.optim.Optimizer
-    train_text: Tensor  # (n, B), the batch elements of this rank
+
+    def __init__(self, experiment: "Experiment", model: nn.Module):
+        args = experiment.args
+        self.args, self.ranks, self.run, self.patience = args, experiment.ranks, experiment.run, experiment.patience
+        self.update = experiment.update
+        self.batch_size, self.micro_batch_size = experiment.local_batch_size, experiment.micro_batch_size
+        self.train_text, self.valid_text = experiment.sharded("train"), experiment.texts["valid"]  # (n, B) each
+        self.model = model.to(experiment.device).with_engine(Engine(args.engine, args.precision))
+        self.ranks.seed(args.seed)
+        self.weights = self.model.weights()
+        self.n_weights = sum(w.numel() for w in self.weights)
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Resets the hidden states to their initial values."""
+        self.hidden = self.model.initial_hidden(self.batch_size)  # (B, S)
+
+    def capture(self) -> None:
+        """Makes the gradient replay as a CUDA graph, on CUDA."""
+        self.replayed_gradient = self.model.engine.with_cuda_graphs(self.gradient, self.train_text.device)
+
+    def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes the clipped gradient of a training batch into .grad; returns loss (nats per word) and norm."""
+        nll, self.hidden, norm = self.replayed_gradient(x, y, self.hidden)
+        return nll, norm
+
+    def interval_record(self) -> dict[str, Any]:
+        """Returns what the record of a log interval in metrics.jsonl has besides the loss."""
+        return {}
+
+    def epoch_record(self) -> dict[str, Any]:
+        """Returns what the record of an epoch in metrics.jsonl has besides the losses."""
+        return self.interval_record()
+
+    def describe(self) -> str:
+        """Returns a line for the log at each interval and epoch; empty for none."""
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that training changes, with the same value on every rank."""
@@ -40,18 +80,6 @@ class TrainingState(Protocol):
 
     def validate(self, saved: dict[str, Any]) -> None:
         """Raises ValueError for a state of the right form that no run can have."""
-
-    def start_epoch(self) -> None:
-        """Resets the hidden states to their initial values."""
-
-    def interval_record(self) -> dict[str, Any]:
-        """Returns what the record of a log interval in metrics.jsonl has besides the loss."""
-
-    def epoch_record(self) -> dict[str, Any]:
-        """Returns what the record of an epoch in metrics.jsonl has besides the losses."""
-
-    def describe(self) -> str:
-        """Returns a line for the log at each interval and epoch; empty for none."""
 
 
 class Interrupted(Exception):
@@ -70,13 +98,9 @@ class Experiment:
     """
 
     def __init__(
-        self,
-        kind: str,
-        parser: arguments.Parser,
-        argv: list[str] | None,
-        texts_to_read: Callable[[Corpus, Namespace], startup.Texts],
+        self, kind: str, parser: arguments.Parser, argv: list[str] | None, texts_to_read: startup.TextsToRead,
         reasons: Sequence[str],
-    ):
+    ):  # fmt: skip
         self.kind, self.parser, self.reasons = kind, parser, reasons
         self.ranks = Distributed()
         self.args, self.corpus, self.run, self.saved = startup.start_run(kind, parser, argv, texts_to_read, self.ranks)
@@ -94,17 +118,26 @@ class Experiment:
         self.schedule, self.patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
         self.monitor = DivergenceMonitor(self.device, len(self.corpus.words))
         self.progress = Progress(self.run, self.device, args.epochs, len(self.texts["train"]) - 1)
-        self.checkpoints = checkpoint.CheckpointManager(
-            self.run.folder, args.checkpoint_minutes, writes=self.ranks.is_main
-        )
-        self.best, self.stopped_by, self.interrupted = float("inf"), "", False  # `best` is the lowest validation loss.
+        self.checkpoints = checkpoint.CheckpointManager(self.run.folder, args.checkpoint_minutes, self.ranks.is_main)
+        self.best, self.stopped_by, self.exit_code = float("inf"), "", 0  # `best` is the lowest validation loss.
 
     def __enter__(self) -> "Experiment":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        """Releases the run directory, so that other processes may write to it."""
+    def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> bool:
+        """Releases the run directory, so that other processes may write to it.
+
+        An `Interrupted` goes no further: it logs the command that resumes the run and sets the exit code to 130.
+        """
+        interrupted = isinstance(error, Interrupted)
+        if interrupted:
+            command, self.exit_code = self.ranks.command(self.parser.prog), 130
+            self.run.log(f"interrupted; continue with: {command} --resume --save {quote(str(self.run.folder))}")
         self.run.release()
+        return interrupted
+
+    def dropout_rates(self) -> DropoutRates:
+        return DropoutRates(**{name: getattr(self.args, name) for name in DropoutRates._fields})
 
     def sharded(self, name: str) -> Tensor:
         """Returns the batch elements of this rank, (n, B / ranks), of the text with this name."""
@@ -153,22 +186,16 @@ class Experiment:
         for line in first_lines:
             self.run.log(line)
         if self.best < float("inf"):  # The weights were trained by another run.
-            self.checkpoints.save_best(self.state_dict(state))
+            self.checkpoints.save("best.pt", self.state_dict(state))
         self.checkpoints.save_last(self.state_dict(state))
 
     # --- the loop ---
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Handles signals, sets the --precision of matrix products and explains out-of-memory errors inside the block.
-
-        An `Interrupted` that the block raises sets `interrupted` and goes no further.
-        """
+        """Handles signals, sets the --precision of products and explains out-of-memory errors inside the block."""
         with StopSignal() as self.signal, matmul_precision(self.args.precision), startup.memory_explained(self.args):
-            try:
-                yield
-            except Interrupted:
-                self.interrupted = True
+            yield
 
     def is_finished(self) -> bool:
         return self.progress.epoch > self.args.epochs or bool(self.stopped_by)
@@ -232,7 +259,7 @@ class Experiment:
         state.start_epoch()
         if valid_loss < self.best:
             self.best = valid_loss
-            self.checkpoints.save_best(self.state_dict(state))
+            self.checkpoints.save("best.pt", self.state_dict(state))
         if line := state.describe():
             self.run.log(line)
 
@@ -266,7 +293,7 @@ class Experiment:
                 kind="rollback", epoch=progress.epoch, step=progress.step, lr=lr, reason=str(fault),
                 seconds=progress.elapsed(),
             )  # fmt: skip
-            self.checkpoints.replace(self.state_dict(state))
+            self.checkpoints.save("last.pt", self.state_dict(state))
 
     # --- the end ---
 
@@ -274,22 +301,18 @@ class Experiment:
         """Trains on a single batch and logs the result, for --overfit."""
         args = self.args
         with matmul_precision(args.precision), startup.memory_explained(args):
-            self.run.log(overfit(
-                state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size,
-                self.update,
-            ))  # fmt: skip
-
-    def exit_interrupted(self) -> int:
-        """Logs the command that resumes the run; returns the exit code of an interrupted run."""
-        return self.run.interrupted(self.ranks.command(self.parser.prog))
+            self.run.log(
+                overfit(state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size, self.update)
+            )
 
     def perplexity(self, model: nn.Module, name: str) -> float:
         """Returns the perplexity of the text with this name, measured by this process alone."""
         return perplexity(evaluate(model, self.texts[name], self.args.bptt, name))
 
-    def write_result(self, **result: Any) -> None:
+    def write_result(self, state: TrainingState, **result: Any) -> None:
         """Writes result.json, with `result` among its entries."""
         self.run.write("result.json", {
             "kind": self.kind, "epochs": self.progress.epoch - 1, "steps": self.progress.step,
-            "seconds": self.progress.elapsed(), **result, "stopped_by": self.stopped_by or "epochs",
+            "seconds": self.progress.elapsed(), "params": state.n_weights, **result,
+            "stopped_by": self.stopped_by or "epochs",
         })  # fmt: skip

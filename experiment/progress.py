@@ -30,11 +30,8 @@ class Progress:
 
     def __init__(self, run: Run, device: torch.device, epochs: int, epoch_length: int):
         self.run, self.epochs, self.epoch_length = run, epochs, epoch_length
-        self.epoch, self.time_step, self.step = (
-            1,
-            0,
-            0,
-        )  # `time_step` is the time step at which the next segment starts.
+        self.epoch, self.step = 1, 0
+        self.time_step = 0  # at which the next segment starts
         self.seconds = 0.0  # This includes earlier processes of a resumed run, up to the last record kept.
         self.interval = Sum(device)
         self.norm = Sum(device)  # This sums the gradient norm of each step.
@@ -94,9 +91,7 @@ class Progress:
     def close_diagnosis(self, signal: NamedTuple) -> None:
         """Logs a diagnosis of a search's alpha gradients, and records each of its fields by name."""
         self.run.log(str(signal))
-        self.run.record(
-            kind="diagnosis", epoch=self.epoch, step=self.step, seconds=self.elapsed(), **signal._asdict()
-        )  # fmt: skip
+        self.run.record(kind="diagnosis", epoch=self.epoch, step=self.step, seconds=self.elapsed(), **signal._asdict())
 
     def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
         """Logs and records the training loss and the validation loss (nats per word) of an epoch, and begins the next.
@@ -132,14 +127,10 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "epoch": self.epoch,
-            "time_step": self.time_step,
-            "step": self.step,
-            "interval": self.interval.state_dict(),
-            "norm": self.norm.state_dict(),
-            "whole": self.whole.state_dict(),
+            "epoch": self.epoch, "time_step": self.time_step, "step": self.step,
+            "interval": self.interval.state_dict(), "norm": self.norm.state_dict(), "whole": self.whole.state_dict(),
             "metrics_records": self.run.n_records,
-        }
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a state; records of metrics.jsonl that are newer are removed, since they will be written again."""

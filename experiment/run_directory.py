@@ -7,7 +7,6 @@ import subprocess
 import time
 from argparse import Namespace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -40,10 +39,7 @@ def git_commit() -> str | None:
 
 
 class Run:
-    """Writes a run directory: log.txt for people, metrics.jsonl for programs, and JSON files that are never partial.
-
-    The directory is created and locked for this process alone. Raises `Locked` if another process holds the lock.
-    """
+    """A run directory, created and locked for this process alone. Raises `Locked` if another one holds the lock."""
 
     disable_progress_bar = None  # tqdm's `disable`: None hides the bar where there is no terminal
 
@@ -60,13 +56,7 @@ class Run:
         self.lock.release()
 
     def configure(
-        self,
-        script: str,
-        args: Namespace,
-        device: torch.device,
-        sha256: dict[str, str],
-        finished: bool = False,
-        ranks: int = 1,
+        self, script: str, args: Namespace, device: torch.device, sha256: dict[str, str], finished: bool, ranks: int
     ) -> None:
         """Writes config.json: all that is needed to start the run again, and one entry for each time it was resumed.
 
@@ -99,11 +89,6 @@ class Run:
         """Prints a line (above a progress bar, if there is one) and appends it to log.txt with the time."""
         tqdm.write(text)
         append(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-
-    def interrupted(self, command: str) -> int:
-        """Logs the command that resumes the run; returns 130, the exit code of an interrupted run."""
-        self.log(f"interrupted; continue with: {command} --resume --save {quote(str(self.folder))}")
-        return 130
 
     def record(self, **record: Any) -> None:
         """Appends a record to metrics.jsonl, and to TensorBoard's files if there is a logger."""
@@ -152,23 +137,13 @@ class NullRun(Run):
     def __init__(self, folder: str | Path):
         self.folder, self.n_records = Path(folder), 0
 
-    def configure(self, *_: Any) -> None:
+    def ignore(self, *_: Any, **__: Any) -> None:
         pass
 
-    def log(self, text: str) -> None:
-        pass
-
-    def record(self, **record: Any) -> None:
-        pass
+    configure = log = record = write_text = release = ignore
 
     def cut_metrics(self, count: int) -> float:
         return 0.0
-
-    def write_text(self, name: str, text: str) -> None:
-        pass
-
-    def release(self) -> None:
-        pass
 
 
 def append(path: Path, text: str) -> None:

@@ -23,15 +23,14 @@ from utils import DataError, RunError
 
 # Maps the name of each text that a script reads to its word ids (n,) and the batch size that they are cut into.
 Texts = dict[str, tuple[Tensor, int]]
+TextsToRead = Callable[[data.Corpus, Namespace], Texts]
+# The flags, the corpus, the run directory, and the state to resume from (None for a new run).
+Started = tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]
 
 
 def start_run(
-    kind: str,
-    parser: arguments.Parser,
-    argv: list[str] | None,
-    texts: Callable[[data.Corpus, Namespace], Texts],
-    ranks: Distributed,
-) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
+    kind: str, parser: arguments.Parser, argv: list[str] | None, texts: TextsToRead, ranks: Distributed
+) -> Started:
     """Returns the flags, the corpus, the run directory, and the state to resume from (None for a new run).
 
     The main rank decides for all ranks. Exits with code 2 on faults of the flags, the corpus or the saved state; raises
@@ -62,12 +61,8 @@ def start_run(
 
 
 def start_on_main_rank(
-    kind: str,
-    parser: arguments.Parser,
-    argv: list[str] | None,
-    texts: Callable[[data.Corpus, Namespace], Texts],
-    ranks: Distributed,
-) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
+    kind: str, parser: arguments.Parser, argv: list[str] | None, texts: TextsToRead, ranks: Distributed
+) -> Started:
     """Returns what `start_run` does, on the main rank.
 
     Nothing is downloaded for flags that cannot be used, and the directory of a new run is created last. Exits with code
@@ -101,9 +96,7 @@ def start_on_main_rank(
         try:
             run = Run(args.save)
             if any(map(validate_arguments.holds_work, run.folder.iterdir())):  # written while the corpus was read
-                found.append(
-                    f"--save {args.save}: holds files already; add --resume to continue a run, or take another"
-                )
+                found.append(validate_arguments.HOLDS_FILES.format(args.save))
         except Locked as error:
             found.append(f"--save: {error}")
     if found:
@@ -132,9 +125,8 @@ def read_flags(
     args = parser.parse_args(argv)
     rate_given = args.lr is not None
     arguments.complete(args, kind)
-    found = validate_arguments.validate(args, parser.get_default) + validate_arguments.rank_faults(
-        args, ranks.size, ranks.on_this_machine
-    )
+    found = validate_arguments.validate(args, parser.get_default)
+    found += validate_arguments.rank_faults(args, ranks.size, ranks.on_this_machine)
     if "arch" in vars(args):
         args.arch = cell_text(args.arch)
     if args.resume:

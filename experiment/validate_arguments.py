@@ -16,6 +16,25 @@ from training.optimizers import LIKE_SGD
 
 LARGEST = 2**31  # An integer flag must be below this.
 LARGEST_NUMBER = 1e38  # A float flag must be at most this, so that float32 can hold it.
+HOLDS_FILES = "--save {}: holds files already; add --resume to continue a run, or take another"
+# Maps the words of a range to whether a number is in it, and to the flags that must be.
+RANGES = {
+    "at least 1": (
+        lambda x: x >= 1,
+        "epochs batch_size small_batch_size arch_batch_size bptt emsize nhid nhidlast log_interval nonmono n_experts",
+    ),
+    "above 0": (lambda x: x > 0, "lr arch_lr power init_range"),
+    "above 0 and below 1": (lambda x: 0 < x < 1, "gamma"),
+    "at least 0.01": (lambda x: x >= 0.01, "step_size"),
+    "at least 0": (
+        lambda x: x >= 0,
+        "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes clip clip_value patience"
+        " min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop fraternal stop_stable max_identity"
+        " diagnose_every arch_start",
+    ),
+    "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "dropout dropouth dropoutx dropouti dropoute momentum"),
+}
 
 
 def validate(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
@@ -31,47 +50,23 @@ def validate(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
 
 def number_faults(args: Namespace) -> list[str]:
     """Returns a fault for each number that is out of its range."""
-    ranges = {
-        "at least 1": (
-            lambda x: x >= 1,
-            "epochs batch_size small_batch_size arch_batch_size bptt emsize nhid nhidlast log_interval nonmono"
-            " n_experts",
-        ),
-        "above 0": (lambda x: x > 0, "lr arch_lr power init_range"),
-        "above 0 and below 1": (lambda x: 0 < x < 1, "gamma"),
-        "at least 0.01": (lambda x: x >= 0.01, "step_size"),
-        "at least 0": (
-            lambda x: x >= 0,
-            "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes clip"
-            " clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop fraternal"
-            " stop_stable max_identity diagnose_every arch_start",
-        ),
-        "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start"),
-        "at least 0 and below 1": (
-            lambda x: 0 <= x < 1,
-            "dropout dropouth dropoutx dropouti dropoute momentum",
-        ),
-    }
-    faults = [
-        f"--{name} {value}: must be {words}"
-        for words, (holds, names) in ranges.items()
+    numbers = {name: value for name, value in vars(args).items() if type(value) in (int, float)}
+    out_of_range = [
+        f"--{name} {numbers[name]}: must be {words}"
+        for words, (holds, names) in RANGES.items()
         for name in names.split()
-        if (value := getattr(args, name, None)) is not None
-        and not (holds(value) and (isinstance(value, int) or math.isfinite(value)))
+        if name in numbers and not (holds(numbers[name]) and abs(numbers[name]) < math.inf)
     ]
-    return (
-        faults
-        + [
-            f"--{name} {value}: must be below {LARGEST:,}"
-            for name, value in vars(args).items()
-            if type(value) is int and value >= LARGEST
-        ]
-        + [
-            f"--{name} {value}: must be at most {LARGEST_NUMBER:g}"
-            for name, value in vars(args).items()
-            if type(value) is float and LARGEST_NUMBER < value < math.inf
-        ]
-    )
+    too_large = [
+        f"--{name} {value}: must be below {LARGEST:,}"
+        for name, value in numbers.items()
+        if type(value) is int and value >= LARGEST
+    ]
+    return [*out_of_range, *too_large] + [
+        f"--{name} {value}: must be at most {LARGEST_NUMBER:g}"
+        for name, value in numbers.items()
+        if type(value) is float and LARGEST_NUMBER < value < math.inf
+    ]
 
 
 def normalises_over_batch(args: Namespace) -> bool:
@@ -89,12 +84,8 @@ def size_faults(args: Namespace) -> list[str]:
         )
     if args.batch_size >= 1 and args.small_batch_size >= 1 and args.batch_size % args.small_batch_size:
         faults.append(f"--small_batch_size {args.small_batch_size}: must divide --batch_size {args.batch_size} evenly")
-    arch_batch_size = getattr(args, "arch_batch_size", None)
-    if (
-        arch_batch_size not in (None, args.batch_size)
-        and args.small_batch_size >= 1
-        and arch_batch_size % args.small_batch_size
-    ):
+    arch_batch_size = getattr(args, "arch_batch_size", args.batch_size)
+    if arch_batch_size != args.batch_size and args.small_batch_size >= 1 and arch_batch_size % args.small_batch_size:
         faults.append(
             f"--arch_batch_size {arch_batch_size}: must be a multiple of --small_batch_size {args.small_batch_size},"
             " which is --batch_size where it is not given"
@@ -251,7 +242,7 @@ def run_faults(args: Namespace) -> list[str]:
         elif not args.resume and (process := lock.owner(folder)):
             faults.append(f"--save {folder}: in use by {process}; take another")
         elif not args.resume and there == folder and any(holds_work(path) for path in folder.iterdir()):
-            faults.append(f"--save {folder}: holds files already; add --resume to continue a run, or take another")
+            faults.append(HOLDS_FILES.format(folder))
     except OSError as error:  # The folder cannot be read, or no folder can have this name.
         faults.append(f"--save {folder}: cannot be used ({error.strerror})")
     if "arch" in vars(args):
@@ -260,8 +251,9 @@ def run_faults(args: Namespace) -> list[str]:
         except GenotypeError as error:
             faults.append(f"--arch: {error}")
     if args.tensorboard:
-        missing = [name for name in ("tensorboard", "matplotlib") if find_spec(name) is None]
         faults += [
-            f"--tensorboard: needs {name}; pip install {name}, or go without (--no-tensorboard)" for name in missing
+            f"--tensorboard: needs {name}; pip install {name}, or go without (--no-tensorboard)"
+            for name in ("tensorboard", "matplotlib")
+            if find_spec(name) is None
         ]
     return faults

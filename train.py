@@ -81,25 +81,21 @@ class RetrainState(TrainingState):
     # --- a checkpoint ---
 
     def parts(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer, "trigger": self.trigger}
+        return {**super().parts(), "trigger": self.trigger}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "eval_batch_sizes": EVAL_BATCH_SIZES, "genotype": cell_to_json(self.cell), "phase": self.phase,
             "hidden": self.ranks.all_gather(self.hidden),
-            **{name: part.state_dict() for name, part in self.parts().items()},
         }  # fmt: skip
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.phase, self.optimizer = saved["phase"], self.new_optimizer(saved["phase"])
         self.hidden = self.ranks.shard(saved["hidden"]).to(self.train_text.device)
-        for name, part in self.parts().items():
-            part.load_state_dict(saved[name])
-        self.capture()
 
     def template(self, saved: dict[str, Any]) -> dict[str, Any]:
-        optimizer = self.new_optimizer(saved["phase"])
-        return {"trigger": {"losses": [1.0]}, "optimizer": checkpoint.optimizer_template(optimizer)}
+        optimizer = checkpoint.optimizer_template(self.new_optimizer(saved["phase"]))
+        return {"trigger": {"losses": [1.0]}, "optimizer": optimizer}
 
     def validate(self, saved: dict[str, Any]) -> None:
         if self.ranks.is_main and saved["best"] < float("inf"):  # the result is computed from best.pt

@@ -42,7 +42,7 @@ class SearchState(TrainingState):
         model = RNNModelSearch(len(words), args.emsize, rates, norm=args.norm, init_range=args.init_range)
         super().__init__(experiment, model)
         self.arch_batch_size = args.arch_batch_size // self.ranks.size
-        self.valid_batches = Cursor(experiment.sharded("the alphas"))
+        self.valid_batches = Cursor(self.ranks.shard(experiment.texts["the alphas"], dim=1))
         self.optimizer = new_optimizer(args.optimizer, self.weights, args.lr, self.update)
         self.hessian = args.hessian if args.unrolled else None
         self.architect = self.architect_of(self.model, self.micro_batch_size, self.hessian)
@@ -153,24 +153,20 @@ class SearchState(TrainingState):
     # --- a checkpoint ---
 
     def parts(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer, "arch_optimizer": self.architect}
+        return {**super().parts(), "arch_optimizer": self.architect}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "eval_batch_sizes": eval_batch_sizes(self.args.norm), "genotype": to_json(self.derived()[0]),
             "history": self.history, "valid_position": self.valid_batches.position,
             "hidden": self.ranks.all_gather(self.hidden), "hidden_valid": self.ranks.all_gather(self.hidden_valid),
-            **{name: part.state_dict() for name, part in self.parts().items()},
         }  # fmt: skip
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        for name, part in self.parts().items():
-            part.load_state_dict(saved[name])
         self.valid_batches.position, self.history = saved["valid_position"], saved["history"]
         device = self.train_text.device
         self.hidden = self.ranks.shard(saved["hidden"]).to(device)
         self.hidden_valid = self.ranks.shard(saved["hidden_valid"]).to(device)
-        self.capture()  # captured graphs refer to the old state of the alphas' optimizer
 
     def template(self, saved: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             print(f"{self.prog}: error: {' '.join(fault.split())}", file=sys.stderr)
         sys.exit(2)
 
-    def add_flags(self, title: str, *flags: tuple[str, Any, Any, str]) -> argparse._ArgumentGroup:
+    def add_flags(self, title: str, flags: Sequence[tuple[str, Any, Any, str]]) -> argparse._ArgumentGroup:
         """Adds and returns a group of flags, each given by name, kind, default (None if `complete` sets it) and help.
 
         The kind is int, float, bool (a flag without a value, False by default), the permitted values, or for any other
@@ -62,16 +62,16 @@ def add_shared_flags(
     seed: int, log_interval: int, optimizers: Sequence[str],
 ) -> None:  # fmt: skip
     """Adds the flags that searching and retraining share; the arguments are the defaults in which they differ."""
-    add_text_and_model_flags(parser, batch_size, bptt_std, size)
-    add_regularisation_flags(parser, dropoute, wdecay)
+    add_model_flags(parser, batch_size, bptt_std, size, dropoute, wdecay)
     add_optimisation_flags(parser, epochs, optimizers)
     add_run_flags(parser, seed, log_interval)
 
 
-def add_text_and_model_flags(parser: Parser, batch_size: int, bptt_std: float, size: int) -> None:
-    """Adds the flags of the text and its batches, and of sizes and initial weights."""
-    parser.add_flags(
-        "text",
+def add_model_flags(
+    parser: Parser, batch_size: int, bptt_std: float, size: int, dropoute: float, wdecay: float
+) -> None:
+    """Adds the flags of the text and its batches, of sizes and initial weights, and of regularisation."""
+    parser.add_flags("text", [
         ("data", "NAME|DIR", "penn", "penn or wikitext-2 (downloaded to corpora/ when missing), builtin (no network), "
          "or a folder with train.txt, valid.txt and test.txt"),
         ("limit_tokens", int, 0,
@@ -83,22 +83,16 @@ def add_text_and_model_flags(parser: Parser, batch_size: int, bptt_std: float, s
         ("bptt_std", float, bptt_std,
          "standard deviation of the segment length, with mean bptt or its half and minimum 5; 0 for none"),
         ("max_seq_len_delta", int, 20, "with --bptt_std, the largest length of a segment above bptt"),
-    )  # fmt: skip
-    parser.add_flags(
-        "model",
+    ])  # fmt: skip
+    parser.add_flags("model", [
         ("emsize", int, size, "size of the word embeddings"),
         ("nhid", int, None, "hidden units of the cell; equals emsize, since the decoder shares the embedding matrix "
          "(default: emsize)"),
         ("nhidlast", int, None, "hidden units of the last layer; equals emsize (default: emsize)"),
         ("init_range", float, None, "initial weights are uniform in [-init_range, init_range] (default: 0.04 * sqrt(850"
          " / emsize), which is the published 0.04 at the published size of retraining; LSTM and GRU have torch's own)"),
-    )  # fmt: skip
-
-
-def add_regularisation_flags(parser: Parser, dropoute: float, wdecay: float) -> None:
-    """Adds the flags of dropout, activation regularisation and weight decay."""
-    parser.add_flags(
-        "regularisation",
+    ])  # fmt: skip
+    parser.add_flags("regularisation", [
         ("dropout", float, 0.75, "dropout of the cell's output"),
         ("dropouth", float, 0.25, "dropout of the hidden state inside the cell's products"),
         ("dropoutx", float, 0.75, "dropout of the input inside the cell's product"),
@@ -109,13 +103,12 @@ def add_regularisation_flags(parser: Parser, dropoute: float, wdecay: float) -> 
         ("beta", float, 1e-3,
          "coefficient of temporal activation regularisation (TAR), the mean squared change of the hidden state"),
         ("wdecay", float, wdecay, "weight decay of the weights"),
-    )  # fmt: skip
+    ])  # fmt: skip
 
 
 def add_optimisation_flags(parser: Parser, epochs: int, optimizers: Sequence[str]) -> None:
     """Adds the flags of the optimizer of the weights, the length of the run and the learning rate schedule."""
-    parser.add_flags(
-        "optimisation of the weights",
+    parser.add_flags("optimisation of the weights", [
         ("optimizer", optimizers, optimizers[0], "asgd is SGD that averages the weights from its first step on; ntasgd "
          "(retraining only) starts when the validation loss has stopped falling; momentum is SGD with momentum"),
         ("lr", float, None, "learning rate for a segment of bptt time steps; proportional to the segment's length "
@@ -130,10 +123,9 @@ def add_optimisation_flags(parser: Parser, epochs: int, optimizers: Sequence[str
         ("patience", int, 0,
          "stop after this many epochs without a lower validation loss, and keep the best weights; 0 for never"),
         ("min_delta", float, 0.0, "with --patience, the least decrease of the loss (nats) that counts"),
-    )  # fmt: skip
+    ])  # fmt: skip
     warm_up, decay = WarmUp(), Decay()
-    parser.add_flags(
-        "schedule of the learning rate",
+    parser.add_flags("schedule of the learning rate", [
         ("warmup", int, warm_up.steps, "number of steps in which the rate rises to --lr"),
         ("warmup_shape", SHAPES, warm_up.shape, "shape of the rise"),
         ("warmup_start", float, warm_up.start, "rate at the first step, relative to --lr"),
@@ -148,20 +140,18 @@ def add_optimisation_flags(parser: Parser, epochs: int, optimizers: Sequence[str
          "cosine, polynomial: number of epochs after which the rate restarts at --lr; 0 for no restart"),
         ("plateau_patience", int, decay.patience,
          "plateau: decrease after more than this many epochs without a lower validation loss"),
-    )  # fmt: skip
+    ])  # fmt: skip
 
 
 def add_run_flags(parser: Parser, seed: int, log_interval: int) -> None:
     """Adds the flags of engine and precision, and of the run directory, checkpoints, device and seed."""
-    parser.add_flags(
-        "speed",
+    parser.add_flags("speed", [
         ("engine", ENGINES, "fused",
          "fused is compiled at the first steps (cached); eager is the readable definition; equal up to rounding"),
         ("precision", PRECISIONS, "fp32", "precision of matrix products: fp32, tf32 (CUDA) or bf16 (fused), which also "
          "halves the memory; sums, normalisation, softmax, the optimizer and --hessian finite stay in fp32"),
-    )  # fmt: skip
-    run = parser.add_flags(
-        "run",
+    ])  # fmt: skip
+    run = parser.add_flags("run", [
         ("save", "DIR", None, "run directory (default: runs/KIND-YYYYMMDD-HHMMSS)"),
         ("resume", bool, False, "resume the run in --save with its own flags; only --epochs, --log_interval, "
          "--checkpoint_minutes, --test, --device, --diagnose_every, --tensorboard and the path of the same --data may "
@@ -175,7 +165,7 @@ def add_run_flags(parser: Parser, seed: int, log_interval: int) -> None:
          " regularisation and schedule; exit code 1 if it does not"),
         ("test", ("read", "skip"), "read", "skip does not read the test text at the end; resuming the finished run with"
          " read does, so that of many runs only the selected one is measured on it"),
-    )  # fmt: skip
+    ])  # fmt: skip
     run.add_argument(
         "--tensorboard", action=argparse.BooleanOptionalAction, default=False,
         help="also write metrics for TensorBoard, to tensorboard/ in the run directory: scalars, flags and the cell of "
@@ -188,20 +178,16 @@ def complete(args: argparse.Namespace, kind: str) -> None:
     """Sets the flags whose defaults depend on others, and names a run directory for a new run of this kind."""
     if args.save is None:
         args.save = str(new_folder(kind))
-    args.lr = DEFAULT_LR[args.optimizer] if args.lr is None else args.lr
-    if args.clip is None:
-        args.clip = 0.0 if args.clip_value else CLIP
-    if "finetune" in vars(args):
-        args.finetune = args.finetune or ""
     if args.init_range is None and args.emsize >= 1:
         args.init_range = default_init_range(args.emsize)
-    if "arch_start" in vars(args) and args.arch_start is None:
-        args.arch_start = max(0, min(ARCH_START, args.epochs - 1))
-    if "arch_batch_size" in vars(args) and args.arch_batch_size is None:
-        args.arch_batch_size = args.batch_size
-    args.nhid = args.emsize if args.nhid is None else args.nhid
-    args.nhidlast = args.emsize if args.nhidlast is None else args.nhidlast
-    args.small_batch_size = args.batch_size if args.small_batch_size is None else args.small_batch_size
+    defaults = {
+        "lr": DEFAULT_LR[args.optimizer], "clip": 0.0 if args.clip_value else CLIP, "finetune": "",
+        "arch_start": max(0, min(ARCH_START, args.epochs - 1)), "arch_batch_size": args.batch_size,
+        "nhid": args.emsize, "nhidlast": args.emsize, "small_batch_size": args.batch_size,
+    }  # fmt: skip
+    for name, value in defaults.items():
+        if name in vars(args) and getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def schedule(args: argparse.Namespace) -> Schedule:

@@ -1,5 +1,6 @@
 """Runs one search or retraining: its flags and texts, progress, checkpoints, rollbacks, and the reason that it ends."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from shlex import quote
@@ -37,7 +38,8 @@ class TrainingState:
         self.args, self.ranks, self.run, self.patience = args, experiment.ranks, experiment.run, experiment.patience
         self.update = experiment.update
         self.batch_size, self.micro_batch_size = experiment.local_batch_size, experiment.micro_batch_size
-        self.train_text, self.valid_text = experiment.sharded("train"), experiment.texts["valid"]  # (n, B) each
+        self.train_text = self.ranks.shard(experiment.texts["train"], dim=1)  # (n, B), the batch elements of this rank
+        self.valid_text = experiment.texts["valid"]  # (n, B)
         self.model = model.to(experiment.device).with_engine(Engine(args.engine, args.precision))
         self.ranks.seed(args.seed)
         self.weights = self.model.weights()
@@ -49,7 +51,7 @@ class TrainingState:
         self.hidden = self.model.initial_hidden(self.batch_size)  # (B, S)
 
     def capture(self) -> None:
-        """Makes the gradient replay as a CUDA graph, on CUDA."""
+        """Makes the gradient replay as a CUDA graph, on CUDA; to be called again when the optimizers' states change."""
         self.replayed_gradient = self.model.engine.with_cuda_graphs(self.gradient, self.train_text.device)
 
     def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,14 +71,18 @@ class TrainingState:
         """Returns a line for the log at each interval and epoch; empty for none."""
         return ""
 
+    def parts(self) -> dict[str, Any]:
+        """Returns the objects that save and load their own state, by their names in a checkpoint."""
+        return {"model": self.model, "optimizer": self.optimizer}
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything that training changes, with the same value on every rank."""
+        """Returns what training changes beside the `parts`, with the same value on every rank."""
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, and drops captured CUDA graphs."""
+        """Restores what `state_dict` returned, before the `parts` are loaded."""
 
     def template(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Returns the parts of a `state_dict` that have another form once training has begun."""
+        """Returns the entries of a checkpoint that have another form once training has begun."""
 
     def validate(self, saved: dict[str, Any]) -> None:
         """Raises ValueError for a state of the right form that no run can have."""
@@ -118,7 +124,7 @@ class Experiment:
         self.schedule, self.patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
         self.monitor = DivergenceMonitor(self.device, len(self.corpus.words))
         self.progress = Progress(self.run, self.device, args.epochs, len(self.texts["train"]) - 1)
-        self.checkpoints = checkpoint.CheckpointManager(self.run.folder, args.checkpoint_minutes, self.ranks.is_main)
+        self.last_save = time.monotonic()
         self.best, self.stopped_by, self.exit_code = float("inf"), "", 0  # `best` is the lowest validation loss.
 
     def __enter__(self) -> "Experiment":
@@ -139,31 +145,42 @@ class Experiment:
     def dropout_rates(self) -> DropoutRates:
         return DropoutRates(**{name: getattr(self.args, name) for name in DropoutRates._fields})
 
-    def sharded(self, name: str) -> Tensor:
-        """Returns the batch elements of this rank, (n, B / ranks), of the text with this name."""
-        return self.ranks.shard(self.texts[name], dim=1)
-
     # --- state ---
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self, state: TrainingState) -> dict[str, Any]:
         return {
-            "schedule": self.schedule, "patience": self.patience, "watch": self.monitor, "progress": self.progress,
+            **state.parts(), "schedule": self.schedule, "patience": self.patience, "watch": self.monitor,
+            "progress": self.progress,
         }  # fmt: skip
 
     def state_dict(self, state: TrainingState) -> dict[str, Any]:
         """Returns a checkpoint: what is trained, the progress of the run, and what identifies it."""
         return {
             **resume.identity(self.kind, self.args, self.corpus, self.ranks.size), **state.state_dict(),
-            **{name: part.state_dict() for name, part in self.parts().items()},
+            **{name: part.state_dict() for name, part in self.parts(state).items()},
             "rng": self.ranks.gather(checkpoint.rng_state(self.device, self.bptt_rng)),
             "best": self.best, "stopped_by": self.stopped_by,
         }  # fmt: skip
 
     def load_state_dict(self, state: TrainingState, saved: dict[str, Any]) -> None:
         state.load_state_dict(saved)
-        for name, part in self.parts().items():
+        for name, part in self.parts(state).items():
             part.load_state_dict(saved[name])
+        state.capture()  # captured graphs refer to the old states of the optimizers
         self.best, self.stopped_by = saved["best"], saved["stopped_by"]
+
+    def save(self, state: TrainingState, name: str) -> None:
+        """Saves a checkpoint under this name and does not keep the one that it replaces."""
+        saved = self.state_dict(state)  # on all ranks, since each has a share in it
+        if self.ranks.is_main:
+            checkpoint.save(saved, self.run.folder / name)
+
+    def save_last(self, state: TrainingState) -> None:
+        """Saves last.pt, and keeps the one before as previous.pt."""
+        saved = self.state_dict(state)
+        if self.ranks.is_main:
+            checkpoint.save_last(saved, self.run.folder)
+        self.last_save = time.monotonic()
 
     def start(self, state: TrainingState, *first_lines: str) -> None:
         """Resumes from the saved state, or begins a run and logs these lines; writes config.json.
@@ -186,8 +203,8 @@ class Experiment:
         for line in first_lines:
             self.run.log(line)
         if self.best < float("inf"):  # The weights were trained by another run.
-            self.checkpoints.save("best.pt", self.state_dict(state))
-        self.checkpoints.save_last(self.state_dict(state))
+            self.save(state, "best.pt")
+        self.save_last(state)
 
     # --- the loop ---
 
@@ -236,10 +253,11 @@ class Experiment:
 
         Raises `Diverged` instead of saving weights that have diverged.
         """
-        stopping, due = self.ranks.all_reduce_any(self.signal.requested, self.checkpoints.due())
+        due = time.monotonic() - self.last_save >= 60 * self.args.checkpoint_minutes
+        stopping, due = self.ranks.all_reduce_any(self.signal.requested, due)
         if stopping or due:
             self.check_weights(state)
-            self.checkpoints.save_last(self.state_dict(state))
+            self.save_last(state)
         if stopping:
             raise Interrupted
 
@@ -259,7 +277,7 @@ class Experiment:
         state.start_epoch()
         if valid_loss < self.best:
             self.best = valid_loss
-            self.checkpoints.save("best.pt", self.state_dict(state))
+            self.save(state, "best.pt")
         if line := state.describe():
             self.run.log(line)
 
@@ -270,7 +288,7 @@ class Experiment:
         self.stopped_by = reason
         if reason:
             self.run.log(f"stopped by {reason}")
-        self.checkpoints.save_last(self.state_dict(state))
+        self.save_last(state)
         if self.ranks.all_reduce_any(self.signal.requested)[0]:
             raise Interrupted
 
@@ -293,7 +311,7 @@ class Experiment:
                 kind="rollback", epoch=progress.epoch, step=progress.step, lr=lr, reason=str(fault),
                 seconds=progress.elapsed(),
             )  # fmt: skip
-            self.checkpoints.save("last.pt", self.state_dict(state))
+            self.save(state, "last.pt")  # previous.pt is left unchanged
 
     # --- the end ---
 

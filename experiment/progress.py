@@ -18,14 +18,8 @@ from utils import Diverged
 class Progress:
     """Counts epochs, steps and tokens, and averages the training loss.
 
-    The running sums stay on the device. They are read at the log interval, and at most once a second for the bar, so
-    that the host does not wait for a GPU at every step.
-
-    Args:
-        run: the run directory that logs and records.
-        device: holds the running sums.
-        epochs: the number of epochs of the whole run.
-        epoch_length: the number of time steps of an epoch.
+    The running sums stay on `device`. They are read at the log interval, and at most once a second for the bar, so that
+    the host does not wait for a GPU at every step. An epoch has `epoch_length` time steps.
     """
 
     def __init__(self, run: Run, device: torch.device, epochs: int, epoch_length: int):
@@ -51,13 +45,13 @@ class Progress:
 
     def advance(self, nll: Tensor, norm: Tensor, shape: tuple[int, int], lr: float) -> None:
         """Counts a weight step on a segment of shape (T, B) with this loss (nats per word) and gradient norm."""
-        seq_len, batch_size = shape
+        tokens = math.prod(shape)
         self.norm.add(norm, 1)
-        self.interval.add(nll, seq_len * batch_size)
-        self.whole.add(nll, seq_len * batch_size)
-        self.time_step += seq_len
+        self.interval.add(nll, tokens)
+        self.whole.add(nll, tokens)
+        self.time_step += shape[0]
         self.step += 1
-        self.bar.update(seq_len * batch_size)
+        self.bar.update(tokens)
         if not self.bar.disable and time.perf_counter() - self.shown > 1:
             self.shown = time.perf_counter()
             loss = self.interval.mean()

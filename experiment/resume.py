@@ -134,10 +134,10 @@ def fits(action: Any, value: Any) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and value in (action.choices or [value])
 
 
-def changed_flags(args: Namespace, before: dict[str, Any], where: str) -> list[str]:
+def changed_flags(args: Namespace, before: dict[str, Any]) -> list[str]:
     """Returns a fault for each flag that is fixed for a run and differs from its earlier value in `before`."""
     return [
-        f"--{name} {value}: {where} has {before[name]}; leave the flag out, or start a new run"
+        f"--{name} {value}: the run in {args.save} has {before[name]}; leave the flag out, or start a new run"
         for name, value in vars(args).items()
         if name in before and name not in RESUMABLE and before[name] != value
     ]

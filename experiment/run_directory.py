@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiment.lock import Lock
+from experiment import lock
 from utils import atomic_write
 
 
@@ -47,13 +47,13 @@ class Run:
         self.folder = folder = Path(folder)
         self.metrics = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock = Lock(folder)
+        self.lock = lock.acquire(folder)
         self.tensorboard = None  # a `plots.tensorboard.TensorBoardLogger` for --tensorboard
         self.n_records = 0  # the number of records in metrics.jsonl
 
     def release(self) -> None:
         """Releases the lock, so that other processes may write to the directory."""
-        self.lock.release()
+        self.lock.close()
 
     def configure(
         self, script: str, args: Namespace, device: torch.device, sha256: dict[str, str], finished: bool, ranks: int
@@ -64,14 +64,11 @@ class Run:
         """
         cuda = device.type == "cuda"
         surroundings = {
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "device": str(device),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "device": str(device),
             "hardware": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "ranks": ranks,
-            "git_commit": git_commit(),
+            "threads": torch.get_num_threads(), "ranks": ranks, "git_commit": git_commit(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
+        }  # fmt: skip
         flags = {name: value for name, value in vars(args).items() if name != "resume"}
         if args.resume:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))

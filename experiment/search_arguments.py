@@ -20,8 +20,7 @@ def build_parser() -> arguments.Parser:
     parser = arguments.Parser(
         "train_search.py", "Search a recurrent cell for language modelling by gradient descent (DARTS)."
     )
-    parser.add_flags(
-        "search",
+    parser.add_flags("search", [
         ("unrolled", bool, False, "second order: take the alphas' gradient at the weights that the next weight step "
          "would give, not at the present weights"),
         ("hessian", ("finite", "exact"), "finite", "with --unrolled, how the product with the mixed second derivative "
@@ -53,7 +52,7 @@ def build_parser() -> arguments.Parser:
          "search: the cosine between the gradients of independent batches, the largest eigenvalue of the loss's Hessian"
          " in alpha, the error of the finite product, the loss through discretisation. Each takes as long as several "
          "steps and does not change the search; 0: never"),
-    )  # fmt: skip
+    ])  # fmt: skip
     arguments.add_shared_flags(
         parser, size=300, batch_size=256, epochs=50, dropoute=0.0, wdecay=5e-7, bptt_std=0.0, seed=3, log_interval=50,
         optimizers=OPTIMIZERS,

@@ -7,7 +7,7 @@ written.
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
@@ -128,9 +128,10 @@ def read_flags(
     found = validate_arguments.validate(args, parser.get_default)
     found += validate_arguments.rank_faults(args, ranks.size, ranks.on_this_machine)
     if "arch" in vars(args):
-        args.arch = cell_text(args.arch)
+        with suppress(GenotypeError):  # `validate` has reported it
+            args.arch = str(resolve_cell(args.arch))  # the same when a search is resumed or its directory moves
     if args.resume:
-        found += changed_flags(args, earlier["flags"], f"the run in {args.save}")
+        found += changed_flags(args, earlier["flags"])
     elif earlier:
         found += tuning_faults(args, earlier["flags"], rate_given)
     return args, earlier, found
@@ -155,15 +156,6 @@ def memory_explained(args: Namespace) -> Iterator[None]:
         ) from error
 
 
-def cell_text(arch: str) -> str:
-    """Returns the genotype that `arch` names as text, which stays the same when a search is resumed or its directory
-    moves; returns `arch` itself if it names none."""
-    try:
-        return str(resolve_cell(arch))
-    except GenotypeError:
-        return arch  # `validate` has reported it
-
-
 def length_faults(args: Namespace, texts: Texts) -> list[str]:
     """Returns a fault for each text with fewer than two tokens per batch element, one to read and one to predict."""
     return [
@@ -177,11 +169,9 @@ def length_faults(args: Namespace, texts: Texts) -> list[str]:
 
 
 def describe(corpus: data.Corpus, limit: int) -> str:
-    """Returns one line that describes a corpus: its size in tokens, the part that is read, the number of word types,
-    and the number of words outside the vocabulary."""
+    """Returns one line on a corpus: its tokens, the first `limit` that are read, its word types and unknown words."""
+    part = f"the first {limit:,} tokens of " if 0 < limit < len(corpus.train) else ""
+    sizes = f"{len(corpus.train):,} + {len(corpus.valid):,} + {len(corpus.test):,} tokens"
     unknown = sum(corpus.unknown.values())
-    return (
-        (f"the first {limit:,} tokens of " if 0 < limit < len(corpus.train) else "")
-        + f"{corpus.name} with {len(corpus.train):,} + {len(corpus.valid):,} + {len(corpus.test):,} tokens, "
-        f"{len(corpus.words):,} word types" + (f" ({unknown:,} words of valid and test are unknown)" if unknown else "")
-    )
+    note = f" ({unknown:,} words of valid and test are unknown)" if unknown else ""
+    return f"{part}{corpus.name} with {sizes}, {len(corpus.words):,} word types{note}"

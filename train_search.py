@@ -96,8 +96,7 @@ class SearchState(TrainingState):
         return clipped_gradient(losses, self.weights, self.update, self.ranks.all_reduce_mean)
 
     def alpha_step(self, lr: float, x: Tensor, y: Tensor) -> None:
-        """Moves the alphas down the gradient of the next validation batch's loss, at the weights after the next weight
-        step (with --unrolled) or at the present weights."""
+        """Moves the alphas down the gradient of the next validation batch's loss (`architect.Architect`)."""
         x_valid, y_valid, wrapped = self.valid_batches.take(len(x))  # (T, B) each
         if wrapped:
             self.hidden_valid = self.model.initial_hidden(self.arch_batch_size)
@@ -113,9 +112,7 @@ class SearchState(TrainingState):
 
     def interval_record(self) -> dict[str, Any]:
         genotype, probabilities = self.derived()
-        return {
-            "genotype": to_json(genotype), "probabilities": [[round(p, 5) for p in edge] for edge in probabilities]
-        }  # fmt: skip
+        return {"genotype": to_json(genotype), "probabilities": [[round(p, 5) for p in edge] for edge in probabilities]}
 
     def describe(self) -> str:
         return str(self.derived()[0])
@@ -131,9 +128,8 @@ class SearchState(TrainingState):
     def write_genotype(self, epoch: int) -> None:
         """Writes genotype.json: the genotype at the end of this epoch and its probabilities."""
         genotype, probabilities = self.derived()
-        self.run.write("genotype.json", {
-            "genotype": to_json(genotype), "text": str(genotype), "epoch": epoch, "probabilities": probabilities,
-        })  # fmt: skip
+        found = {"genotype": to_json(genotype), "text": str(genotype), "epoch": epoch, "probabilities": probabilities}
+        self.run.write("genotype.json", found)
 
     def reason_to_stop(self, epoch: int, valid_loss: float) -> str:
         """Records the genotype of this epoch; returns the reason to stop the search, or "" to continue."""

@@ -48,9 +48,7 @@ class CheckpointError(Exception):
 
 def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> None:
     """Writes the state to `path` atomically; a valid checkpoint that is replaced is kept as `previous`, if given.
-
-    Raises `CheckpointError` if the disk is full or cannot be written.
-    """
+    Raises `CheckpointError` if the disk is full or cannot be written."""
     data = with_checksum(state)
     try:
         with atomic_write(path) as file:

@@ -223,8 +223,7 @@ class Experiment:
             yield self.progress.epoch
 
     def segments(self, text: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the inputs and targets (T, B) of each segment of a text (n, B) that is left of this epoch, with a
-        progress bar."""
+        """Yields inputs and targets (T, B) of the segments of a text (n, B) that are left of this epoch, with a bar."""
         args = self.args
         lengths = segments(
             len(text), args.bptt, self.bptt_rng, args.bptt_std, args.max_seq_len_delta, start=self.progress.time_step
@@ -250,9 +249,7 @@ class Experiment:
 
     def save_if_due(self, state: TrainingState) -> None:
         """Saves the state after --checkpoint_minutes, and when the run is asked to stop, then raising `Interrupted`.
-
-        Raises `Diverged` instead of saving weights that have diverged.
-        """
+        Raises `Diverged` instead of saving weights that have diverged."""
         due = time.monotonic() - self.last_save >= 60 * self.args.checkpoint_minutes
         stopping, due = self.ranks.all_reduce_any(self.signal.requested, due)
         if stopping or due:
@@ -282,8 +279,7 @@ class Experiment:
             self.run.log(line)
 
     def end_epoch(self, state: TrainingState, valid_loss: float, reason: str) -> None:
-        """Saves the state at the end of an epoch, and ends the run if `reason` is not empty. Raises `Interrupted` if
-        the run is asked to stop."""
+        """Saves the state, and ends the run if `reason` is not empty. Raises `Interrupted` if it is asked to stop."""
         self.schedule.close_epoch(valid_loss)
         self.stopped_by = reason
         if reason:

@@ -14,8 +14,7 @@ from experiment import arguments, checkpoint
 from experiment.run_directory import Run
 from training.optimizers import DEFAULT_LR
 
-# Flags that may differ between a run and its continuation; every other flag is fixed for the run. The data may be at
-# another path, but must be the same text.
+# Flags that may differ between a run and its continuation. The data may be at another path, but must be the same text.
 RESUMABLE = {
     "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "test",
     "diagnose_every", "tensorboard",
@@ -30,8 +29,7 @@ MAX_CONFIG = 1_000_000  # bytes
 
 
 def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
-    """Returns the flags that a fine-tuning run takes from `first`, the flags of the run whose weights it starts
-    from."""
+    """Returns the flags that a fine-tuning run takes from `first`, those of the run whose weights it starts from."""
     names = set(TUNED_WITH)
     if DEFAULT_LR[first["optimizer"]] == DEFAULT_LR["asgd"]:  # another optimizer's rate does not suit averaged SGD
         names.add("lr")
@@ -57,8 +55,7 @@ def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> l
 
 
 def identity(kind: str, args: Namespace, corpus: data.Corpus, ranks: int) -> dict[str, Any]:
-    """Returns what identifies a run in its checkpoints: the kind, the flags that are fixed for the run and --data, the
-    vocabulary, the checksums of the corpus, and the number of ranks, but not the run directory."""
+    """Returns what identifies a run in its checkpoints, which includes --data but not the run directory."""
     flags = {name: value for name, value in vars(args).items() if name not in RESUMABLE or name == "data"}
     return {"kind": kind, "flags": flags, "words": corpus.words, "sha256": corpus.sha256, "ranks": ranks}
 

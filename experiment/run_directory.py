@@ -17,8 +17,7 @@ from utils import atomic_write
 
 
 def new_folder(kind: str) -> Path:
-    """Returns the path of a run directory that does not exist yet: runs/KIND-YYYYMMDD-HHMMSS, with a number appended if
-    that name is taken."""
+    """Returns a path that does not exist yet: runs/KIND-YYYYMMDD-HHMMSS, with a number if that name is taken."""
     name = Path("runs", f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     number, folder = 1, name
     while folder.exists():

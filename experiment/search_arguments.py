@@ -63,18 +63,15 @@ def build_parser() -> arguments.Parser:
 def eval_batch_sizes(norm: str) -> dict[str, int]:
     """Returns the batch size with which the relaxed model evaluates the valid and the test text, by name.
 
-    Batch normalisation needs several batch elements, since a batch of one has no statistics; without it the test text
-    is read with batch size 1, as by a discrete cell.
+    The test text is read as by a discrete cell, except with batch normalisation: a batch of one has no statistics.
     """
     return {"valid": VALID_BATCH_SIZE, "test": VALID_BATCH_SIZE if norm == "batch" else TEST_BATCH_SIZE}
 
 
 def search_texts(corpus: Corpus, split: str, limit: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the word ids (n,) that the weights are trained on, and those of the alphas.
-
-    split: --search_split; limit: the number of tokens of train.txt to use, 0 for all.
-    """
-    train = corpus.train[:limit] if limit else corpus.train
+    """Returns the word ids (n,) that the weights are trained on, and those of the alphas, for a --search_split and a
+    --limit_tokens."""
+    train = corpus.train[: limit or None]
     if split == "valid":
         return train, corpus.valid
     held_out = int(HELD_OUT * len(train))

@@ -1,7 +1,6 @@
-"""Starts or resumes a run from its command line: checks flags, corpus and saved state together.
+"""Starts or resumes a run from its command line: checks flags, corpus and saved state together before it writes.
 
-Faults that a user can correct end the script here with exit code 2 and one line per fault, before anything is
-written.
+Faults that a user can correct end the script here with exit code 2 and one line each.
 """
 
 import sys
@@ -24,7 +23,6 @@ from utils import DataError, RunError
 # Maps the name of each text that a script reads to its word ids (n,) and the batch size that they are cut into.
 Texts = dict[str, tuple[Tensor, int]]
 TextsToRead = Callable[[data.Corpus, Namespace], Texts]
-# The flags, the corpus, the run directory, and the state to resume from (None for a new run).
 Started = tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]
 
 
@@ -65,8 +63,7 @@ def start_on_main_rank(
 ) -> Started:
     """Returns what `start_run` does, on the main rank.
 
-    Nothing is downloaded for flags that cannot be used, and the directory of a new run is created last. Exits with code
-    2 on faults, with one line for each.
+    Nothing is downloaded for flags that cannot be used, and the directory of a new run is created last.
     """
     args, earlier, found = read_flags(kind, parser, argv, ranks)
     run = saved = None
@@ -139,8 +136,7 @@ def read_flags(
 
 @contextmanager
 def memory_explained(args: Namespace) -> Iterator[None]:
-    """Turns an out-of-memory error inside the block into a `RunError` that states the sizes and what needs less
-    memory."""
+    """Turns an out-of-memory error inside the block into a `RunError` with the sizes and what needs less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

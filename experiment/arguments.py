@@ -38,23 +38,24 @@ class Parser(argparse.ArgumentParser):
             print(f"{self.prog}: error: {' '.join(fault.split())}", file=sys.stderr)
         sys.exit(2)
 
-    def add_flags(self, title: str, flags: Sequence[tuple[str, Any, Any, str]]) -> argparse._ArgumentGroup:
-        """Adds and returns a group of flags, each given by name, kind, default (None if `complete` sets it) and help.
+    def add_flags(self, title: str, flags: Sequence[tuple[str, Any, Any, str]]) -> None:
+        """Adds a group of flags, each given by its name, kind, default (None if `complete` sets it) and help.
 
-        The kind is int, float, bool (a flag without a value, False by default), the permitted values, or for any other
-        text the word that stands for it in the help.
+        The kind is int, float, bool (a flag without a value, False by default), BooleanOptionalAction (which has a
+        --no-NAME too), the permitted values, or for any other text the word that stands for it in the help.
         """
         group = self.add_argument_group(title)
         for name, kind, default, text in flags:
             if kind is bool:
                 group.add_argument(f"--{name}", action="store_true", help=text)
+            elif kind is argparse.BooleanOptionalAction:
+                group.add_argument(f"--{name}", action=kind, default=default, help=text)
             elif kind in (int, float):
                 group.add_argument(f"--{name}", type=kind, default=default, help=text)
             elif isinstance(kind, str):
                 group.add_argument(f"--{name}", metavar=kind, default=default, help=text)
             else:
                 group.add_argument(f"--{name}", choices=kind, default=default, help=text)
-        return group
 
 
 def add_shared_flags(
@@ -151,7 +152,7 @@ def add_run_flags(parser: Parser, seed: int, log_interval: int) -> None:
         ("precision", PRECISIONS, "fp32", "precision of matrix products: fp32, tf32 (CUDA) or bf16 (fused), which also "
          "halves the memory; sums, normalisation, softmax, the optimizer and --hessian finite stay in fp32"),
     ])  # fmt: skip
-    run = parser.add_flags("run", [
+    parser.add_flags("run", [
         ("save", "DIR", None, "run directory (default: runs/KIND-YYYYMMDD-HHMMSS)"),
         ("resume", bool, False, "resume the run in --save with its own flags; only --epochs, --log_interval, "
          "--checkpoint_minutes, --test, --device, --diagnose_every, --tensorboard and the path of the same --data may "
@@ -165,13 +166,10 @@ def add_run_flags(parser: Parser, seed: int, log_interval: int) -> None:
          " regularisation and schedule; exit code 1 if it does not"),
         ("test", ("read", "skip"), "read", "skip does not read the test text at the end; resuming the finished run with"
          " read does, so that of many runs only the selected one is measured on it"),
+        ("tensorboard", argparse.BooleanOptionalAction, False, "also write metrics for TensorBoard, to tensorboard/ in "
+         "the run directory: scalars, flags and the cell of a search (needs: pip install tensorboard matplotlib)"),
+        ("log_interval", int, log_interval, "steps between two log lines"),
     ])  # fmt: skip
-    run.add_argument(
-        "--tensorboard", action=argparse.BooleanOptionalAction, default=False,
-        help="also write metrics for TensorBoard, to tensorboard/ in the run directory: scalars, flags and the cell of "
-        "a search (needs: pip install tensorboard matplotlib)",
-    )  # fmt: skip
-    run.add_argument("--log_interval", type=int, default=log_interval, help="steps between two log lines")
 
 
 def complete(args: argparse.Namespace, kind: str) -> None:

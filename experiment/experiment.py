@@ -95,12 +95,8 @@ class Interrupted(Exception):
 class Experiment:
     """One run, from its flags to its last checkpoint.
 
-    Args:
-        kind: "search" or "train".
-        parser: the parser of the script's flags.
-        argv: the flags, None for those of the command line.
-        texts_to_read: corpus, flags -> word ids (n,) and batch size of each text, by name.
-        reasons: the reasons for which the run may be stopped before its last epoch.
+    Its kind is "search" or "train"; `argv` are its flags, None for those of the command line, and `reasons` those for
+    which it may be stopped before its last epoch.
     """
 
     def __init__(

@@ -19,22 +19,17 @@ LARGEST_NUMBER = 1e38  # A float flag must be at most this, so that float32 can 
 HOLDS_FILES = "--save {}: holds files already; add --resume to continue a run, or take another"
 # Maps the words of a range to whether a number is in it, and to the flags that must be.
 RANGES = {
-    "at least 1": (
-        lambda x: x >= 1,
-        "epochs batch_size small_batch_size arch_batch_size bptt emsize nhid nhidlast log_interval nonmono n_experts",
-    ),
+    "at least 1": (lambda x: x >= 1, "epochs batch_size small_batch_size arch_batch_size bptt emsize nhid nhidlast"
+                   " log_interval nonmono n_experts"),
     "above 0": (lambda x: x > 0, "lr arch_lr power init_range"),
     "above 0 and below 1": (lambda x: 0 < x < 1, "gamma"),
     "at least 0.01": (lambda x: x >= 0.01, "step_size"),
-    "at least 0": (
-        lambda x: x >= 0,
-        "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes clip clip_value patience"
-        " min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop fraternal stop_stable max_identity"
-        " diagnose_every arch_start",
-    ),
+    "at least 0": (lambda x: x >= 0, "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes"
+                   " clip clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop"
+                   " fraternal stop_stable max_identity diagnose_every arch_start"),
     "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "dropout dropouth dropoutx dropouti dropoute momentum"),
-}
+}  # fmt: skip
 
 
 def validate(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:

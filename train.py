@@ -144,40 +144,34 @@ def load_finetuned(experiment: Experiment, state: RetrainState) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Retrains a cell from its start or its last checkpoint to result.json; returns the exit code."""
     with Experiment("train", build_parser(), argv, texts_to_read, REASONS) as experiment:
-        run_train(experiment)
+        args, corpus, run = experiment.args, experiment.corpus, experiment.run
+        if args.tensorboard and experiment.ranks.is_main:
+            from plots.tensorboard import TensorBoardLogger  # imported only here, since it needs another package
+
+            run.tensorboard = TensorBoardLogger(run.folder, vars(args))
+        state = RetrainState(experiment)
+        text = startup.describe(corpus, args.limit_tokens)
+        title = f"retraining in {run.folder} on {experiment.device}: {state.n_weights:,} weights, {text}"
+        lines = [title, str(state.cell)]
+        if args.finetune and not experiment.saved:
+            load_finetuned(experiment, state)
+            lines.append(f"from the best weights of {args.finetune}: valid ppl {perplexity(experiment.best):.2f}")
+        experiment.start(state, *lines)
+        if args.overfit:
+            experiment.overfit(state)
+            return 0
+        with experiment.running():
+            retrain(experiment, state)
+        if not experiment.ranks.is_main:
+            return 0
+
+        valid_ppl = perplexity(state.load_best())
+        test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
+        experiment.write_result(state, valid_ppl=valid_ppl, test_ppl=test_ppl, genotype=cell_to_json(state.cell))
+        run.log(f"best weights: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
     return experiment.exit_code
-
-
-def run_train(experiment: Experiment) -> None:
-    """Retrains a cell from its start or its last checkpoint to result.json."""
-    args, corpus, run = experiment.args, experiment.corpus, experiment.run
-    if args.tensorboard and experiment.ranks.is_main:
-        from plots.tensorboard import TensorBoardLogger  # imported only here, since it needs another package
-
-        run.tensorboard = TensorBoardLogger(run.folder, vars(args))
-    state = RetrainState(experiment)
-    lines = [
-        f"retraining in {run.folder} on {experiment.device}: {state.n_weights:,} weights,"
-        f" {startup.describe(corpus, args.limit_tokens)}",
-        str(state.cell),
-    ]
-    if args.finetune and not experiment.saved:
-        load_finetuned(experiment, state)
-        lines.append(f"from the best weights of {args.finetune}: valid ppl {perplexity(experiment.best):.2f}")
-    experiment.start(state, *lines)
-    if args.overfit:
-        experiment.overfit(state)
-        return
-    with experiment.running():
-        retrain(experiment, state)
-    if not experiment.ranks.is_main:
-        return
-
-    valid_ppl = perplexity(state.load_best())
-    test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
-    experiment.write_result(state, valid_ppl=valid_ppl, test_ppl=test_ppl, genotype=cell_to_json(state.cell))
-    run.log(f"best weights: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
 
 
 if __name__ == "__main__":

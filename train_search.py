@@ -114,8 +114,8 @@ class SearchState(TrainingState):
         genotype, probabilities = self.derived()
         return {"genotype": to_json(genotype), "probabilities": [[round(p, 5) for p in edge] for edge in probabilities]}
 
-    def describe(self) -> str:
-        return str(self.derived()[0])
+    def log_summary(self) -> None:
+        self.run.log(str(self.derived()[0]))
 
     def diagnose(self, progress: Any) -> None:
         """Measures the alphas' gradient (docs/signal.md) every --diagnose_every steps."""
@@ -217,43 +217,37 @@ def search(experiment: Experiment, state: SearchState) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs a search from its start or its last checkpoint to result.json; returns the exit code."""
     with Experiment("search", build_parser(), argv, texts_to_read, REASONS) as experiment:
-        run_search(experiment)
+        args, corpus, run = experiment.args, experiment.corpus, experiment.run
+        if args.tensorboard and experiment.ranks.is_main:
+            from plots.tensorboard import TensorBoardLogger  # imported only here, since it needs another package
+
+            run.tensorboard = TensorBoardLogger(run.folder, vars(args))
+        state = SearchState(experiment)
+        sizes = f"{state.n_weights:,} weights, {state.model.alphas.numel()} alphas"
+        text = startup.describe(corpus, args.limit_tokens)
+        experiment.start(state, f"search in {run.folder} on {experiment.device}: {sizes}, {text}")
+        if args.overfit:
+            experiment.overfit(state)
+            return 0
+        with experiment.running():
+            search(experiment, state)
+        if not experiment.ranks.is_main:
+            return 0
+
+        epoch = state.load_best() if experiment.stopped_by == "patience" else state.history[-1][0]
+        genotype = dict(state.history)[epoch]
+        with averaged(state.optimizer):
+            valid_ppl = experiment.perplexity(state.model, "valid")
+            test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
+        experiment.write_result(
+            state, valid_ppl=valid_ppl, test_ppl=test_ppl, best_valid_ppl=perplexity(experiment.best), genotype=genotype
+        )
+        run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
+        run.log(f"found {from_json(genotype)}")
+        run.log(f"retrain it with: python train.py --data {quote(args.data)} --arch {quote(str(run.folder))}")
     return experiment.exit_code
-
-
-def run_search(experiment: Experiment) -> None:
-    """Runs a search from its start or its last checkpoint to result.json."""
-    args, corpus, run = experiment.args, experiment.corpus, experiment.run
-    if args.tensorboard and experiment.ranks.is_main:
-        from plots.tensorboard import TensorBoardLogger  # imported only here, since it needs another package
-
-        run.tensorboard = TensorBoardLogger(run.folder, vars(args))
-    state = SearchState(experiment)
-    experiment.start(
-        state,
-        f"search in {run.folder} on {experiment.device}: {state.n_weights:,} weights,"
-        f" {state.model.alphas.numel()} alphas, {startup.describe(corpus, args.limit_tokens)}",
-    )
-    if args.overfit:
-        experiment.overfit(state)
-        return
-    with experiment.running():
-        search(experiment, state)
-    if not experiment.ranks.is_main:
-        return
-
-    epoch = state.load_best() if experiment.stopped_by == "patience" else state.history[-1][0]
-    genotype = dict(state.history)[epoch]
-    with averaged(state.optimizer):
-        valid_ppl = experiment.perplexity(state.model, "valid")
-        test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
-    experiment.write_result(
-        state, valid_ppl=valid_ppl, test_ppl=test_ppl, best_valid_ppl=perplexity(experiment.best), genotype=genotype
-    )
-    run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
-    run.log(f"found {from_json(genotype)}")
-    run.log(f"retrain it with: python train.py --data {quote(args.data)} --arch {quote(str(run.folder))}")
 
 
 if __name__ == "__main__":

@@ -47,15 +47,14 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
         for name, kind, default, text in flags:
             if kind is bool:
-                group.add_argument(f"--{name}", action="store_true", help=text)
+                options = {"action": "store_true"}
             elif kind is argparse.BooleanOptionalAction:
-                group.add_argument(f"--{name}", action=kind, default=default, help=text)
+                options = {"action": kind}
             elif kind in (int, float):
-                group.add_argument(f"--{name}", type=kind, default=default, help=text)
-            elif isinstance(kind, str):
-                group.add_argument(f"--{name}", metavar=kind, default=default, help=text)
+                options = {"type": kind}
             else:
-                group.add_argument(f"--{name}", choices=kind, default=default, help=text)
+                options = {"metavar" if isinstance(kind, str) else "choices": kind}
+            group.add_argument(f"--{name}", default=default, help=text, **options)
 
 
 def add_shared_flags(

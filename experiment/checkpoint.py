@@ -166,11 +166,9 @@ def has_checksum(file: BinaryIO) -> bool:
 
 def is_valid(path: Path) -> bool:
     """Returns whether `path` is a file whose checksum is right."""
-    try:
-        with open(path, "rb") as file:
-            return has_checksum(file)
-    except OSError:
-        return False
+    with suppress(OSError), open(path, "rb") as file:
+        return has_checksum(file)
+    return False
 
 
 def is_safe(file: BinaryIO) -> bool:

@@ -67,9 +67,8 @@ class TrainingState:
         """Returns what the record of an epoch in metrics.jsonl has besides the losses."""
         return self.interval_record()
 
-    def describe(self) -> str:
-        """Returns a line for the log at each interval and epoch; empty for none."""
-        return ""
+    def log_summary(self) -> None:
+        """Logs more than the losses at each interval and epoch, if there is more."""
 
     def parts(self) -> dict[str, Any]:
         """Returns the objects that save and load their own state, by their names in a checkpoint."""
@@ -112,10 +111,8 @@ class Experiment:
         self.micro_batch_size = min(args.small_batch_size, self.local_batch_size)
         torch.manual_seed(args.seed)
         self.bptt_rng = torch.Generator().manual_seed(args.seed)
-        self.texts = {  # (n, B) each
-            name: batchify(ids, batch_size).to(self.device)
-            for name, (ids, batch_size) in texts_to_read(self.corpus, args).items()
-        }
+        texts = texts_to_read(self.corpus, args).items()
+        self.texts = {name: batchify(ids, size).to(self.device) for name, (ids, size) in texts}  # (n, B) each
         self.update = WeightUpdate(args.clip, args.clip_value, args.wdecay, args.momentum)
         self.schedule, self.patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
         self.monitor = DivergenceMonitor(self.device, len(self.corpus.words))
@@ -240,8 +237,7 @@ class Experiment:
         if self.progress.step % self.args.log_interval == 0:
             self.monitor.check()
             self.progress.close_interval(lr, rate=state.optimizer.param_groups[0]["lr"], **state.interval_record())
-            if line := state.describe():
-                self.run.log(line)
+            state.log_summary()
 
     def save_if_due(self, state: TrainingState) -> None:
         """Saves the state after --checkpoint_minutes, and when the run is asked to stop, then raising `Interrupted`.
@@ -265,14 +261,12 @@ class Experiment:
 
     def close_epoch(self, state: TrainingState, valid_loss: float) -> None:
         """Logs the epoch, and saves best.pt if its validation loss (nats per word) is the lowest so far."""
-        lr = state.optimizer.param_groups[0]["lr"]
-        self.progress.close_epoch(valid_loss, lr, **state.epoch_record())
+        self.progress.close_epoch(valid_loss, state.optimizer.param_groups[0]["lr"], **state.epoch_record())
         state.start_epoch()
         if valid_loss < self.best:
             self.best = valid_loss
             self.save(state, "best.pt")
-        if line := state.describe():
-            self.run.log(line)
+        state.log_summary()
 
     def end_epoch(self, state: TrainingState, valid_loss: float, reason: str) -> None:
         """Saves the state, and ends the run if `reason` is not empty. Raises `Interrupted` if it is asked to stop."""
@@ -296,13 +290,11 @@ class Experiment:
             self.load_state_dict(state, saved)
             self.monitor.rollbacks = attempt
             self.schedule.scale *= BACKOFF
-            progress = self.progress
-            lr = self.schedule.rate(progress.step, progress.position())
-            self.run.log(f"diverged ({fault}): back to epoch {progress.epoch}, step {progress.step}, with lr {lr:.4g}")
-            self.run.record(
-                kind="rollback", epoch=progress.epoch, step=progress.step, lr=lr, reason=str(fault),
-                seconds=progress.elapsed(),
-            )  # fmt: skip
+            epoch, step = self.progress.epoch, self.progress.step
+            lr = self.schedule.rate(step, self.progress.position())
+            self.run.log(f"diverged ({fault}): back to epoch {epoch}, step {step}, with lr {lr:.4g}")
+            seconds = self.progress.elapsed()
+            self.run.record(kind="rollback", epoch=epoch, step=step, lr=lr, reason=str(fault), seconds=seconds)
             self.save(state, "last.pt")  # previous.pt is left unchanged
 
     # --- the end ---

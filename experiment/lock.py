@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -42,14 +43,11 @@ def acquire(folder: Path) -> TextIO:
 
 def owner(folder: Path) -> str | None:
     """Returns the process that holds the lock of `folder`, for a message; None if none does or there are no locks."""
-    try:
-        with open(folder / NAME, encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return read_owner(file)
-    except OSError:
-        pass  # There is no lock file, or the file system has no locks.
+    with suppress(OSError), open(folder / NAME, encoding="utf-8") as file:  # without a lock file or locks it fails
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return read_owner(file)
     return None
 
 

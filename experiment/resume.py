@@ -156,10 +156,8 @@ def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[
         needed = saved["best"] < math.inf if kind == "train" else saved["stopped_by"] == "patience"
         if needed and not checkpoint.is_valid(best):
             return [f"{best}: missing or damaged, and the result is made from it; put a copy there, or start a new run"]
-        if saved["stopped_by"] and args.epochs != flags["epochs"]:
-            return [
-                f"--epochs {args.epochs}: the run in {args.save} was stopped by {saved['stopped_by']}; start a new run"
-            ]
+        if (stopped_by := saved["stopped_by"]) and args.epochs != flags["epochs"]:
+            return [f"--epochs {args.epochs}: the run in {args.save} was stopped by {stopped_by}; start a new run"]
         if args.epochs < begun:
             return [f"--epochs {args.epochs}: the run in {args.save} is in epoch {begun} already"]
     except checkpoint.UNREADABLE:

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,10 @@ class Run:
         """Truncates metrics.jsonl to its first `count` records, since the steps of the others will be taken again;
         returns the `seconds` of the last record left, 0 if there is none."""
         self.n_records, size, last = 0, 0, b""
-        try:
-            with open(self.metrics, "r+b") as file:
-                while self.n_records < count and (line := file.readline()).endswith(b"\n"):
-                    self.n_records, size, last = self.n_records + 1, size + len(line), line
-                file.truncate(size)
-        except FileNotFoundError:
-            pass
+        with suppress(FileNotFoundError), open(self.metrics, "r+b") as file:
+            while self.n_records < count and (line := file.readline()).endswith(b"\n"):
+                self.n_records, size, last = self.n_records + 1, size + len(line), line
+            file.truncate(size)
         if self.tensorboard is not None:
             self.tensorboard.restart()
         try:

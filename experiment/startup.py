@@ -112,12 +112,11 @@ def read_flags(
     (`TUNED_WITH`).
     """
     args, earlier = parser.parse_args(argv), {}
-    finetune = getattr(args, "finetune", None)
     if args.resume:
         earlier = read_config(parser, args.save, "--resume")
         parser.set_defaults(**earlier["flags"])
-    elif finetune is not None:
-        earlier = read_config(parser, finetune, "--finetune")
+    elif getattr(args, "finetune", None) is not None:
+        earlier = read_config(parser, args.finetune, "--finetune")
         parser.set_defaults(**tuned_with(earlier["flags"], args), optimizer="asgd")
     args = parser.parse_args(argv)
     rate_given = args.lr is not None

@@ -49,15 +49,12 @@ def number_faults(args: Namespace) -> list[str]:
         for name in names.split()
         if name in numbers and not (holds(numbers[name]) and abs(numbers[name]) < math.inf)
     ]
-    too_large = [
-        f"--{name} {value}: must be below {LARGEST:,}"
+    limits = {int: (LARGEST - 1, f"below {LARGEST:,}"), float: (LARGEST_NUMBER, f"at most {LARGEST_NUMBER:g}")}
+    return out_of_range + [
+        f"--{name} {value}: must be {words}"
+        for kind, (largest, words) in limits.items()
         for name, value in numbers.items()
-        if type(value) is int and value >= LARGEST
-    ]
-    return [*out_of_range, *too_large] + [
-        f"--{name} {value}: must be at most {LARGEST_NUMBER:g}"
-        for name, value in numbers.items()
-        if type(value) is float and LARGEST_NUMBER < value < math.inf
+        if type(value) is kind and largest < value < math.inf
     ]
 
 

@@ -43,10 +43,8 @@ class RetrainState(TrainingState):
         return new_optimizer(phase, self.weights, self.args.lr, self.update)
 
     def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the clipped gradient of a training batch into .grad.
-
-        Returns the loss (nats per word), the last hidden states (B, S), and the norm of the gradient before clipping.
-        """
+        """Computes the clipped gradient of a training batch into .grad; returns the loss (nats per word), the last
+        hidden states (B, S), and the norm of the gradient before clipping."""
         args, masks = self.args, self.model.sample_masks(self.batch_size)
         two_passes = args.rdrop > 0 or args.fraternal > 0
         batch = Batch(x, y, hidden, masks, self.model.sample_masks(self.batch_size) if two_passes else None)
@@ -62,21 +60,17 @@ class RetrainState(TrainingState):
         return {"note": " (averaged)" if self.phase == "asgd" else "", "phase": self.phase}
 
     def reason_to_stop(self, valid_loss: float) -> str:
-        """Returns the reason to stop after an epoch with this loss, or "" to continue.
-
-        With --finetune, which averages from the start, the condition that starts averaging elsewhere ends the run.
-        """
+        """Returns the reason to stop after an epoch with this loss, or "" to continue. With --finetune, which averages
+        from the start, the condition that starts averaging elsewhere ends the run."""
         if self.patience.step(valid_loss):
             return "patience"
         return "nonmono" if self.args.finetune and self.trigger.step(valid_loss) else ""
 
-    def switches_to_averaging(self, valid_loss: float) -> bool:
-        """Returns whether NT-ASGD should start to average the weights."""
-        return self.phase == "sgd" and self.args.optimizer == "ntasgd" and self.trigger.step(valid_loss)
-
-    def switch_to_averaging(self) -> None:
-        self.phase, self.optimizer = "asgd", self.new_optimizer("asgd")
-        self.run.log("the validation loss has stopped falling: averaging the weights from here on")
+    def switch_to_averaging_if_due(self, valid_loss: float) -> None:
+        """Starts to average the weights, by NT-ASGD, if the validation loss has stopped falling."""
+        if self.phase == "sgd" and self.args.optimizer == "ntasgd" and self.trigger.step(valid_loss):
+            self.phase, self.optimizer = "asgd", self.new_optimizer("asgd")
+            self.run.log("the validation loss has stopped falling: averaging the weights from here on")
 
     # --- a checkpoint ---
 
@@ -127,8 +121,8 @@ def retrain(experiment: Experiment, state: RetrainState) -> None:
                 valid_loss = experiment.evaluate(state.model, state.valid_text, "valid")
                 experiment.close_epoch(state, valid_loss)
             reason = state.reason_to_stop(valid_loss)
-            if not reason and state.switches_to_averaging(valid_loss):
-                state.switch_to_averaging()
+            if not reason:
+                state.switch_to_averaging_if_due(valid_loss)
             experiment.end_epoch(state, valid_loss, reason)
 
 

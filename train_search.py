@@ -87,10 +87,8 @@ class SearchState(TrainingState):
         return (self.architect.step(train, valid, eta, momentum),)
 
     def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the clipped gradient of a training batch into .grad.
-
-        Returns the loss (nats per word), the last hidden states (B, H), and the norm of the gradient before clipping.
-        """
+        """Computes the clipped gradient of a training batch into .grad; returns the loss (nats per word), the last
+        hidden states (B, H), and the norm of the gradient before clipping."""
         args, batch = self.args, Batch(x, y, hidden, self.model.sample_masks(self.batch_size))
         losses = MicroBatches(self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta)
         return clipped_gradient(losses, self.weights, self.update, self.ranks.all_reduce_mean)

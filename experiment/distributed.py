@@ -63,10 +63,8 @@ class Distributed:
         return device
 
     def seed(self, seed: int) -> None:
-        """Seeds the generator so that each rank samples other masks; to be called once the weights are made.
-
-        The generator of the main rank is left as it is, so that it samples the same masks as a single process.
-        """
+        """Seeds the generator, once the weights are made, so that each rank samples other masks; the main rank
+        keeps its generator, so that it samples the same masks as a single process."""
         if not self.is_main:
             torch.manual_seed(seed + SEEDS_APART * self.rank)
 

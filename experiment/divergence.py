@@ -52,8 +52,7 @@ class DivergenceMonitor:
     def check_weights(self, loss: float) -> None:
         """Raises `Diverged` if a recorded step has diverged, or if `loss`, measured at the present weights, has.
 
-        The loss of a step is that of the weights before it, so that it does not show whether the present weights may be
-        saved.
+        The loss of a step is that of the weights before it, and does not show whether the present ones may be saved.
         """
         self.check()
         if not math.isfinite(loss) or loss > max(SPIKE_FACTOR * self.mean.item(), self.even):

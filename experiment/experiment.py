@@ -124,10 +124,8 @@ class Experiment:
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> bool:
-        """Releases the run directory, so that other processes may write to it.
-
-        An `Interrupted` goes no further: it logs the command that resumes the run and sets the exit code to 130.
-        """
+        """Releases the run directory. An `Interrupted` goes no further: it logs the command that resumes the run, and
+        sets the exit code to 130."""
         interrupted = isinstance(error, Interrupted)
         if interrupted:
             command, self.exit_code = self.ranks.command(self.parser.prog), 130
@@ -176,10 +174,8 @@ class Experiment:
         self.last_save = time.monotonic()
 
     def start(self, state: TrainingState, *first_lines: str) -> None:
-        """Resumes from the saved state, or begins a run and logs these lines; writes config.json.
-
-        Ends the script with exit code 2 if the saved state cannot be loaded.
-        """
+        """Resumes from the saved state, or begins a run and logs these lines; writes config.json. Ends the script
+        with exit code 2 if the saved state cannot be loaded."""
         if self.saved:
             with resume.restoring(self.parser, self.run):
                 template = {**self.state_dict(state), **state.template(self.saved)}

@@ -89,9 +89,7 @@ class Progress:
 
     def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
         """Logs and records the training loss and the validation loss (nats per word) of an epoch, and begins the next.
-
-        Raises `Diverged` if the validation perplexity is not finite.
-        """
+        Raises `Diverged` if the validation perplexity is not finite."""
         loss, valid_ppl = self.whole.mean(), perplexity(valid_loss)
         if not math.isfinite(valid_ppl):
             raise Diverged(f"the validation loss is {valid_loss:.4g}")

@@ -77,8 +77,7 @@ def restoring(parser: arguments.Parser, run: Run, path: Path | None = None) -> I
 
 
 def check_state(saved: dict[str, Any], form: dict[str, Any], reasons: Sequence[str]) -> None:
-    """Raises ValueError unless the saved state has the form of this run's state and its run, if it was stopped, was
-    stopped for one of `reasons`.
+    """Raises ValueError unless the saved state has the form of this run's state and, if stopped, one of the `reasons`.
 
     The state of the CUDA generator is not required, since the run may have been saved on another kind of device.
     """
@@ -89,10 +88,8 @@ def check_state(saved: dict[str, Any], form: dict[str, Any], reasons: Sequence[s
 
 
 def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[str, Any]:
-    """Returns config.json of the run in `save`, to which `flag` (--resume or --finetune) refers.
-
-    Exits with code 2 if it is missing or damaged, or if another script than that of `parser` wrote it.
-    """
+    """Returns config.json of the run in `save`, to which `flag` (--resume or --finetune) refers. Exits with code 2 if
+    it is missing or damaged, or if another script than that of `parser` wrote it."""
     if save is None:
         parser.refuse([f"{flag}: say which run to continue with --save DIR"])
     path = Path(save) / "config.json"

@@ -61,10 +61,8 @@ def build_parser() -> arguments.Parser:
 
 
 def eval_batch_sizes(norm: str) -> dict[str, int]:
-    """Returns the batch size with which the relaxed model evaluates the valid and the test text, by name.
-
-    The test text is read as by a discrete cell, except with batch normalisation: a batch of one has no statistics.
-    """
+    """Returns the batch size with which the relaxed model evaluates each text, by name. That of the test text is a
+    discrete cell's, except with batch normalisation: a batch of one has no statistics."""
     return {"valid": VALID_BATCH_SIZE, "test": VALID_BATCH_SIZE if norm == "batch" else TEST_BATCH_SIZE}
 
 

@@ -12,9 +12,7 @@ from utils import RunError
 
 class StopSignal:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) into `requested`, which the loop checks between two steps.
-
-    After the first signal, Ctrl-C acts at once. A signal that torchrun forwards may arrive twice.
-    """
+    After the first signal, Ctrl-C acts at once. A signal that torchrun forwards may arrive twice."""
 
     def __enter__(self) -> "StopSignal":
         self.requested = False

@@ -61,10 +61,8 @@ def start_run(
 def start_on_main_rank(
     kind: str, parser: arguments.Parser, argv: list[str] | None, texts: TextsToRead, ranks: Distributed
 ) -> Started:
-    """Returns what `start_run` does, on the main rank.
-
-    Nothing is downloaded for flags that cannot be used, and the directory of a new run is created last.
-    """
+    """Returns what `start_run` does, on the main rank. Nothing is downloaded for flags that cannot be used, and the
+    directory of a new run is created last."""
     args, earlier, found = read_flags(kind, parser, argv, ranks)
     run = saved = None
     if args.resume:
@@ -108,8 +106,7 @@ def read_flags(
 ) -> tuple[Namespace, dict[str, Any], list[str]]:
     """Returns the flags, config.json of the run that --resume or --finetune refers to ({} without), and their faults.
 
-    A resumed run has the flags in its config.json, except for those given again; a fine-tuning run has some of them
-    (`TUNED_WITH`).
+    A resumed run has the flags in its config.json, except for those given again; a fine-tuning run has `TUNED_WITH`.
     """
     args, earlier = parser.parse_args(argv), {}
     if args.resume:

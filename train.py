@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import Engine
-from engine.dropout import DropoutRates
 from experiment import checkpoint, resume, signals, startup
-from experiment.experiment import Experiment
+from experiment.experiment import Experiment, TrainingState
 from experiment.retrain_arguments import EVAL_BATCH_SIZES, build_parser, texts_to_read
 from genotypes import cell_to_json, resolve_cell
 from model import retrain_model
@@ -28,40 +26,23 @@ from training.optimizers import NonMonotonicTrigger, averaged, new_optimizer, sc
 REASONS = ("patience", "nonmono")  # the reasons to stop before the last epoch
 
 
-class RetrainState:
+class RetrainState(TrainingState):
     """What retraining trains and saves: the weights of one cell, and their optimizer."""
 
     def __init__(self, experiment: Experiment):
-        args, ranks = experiment.args, experiment.ranks
-        self.args, self.ranks, self.run, self.patience = args, ranks, experiment.run, experiment.patience
-        self.update = experiment.update
-        self.batch_size, self.micro_batch_size = experiment.local_batch_size, experiment.micro_batch_size
-        self.train_text, self.valid_text = experiment.sharded("train"), experiment.texts["valid"]  # (n, B) each
-
+        args, words, rates = experiment.args, experiment.corpus.words, experiment.dropout_rates()
         self.cell = resolve_cell(args.arch)
-        rates = DropoutRates(**{name: getattr(args, name) for name in DropoutRates._fields})
-        model = retrain_model(
-            len(experiment.corpus.words), args.emsize, rates, self.cell, args.n_experts, args.init_range
-        ).to(experiment.device)  # fmt: skip
-        self.model = model.with_engine(Engine(args.engine, args.precision))
-        ranks.seed(args.seed)
-        self.weights = self.model.weights()
+        model = retrain_model(len(words), args.emsize, rates, self.cell, args.n_experts, args.init_range)
+        super().__init__(experiment, model)
         self.phase = "sgd" if args.optimizer == "ntasgd" else args.optimizer
         self.optimizer, self.trigger = self.new_optimizer(self.phase), NonMonotonicTrigger(args.nonmono)
-        self.start_epoch()
         self.capture()
 
     def new_optimizer(self, phase: str) -> torch.optim.Optimizer:
         return new_optimizer(phase, self.weights, self.args.lr, self.update)
 
-    def capture(self) -> None:
-        """Makes the gradient replay as a CUDA graph, on CUDA."""
-        self.replayed_gradient = self.model.engine.with_cuda_graphs(self.gradient, self.train_text.device)
-
-    # --- the step ---
-
     def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the clipped gradient of a training batch into .grad. Returns the loss (nats per word), the last
+        """Computes the clipped gradient of a training batch into .grad; returns the loss (nats per word), the last
         hidden states (B, S), and the norm of the gradient before clipping."""
         args, masks = self.args, self.model.sample_masks(self.batch_size)
         two_passes = args.rdrop > 0 or args.fraternal > 0
@@ -72,21 +53,10 @@ class RetrainState:
         )  # fmt: skip
         return clipped_gradient(losses, self.weights, self.update, self.ranks.all_reduce_mean)
 
-    def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the clipped gradient of a training batch into .grad; returns loss (nats per word) and norm."""
-        nll, self.hidden, norm = self.replayed_gradient(x, y, self.hidden)
-        return nll, norm
-
     # --- at an epoch's end ---
-
-    def interval_record(self) -> dict[str, Any]:
-        return {}
 
     def epoch_record(self) -> dict[str, Any]:
         return {"note": " (averaged)" if self.phase == "asgd" else "", "phase": self.phase}
-
-    def describe(self) -> str:
-        return ""
 
     def reason_to_stop(self, valid_loss: float) -> str:
         """Returns the reason to stop after an epoch with this loss, or "" to continue. With --finetune, which averages
@@ -95,39 +65,30 @@ class RetrainState:
             return "patience"
         return "nonmono" if self.args.finetune and self.trigger.step(valid_loss) else ""
 
-    def switches_to_averaging(self, valid_loss: float) -> bool:
-        """Returns whether NT-ASGD should start to average the weights."""
-        return self.phase == "sgd" and self.args.optimizer == "ntasgd" and self.trigger.step(valid_loss)
-
-    def switch_to_averaging(self) -> None:
-        self.phase, self.optimizer = "asgd", self.new_optimizer("asgd")
-        self.run.log("the validation loss has stopped falling: averaging the weights from here on")
+    def switch_to_averaging_if_due(self, valid_loss: float) -> None:
+        """Starts to average the weights, by NT-ASGD, if the validation loss has stopped falling."""
+        if self.phase == "sgd" and self.args.optimizer == "ntasgd" and self.trigger.step(valid_loss):
+            self.phase, self.optimizer = "asgd", self.new_optimizer("asgd")
+            self.run.log("the validation loss has stopped falling: averaging the weights from here on")
 
     # --- a checkpoint ---
 
-    def start_epoch(self) -> None:
-        self.hidden = self.model.initial_hidden(self.batch_size)  # (B, S)
-
     def parts(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer, "trigger": self.trigger}
+        return {**super().parts(), "trigger": self.trigger}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "eval_batch_sizes": EVAL_BATCH_SIZES, "genotype": cell_to_json(self.cell), "phase": self.phase,
             "hidden": self.ranks.all_gather(self.hidden),
-            **{name: part.state_dict() for name, part in self.parts().items()},
         }  # fmt: skip
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.phase, self.optimizer = saved["phase"], self.new_optimizer(saved["phase"])
         self.hidden = self.ranks.shard(saved["hidden"]).to(self.train_text.device)
-        for name, part in self.parts().items():
-            part.load_state_dict(saved[name])
-        self.capture()
 
     def template(self, saved: dict[str, Any]) -> dict[str, Any]:
-        optimizer = self.new_optimizer(saved["phase"])
-        return {"trigger": {"losses": [1.0]}, "optimizer": checkpoint.optimizer_template(optimizer)}
+        optimizer = checkpoint.optimizer_template(self.new_optimizer(saved["phase"]))
+        return {"trigger": {"losses": [1.0]}, "optimizer": optimizer}
 
     def validate(self, saved: dict[str, Any]) -> None:
         if self.ranks.is_main and saved["best"] < float("inf"):  # the result is computed from best.pt
@@ -159,8 +120,8 @@ def retrain(experiment: Experiment, state: RetrainState) -> None:
                 valid_loss = experiment.evaluate(state.model, state.valid_text, "valid")
                 experiment.close_epoch(state, valid_loss)
             reason = state.reason_to_stop(valid_loss)
-            if not reason and state.switches_to_averaging(valid_loss):
-                state.switch_to_averaging()
+            if not reason:
+                state.switch_to_averaging_if_due(valid_loss)
             experiment.end_epoch(state, valid_loss, reason)
 
 
@@ -176,45 +137,34 @@ def load_finetuned(experiment: Experiment, state: RetrainState) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    with Experiment("train", build_parser(), argv, texts_to_read, REASONS) as experiment:
-        return run_train(experiment)
-
-
-def run_train(experiment: Experiment) -> int:
     """Retrains a cell from its start or its last checkpoint to result.json; returns the exit code."""
-    args, corpus, run = experiment.args, experiment.corpus, experiment.run
-    if args.tensorboard and experiment.ranks.is_main:
-        from plots.tensorboard import TensorBoardLogger  # imported only here, since it needs another package
+    with Experiment("train", build_parser(), argv, texts_to_read, REASONS) as experiment:
+        args, corpus, run = experiment.args, experiment.corpus, experiment.run
+        if args.tensorboard and experiment.ranks.is_main:
+            from plots.tensorboard import TensorBoardLogger  # imported only here, since it needs another package
 
-        run.tensorboard = TensorBoardLogger(run.folder, vars(args))
-    state = RetrainState(experiment)
-    params = sum(w.numel() for w in state.weights)
-    lines = [
-        f"retraining in {run.folder} on {experiment.device}: {params:,} weights,"
-        f" {startup.describe(corpus, args.limit_tokens)}",
-        str(state.cell),
-    ]
-    if args.finetune and not experiment.saved:
-        load_finetuned(experiment, state)
-        lines.append(f"from the best weights of {args.finetune}: valid ppl {perplexity(experiment.best):.2f}")
-    experiment.start(state, *lines)
-    if args.overfit:
-        experiment.overfit(state)
-        return 0
-    with experiment.running():
-        retrain(experiment, state)
-    if experiment.interrupted:
-        return experiment.exit_interrupted()
-    if not experiment.ranks.is_main:
-        return 0
+            run.tensorboard = TensorBoardLogger(run.folder, vars(args))
+        state = RetrainState(experiment)
+        text = startup.describe(corpus, args.limit_tokens)
+        title = f"retraining in {run.folder} on {experiment.device}: {state.n_weights:,} weights, {text}"
+        lines = [title, str(state.cell)]
+        if args.finetune and not experiment.saved:
+            load_finetuned(experiment, state)
+            lines.append(f"from the best weights of {args.finetune}: valid ppl {perplexity(experiment.best):.2f}")
+        experiment.start(state, *lines)
+        if args.overfit:
+            experiment.overfit(state)
+            return 0
+        with experiment.running():
+            retrain(experiment, state)
+        if not experiment.ranks.is_main:
+            return 0
 
-    valid_ppl = perplexity(state.load_best())
-    test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
-    experiment.write_result(
-        params=params, valid_ppl=valid_ppl, test_ppl=test_ppl, genotype=cell_to_json(state.cell)
-    )  # fmt: skip
-    run.log(f"best weights: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
-    return 0
+        valid_ppl = perplexity(state.load_best())
+        test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
+        experiment.write_result(state, valid_ppl=valid_ppl, test_ppl=test_ppl, genotype=cell_to_json(state.cell))
+        run.log(f"best weights: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
+    return experiment.exit_code
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from architect import Architect
 from engine import Engine
-from engine.dropout import DropoutRates, FrozenReLU
+from engine.dropout import FrozenReLU
 from experiment import checkpoint, signals, startup
-from experiment.experiment import Experiment
+from experiment.experiment import Experiment, TrainingState
 from experiment.search_arguments import build_parser, eval_batch_sizes, texts_to_read
 from genotypes import Genotype, from_json, to_json
 from model_search import RNNModelSearch
@@ -33,34 +33,23 @@ from utils import Cursor
 REASONS = ("patience", "stable", "identity")  # the reasons to stop before the last epoch
 
 
-class SearchState:
+class SearchState(TrainingState):
     """What a search trains and saves: the weights, the alphas, their optimizers, and its positions in both texts."""
 
     def __init__(self, experiment: Experiment):
-        args, ranks = experiment.args, experiment.ranks
-        self.args, self.ranks, self.run, self.patience = args, ranks, experiment.run, experiment.patience
-        self.update = experiment.update
-        self.batch_size, self.micro_batch_size = experiment.local_batch_size, experiment.micro_batch_size
-        self.arch_batch_size = args.arch_batch_size // ranks.size
-        self.train_text, self.valid_text = experiment.sharded("train"), experiment.texts["valid"]  # (n, B) each
-        self.valid_batches = Cursor(experiment.sharded("the alphas"))
-
-        rates = DropoutRates(**{name: getattr(args, name) for name in DropoutRates._fields})
-        model = RNNModelSearch(
-            len(experiment.corpus.words), args.emsize, rates, norm=args.norm, init_range=args.init_range
-        ).to(experiment.device)  # fmt: skip
-        self.model = model.with_engine(Engine(args.engine, args.precision))
-        ranks.seed(args.seed)
-        self.weights = self.model.weights()
+        args, words, rates = experiment.args, experiment.corpus.words, experiment.dropout_rates()
+        model = RNNModelSearch(len(words), args.emsize, rates, norm=args.norm, init_range=args.init_range)
+        super().__init__(experiment, model)
+        self.arch_batch_size = args.arch_batch_size // self.ranks.size
+        self.valid_batches = Cursor(self.ranks.shard(experiment.texts["the alphas"], dim=1))
         self.optimizer = new_optimizer(args.optimizer, self.weights, args.lr, self.update)
         self.hessian = args.hessian if args.unrolled else None
         self.architect = self.architect_of(self.model, self.micro_batch_size, self.hessian)
         self.diagnosis = Diagnosis(
             self.model, self.architect_of, self.hessian, (self.train_text, self.valid_batches.source, self.valid_text),
-            self.micro_batch_size, args.bptt, args.seed, ranks.seed,
+            self.micro_batch_size, args.bptt, args.seed, self.ranks.seed,
         ) if args.diagnose_every else None  # fmt: skip
         self.history: list[list[Any]] = []  # [epoch, genotype] at the end of each epoch
-        self.start_epoch()
         self.hidden_valid = self.model.initial_hidden(self.arch_batch_size)  # (B, H)
         self.capture()
 
@@ -78,9 +67,10 @@ class SearchState:
 
     def capture(self) -> None:
         """Makes both steps replay as CUDA graphs, on CUDA."""
-        engine, device = self.model.engine, self.train_text.device
-        self.replayed_gradient = engine.with_cuda_graphs(self.gradient, device)
-        self.replayed_alpha_step = engine.with_cuda_graphs(self.step_alphas, device, beside=self.replayed_gradient)
+        super().capture()
+        self.replayed_alpha_step = self.model.engine.with_cuda_graphs(
+            self.step_alphas, self.train_text.device, beside=self.replayed_gradient
+        )
 
     # --- the two steps ---
 
@@ -91,35 +81,24 @@ class SearchState:
         masks = self.model.sample_masks(self.batch_size)  # the same masks in each pass over the training batch
         masks = masks._replace(relu=FrozenReLU() if self.hessian == "finite" else None)
         valid_masks = self.model.sample_masks(self.arch_batch_size)
-        return (
-            self.architect.step(
-                train=Batch(x, y, hidden, masks),
-                valid=Batch(x_valid, y_valid, hidden_valid, valid_masks),
-                eta=eta,
-                velocity=velocity(self.optimizer) if self.args.unrolled else None,
-            ),
-        )
+        train, valid = Batch(x, y, hidden, masks), Batch(x_valid, y_valid, hidden_valid, valid_masks)
+        momentum = velocity(self.optimizer) if self.args.unrolled else None
+        return (self.architect.step(train, valid, eta, momentum),)
 
     def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the clipped gradient of a training batch into .grad. Returns the loss (nats per word), the last
+        """Computes the clipped gradient of a training batch into .grad; returns the loss (nats per word), the last
         hidden states (B, H), and the norm of the gradient before clipping."""
         args, batch = self.args, Batch(x, y, hidden, self.model.sample_masks(self.batch_size))
         losses = MicroBatches(self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta)
         return clipped_gradient(losses, self.weights, self.update, self.ranks.all_reduce_mean)
 
     def alpha_step(self, lr: float, x: Tensor, y: Tensor) -> None:
-        """Moves the alphas down the gradient of the next validation batch's loss, at the weights after the next weight
-        step (with --unrolled) or at the present weights."""
+        """Moves the alphas down the gradient of the next validation batch's loss (`architect.Architect`)."""
         x_valid, y_valid, wrapped = self.valid_batches.take(len(x))  # (T, B) each
         if wrapped:
             self.hidden_valid = self.model.initial_hidden(self.arch_batch_size)
         eta = torch.full((), lr, device=x.device)  # a tensor, since a number would need a CUDA graph for each value
         [self.hidden_valid] = self.replayed_alpha_step(eta, x, y, self.hidden, x_valid, y_valid, self.hidden_valid)
-
-    def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the clipped gradient of a training batch into .grad; returns loss (nats per word) and norm."""
-        nll, self.hidden, norm = self.replayed_gradient(x, y, self.hidden)
-        return nll, norm
 
     # --- the result so far ---
 
@@ -130,15 +109,10 @@ class SearchState:
 
     def interval_record(self) -> dict[str, Any]:
         genotype, probabilities = self.derived()
-        return {
-            "genotype": to_json(genotype), "probabilities": [[round(p, 5) for p in edge] for edge in probabilities]
-        }  # fmt: skip
+        return {"genotype": to_json(genotype), "probabilities": [[round(p, 5) for p in edge] for edge in probabilities]}
 
-    def epoch_record(self) -> dict[str, Any]:
-        return self.interval_record()
-
-    def describe(self) -> str:
-        return str(self.derived()[0])
+    def log_summary(self) -> None:
+        self.run.log(str(self.derived()[0]))
 
     def diagnose(self, progress: Any) -> None:
         """Measures the alphas' gradient (docs/signal.md) every --diagnose_every steps."""
@@ -151,9 +125,8 @@ class SearchState:
     def write_genotype(self, epoch: int) -> None:
         """Writes genotype.json: the genotype at the end of this epoch and its probabilities."""
         genotype, probabilities = self.derived()
-        self.run.write("genotype.json", {
-            "genotype": to_json(genotype), "text": str(genotype), "epoch": epoch, "probabilities": probabilities,
-        })  # fmt: skip
+        found = {"genotype": to_json(genotype), "text": str(genotype), "epoch": epoch, "probabilities": probabilities}
+        self.run.write("genotype.json", found)
 
     def reason_to_stop(self, epoch: int, valid_loss: float) -> str:
         """Records the genotype of this epoch; returns the reason to stop the search, or "" to continue."""
@@ -172,29 +145,21 @@ class SearchState:
 
     # --- a checkpoint ---
 
-    def start_epoch(self) -> None:
-        self.hidden = self.model.initial_hidden(self.batch_size)  # (B, H)
-
     def parts(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer, "arch_optimizer": self.architect.optimizer}
+        return {**super().parts(), "arch_optimizer": self.architect.optimizer}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "eval_batch_sizes": eval_batch_sizes(self.args.norm), "genotype": to_json(self.derived()[0]),
             "history": self.history, "valid_position": self.valid_batches.position,
             "hidden": self.ranks.all_gather(self.hidden), "hidden_valid": self.ranks.all_gather(self.hidden_valid),
-            **{name: part.state_dict() for name, part in self.parts().items()},
         }  # fmt: skip
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        for name, part in self.parts().items():
-            part.load_state_dict(saved[name])
         self.valid_batches.position, self.history = saved["valid_position"], saved["history"]
         device = self.train_text.device
-        self.hidden, self.hidden_valid = (
-            self.ranks.shard(saved[name]).to(device) for name in ("hidden", "hidden_valid")
-        )
-        self.capture()  # captured graphs refer to the old state of the alphas' optimizer
+        self.hidden = self.ranks.shard(saved["hidden"]).to(device)
+        self.hidden_valid = self.ranks.shard(saved["hidden_valid"]).to(device)
 
     def template(self, saved: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -206,10 +171,9 @@ class SearchState:
         check_history(saved["history"], saved["progress"]["epoch"] - 1, saved["stopped_by"] == "identity")
         if self.ranks.is_main and saved["stopped_by"] == "patience":  # the result is computed from best.pt
             best = checkpoint.load(self.run.folder / "best.pt")
-            form = {"model": self.model.state_dict(), "progress": {"epoch": 1}}
-            checkpoint.validate_state(
-                best, {**form, "arch_optimizer": checkpoint.optimizer_template(self.architect.optimizer)}
-            )
+            alphas = checkpoint.optimizer_template(self.architect.optimizer)
+            form = {"model": self.model.state_dict(), "progress": {"epoch": 1}, "arch_optimizer": alphas}
+            checkpoint.validate_state(best, form)
             if best["progress"]["epoch"] - 1 not in dict(saved["history"]):
                 raise ValueError("its best epoch is not in its history")
 
@@ -250,47 +214,37 @@ def search(experiment: Experiment, state: SearchState) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    with Experiment("search", build_parser(), argv, texts_to_read, REASONS) as experiment:
-        return run_search(experiment)
-
-
-def run_search(experiment: Experiment) -> int:
     """Runs a search from its start or its last checkpoint to result.json; returns the exit code."""
-    args, corpus, run = experiment.args, experiment.corpus, experiment.run
-    if args.tensorboard and experiment.ranks.is_main:
-        from plots.tensorboard import TensorBoardLogger  # imported only here, since it needs another package
+    with Experiment("search", build_parser(), argv, texts_to_read, REASONS) as experiment:
+        args, corpus, run = experiment.args, experiment.corpus, experiment.run
+        if args.tensorboard and experiment.ranks.is_main:
+            from plots.tensorboard import TensorBoardLogger  # imported only here, since it needs another package
 
-        run.tensorboard = TensorBoardLogger(run.folder, vars(args))
-    state = SearchState(experiment)
-    params = sum(w.numel() for w in state.weights)
-    experiment.start(
-        state,
-        f"search in {run.folder} on {experiment.device}: {params:,} weights,"
-        f" {state.model.alphas.numel()} alphas, {startup.describe(corpus, args.limit_tokens)}",
-    )
-    if args.overfit:
-        experiment.overfit(state)
-        return 0
-    with experiment.running():
-        search(experiment, state)
-    if experiment.interrupted:
-        return experiment.exit_interrupted()
-    if not experiment.ranks.is_main:
-        return 0
+            run.tensorboard = TensorBoardLogger(run.folder, vars(args))
+        state = SearchState(experiment)
+        sizes = f"{state.n_weights:,} weights, {state.model.alphas.numel()} alphas"
+        text = startup.describe(corpus, args.limit_tokens)
+        experiment.start(state, f"search in {run.folder} on {experiment.device}: {sizes}, {text}")
+        if args.overfit:
+            experiment.overfit(state)
+            return 0
+        with experiment.running():
+            search(experiment, state)
+        if not experiment.ranks.is_main:
+            return 0
 
-    epoch = state.load_best() if experiment.stopped_by == "patience" else state.history[-1][0]
-    genotype = dict(state.history)[epoch]
-    with averaged(state.optimizer):
-        valid_ppl = experiment.perplexity(state.model, "valid")
-        test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
-    experiment.write_result(
-        params=params, valid_ppl=valid_ppl, test_ppl=test_ppl, best_valid_ppl=perplexity(experiment.best),
-        genotype=genotype,
-    )  # fmt: skip
-    run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
-    run.log(f"found {from_json(genotype)}")
-    run.log(f"retrain it with: python train.py --data {quote(args.data)} --arch {quote(str(run.folder))}")
-    return 0
+        epoch = state.load_best() if experiment.stopped_by == "patience" else state.history[-1][0]
+        genotype = dict(state.history)[epoch]
+        with averaged(state.optimizer):
+            valid_ppl = experiment.perplexity(state.model, "valid")
+            test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
+        experiment.write_result(
+            state, valid_ppl=valid_ppl, test_ppl=test_ppl, best_valid_ppl=perplexity(experiment.best), genotype=genotype
+        )
+        run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
+        run.log(f"found {from_json(genotype)}")
+        run.log(f"retrain it with: python train.py --data {quote(args.data)} --arch {quote(str(run.folder))}")
+    return experiment.exit_code
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Saves and loads the state of a run: atomically, with a checksum, in two generations, and without executable code.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, in torch's zip format. It is read with
-`weights_only=True`, which builds nothing else, so that a file from a stranger cannot run code. The sha256 of the file
-is at its end, in the comment of the zip file, so that `torch.load` reads it like any other.
-
-Equal states give identical files; a state contains no wall-clock time.
+`weights_only=True`, which builds nothing else, so that a file from a stranger cannot run code. The comment of the zip
+file is its sha256, so that `torch.load` reads it like any other. Equal states give identical files.
 """
 
 import hashlib
@@ -18,7 +16,6 @@ import shutil
 import stat
 import struct
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,8 +29,7 @@ from torch import Tensor
 from utils import atomic_write
 
 FORMAT = 5
-# The names that a checkpoint's pickle may contain, which are those that torch writes for tensors. (`weights_only` would
-# also build a bytearray of any size.)
+# A pickle may contain only the names that torch writes for tensors; `weights_only` would also build a large bytearray.
 GLOBALS = re.compile(r"torch [A-Za-z]+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 BUILDERS = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
 LARGEST = 1e38  # about the largest number of float32
@@ -41,19 +37,9 @@ CHECKSUM = "sha256 {}"
 CHECKSUM_SIZE = len(CHECKSUM.format("")) + 64  # bytes
 # The errors that torch's reader raises on damaged or forged files.
 UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    LookupError,
-    EOFError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-)
+    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, TypeError, AttributeError, AssertionError,
+    LookupError, EOFError, ArithmeticError, MemoryError, struct.error,
+)  # fmt: skip
 
 
 class CheckpointError(Exception):
@@ -62,9 +48,7 @@ class CheckpointError(Exception):
 
 def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> None:
     """Writes the state to `path` atomically; a valid checkpoint that is replaced is kept as `previous`, if given.
-
-    Raises `CheckpointError` if the disk is full or cannot be written.
-    """
+    Raises `CheckpointError` if the disk is full or cannot be written."""
     data = with_checksum(state)
     try:
         with atomic_write(path) as file:
@@ -140,34 +124,6 @@ def load_last(folder: str | Path) -> tuple[dict[str, Any] | None, str | None]:
         return load(previous), f"{error}; resuming from {previous.name}, the checkpoint before it"
 
 
-class CheckpointManager:
-    """Saves the checkpoints of a run, on the rank that `writes`, and knows when the next one is due."""
-
-    def __init__(self, folder: Path, minutes: float, writes: bool = True):
-        self.folder, self.seconds, self.writes = folder, 60 * minutes, writes
-        self.saved = time.monotonic()
-
-    def due(self) -> bool:
-        """Returns whether the last save was at least the given minutes ago."""
-        return time.monotonic() - self.saved >= self.seconds
-
-    def save_last(self, state: dict[str, Any]) -> None:
-        """Saves last.pt, and keeps the one before as previous.pt."""
-        if self.writes:
-            save_last(state, self.folder)
-        self.saved = time.monotonic()
-
-    def save_best(self, state: dict[str, Any]) -> None:
-        """Saves best.pt."""
-        if self.writes:
-            save(state, self.folder / "best.pt")
-
-    def replace(self, state: dict[str, Any]) -> None:
-        """Saves last.pt and leaves previous.pt unchanged."""
-        if self.writes:
-            save(state, self.folder / "last.pt")
-
-
 # --- bytes ---
 
 
@@ -200,25 +156,19 @@ def canonical(value: Any) -> Any:
 
 def has_checksum(file: BinaryIO) -> bool:
     """Returns whether a file ends with the checksum of the bytes before it."""
-    left = file.seek(0, os.SEEK_END) - CHECKSUM_SIZE
+    size = file.seek(0, os.SEEK_END) - CHECKSUM_SIZE
     digest = hashlib.sha256()
     file.seek(0)
-    while left > 0:
-        block = file.read(min(1 << 20, left))
-        if not block:
-            return False
-        digest.update(block)
-        left -= len(block)
+    for start in range(0, size, 1 << 20):
+        digest.update(file.read(min(1 << 20, size - start)))
     return file.read() == CHECKSUM.format(digest.hexdigest()).encode()
 
 
 def is_valid(path: Path) -> bool:
     """Returns whether `path` is a file whose checksum is right."""
-    try:
-        with open(path, "rb") as file:
-            return has_checksum(file)
-    except OSError:
-        return False
+    with suppress(OSError), open(path, "rb") as file:
+        return has_checksum(file)
+    return False
 
 
 def is_safe(file: BinaryIO) -> bool:

@@ -2,10 +2,9 @@
 
     torchrun --nproc_per_node 2 train_search.py --unrolled
 
-Every rank has all weights, and the text, hidden states and masks of its own batch elements. Gradients are averaged over
-the ranks, so that all ranks take the same step. The main rank, rank 0, evaluates the losses that decisions depend on,
-and it alone writes files; a signal to any rank stops all of them. gloo exchanges tensors on a CPU, NCCL those on a GPU.
-A process that was started without torchrun is the main rank of one rank, and nothing here communicates.
+Every rank has all weights, and its own batch elements (docs/distributed.md). The main rank, rank 0, evaluates the
+losses that decisions depend on, and it alone writes files; a signal to any rank stops all of them. A process that was
+started without torchrun is the main rank of one rank, and nothing here communicates.
 """
 
 import atexit
@@ -30,11 +29,7 @@ T = TypeVar("T")
 class Distributed:
     """One rank of a data parallel run, with the exchanges between ranks; each raises `RunError` if a rank is lost.
 
-    Attributes:
-        rank: the rank of this process; the main rank is 0.
-        size: the number of ranks.
-        local: the rank of this process among those on its machine.
-        on_this_machine: the number of ranks on its machine.
+    `rank` is the number of this process among `size` ranks, `local` that among the `on_this_machine` of its machine.
     """
 
     def __init__(self):
@@ -68,10 +63,8 @@ class Distributed:
         return device
 
     def seed(self, seed: int) -> None:
-        """Seeds the generator so that each rank samples other masks; to be called once the weights are made.
-
-        The generator of the main rank is left as it is, so that it samples the same masks as a single process.
-        """
+        """Seeds the generator, once the weights are made, so that each rank samples other masks; the main rank
+        keeps its generator, so that it samples the same masks as a single process."""
         if not self.is_main:
             torch.manual_seed(seed + SEEDS_APART * self.rank)
 

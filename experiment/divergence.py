@@ -12,7 +12,6 @@ SPIKE_FACTOR = 3.0  # The loss has diverged when it is above this many times its
 MEMORY, RECENT = 100, 5  # The number of steps of the running mean, and of the mean that is compared with it.
 BACKOFF = 0.5  # the factor of the learning rate at a rollback
 MAX_ROLLBACKS = 5
-ADVICE = "start again with a lower --lr or a lower --clip"
 
 
 class DivergenceMonitor:
@@ -20,12 +19,8 @@ class DivergenceMonitor:
 
     A step has diverged if its loss or norm is not finite, or if the mean loss of the last few steps is more than
     `SPIKE_FACTOR` times the running mean and above that of a uniform prediction over V words; one odd batch is not
-    enough. The comparison is computed on the device. On a CPU it is read at each step; on a GPU, for which the host
-    would have to wait, the caller calls `check` where it reads numbers anyway.
-
-    Args:
-        device: computes the comparison.
-        vocabulary: the number of words, V.
+    enough. The comparison is computed on `device`. On a CPU it is read at each step; on a GPU, for which the host would
+    have to wait, the caller calls `check` where it reads numbers anyway. `vocabulary` is V.
     """
 
     def __init__(self, device: torch.device, vocabulary: int):
@@ -57,8 +52,7 @@ class DivergenceMonitor:
     def check_weights(self, loss: float) -> None:
         """Raises `Diverged` if a recorded step has diverged, or if `loss`, measured at the present weights, has.
 
-        The loss of a step is that of the weights before it, so that it does not show whether the present weights may be
-        saved.
+        The loss of a step is that of the weights before it, and does not show whether the present ones may be saved.
         """
         self.check()
         if not math.isfinite(loss) or loss > max(SPIKE_FACTOR * self.mean.item(), self.even):
@@ -69,7 +63,7 @@ class DivergenceMonitor:
         if self.rollbacks >= MAX_ROLLBACKS:
             raise RunError(
                 f"the run has diverged at step {step} after {MAX_ROLLBACKS} rollbacks to an earlier checkpoint:"
-                f" {fault}; {ADVICE}"
+                f" {fault}; start again with a lower --lr or a lower --clip"
             )
         return self.rollbacks + 1
 

@@ -1,15 +1,17 @@
 """Runs one search or retraining: its flags and texts, progress, checkpoints, rollbacks, and the reason that it ends."""
 
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from shlex import quote
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from architect import WeightUpdate
-from data import Corpus
+from engine import Engine
+from engine.dropout import DropoutRates
 from engine.matmul import matmul_precision
 from experiment import arguments, checkpoint, resume, startup
 from experiment.distributed import Distributed
@@ -22,36 +24,67 @@ from training.overfit import overfit
 from utils import Diverged, batchify, choose_device, get_batch, segments
 
 
-class TrainingState(Protocol):
-    """What a run trains: model, optimizer, and all else that a checkpoint must hold to resume bit-identically."""
+class TrainingState:
+    """What a run trains: model, optimizer, and all else that a checkpoint must hold to resume bit-identically.
 
-    model: nn.Module
+    The state of a script adds the `optimizer`, the methods without a body here, and `gradient`, which computes the
+    clipped gradient of a training batch (x, y, hidden) and returns loss, last hidden states (B, S) and norm.
+    """
+
     optimizer: torch.optim.Optimizer
-    train_text: Tensor  # (n, B), the batch elements of this rank
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns everything that training changes, with the same value on every rank."""
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, and drops captured CUDA graphs."""
-
-    def template(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Returns the parts of a `state_dict` that have another form once training has begun."""
-
-    def validate(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError for a state of the right form that no run can have."""
+    def __init__(self, experiment: "Experiment", model: nn.Module):
+        args = experiment.args
+        self.args, self.ranks, self.run, self.patience = args, experiment.ranks, experiment.run, experiment.patience
+        self.update = experiment.update
+        self.batch_size, self.micro_batch_size = experiment.local_batch_size, experiment.micro_batch_size
+        self.train_text = self.ranks.shard(experiment.texts["train"], dim=1)  # (n, B), the batch elements of this rank
+        self.valid_text = experiment.texts["valid"]  # (n, B)
+        self.model = model.to(experiment.device).with_engine(Engine(args.engine, args.precision))
+        self.ranks.seed(args.seed)
+        self.weights = self.model.weights()
+        self.n_weights = sum(w.numel() for w in self.weights)
+        self.start_epoch()
 
     def start_epoch(self) -> None:
         """Resets the hidden states to their initial values."""
+        self.hidden = self.model.initial_hidden(self.batch_size)  # (B, S)
+
+    def capture(self) -> None:
+        """Makes the gradient replay as a CUDA graph, on CUDA; to be called again when the optimizers' states change."""
+        self.replayed_gradient = self.model.engine.with_cuda_graphs(self.gradient, self.train_text.device)
+
+    def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes the clipped gradient of a training batch into .grad; returns loss (nats per word) and norm."""
+        nll, self.hidden, norm = self.replayed_gradient(x, y, self.hidden)
+        return nll, norm
 
     def interval_record(self) -> dict[str, Any]:
         """Returns what the record of a log interval in metrics.jsonl has besides the loss."""
+        return {}
 
     def epoch_record(self) -> dict[str, Any]:
         """Returns what the record of an epoch in metrics.jsonl has besides the losses."""
+        return self.interval_record()
 
-    def describe(self) -> str:
-        """Returns a line for the log at each interval and epoch; empty for none."""
+    def log_summary(self) -> None:
+        """Logs more than the losses at each interval and epoch, if there is more."""
+
+    def parts(self) -> dict[str, Any]:
+        """Returns the objects that save and load their own state, by their names in a checkpoint."""
+        return {"model": self.model, "optimizer": self.optimizer}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what training changes beside the `parts`, with the same value on every rank."""
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned, before the `parts` are loaded."""
+
+    def template(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Returns the entries of a checkpoint that have another form once training has begun."""
+
+    def validate(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError for a state of the right form that no run can have."""
 
 
 class Interrupted(Exception):
@@ -61,22 +94,14 @@ class Interrupted(Exception):
 class Experiment:
     """One run, from its flags to its last checkpoint.
 
-    Args:
-        kind: "search" or "train".
-        parser: the parser of the script's flags.
-        argv: the flags, None for those of the command line.
-        texts_to_read: corpus, flags -> word ids (n,) and batch size of each text, by name.
-        reasons: the reasons for which the run may be stopped before its last epoch.
+    Its kind is "search" or "train"; `argv` are its flags, None for those of the command line, and `reasons` those for
+    which it may be stopped before its last epoch.
     """
 
     def __init__(
-        self,
-        kind: str,
-        parser: arguments.Parser,
-        argv: list[str] | None,
-        texts_to_read: Callable[[Corpus, Namespace], startup.Texts],
+        self, kind: str, parser: arguments.Parser, argv: list[str] | None, texts_to_read: startup.TextsToRead,
         reasons: Sequence[str],
-    ):
+    ):  # fmt: skip
         self.kind, self.parser, self.reasons = kind, parser, reasons
         self.ranks = Distributed()
         self.args, self.corpus, self.run, self.saved = startup.start_run(kind, parser, argv, texts_to_read, self.ranks)
@@ -86,57 +111,71 @@ class Experiment:
         self.micro_batch_size = min(args.small_batch_size, self.local_batch_size)
         torch.manual_seed(args.seed)
         self.bptt_rng = torch.Generator().manual_seed(args.seed)
-        self.texts = {  # (n, B) each
-            name: batchify(ids, batch_size).to(self.device)
-            for name, (ids, batch_size) in texts_to_read(self.corpus, args).items()
-        }
+        texts = texts_to_read(self.corpus, args).items()
+        self.texts = {name: batchify(ids, size).to(self.device) for name, (ids, size) in texts}  # (n, B) each
         self.update = WeightUpdate(args.clip, args.clip_value, args.wdecay, args.momentum)
         self.schedule, self.patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
         self.monitor = DivergenceMonitor(self.device, len(self.corpus.words))
         self.progress = Progress(self.run, self.device, args.epochs, len(self.texts["train"]) - 1)
-        self.checkpoints = checkpoint.CheckpointManager(
-            self.run.folder, args.checkpoint_minutes, writes=self.ranks.is_main
-        )
-        self.best, self.stopped_by, self.interrupted = float("inf"), "", False  # `best` is the lowest validation loss.
+        self.last_save = time.monotonic()
+        self.best, self.stopped_by, self.exit_code = float("inf"), "", 0  # `best` is the lowest validation loss.
 
     def __enter__(self) -> "Experiment":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        """Releases the run directory, so that other processes may write to it."""
+    def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> bool:
+        """Releases the run directory. An `Interrupted` goes no further: it logs the command that resumes the run, and
+        sets the exit code to 130."""
+        interrupted = isinstance(error, Interrupted)
+        if interrupted:
+            command, self.exit_code = self.ranks.command(self.parser.prog), 130
+            self.run.log(f"interrupted; continue with: {command} --resume --save {quote(str(self.run.folder))}")
         self.run.release()
+        return interrupted
 
-    def sharded(self, name: str) -> Tensor:
-        """Returns the batch elements of this rank, (n, B / ranks), of the text with this name."""
-        return self.ranks.shard(self.texts[name], dim=1)
+    def dropout_rates(self) -> DropoutRates:
+        return DropoutRates(**{name: getattr(self.args, name) for name in DropoutRates._fields})
 
     # --- state ---
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self, state: TrainingState) -> dict[str, Any]:
         return {
-            "schedule": self.schedule, "patience": self.patience, "watch": self.monitor, "progress": self.progress,
+            **state.parts(), "schedule": self.schedule, "patience": self.patience, "watch": self.monitor,
+            "progress": self.progress,
         }  # fmt: skip
 
     def state_dict(self, state: TrainingState) -> dict[str, Any]:
         """Returns a checkpoint: what is trained, the progress of the run, and what identifies it."""
         return {
             **resume.identity(self.kind, self.args, self.corpus, self.ranks.size), **state.state_dict(),
-            **{name: part.state_dict() for name, part in self.parts().items()},
+            **{name: part.state_dict() for name, part in self.parts(state).items()},
             "rng": self.ranks.gather(checkpoint.rng_state(self.device, self.bptt_rng)),
             "best": self.best, "stopped_by": self.stopped_by,
         }  # fmt: skip
 
     def load_state_dict(self, state: TrainingState, saved: dict[str, Any]) -> None:
         state.load_state_dict(saved)
-        for name, part in self.parts().items():
+        for name, part in self.parts(state).items():
             part.load_state_dict(saved[name])
+        state.capture()  # captured graphs refer to the old states of the optimizers
         self.best, self.stopped_by = saved["best"], saved["stopped_by"]
 
-    def start(self, state: TrainingState, *first_lines: str) -> None:
-        """Resumes from the saved state, or begins a run and logs these lines; writes config.json.
+    def save(self, state: TrainingState, name: str) -> None:
+        """Saves a checkpoint under this name and does not keep the one that it replaces."""
+        saved = self.state_dict(state)  # on all ranks, since each has a share in it
+        if self.ranks.is_main:
+            checkpoint.save(saved, self.run.folder / name)
 
-        Ends the script with exit code 2 if the saved state cannot be loaded.
-        """
+    def save_last(self, state: TrainingState) -> None:
+        """Saves last.pt, and keeps the one before as previous.pt."""
+        saved = self.state_dict(state)
+        if self.ranks.is_main:
+            checkpoint.save_last(saved, self.run.folder)
+        self.last_save = time.monotonic()
+
+    def start(self, state: TrainingState, *first_lines: str) -> None:
+        """Resumes from the saved state, or begins a run and logs these lines; writes config.json. Ends the script
+        with exit code 2 if the saved state cannot be loaded."""
         if self.saved:
             with resume.restoring(self.parser, self.run):
                 template = {**self.state_dict(state), **state.template(self.saved)}
@@ -153,22 +192,16 @@ class Experiment:
         for line in first_lines:
             self.run.log(line)
         if self.best < float("inf"):  # The weights were trained by another run.
-            self.checkpoints.save_best(self.state_dict(state))
-        self.checkpoints.save_last(self.state_dict(state))
+            self.save(state, "best.pt")
+        self.save_last(state)
 
     # --- the loop ---
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Handles signals, sets the --precision of matrix products and explains out-of-memory errors inside the block.
-
-        An `Interrupted` that the block raises sets `interrupted` and goes no further.
-        """
+        """Handles signals, sets the --precision of products and explains out-of-memory errors inside the block."""
         with StopSignal() as self.signal, matmul_precision(self.args.precision), startup.memory_explained(self.args):
-            try:
-                yield
-            except Interrupted:
-                self.interrupted = True
+            yield
 
     def is_finished(self) -> bool:
         return self.progress.epoch > self.args.epochs or bool(self.stopped_by)
@@ -179,8 +212,7 @@ class Experiment:
             yield self.progress.epoch
 
     def segments(self, text: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the inputs and targets (T, B) of each segment of a text (n, B) that is left of this epoch, with a
-        progress bar."""
+        """Yields inputs and targets (T, B) of the segments of a text (n, B) that are left of this epoch, with a bar."""
         args = self.args
         lengths = segments(
             len(text), args.bptt, self.bptt_rng, args.bptt_std, args.max_seq_len_delta, start=self.progress.time_step
@@ -201,18 +233,16 @@ class Experiment:
         if self.progress.step % self.args.log_interval == 0:
             self.monitor.check()
             self.progress.close_interval(lr, rate=state.optimizer.param_groups[0]["lr"], **state.interval_record())
-            if line := state.describe():
-                self.run.log(line)
+            state.log_summary()
 
     def save_if_due(self, state: TrainingState) -> None:
         """Saves the state after --checkpoint_minutes, and when the run is asked to stop, then raising `Interrupted`.
-
-        Raises `Diverged` instead of saving weights that have diverged.
-        """
-        stopping, due = self.ranks.all_reduce_any(self.signal.requested, self.checkpoints.due())
+        Raises `Diverged` instead of saving weights that have diverged."""
+        due = time.monotonic() - self.last_save >= 60 * self.args.checkpoint_minutes
+        stopping, due = self.ranks.all_reduce_any(self.signal.requested, due)
         if stopping or due:
             self.check_weights(state)
-            self.checkpoints.save_last(self.state_dict(state))
+            self.save_last(state)
         if stopping:
             raise Interrupted
 
@@ -227,23 +257,20 @@ class Experiment:
 
     def close_epoch(self, state: TrainingState, valid_loss: float) -> None:
         """Logs the epoch, and saves best.pt if its validation loss (nats per word) is the lowest so far."""
-        lr = state.optimizer.param_groups[0]["lr"]
-        self.progress.close_epoch(valid_loss, lr, **state.epoch_record())
+        self.progress.close_epoch(valid_loss, state.optimizer.param_groups[0]["lr"], **state.epoch_record())
         state.start_epoch()
         if valid_loss < self.best:
             self.best = valid_loss
-            self.checkpoints.save_best(self.state_dict(state))
-        if line := state.describe():
-            self.run.log(line)
+            self.save(state, "best.pt")
+        state.log_summary()
 
     def end_epoch(self, state: TrainingState, valid_loss: float, reason: str) -> None:
-        """Saves the state at the end of an epoch, and ends the run if `reason` is not empty. Raises `Interrupted` if
-        the run is asked to stop."""
+        """Saves the state, and ends the run if `reason` is not empty. Raises `Interrupted` if it is asked to stop."""
         self.schedule.close_epoch(valid_loss)
         self.stopped_by = reason
         if reason:
             self.run.log(f"stopped by {reason}")
-        self.checkpoints.save_last(self.state_dict(state))
+        self.save_last(state)
         if self.ranks.all_reduce_any(self.signal.requested)[0]:
             raise Interrupted
 
@@ -259,14 +286,12 @@ class Experiment:
             self.load_state_dict(state, saved)
             self.monitor.rollbacks = attempt
             self.schedule.scale *= BACKOFF
-            progress = self.progress
-            lr = self.schedule.rate(progress.step, progress.position())
-            self.run.log(f"diverged ({fault}): back to epoch {progress.epoch}, step {progress.step}, with lr {lr:.4g}")
-            self.run.record(
-                kind="rollback", epoch=progress.epoch, step=progress.step, lr=lr, reason=str(fault),
-                seconds=progress.elapsed(),
-            )  # fmt: skip
-            self.checkpoints.replace(self.state_dict(state))
+            epoch, step = self.progress.epoch, self.progress.step
+            lr = self.schedule.rate(step, self.progress.position())
+            self.run.log(f"diverged ({fault}): back to epoch {epoch}, step {step}, with lr {lr:.4g}")
+            seconds = self.progress.elapsed()
+            self.run.record(kind="rollback", epoch=epoch, step=step, lr=lr, reason=str(fault), seconds=seconds)
+            self.save(state, "last.pt")  # previous.pt is left unchanged
 
     # --- the end ---
 
@@ -274,22 +299,18 @@ class Experiment:
         """Trains on a single batch and logs the result, for --overfit."""
         args = self.args
         with matmul_precision(args.precision), startup.memory_explained(args):
-            self.run.log(overfit(
-                state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size,
-                self.update,
-            ))  # fmt: skip
-
-    def exit_interrupted(self) -> int:
-        """Logs the command that resumes the run; returns the exit code of an interrupted run."""
-        return self.run.interrupted(self.ranks.command(self.parser.prog))
+            self.run.log(
+                overfit(state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size, self.update)
+            )
 
     def perplexity(self, model: nn.Module, name: str) -> float:
         """Returns the perplexity of the text with this name, measured by this process alone."""
         return perplexity(evaluate(model, self.texts[name], self.args.bptt, name))
 
-    def write_result(self, **result: Any) -> None:
+    def write_result(self, state: TrainingState, **result: Any) -> None:
         """Writes result.json, with `result` among its entries."""
         self.run.write("result.json", {
             "kind": self.kind, "epochs": self.progress.epoch - 1, "steps": self.progress.step,
-            "seconds": self.progress.elapsed(), **result, "stopped_by": self.stopped_by or "epochs",
+            "seconds": self.progress.elapsed(), "params": state.n_weights, **result,
+            "stopped_by": self.stopped_by or "epochs",
         })  # fmt: skip

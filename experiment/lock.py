@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -15,46 +16,38 @@ class Locked(Exception):
     """Raised when another process holds the lock of a directory; the message names both."""
 
 
-class Lock:
-    """Locks `folder` until `release` or the end of the process, and writes the process and host to its lock file.
+def acquire(folder: Path) -> TextIO:
+    """Locks `folder` until the file that is returned is closed, and writes the process and host to that file.
 
-    The file stays when the lock is released, and its content has no meaning then. On a file system without locks it
+    The file stays when the lock is released, and its content has no meaning then. On a file system without locks this
     prints a note and locks nothing. Raises `Locked` if another process holds the lock, OSError that names the file if
     it cannot be written.
     """
-
-    def __init__(self, folder: Path):
-        self.file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as it is held)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = read_owner(self.file)
-            self.file.close()
-            raise Locked(f"{folder} is in use by {owner}") from error
-        except OSError as error:  # The file system has no locks.
-            print(f"note: {folder} cannot be locked ({error.strerror}); let one process at a time use it",
-                  file=sys.stderr)  # fmt: skip
-        try:
-            self.file.truncate(0)
-            json.dump({"pid": os.getpid(), "host": socket.gethostname()}, self.file)
-            self.file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(folder / NAME)) from error
-
-    def release(self) -> None:
-        self.file.close()
+    file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as the lock is held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = read_owner(file)
+        file.close()
+        raise Locked(f"{folder} is in use by {holder}") from error
+    except OSError as error:  # The file system has no locks.
+        print(f"note: {folder} cannot be locked ({error.strerror}); let one process at a time use it", file=sys.stderr)
+    try:
+        file.truncate(0)
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+        file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder / NAME)) from error
+    return file
 
 
 def owner(folder: Path) -> str | None:
     """Returns the process that holds the lock of `folder`, for a message; None if none does or there are no locks."""
-    try:
-        with open(folder / NAME, encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return read_owner(file)
-    except OSError:
-        pass  # There is no lock file, or the file system has no locks.
+    with suppress(OSError), open(folder / NAME, encoding="utf-8") as file:  # without a lock file or locks it fails
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return read_owner(file)
     return None
 
 

@@ -75,13 +75,9 @@ def seconds(folder: Path) -> float:
 
 def events(study: Path) -> list[dict[str, Any]]:
     """Returns the complete events of a study's events.jsonl; a line that a full disk truncated is skipped."""
-    records = (
-        record
-        for record in lines(study / EVENTS)
-        if isinstance(record.get("trial"), str) and isinstance(record.get("event"), str)
-    )
     return [
-        record for record in records
-        if (record.get("event") not in ("done", "halved") or is_number(record.get("valid_ppl")))
-        and (record.get("event") not in ("failed", "stopped") or isinstance(record.get("reason"), str))
+        event for event in lines(study / EVENTS)
+        if isinstance(event.get("trial"), str) and isinstance(event.get("event"), str)
+        and (event["event"] not in ("done", "halved") or is_number(event.get("valid_ppl")))
+        and (event["event"] not in ("failed", "stopped") or isinstance(event.get("reason"), str))
     ]  # fmt: skip

@@ -18,23 +18,14 @@ from utils import Diverged
 class Progress:
     """Counts epochs, steps and tokens, and averages the training loss.
 
-    The running sums stay on the device. They are read at the log interval, and at most once a second for the bar, so
-    that the host does not wait for a GPU at every step.
-
-    Args:
-        run: the run directory that logs and records.
-        device: holds the running sums.
-        epochs: the number of epochs of the whole run.
-        epoch_length: the number of time steps of an epoch.
+    The running sums stay on `device`. They are read at the log interval, and at most once a second for the bar, so that
+    the host does not wait for a GPU at every step. An epoch has `epoch_length` time steps.
     """
 
     def __init__(self, run: Run, device: torch.device, epochs: int, epoch_length: int):
         self.run, self.epochs, self.epoch_length = run, epochs, epoch_length
-        self.epoch, self.time_step, self.step = (
-            1,
-            0,
-            0,
-        )  # `time_step` is the time step at which the next segment starts.
+        self.epoch, self.step = 1, 0
+        self.time_step = 0  # at which the next segment starts
         self.seconds = 0.0  # This includes earlier processes of a resumed run, up to the last record kept.
         self.interval = Sum(device)
         self.norm = Sum(device)  # This sums the gradient norm of each step.
@@ -54,13 +45,13 @@ class Progress:
 
     def advance(self, nll: Tensor, norm: Tensor, shape: tuple[int, int], lr: float) -> None:
         """Counts a weight step on a segment of shape (T, B) with this loss (nats per word) and gradient norm."""
-        seq_len, batch_size = shape
+        tokens = math.prod(shape)
         self.norm.add(norm, 1)
-        self.interval.add(nll, seq_len * batch_size)
-        self.whole.add(nll, seq_len * batch_size)
-        self.time_step += seq_len
+        self.interval.add(nll, tokens)
+        self.whole.add(nll, tokens)
+        self.time_step += shape[0]
         self.step += 1
-        self.bar.update(seq_len * batch_size)
+        self.bar.update(tokens)
         if not self.bar.disable and time.perf_counter() - self.shown > 1:
             self.shown = time.perf_counter()
             loss = self.interval.mean()
@@ -94,15 +85,11 @@ class Progress:
     def close_diagnosis(self, signal: NamedTuple) -> None:
         """Logs a diagnosis of a search's alpha gradients, and records each of its fields by name."""
         self.run.log(str(signal))
-        self.run.record(
-            kind="diagnosis", epoch=self.epoch, step=self.step, seconds=self.elapsed(), **signal._asdict()
-        )  # fmt: skip
+        self.run.record(kind="diagnosis", epoch=self.epoch, step=self.step, seconds=self.elapsed(), **signal._asdict())
 
     def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
         """Logs and records the training loss and the validation loss (nats per word) of an epoch, and begins the next.
-
-        Raises `Diverged` if the validation perplexity is not finite.
-        """
+        Raises `Diverged` if the validation perplexity is not finite."""
         loss, valid_ppl = self.whole.mean(), perplexity(valid_loss)
         if not math.isfinite(valid_ppl):
             raise Diverged(f"the validation loss is {valid_loss:.4g}")
@@ -132,14 +119,10 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "epoch": self.epoch,
-            "time_step": self.time_step,
-            "step": self.step,
-            "interval": self.interval.state_dict(),
-            "norm": self.norm.state_dict(),
-            "whole": self.whole.state_dict(),
+            "epoch": self.epoch, "time_step": self.time_step, "step": self.step,
+            "interval": self.interval.state_dict(), "norm": self.norm.state_dict(), "whole": self.whole.state_dict(),
             "metrics_records": self.run.n_records,
-        }
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a state; records of metrics.jsonl that are newer are removed, since they will be written again."""

@@ -14,8 +14,7 @@ from experiment import arguments, checkpoint
 from experiment.run_directory import Run
 from training.optimizers import DEFAULT_LR
 
-# Flags that may differ between a run and its continuation; every other flag is fixed for the run. The data may be at
-# another path, but must be the same text.
+# Flags that may differ between a run and its continuation. The data may be at another path, but must be the same text.
 RESUMABLE = {
     "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "test",
     "diagnose_every", "tensorboard",
@@ -30,8 +29,7 @@ MAX_CONFIG = 1_000_000  # bytes
 
 
 def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
-    """Returns the flags that a fine-tuning run takes from `first`, the flags of the run whose weights it starts
-    from."""
+    """Returns the flags that a fine-tuning run takes from `first`, those of the run whose weights it starts from."""
     names = set(TUNED_WITH)
     if DEFAULT_LR[first["optimizer"]] == DEFAULT_LR["asgd"]:  # another optimizer's rate does not suit averaged SGD
         names.add("lr")
@@ -57,8 +55,7 @@ def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> l
 
 
 def identity(kind: str, args: Namespace, corpus: data.Corpus, ranks: int) -> dict[str, Any]:
-    """Returns what identifies a run in its checkpoints: the kind, the flags that are fixed for the run and --data, the
-    vocabulary, the checksums of the corpus, and the number of ranks, but not the run directory."""
+    """Returns what identifies a run in its checkpoints, which includes --data but not the run directory."""
     flags = {name: value for name, value in vars(args).items() if name not in RESUMABLE or name == "data"}
     return {"kind": kind, "flags": flags, "words": corpus.words, "sha256": corpus.sha256, "ranks": ranks}
 
@@ -80,8 +77,7 @@ def restoring(parser: arguments.Parser, run: Run, path: Path | None = None) -> I
 
 
 def check_state(saved: dict[str, Any], form: dict[str, Any], reasons: Sequence[str]) -> None:
-    """Raises ValueError unless the saved state has the form of this run's state and its run, if it was stopped, was
-    stopped for one of `reasons`.
+    """Raises ValueError unless the saved state has the form of this run's state and, if stopped, one of the `reasons`.
 
     The state of the CUDA generator is not required, since the run may have been saved on another kind of device.
     """
@@ -92,10 +88,8 @@ def check_state(saved: dict[str, Any], form: dict[str, Any], reasons: Sequence[s
 
 
 def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[str, Any]:
-    """Returns config.json of the run in `save`, to which `flag` (--resume or --finetune) refers.
-
-    Exits with code 2 if it is missing or damaged, or if another script than that of `parser` wrote it.
-    """
+    """Returns config.json of the run in `save`, to which `flag` (--resume or --finetune) refers. Exits with code 2 if
+    it is missing or damaged, or if another script than that of `parser` wrote it."""
     if save is None:
         parser.refuse([f"{flag}: say which run to continue with --save DIR"])
     path = Path(save) / "config.json"
@@ -134,10 +128,10 @@ def fits(action: Any, value: Any) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and value in (action.choices or [value])
 
 
-def changed_flags(args: Namespace, before: dict[str, Any], where: str) -> list[str]:
+def changed_flags(args: Namespace, before: dict[str, Any]) -> list[str]:
     """Returns a fault for each flag that is fixed for a run and differs from its earlier value in `before`."""
     return [
-        f"--{name} {value}: {where} has {before[name]}; leave the flag out, or start a new run"
+        f"--{name} {value}: the run in {args.save} has {before[name]}; leave the flag out, or start a new run"
         for name, value in vars(args).items()
         if name in before and name not in RESUMABLE and before[name] != value
     ]
@@ -159,10 +153,8 @@ def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[
         needed = saved["best"] < math.inf if kind == "train" else saved["stopped_by"] == "patience"
         if needed and not checkpoint.is_valid(best):
             return [f"{best}: missing or damaged, and the result is made from it; put a copy there, or start a new run"]
-        if saved["stopped_by"] and args.epochs != flags["epochs"]:
-            return [
-                f"--epochs {args.epochs}: the run in {args.save} was stopped by {saved['stopped_by']}; start a new run"
-            ]
+        if (stopped_by := saved["stopped_by"]) and args.epochs != flags["epochs"]:
+            return [f"--epochs {args.epochs}: the run in {args.save} was stopped by {stopped_by}; start a new run"]
         if args.epochs < begun:
             return [f"--epochs {args.epochs}: the run in {args.save} is in epoch {begun} already"]
     except checkpoint.UNREADABLE:

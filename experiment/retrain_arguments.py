@@ -15,44 +15,28 @@ EVAL_BATCH_SIZES = {"valid": VALID_BATCH_SIZE, "test": TEST_BATCH_SIZE}
 def build_parser() -> arguments.Parser:
     """Returns the parser of train.py."""
     parser = arguments.Parser("train.py", "Retrain a recurrent cell for language modelling, from scratch.")
-    cell = parser.add_argument_group("cell")
-    cell.add_argument(
-        "--arch",
-        default="DARTS",
-        help="the cell: a name (DARTS, DARTS_V1, DARTS_V2, ENAS), a search's run directory, a genotype.json, the text "
-        "of a genotype, random:SEED, or LSTM or GRU, torch's own cells",
-    )
-    cell.add_argument("--n_experts", type=int, default=1, help="number of softmaxes in the mixture of softmaxes")
+    parser.add_flags("cell", [
+        ("arch", "ARCH", "DARTS", "the cell: a name (DARTS, DARTS_V1, DARTS_V2, ENAS), a search's run directory, a "
+         "genotype.json, the text of a genotype, random:SEED, or LSTM or GRU, torch's own cells"),
+        ("n_experts", int, 1, "number of softmaxes in the mixture of softmaxes"),
+    ])  # fmt: skip
     arguments.add_shared_flags(
         parser, size=850, batch_size=64, epochs=8000, dropoute=0.1, wdecay=8e-7, bptt_std=5.0, seed=1267,
         log_interval=200, optimizers=("ntasgd", *OPTIMIZERS),
     )  # fmt: skip
-    averaging = parser.add_argument_group("averaging (NT-ASGD)")
-    averaging.add_argument(
-        "--nonmono",
-        type=int,
-        default=5,
-        help="averaging starts when the validation loss is above the lowest of all earlier epochs but the last NONMONO",
-    )
-    averaging.add_argument(
-        "--finetune",
-        metavar="RUN",
-        help="start from the best weights of RUN and average from the first step on; text, sizes, dropout rates and "
-        "regularisation are those of RUN unless given again; the condition of --nonmono ends this run",
-    )
-    twins = parser.add_argument_group("two passes over each batch, with different dropout masks")
-    twins.add_argument(
-        "--rdrop",
-        type=float,
-        default=0.0,
-        help="R-Drop: coefficient of the mean symmetric KL divergence (nats) between the two predictions",
-    )
-    twins.add_argument(
-        "--fraternal",
-        type=float,
-        default=0.0,
-        help="fraternal dropout: coefficient of the mean squared difference between the two outputs after dropout",
-    )
+    parser.add_flags("averaging (NT-ASGD)", [
+        ("nonmono", int, 5, "averaging starts when the validation loss is above the lowest of all earlier epochs but "
+         "the last NONMONO"),
+        ("finetune", "RUN", None, "start from the best weights of RUN and average from the first step on; text, sizes, "
+         "dropout rates and regularisation are those of RUN unless given again; the condition of --nonmono ends this "
+         "run"),
+    ])  # fmt: skip
+    parser.add_flags("two passes over each batch, with different dropout masks", [
+        ("rdrop", float, 0.0,
+         "R-Drop: coefficient of the mean symmetric KL divergence (nats) between the two predictions"),
+        ("fraternal", float, 0.0,
+         "fraternal dropout: coefficient of the mean squared difference between the two outputs after dropout"),
+    ])  # fmt: skip
     return parser
 
 

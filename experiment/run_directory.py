@@ -6,20 +6,19 @@ import platform
 import subprocess
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from experiment.lock import Lock
+from experiment import lock
 from utils import atomic_write
 
 
 def new_folder(kind: str) -> Path:
-    """Returns the path of a run directory that does not exist yet: runs/KIND-YYYYMMDD-HHMMSS, with a number appended if
-    that name is taken."""
+    """Returns a path that does not exist yet: runs/KIND-YYYYMMDD-HHMMSS, with a number if that name is taken."""
     name = Path("runs", f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     number, folder = 1, name
     while folder.exists():
@@ -40,10 +39,7 @@ def git_commit() -> str | None:
 
 
 class Run:
-    """Writes a run directory: log.txt for people, metrics.jsonl for programs, and JSON files that are never partial.
-
-    The directory is created and locked for this process alone. Raises `Locked` if another process holds the lock.
-    """
+    """A run directory, created and locked for this process alone. Raises `Locked` if another one holds the lock."""
 
     disable_progress_bar = None  # tqdm's `disable`: None hides the bar where there is no terminal
 
@@ -51,22 +47,16 @@ class Run:
         self.folder = folder = Path(folder)
         self.metrics = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock = Lock(folder)
+        self.lock = lock.acquire(folder)
         self.tensorboard = None  # a `plots.tensorboard.TensorBoardLogger` for --tensorboard
         self.n_records = 0  # the number of records in metrics.jsonl
 
     def release(self) -> None:
         """Releases the lock, so that other processes may write to the directory."""
-        self.lock.release()
+        self.lock.close()
 
     def configure(
-        self,
-        script: str,
-        args: Namespace,
-        device: torch.device,
-        sha256: dict[str, str],
-        finished: bool = False,
-        ranks: int = 1,
+        self, script: str, args: Namespace, device: torch.device, sha256: dict[str, str], finished: bool, ranks: int
     ) -> None:
         """Writes config.json: all that is needed to start the run again, and one entry for each time it was resumed.
 
@@ -74,14 +64,11 @@ class Run:
         """
         cuda = device.type == "cuda"
         surroundings = {
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "device": str(device),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "device": str(device),
             "hardware": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "ranks": ranks,
-            "git_commit": git_commit(),
+            "threads": torch.get_num_threads(), "ranks": ranks, "git_commit": git_commit(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
+        }  # fmt: skip
         flags = {name: value for name, value in vars(args).items() if name != "resume"}
         if args.resume:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
@@ -100,11 +87,6 @@ class Run:
         tqdm.write(text)
         append(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    def interrupted(self, command: str) -> int:
-        """Logs the command that resumes the run; returns 130, the exit code of an interrupted run."""
-        self.log(f"interrupted; continue with: {command} --resume --save {quote(str(self.folder))}")
-        return 130
-
     def record(self, **record: Any) -> None:
         """Appends a record to metrics.jsonl, and to TensorBoard's files if there is a logger."""
         append(self.metrics, json.dumps(record) + "\n")
@@ -116,13 +98,10 @@ class Run:
         """Truncates metrics.jsonl to its first `count` records, since the steps of the others will be taken again;
         returns the `seconds` of the last record left, 0 if there is none."""
         self.n_records, size, last = 0, 0, b""
-        try:
-            with open(self.metrics, "r+b") as file:
-                while self.n_records < count and (line := file.readline()).endswith(b"\n"):
-                    self.n_records, size, last = self.n_records + 1, size + len(line), line
-                file.truncate(size)
-        except FileNotFoundError:
-            pass
+        with suppress(FileNotFoundError), open(self.metrics, "r+b") as file:
+            while self.n_records < count and (line := file.readline()).endswith(b"\n"):
+                self.n_records, size, last = self.n_records + 1, size + len(line), line
+            file.truncate(size)
         if self.tensorboard is not None:
             self.tensorboard.restart()
         try:
@@ -152,23 +131,13 @@ class NullRun(Run):
     def __init__(self, folder: str | Path):
         self.folder, self.n_records = Path(folder), 0
 
-    def configure(self, *_: Any) -> None:
+    def ignore(self, *_: Any, **__: Any) -> None:
         pass
 
-    def log(self, text: str) -> None:
-        pass
-
-    def record(self, **record: Any) -> None:
-        pass
+    configure = log = record = write_text = release = ignore
 
     def cut_metrics(self, count: int) -> float:
         return 0.0
-
-    def write_text(self, name: str, text: str) -> None:
-        pass
-
-    def release(self) -> None:
-        pass
 
 
 def append(path: Path, text: str) -> None:

@@ -11,11 +11,8 @@ from utils import RunError
 
 
 class StopSignal:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 into `requested`, which the loop checks between two steps; after the first
-    signal, Ctrl-C acts at once.
-
-    Slurm sends SIGUSR1 as a warning, if it is asked to; a signal that torchrun forwards may arrive twice.
-    """
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) into `requested`, which the loop checks between two steps.
+    After the first signal, Ctrl-C acts at once. A signal that torchrun forwards may arrive twice."""
 
     def __enter__(self) -> "StopSignal":
         self.requested = False

@@ -1,13 +1,12 @@
-"""Starts or resumes a run from its command line: checks flags, corpus and saved state together.
+"""Starts or resumes a run from its command line: checks flags, corpus and saved state together before it writes.
 
-Faults that a user can correct end the script here with exit code 2 and one line per fault, before anything is
-written.
+Faults that a user can correct end the script here with exit code 2 and one line each.
 """
 
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
@@ -23,15 +22,13 @@ from utils import DataError, RunError
 
 # Maps the name of each text that a script reads to its word ids (n,) and the batch size that they are cut into.
 Texts = dict[str, tuple[Tensor, int]]
+TextsToRead = Callable[[data.Corpus, Namespace], Texts]
+Started = tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]
 
 
 def start_run(
-    kind: str,
-    parser: arguments.Parser,
-    argv: list[str] | None,
-    texts: Callable[[data.Corpus, Namespace], Texts],
-    ranks: Distributed,
-) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
+    kind: str, parser: arguments.Parser, argv: list[str] | None, texts: TextsToRead, ranks: Distributed
+) -> Started:
     """Returns the flags, the corpus, the run directory, and the state to resume from (None for a new run).
 
     The main rank decides for all ranks. Exits with code 2 on faults of the flags, the corpus or the saved state; raises
@@ -62,17 +59,10 @@ def start_run(
 
 
 def start_on_main_rank(
-    kind: str,
-    parser: arguments.Parser,
-    argv: list[str] | None,
-    texts: Callable[[data.Corpus, Namespace], Texts],
-    ranks: Distributed,
-) -> tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]:
-    """Returns what `start_run` does, on the main rank.
-
-    Nothing is downloaded for flags that cannot be used, and the directory of a new run is created last. Exits with code
-    2 on faults, with one line for each.
-    """
+    kind: str, parser: arguments.Parser, argv: list[str] | None, texts: TextsToRead, ranks: Distributed
+) -> Started:
+    """Returns what `start_run` does, on the main rank. Nothing is downloaded for flags that cannot be used, and the
+    directory of a new run is created last."""
     args, earlier, found = read_flags(kind, parser, argv, ranks)
     run = saved = None
     if args.resume:
@@ -101,9 +91,7 @@ def start_on_main_rank(
         try:
             run = Run(args.save)
             if any(map(validate_arguments.holds_work, run.folder.iterdir())):  # written while the corpus was read
-                found.append(
-                    f"--save {args.save}: holds files already; add --resume to continue a run, or take another"
-                )
+                found.append(validate_arguments.HOLDS_FILES.format(args.save))
         except Locked as error:
             found.append(f"--save: {error}")
     if found:
@@ -118,27 +106,25 @@ def read_flags(
 ) -> tuple[Namespace, dict[str, Any], list[str]]:
     """Returns the flags, config.json of the run that --resume or --finetune refers to ({} without), and their faults.
 
-    A resumed run has the flags in its config.json, except for those given again; a fine-tuning run has some of them
-    (`TUNED_WITH`).
+    A resumed run has the flags in its config.json, except for those given again; a fine-tuning run has `TUNED_WITH`.
     """
     args, earlier = parser.parse_args(argv), {}
-    finetune = getattr(args, "finetune", None)
     if args.resume:
         earlier = read_config(parser, args.save, "--resume")
         parser.set_defaults(**earlier["flags"])
-    elif finetune is not None:
-        earlier = read_config(parser, finetune, "--finetune")
+    elif getattr(args, "finetune", None) is not None:
+        earlier = read_config(parser, args.finetune, "--finetune")
         parser.set_defaults(**tuned_with(earlier["flags"], args), optimizer="asgd")
     args = parser.parse_args(argv)
     rate_given = args.lr is not None
     arguments.complete(args, kind)
-    found = validate_arguments.validate(args, parser.get_default) + validate_arguments.rank_faults(
-        args, ranks.size, ranks.on_this_machine
-    )
+    found = validate_arguments.validate(args, parser.get_default)
+    found += validate_arguments.rank_faults(args, ranks.size, ranks.on_this_machine)
     if "arch" in vars(args):
-        args.arch = cell_text(args.arch)
+        with suppress(GenotypeError):  # `validate` has reported it
+            args.arch = str(resolve_cell(args.arch))  # the same when a search is resumed or its directory moves
     if args.resume:
-        found += changed_flags(args, earlier["flags"], f"the run in {args.save}")
+        found += changed_flags(args, earlier["flags"])
     elif earlier:
         found += tuning_faults(args, earlier["flags"], rate_given)
     return args, earlier, found
@@ -146,8 +132,7 @@ def read_flags(
 
 @contextmanager
 def memory_explained(args: Namespace) -> Iterator[None]:
-    """Turns an out-of-memory error inside the block into a `RunError` that states the sizes and what needs less
-    memory."""
+    """Turns an out-of-memory error inside the block into a `RunError` with the sizes and what needs less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -163,15 +148,6 @@ def memory_explained(args: Namespace) -> Iterator[None]:
         ) from error
 
 
-def cell_text(arch: str) -> str:
-    """Returns the genotype that `arch` names as text, which stays the same when a search is resumed or its directory
-    moves; returns `arch` itself if it names none."""
-    try:
-        return str(resolve_cell(arch))
-    except GenotypeError:
-        return arch  # `validate` has reported it
-
-
 def length_faults(args: Namespace, texts: Texts) -> list[str]:
     """Returns a fault for each text with fewer than two tokens per batch element, one to read and one to predict."""
     return [
@@ -185,11 +161,9 @@ def length_faults(args: Namespace, texts: Texts) -> list[str]:
 
 
 def describe(corpus: data.Corpus, limit: int) -> str:
-    """Returns one line that describes a corpus: its size in tokens, the part that is read, the number of word types,
-    and the number of words outside the vocabulary."""
+    """Returns one line on a corpus: its tokens, the first `limit` that are read, its word types and unknown words."""
+    part = f"the first {limit:,} tokens of " if 0 < limit < len(corpus.train) else ""
+    sizes = f"{len(corpus.train):,} + {len(corpus.valid):,} + {len(corpus.test):,} tokens"
     unknown = sum(corpus.unknown.values())
-    return (
-        (f"the first {limit:,} tokens of " if 0 < limit < len(corpus.train) else "")
-        + f"{corpus.name} with {len(corpus.train):,} + {len(corpus.valid):,} + {len(corpus.test):,} tokens, "
-        f"{len(corpus.words):,} word types" + (f" ({unknown:,} words of valid and test are unknown)" if unknown else "")
-    )
+    note = f" ({unknown:,} words of valid and test are unknown)" if unknown else ""
+    return f"{part}{corpus.name} with {sizes}, {len(corpus.words):,} word types{note}"

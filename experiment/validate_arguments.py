@@ -16,13 +16,24 @@ from training.optimizers import LIKE_SGD
 
 LARGEST = 2**31  # An integer flag must be below this.
 LARGEST_NUMBER = 1e38  # A float flag must be at most this, so that float32 can hold it.
+HOLDS_FILES = "--save {}: holds files already; add --resume to continue a run, or take another"
+# Maps the words of a range to whether a number is in it, and to the flags that must be.
+RANGES = {
+    "at least 1": (lambda x: x >= 1, "epochs batch_size small_batch_size arch_batch_size bptt emsize nhid nhidlast"
+                   " log_interval nonmono n_experts"),
+    "above 0": (lambda x: x > 0, "lr arch_lr power init_range"),
+    "above 0 and below 1": (lambda x: 0 < x < 1, "gamma"),
+    "at least 0.01": (lambda x: x >= 0.01, "step_size"),
+    "at least 0": (lambda x: x >= 0, "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes"
+                   " clip clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop"
+                   " fraternal stop_stable max_identity diagnose_every arch_start"),
+    "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "dropout dropouth dropoutx dropouti dropoute momentum"),
+}  # fmt: skip
 
 
 def validate(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
-    """Returns every fault of the flags, one line each; an empty list if they can be used.
-
-    defaults: name of a flag -> its default.
-    """
+    """Returns every fault of the flags, one line each; `defaults` returns the default of the flag with a name."""
     return [
         *number_faults(args), *size_faults(args), *strategy_faults(args), *idle_faults(args, defaults),
         *device_faults(args.device), *run_faults(args), *precision_faults(args),
@@ -31,47 +42,25 @@ def validate(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
 
 def number_faults(args: Namespace) -> list[str]:
     """Returns a fault for each number that is out of its range."""
-    ranges = {
-        "at least 1": (
-            lambda x: x >= 1,
-            "epochs batch_size small_batch_size arch_batch_size bptt emsize nhid nhidlast log_interval nonmono"
-            " n_experts",
-        ),
-        "above 0": (lambda x: x > 0, "lr arch_lr power init_range"),
-        "above 0 and below 1": (lambda x: 0 < x < 1, "gamma"),
-        "at least 0.01": (lambda x: x >= 0.01, "step_size"),
-        "at least 0": (
-            lambda x: x >= 0,
-            "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes clip"
-            " clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop fraternal"
-            " stop_stable max_identity diagnose_every arch_start",
-        ),
-        "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start"),
-        "at least 0 and below 1": (
-            lambda x: 0 <= x < 1,
-            "dropout dropouth dropoutx dropouti dropoute momentum",
-        ),
-    }
-    faults = [
-        f"--{name} {value}: must be {words}"
-        for words, (holds, names) in ranges.items()
+    numbers = {name: value for name, value in vars(args).items() if type(value) in (int, float)}
+    out_of_range = [
+        f"--{name} {numbers[name]}: must be {words}"
+        for words, (holds, names) in RANGES.items()
         for name in names.split()
-        if (value := getattr(args, name, None)) is not None
-        and not (holds(value) and (isinstance(value, int) or math.isfinite(value)))
+        if name in numbers and not (holds(numbers[name]) and abs(numbers[name]) < math.inf)
     ]
-    return (
-        faults
-        + [
-            f"--{name} {value}: must be below {LARGEST:,}"
-            for name, value in vars(args).items()
-            if type(value) is int and value >= LARGEST
-        ]
-        + [
-            f"--{name} {value}: must be at most {LARGEST_NUMBER:g}"
-            for name, value in vars(args).items()
-            if type(value) is float and LARGEST_NUMBER < value < math.inf
-        ]
-    )
+    limits = {int: (LARGEST - 1, f"below {LARGEST:,}"), float: (LARGEST_NUMBER, f"at most {LARGEST_NUMBER:g}")}
+    return out_of_range + [
+        f"--{name} {value}: must be {words}"
+        for kind, (largest, words) in limits.items()
+        for name, value in numbers.items()
+        if type(value) is kind and largest < value < math.inf
+    ]
+
+
+def broken(rules: list[tuple[Any, str]]) -> list[str]:
+    """Returns the faults of the rules (whether it is broken, fault) that are broken."""
+    return [fault for is_broken, fault in rules if is_broken]
 
 
 def normalises_over_batch(args: Namespace) -> bool:
@@ -81,34 +70,25 @@ def normalises_over_batch(args: Namespace) -> bool:
 
 def size_faults(args: Namespace) -> list[str]:
     """Returns a fault for each pair of sizes that do not fit together."""
-    faults = []
-    if not args.emsize == args.nhid == args.nhidlast:
-        faults.append(
-            f"--emsize {args.emsize} --nhid {args.nhid} --nhidlast {args.nhidlast}: must be equal, since the "
-            "decoder shares the embedding's matrix; give --emsize alone"
-        )
-    if args.batch_size >= 1 and args.small_batch_size >= 1 and args.batch_size % args.small_batch_size:
-        faults.append(f"--small_batch_size {args.small_batch_size}: must divide --batch_size {args.batch_size} evenly")
-    arch_batch_size = getattr(args, "arch_batch_size", None)
-    if (
-        arch_batch_size not in (None, args.batch_size)
-        and args.small_batch_size >= 1
-        and arch_batch_size % args.small_batch_size
-    ):
-        faults.append(
-            f"--arch_batch_size {arch_batch_size}: must be a multiple of --small_batch_size {args.small_batch_size},"
-            " which is --batch_size where it is not given"
-        )
-    if normalises_over_batch(args) and args.small_batch_size == 1:
-        faults.append(
-            "--small_batch_size 1: --norm batch normalises over the batch and needs at least 2 elements at a time; "
-            "take more, or --norm layer"
-        )
-    return faults
+    batch_size, small_batch_size = args.batch_size, args.small_batch_size
+    arch_batch_size = getattr(args, "arch_batch_size", batch_size)
+    rules = [
+        (not args.emsize == args.nhid == args.nhidlast,
+         f"--emsize {args.emsize} --nhid {args.nhid} --nhidlast {args.nhidlast}: must be equal, since the decoder "
+         "shares the embedding's matrix; give --emsize alone"),
+        (batch_size >= 1 and small_batch_size >= 1 and batch_size % small_batch_size,
+         f"--small_batch_size {small_batch_size}: must divide --batch_size {batch_size} evenly"),
+        (arch_batch_size != batch_size and small_batch_size >= 1 and arch_batch_size % small_batch_size,
+         f"--arch_batch_size {arch_batch_size}: must be a multiple of --small_batch_size {small_batch_size}, which is "
+         "--batch_size where it is not given"),
+        (normalises_over_batch(args) and small_batch_size == 1,
+         "--small_batch_size 1: --norm batch normalises over the batch and needs at least 2 elements at a time; take "
+         "more, or --norm layer"),
+    ]  # fmt: skip
+    return broken(rules)
 
 
-# Maps each flag that needs other flags to have an effect to these, as the message names them, and to whether they are
-# given.
+# Maps each flag that has an effect only with others to these, as the message names them, and to whether they are given.
 INEFFECTIVE_FLAGS = {
     "momentum": ("--optimizer momentum", lambda a: a.optimizer == "momentum"),
     "nonmono": ("--optimizer ntasgd or --finetune", lambda a: a.optimizer == "ntasgd" or a.finetune),
@@ -138,41 +118,36 @@ def idle_faults(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
 
 def strategy_faults(args: Namespace) -> list[str]:
     """Returns a fault for each combination of strategies that is not possible."""
-    faults = []
-    if args.warmup and args.warmup_shape == "exponential" and args.warmup_start == 0:
-        faults.append("--warmup_start 0: an exponential warm-up starts above 0; give one, or --warmup_shape linear")
-    if args.final_lr > args.lr > 0:
-        faults.append(f"--final_lr {args.final_lr:g}: is above --lr {args.lr:g}, but the rate only falls; take less")
-    if args.overfit:
-        faults += [
-            f"--{name} {value}: has no effect with --overfit; leave it out"
-            for name in ("rdrop", "fraternal", "alpha", "warmup", "schedule", "patience")
-            if (value := getattr(args, name, 0)) not in (0, "constant")
-        ]
-    if args.cycle > args.epochs:
-        faults.append(f"--cycle {args.cycle}: longer than --epochs {args.epochs}; take a smaller one, or 0")
+    rules = [
+        (args.warmup and args.warmup_shape == "exponential" and args.warmup_start == 0,
+         "--warmup_start 0: an exponential warm-up starts above 0; give one, or --warmup_shape linear"),
+        (args.final_lr > args.lr > 0,
+         f"--final_lr {args.final_lr:g}: is above --lr {args.lr:g}, but the rate only falls; take less"),
+        *((args.overfit and getattr(args, name, 0) not in (0, "constant"),
+           f"--{name} {getattr(args, name, 0)}: has no effect with --overfit; leave it out")
+          for name in ("rdrop", "fraternal", "alpha", "warmup", "schedule", "patience")),
+        (args.cycle > args.epochs,
+         f"--cycle {args.cycle}: longer than --epochs {args.epochs}; take a smaller one, or 0"),
+    ]  # fmt: skip
     if "unrolled" in vars(args):
-        if 0 < args.epochs <= args.arch_start:
-            faults.append(
-                f"--arch_start {args.arch_start}: the alphas would never move in --epochs {args.epochs}; take a smaller"
-                " one, or more epochs"
-            )
-        if args.unrolled and args.optimizer not in LIKE_SGD:
-            faults.append(
-                f"--unrolled: its virtual step is a step of SGD, unlike those of --optimizer {args.optimizer}; use "
-                f"{', '.join(LIKE_SGD)}, or leave --unrolled out"
-            )
-        return faults
-    rates = (args.dropout, args.dropouth, args.dropoutx, args.dropouti, args.dropoute)
-    for name in ("rdrop", "fraternal"):
-        if getattr(args, name) > 0 and not any(rates):
-            faults.append(
-                f"--{name}: compares two passes with different dropout masks, but all dropout rates are 0; set one, or"
-                " leave it out"
-            )
-    if args.finetune and args.optimizer != "asgd":
-        faults.append(f"--finetune: averages from its first step on; leave out --optimizer {args.optimizer}")
-    return faults
+        rules += [
+            (0 < args.epochs <= args.arch_start,
+             f"--arch_start {args.arch_start}: the alphas would never move in --epochs {args.epochs}; take a smaller "
+             "one, or more epochs"),
+            (args.unrolled and args.optimizer not in LIKE_SGD,
+             f"--unrolled: its virtual step is a step of SGD, unlike those of --optimizer {args.optimizer}; use "
+             f"{', '.join(LIKE_SGD)}, or leave --unrolled out"),
+        ]  # fmt: skip
+    else:
+        drops = any((args.dropout, args.dropouth, args.dropoutx, args.dropouti, args.dropoute))
+        rules += [
+            *((getattr(args, name) > 0 and not drops,
+               f"--{name}: compares two passes with different dropout masks, but all dropout rates are 0; set one, or "
+               "leave it out") for name in ("rdrop", "fraternal")),
+            (args.finetune and args.optimizer != "asgd",
+             f"--finetune: averages from its first step on; leave out --optimizer {args.optimizer}"),
+        ]  # fmt: skip
+    return broken(rules)
 
 
 def rank_faults(args: Namespace, ranks: int, on_this_machine: int) -> list[str]:
@@ -218,8 +193,7 @@ def device_faults(name: str) -> list[str]:
     kind, _, index = name.partition(":")
     if kind != "cuda" or (":" in name and not index.isdecimal()):
         return [f"--device {name}: must be auto, cpu, cuda or cuda:N"]
-    count = torch.cuda.device_count()
-    if int(index or 0) >= count:
+    if int(index or 0) >= (count := torch.cuda.device_count()):
         return [f"--device {name}: this machine has {count} CUDA devices; use --device auto or cpu"]
     return []
 
@@ -234,8 +208,7 @@ def precision_faults(args: Namespace) -> list[str]:
 
 
 def holds_work(path: Path) -> bool:
-    """Returns whether a file in a run directory is more than the lock or a temporary file, which are all that a run
-    leaves if it ends before its first step."""
+    """Returns whether a file is more than the lock or a temporary file, all that a run leaves before its first step."""
     return path.name != lock.NAME and not path.name.endswith(".tmp")
 
 
@@ -251,7 +224,7 @@ def run_faults(args: Namespace) -> list[str]:
         elif not args.resume and (process := lock.owner(folder)):
             faults.append(f"--save {folder}: in use by {process}; take another")
         elif not args.resume and there == folder and any(holds_work(path) for path in folder.iterdir()):
-            faults.append(f"--save {folder}: holds files already; add --resume to continue a run, or take another")
+            faults.append(HOLDS_FILES.format(folder))
     except OSError as error:  # The folder cannot be read, or no folder can have this name.
         faults.append(f"--save {folder}: cannot be used ({error.strerror})")
     if "arch" in vars(args):
@@ -260,8 +233,9 @@ def run_faults(args: Namespace) -> list[str]:
         except GenotypeError as error:
             faults.append(f"--arch: {error}")
     if args.tensorboard:
-        missing = [name for name in ("tensorboard", "matplotlib") if find_spec(name) is None]
         faults += [
-            f"--tensorboard: needs {name}; pip install {name}, or go without (--no-tensorboard)" for name in missing
+            f"--tensorboard: needs {name}; pip install {name}, or go without (--no-tensorboard)"
+            for name in ("tensorboard", "matplotlib")
+            if find_spec(name) is None
         ]
     return faults

@@ -20,10 +20,10 @@ def result(folder: Path) -> dict[str, Any] | None:
     found = read_json(folder / "result.json") or {}
     try:
         cell_from_json(found["genotype"])
+        valid_ppl, test_ppl = found["valid_ppl"], found["test_ppl"]
     except (LookupError, GenotypeError):
         return None
-    whole = is_number(found.get("valid_ppl")) and (found.get("test_ppl") is None or is_number(found["test_ppl"]))
-    return found if whole else None
+    return found if is_number(valid_ppl) and (test_ppl is None or is_number(test_ppl)) else None
 
 
 def is_number(value: Any) -> bool:

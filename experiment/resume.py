@@ -108,10 +108,12 @@ def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[s
         parser.refuse([f"{flag}: {save} is a run of {script}"])
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "resume")}
     if lost := actions.keys() - flags.keys():
-        parser.refuse([f"{flag}: {path} is damaged or of an earlier version (no {min(lost)}); start a new run"])
-    wrong = [name for name, action in actions.items() if not fits(action, flags[name])]
-    if wrong or flags.keys() - actions.keys():
-        parser.refuse([f"{flag}: {path} is damaged at {', '.join(wrong) or 'its flags'}; start a new run"])
+        parser.refuse([f"{flag}: {path} is damaged or of another version (no {min(lost)}); start a new run"])
+    if unknown := flags.keys() - actions.keys():
+        what = reprlib.repr(min(unknown))
+        parser.refuse([f"{flag}: {path} is damaged or of another version (with {what}); start a new run"])
+    if wrong := [name for name, action in actions.items() if not fits(action, flags[name])]:
+        parser.refuse([f"{flag}: {path} is damaged at {', '.join(wrong)}; start a new run"])
     return config
 
 

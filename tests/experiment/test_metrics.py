@@ -17,8 +17,9 @@ def test_incomplete_last_record_is_ignored(tmp_path):
 
 
 DAMAGED = (
-    "", "{", "[]", "{}", '{"valid_ppl": 5}', '{"valid_ppl": "5", "genotype": "LSTM"}',
-    '{"valid_ppl": NaN, "genotype": "LSTM"}', '{"valid_ppl": 5, "genotype": {"recurrent": 1}}',
+    "", "{", "[]", "{}", '{"valid_ppl": 5, "test_ppl": 5}', '{"valid_ppl": 5, "genotype": "LSTM"}',
+    '{"valid_ppl": "5", "test_ppl": 5, "genotype": "LSTM"}', '{"valid_ppl": NaN, "test_ppl": 5, "genotype": "LSTM"}',
+    '{"valid_ppl": 5, "test_ppl": 5, "genotype": {"recurrent": 1}}',
 )  # fmt: skip
 
 

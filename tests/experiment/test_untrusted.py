@@ -269,6 +269,23 @@ def test_invalid_config_exits_2_and_changes_no_file(kind, change, home, tmp_path
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_config_of_another_version_names_the_flag(kind, home, tmp_path):
+    shutil.copytree(home, tmp_path / "home")
+    path = tmp_path / "home" / kind / "config.json"
+    config = json.loads(path.read_text())
+    fewer = {name: value for name, value in config["flags"].items() if name != "lr"}
+    for flags, message in (
+        ({**config["flags"], "backoff": 0.5}, "of another version (with 'backoff')"),
+        (fewer, "of another version (no lr)"),
+    ):
+        path.write_text(json.dumps({**config, "flags": flags}))
+        code, _, err = call(SCRIPTS[kind], "--resume", "--save", tmp_path / "home" / kind)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert message in err
+
+
 def test_evaluate_refuses_weights_of_another_dtype(home, tmp_path):
     state = checkpoint.load(home / "train" / "best.pt")
     for dtype in (torch.complex64, torch.float64):

@@ -69,7 +69,7 @@ def eval_batch_sizes(norm: str) -> dict[str, int]:
 def search_texts(corpus: Corpus, split: str, limit: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the word ids (n,) that the weights are trained on, and those of the alphas, for a --search_split and a
     --limit_tokens."""
-    train = corpus.train[: limit or None]
+    train = corpus.train[:limit] if limit else corpus.train
     if split == "valid":
         return train, corpus.valid
     held_out = int(HELD_OUT * len(train))

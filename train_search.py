@@ -83,7 +83,7 @@ class SearchState(TrainingState):
         valid_masks = self.model.sample_masks(self.arch_batch_size)
         train, valid = Batch(x, y, hidden, masks), Batch(x_valid, y_valid, hidden_valid, valid_masks)
         momentum = velocity(self.optimizer) if self.args.unrolled else None
-        return (self.architect.step(train, valid, eta, momentum),)
+        return (self.architect.step(train, valid, eta=eta, velocity=momentum),)
 
     def gradient(self, x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the clipped gradient of a training batch into .grad; returns the loss (nats per word), the last

@@ -41,7 +41,8 @@ def finish(folder, name, valid_ppl, seconds=10.0):
     (folder / name).mkdir(parents=True)
     record = {"kind": "epoch", "epoch": 1, "valid_ppl": valid_ppl, "seconds": seconds}
     (folder / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    (folder / name / "result.json").write_text(json.dumps({"valid_ppl": valid_ppl, "genotype": "LSTM"}))
+    result = {"valid_ppl": valid_ppl, "test_ppl": None, "genotype": "LSTM"}
+    (folder / name / "result.json").write_text(json.dumps(result))
 
 
 @pytest.fixture

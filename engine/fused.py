@@ -33,6 +33,7 @@ from engine.relaxed_buffers import (
     flat_rows,
     halves,
     held_set,
+    new_products,
     nodes_and_edges,
     of_nodes,
     unit_share,
@@ -116,7 +117,7 @@ class Relaxed(torch.autograd.Function):
         kept = T if keep else 1  # Without a backward pass, each time step overwrites the one before.
         states = space.take(kept, N + 1, B, H)  # s_0 .. s_N
         masked = space.take(kept, N + 1, B, H)
-        products = [space.take(kept, B, 2 * H), *(space.take(kept, i, B, 2 * H) for i in range(1, N + 1))]
+        products, cu_rows = new_products(space, kept, N, B, H)
         previous = space.take(T + 1, B, H)  # the hidden state before each step, masked
         inverse = h0.new_empty(kept, N + 1, *((B, 1) if norm == "layer" else (H,)))  # 1 / standard deviation
         hiddens = h0.new_empty(T, B, H)
@@ -125,7 +126,6 @@ class Relaxed(torch.autograd.Function):
 
         nodes, edges = nodes_and_edges(states, masked, inverse, products)
         matmul_inputs = [flat_rows(masked[:, :i]) for i in range(N + 1)]
-        cu_rows = [products[0].unbind(0), *map(flat_rows, products[1:])]
         states_t, xWs, hs, concat = states.unbind(0), xW.unbind(0), hiddens.unbind(0), tuple(range(1, N + 1))
 
         h = h0

@@ -80,13 +80,20 @@ def by_node(buffer: Tensor) -> list[tuple[Tensor, ...]]:
     return [node.unbind(0) for node in buffer.unbind(1)]
 
 
+def new_products(space: Workspace, T: int, N: int, B: int, H: int) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+    """Returns buffers for the preactivations [c, u], (T, B, 2H) for node 0 and (T, i, B, 2H) for node i, and views
+    [i][t] of them as matrices, into which products are written."""
+    products = [space.take(T, B, 2 * H), *(space.take(T, i, B, 2 * H) for i in range(1, N + 1))]
+    return products, [products[0].unbind(0), *map(flat_rows, products[1:])]
+
+
 def nodes_and_edges(
     states: Tensor, masked: Tensor, inverse: Tensor, products: Sequence[Tensor]
 ) -> tuple[list[list[Node]], list[list[Edges]]]:
     """Returns the nodes [i][t] and the edges [i][t] as views of the buffers that hold them, or of their tangents.
 
     states (T, N+1, B, H) and inverse (T, N+1, ...) have an entry for each time step, and so has masked, or it is
-    (1, N+1, B, H), used again at each step. `products` are (T, B, 2H) for node 0 and (T, i, B, 2H) for node i.
+    (1, N+1, B, H), used again at each step. `products` are those of `new_products`.
     """
     buffers = by_node(states), by_node(masked.expand_as(states)), by_node(inverse)
     nodes = [list(map(Node, *views)) for views in zip(*buffers, strict=True)]

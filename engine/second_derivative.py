@@ -30,6 +30,7 @@ from engine.relaxed_buffers import (
     flat_rows,
     halves,
     held_set,
+    new_products,
     nodes_and_edges,
     of_nodes,
 )
@@ -57,7 +58,7 @@ def r_forward(
     space, nodes, edges, masked, previous, held_relu, constants = trace
     (T, B, H), N = hiddens.shape, len(weights) - 1
     r_states = space.take(T, N + 1, B, H)
-    r_products = [space.take(T, B, 2 * H), *(space.take(T, i, B, 2 * H) for i in range(1, N + 1))]
+    r_products, r_cu_rows = new_products(space, T, N, B, H)
     r_masked, r_previous = space.take(1, N + 1, B, H), space.take(B, H)  # of one time step only
     ratio = h0.new_empty(T, N + 1, *nodes[0][0].inverse.shape)
     r_hiddens = torch.empty_like(hiddens)
@@ -67,7 +68,6 @@ def r_forward(
     r_nodes, r_edges = nodes_and_edges(r_states, r_masked, ratio, r_products)
     matmul_inputs = [flat_rows(masked[:, :i]) for i in range(N + 1)]
     r_matmul_inputs = [r_masked[0, :i].flatten(0, 1) for i in range(N + 1)]
-    r_cu_rows = [r_products[0].unbind(0), *map(flat_rows, r_products[1:])]
     previous_t, r_states_t, concat = previous.unbind(0), r_states.unbind(0), tuple(range(1, N + 1))
     vxW = space.take(T, B, 2 * H).zero_() if vxW is None else vxW
     vh0 = torch.zeros_like(h0) if vh0 is None else vh0

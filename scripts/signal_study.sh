@@ -31,26 +31,14 @@ rates() { # the learning rate and the initial range: two cells, 8 epochs
   done
 }
 
-diagnosis() { # 100 hidden units, a batch of 64: whether the gradients of independent batches agree, under each norm
+diagnosis() { # diagnosis NAME FLAGS...: a search on Penn Treebank under each norm, measured as it runs
   local norm save
   for norm in none layer batch; do
-    [ -s "docs/signal/h100-$norm.jsonl" ] && continue
-    save=runs/h100-$norm
-    .venv/bin/python train_search.py --data penn --limit_tokens 300000 --search_split train --emsize 100 --batch_size 64 \
-      --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0 --epochs 3 --norm "$norm" --seed 1 \
-      --diagnose_every 60 --test skip --device cpu --save "$save"
-    grep '"kind": "diagnosis"' "$save/metrics.jsonl" >"docs/signal/h100-$norm.jsonl"
-  done
-}
-
-published_sizes() { # 300 hidden units, a batch of 256, the whole text, two epochs: 150 steps and some
-  local norm save
-  for norm in none layer batch; do
-    [ -s "docs/signal/h300-$norm.jsonl" ] && continue
-    save=runs/h300-$norm
-    .venv/bin/python train_search.py --data penn --search_split train --precision bf16 --arch_start 0 --epochs 2 \
-      --norm "$norm" --seed 1 --diagnose_every 50 --log_interval 10 --test skip --device cpu --save "$save"
-    grep '"kind": "diagnosis"' "$save/metrics.jsonl" >"docs/signal/h300-$norm.jsonl"
+    [ -s "docs/signal/$1-$norm.jsonl" ] && continue
+    save=runs/$1-$norm
+    .venv/bin/python train_search.py --data penn --search_split train "${@:2}" --norm "$norm" --seed 1 --test skip \
+      --device cpu --save "$save"
+    grep '"kind": "diagnosis"' "$save/metrics.jsonl" >"docs/signal/$1-$norm.jsonl"
   done
 }
 
@@ -66,7 +54,11 @@ for text in "$@"; do
     builtin) study builtin --train_epochs 8 --search_flags "--search_split train --epochs 4 --diagnose_every 40" ;;
     penn) study penn --train_epochs 6 --train_flags "--limit_tokens 300000" \
       --search_flags "--search_split train --limit_tokens 300000 --epochs 3 --arch_batch_size 64 --diagnose_every 100" ;;
-    rates | diagnosis | published_sizes | lengths) "$text" ;;
+    rates | lengths) "$text" ;;
+    # 100 hidden units, a batch of 64; and the published sizes, the whole text, two epochs: 150 steps and some
+    diagnosis) diagnosis h100 --limit_tokens 300000 --emsize 100 --batch_size 64 --dropout 0.3 --dropoutx 0.3 \
+      --dropouth 0.1 --dropouti 0.1 --dropoute 0 --epochs 3 --diagnose_every 60 ;;
+    published_sizes) diagnosis h300 --precision bf16 --arch_start 0 --epochs 2 --diagnose_every 50 --log_interval 10 ;;
   esac
 done
 .venv/bin/python benchmarks/search_arms.py table docs/signal/{builtin,penn,first,rates}.jsonl

@@ -85,6 +85,11 @@ def flush_folder(folder: Path) -> None:
             os.close(number)
 
 
+def with_filename(error: OSError, path: Path) -> OSError:
+    """Returns the error with the path of its file, which the error of a full disk lacks."""
+    return OSError(error.errno, error.strerror, str(path))
+
+
 def batchify(ids: Tensor, batch_size: int) -> Tensor:
     """Cuts `ids` (tokens,) into B columns of consecutive words: (tokens // B, B), contiguous.
 

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from utils import with_filename
+
 NAME = "lock"
 
 
@@ -37,7 +39,7 @@ def acquire(folder: Path) -> TextIO:
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
         file.flush()
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder / NAME)) from error
+        raise with_filename(error, folder / NAME) from error
     return file
 
 

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from experiment import lock
-from utils import atomic_write
+from utils import atomic_write, with_filename
 
 
 def new_folder(kind: str) -> Path:
@@ -149,8 +149,3 @@ def append(path: Path, text: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise with_filename(error, path) from error
-
-
-def with_filename(error: OSError, path: Path) -> OSError:
-    """Returns the error with the path of its file, which the error of a full disk lacks."""
-    return OSError(error.errno, error.strerror, str(path))

@@ -29,7 +29,7 @@ def new_folder(kind: str) -> Path:
 
 def git_commit() -> str | None:
     """Returns the git commit of the scripts, with a + if tracked files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent.parent)]  # a kill must leave no lock
     try:
         run = [subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
                for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]  # fmt: skip

@@ -21,18 +21,20 @@ from experiment.validate_arguments import holds_work
 from study import validate_arguments
 from study.arguments import build_parser, requested_stages
 from study.design import Study
+from study.records import restore
 from study.validate_arguments import CONFIG, EPHEMERAL_FLAGS, job_faults, planned
 from utils import DataError, RunError
 
 INSTALL = "trials.py needs Ray, SciPy and rich: pip install -r requirements-cluster.txt"
 
 
-def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, data.Corpus, Run]:
-    """Returns the flags, the corpus and the directory of a new or resumed study. Ends the script with one line for each
-    fault if the flags or the corpus cannot be used."""
+def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, data.Corpus | None, Run]:
+    """Returns the flags, the corpus (None for a report) and the directory of a new or resumed study. Ends the script
+    with one line for each fault if the flags or the corpus cannot be used."""
     args, config = parser.parse_args(argv), None
     if args.study and (Path(args.study) / CONFIG).exists():
         config = validate_arguments.read_config(parser, Path(args.study))
+        restore(Path(args.study))
         parser.set_defaults(**config["flags"])
         args = parser.parse_args(argv)
     folder = Path(args.study or new_folder("study"))
@@ -48,7 +50,8 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
     study = Study(folder, args)
     stages = requested_stages(args)
     found = found or validate_arguments.missing_faults(study) or job_faults(study, stages)
-    if not found:
+    corpus = None
+    if stages and not found:  # A report needs no text.
         try:
             corpus = data.load_corpus(args.data)
         except DataError as error:
@@ -66,7 +69,7 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
         run = Run(folder)
     except Locked as error:
         parser.refuse([f"--study: {error}"])
-    if not args.dry_run:
+    if corpus and not args.dry_run:
         flags = {name: value for name, value in vars(args).items() if name not in EPHEMERAL_FLAGS}
         run.write(CONFIG, {"flags": flags, "sha256": corpus.sha256})
     return args, corpus, run
@@ -74,10 +77,13 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    parser.parse_args(argv)  # --help must work without Ray.
+    asked = parser.parse_args(argv)  # --help must work without Ray, and a report does.
     try:
-        from study import leaderboard, ray_backend
-        from study.runner import StudyRunner
+        from study import leaderboard, summary
+
+        if requested_stages(asked):
+            from study import ray_backend
+            from study.runner import StudyRunner
     except ImportError as error:
         raise RunError(f"{INSTALL} ({error.name} is missing)") from error
     args, corpus, run = start_study(parser, argv)
@@ -105,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             return 130
     if args.stage in ("run", "report"):
         run.log(leaderboard.write(study, run))
-    return 1 if "failures" in leaderboard.reasons(study, "stopped").values() else 0
+    return 1 if "failures" in summary.reasons(study, "stopped").values() else 0
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from matplotlib.figure import Figure
 
 from experiment import metrics
 from plots.run_history import LARGEST
-from plots.style import BLUE, GREEN, GREY, INK, RED, PictureError, new_figure
+from plots.style import BLUE, GREEN, GREY, INK, RED, SERIES, PictureError, new_figure
 
-METHODS = {"first": (BLUE, "o"), "unrolled": (RED, "s"), "random": (GREEN, "^")}  # (colour, marker)
+RANDOM = "random"
+RANDOM_LOOK = (GREEN, "^")  # (colour, marker) of the random cells, beside that of each method that searches
+LOOKS = ((BLUE, "o"), (RED, "s"), *zip(SERIES[3:], "DvP", strict=True), (INK, "X"))
 
 
 def selected(folder: Path) -> list[tuple[str, float]]:
@@ -28,13 +30,15 @@ def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
     figure = new_figure(345)
     axes = figure.add_subplot()
     values, order = [value for _, value in done], range(1, len(done) + 1)
-    for name, of, look in (("best so far", min, "-"), ("median so far", median, "--")):
-        curve = [of(values[:i]) for i in order]
-        axes.step(order, curve, look, where="post", color=INK if of is min else GREY, linewidth=1.5, label=name)
-    for method, (colour, mark) in METHODS.items():
-        here = [(i, value) for i, (cell, value) in zip(order, done, strict=True) if cell.startswith(f"{method}-")]
-        if here:
-            axes.plot(*zip(*here, strict=True), mark, color=colour, markersize=7, label=method)
+    for name, average, look in (("best so far", min, "-"), ("median so far", median, "--")):
+        curve = [average(values[:i]) for i in order]
+        axes.step(order, curve, look, where="post", color=INK if average is min else GREY, linewidth=1.5, label=name)
+    of = [trial.partition("/")[0].rpartition("-")[0] for trial, _ in done]  # the method of each
+    searches = [method for method in dict.fromkeys(of) if method != RANDOM]
+    for i, method in enumerate([*searches, *[RANDOM] * (RANDOM in of)]):
+        colour, mark = RANDOM_LOOK if method == RANDOM else LOOKS[i % len(LOOKS)]
+        here = [(n, value) for n, name, value in zip(order, of, values, strict=True) if name == method]
+        axes.plot(*zip(*here, strict=True), mark, color=colour, markersize=7, label=method)
     axes.set(xlabel="short trainings that ended", ylabel="validation perplexity, per word")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -8,8 +8,7 @@ from study.design import METHODS, RANDOM
 # These flags decide what a stage runs, so they must not change once the stage has begun.
 STAGE_FLAGS = {
     "baseline": "data seed train_flags baselines full_epochs full_seeds",
-    "proxy": "data seed train_flags full_epochs proxy_cells proxy_epochs proxy_emsize proxy_tokens proxy_reference"
-    " proxy_seeds",
+    "proxy": "data seed train_flags full_epochs proxy_cells proxy_epochs proxy_flags proxy_reference proxy_seeds",
     "search": "data seed methods seeds search_epochs search_flags search_split",
     "select": "data seed train_flags methods random_cells select_epochs select_seeds select_flags halving",
     "retrain": "data seed train_flags top full_epochs full_seeds",
@@ -58,17 +57,16 @@ def add_stage_flags(parser: arguments.Parser) -> None:
     cells = ["DARTS_V1", "DARTS_V2", "ENAS", *(f"random:{i}" for i in range(1000, 1005))]
     add("--proxy_cells", nargs="+", default=cells, metavar="ARCH", help="cells to rank")
     add("--proxy_epochs", nargs="+", type=int, default=[50, 100, 300], metavar="N", help="to try")
-    add("--proxy_emsize", nargs="*", type=int, default=[], metavar="N",
-        help="smaller sizes to try, beside the full one")  # fmt: skip
-    add("--proxy_tokens", nargs="*", type=int, default=[], metavar="N",
-        help="shorter texts to try (--limit_tokens), beside the full one")  # fmt: skip
+    add("--proxy_flags", nargs="*", default=[], metavar="FLAGS",
+        help="other settings to try beside --train_flags, each in quotes, such as '--emsize 300'")  # fmt: skip
     add("--proxy_reference", type=int, default=0, metavar="N",
         help="epochs of the long training (default: full_epochs)")  # fmt: skip
     add("--proxy_seeds", type=int, default=2, help="trainings of each cell")
 
     add = parser.add_argument_group("search: cells, by each method").add_argument
-    methods = [*METHODS, RANDOM]
-    add("--methods", nargs="+", choices=methods, default=methods, help="how cells are found")
+    add("--methods", nargs="+", default=[*METHODS, RANDOM], metavar="NAME[=FLAGS]",
+        help="how cells are found: first, unrolled, random, or a name of your own with flags of train_search.py, such "
+        "as 'layer=--norm layer'")  # fmt: skip
     add("--seeds", type=int, default=4, help="searches by each method")
     add("--random_cells", type=int, default=0, help="cells drawn at random (default: as many as found)")
     add("--search_epochs", type=int, default=50, help="epochs of a search")

@@ -17,8 +17,7 @@ from experiment import metrics
 from genotypes import Genotype, from_json, random_genotype
 from study.jobs import Job
 
-STAGES = ("baseline", "proxy", "search", "select", "retrain")  # Stages run in this order.
-METHODS = {"first": (), "unrolled": ("--unrolled",)}  # Each method that searches has these flags.
+METHODS = {"first": "", "unrolled": "--unrolled"}  # These methods need no flags from the user.
 RANDOM = "random"  # This method does not search.
 
 
@@ -37,18 +36,27 @@ class Proxy(NamedTuple):
     """A proxy is the setting of a short training."""
 
     epochs: int
-    emsize: int  # 0 stands for the full size.
-    tokens: int  # 0 stands for the training text that --train_flags selects.
+    flags: str = ""  # These flags of train.py are added to --train_flags.
+
+    @property
+    def is_beginning(self) -> bool:
+        """Returns whether a training with fewer epochs is the beginning of one with more epochs."""
+        return not falls_with_epochs(self.flags)
 
     @property
     def folder(self) -> str:
-        """Returns the directory name of its runs; settings that differ only in epochs share the longest run."""
-        return "full" if (self.emsize, self.tokens) == (0, 0) else f"emsize{self.emsize}-tokens{self.tokens}"
+        """Returns the directory name of its runs. Settings that differ only in epochs share the longest run if it
+        begins like the shorter ones."""
+        name = label(self.flags) or "full"
+        return name if self.is_beginning else f"{name}-{self.epochs}"
 
     def __str__(self) -> str:
-        size = f", --emsize {self.emsize}" if self.emsize else ""
-        text = f", --limit_tokens {self.tokens}" if self.tokens else ""
-        return f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}{size}{text}"
+        return f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}{f', {self.flags}' if self.flags else ''}"
+
+
+def falls_with_epochs(flags: str) -> bool:
+    """Returns whether these flags of train.py select a schedule whose learning rates depend on the number of epochs."""
+    return re.search(r"--schedule[ =](cosine|polynomial)", flags) is not None
 
 
 class Study:
@@ -77,22 +85,18 @@ class Study:
     def proxies(self) -> list[Proxy]:
         """Returns the short trainings to try; those of full size must have fewer epochs than the reference training."""
         a = self.args
-        found = [
-            Proxy(epochs, emsize, tokens)
-            for emsize in (*a.proxy_emsize, 0) for tokens in (*a.proxy_tokens, 0) for epochs in sorted(a.proxy_epochs)
-        ]  # fmt: skip
+        found = [Proxy(epochs, flags) for flags in (*a.proxy_flags, "") for epochs in sorted(a.proxy_epochs)]
         return [proxy for proxy in found if proxy.folder != "full" or proxy.epochs < self.reference().epochs]
 
     def reference(self) -> Proxy:
         """Returns the long training that the proxies are compared with."""
-        return Proxy(self.args.proxy_reference or self.args.full_epochs, 0, 0)
+        return Proxy(self.args.proxy_reference or self.args.full_epochs)
 
     def proxy(self) -> list[Job]:
         a, found = self.args, []
         # Epochs ascend within a folder and the reference is last, so the dict retains the longest training of each.
         for proxy in {p.folder: p for p in (*self.proxies(), self.reference())}.values():
-            more = ("--emsize", str(proxy.emsize)) if proxy.emsize else ()
-            more += ("--limit_tokens", str(proxy.tokens)) if proxy.tokens else ()
+            more = shlex.split(proxy.flags)
             for arch in a.proxy_cells:
                 found += self.training(f"proxy/{proxy.folder}", label(arch), arch, proxy.epochs, a.proxy_seeds, *more)
         return found
@@ -101,10 +105,14 @@ class Study:
         a = self.args
         flags = ("--epochs", str(a.search_epochs), "--search_split", a.search_split, *shlex.split(a.search_flags))
         return [
-            Job(f"search/{method}/{seed}", "train_search.py",
-                ("--data", a.data, *METHODS[method], *flags, "--seed", str(seed)))
-            for seed in range(a.seed, a.seed + a.seeds) for method in a.methods if method in METHODS
+            Job(f"search/{name}/{seed}", "train_search.py",
+                ("--data", a.data, *flags, *shlex.split(of_method), "--seed", str(seed)))
+            for seed in range(a.seed, a.seed + a.seeds) for name, of_method in self.search_methods().items()
         ]  # fmt: skip
+
+    def search_methods(self) -> dict[str, str]:
+        """Returns the flags of train_search.py of each method that searches, by its name."""
+        return {name: flags for name, flags in map(named_method, self.args.methods) if name != RANDOM}
 
     def searched(self) -> dict[str, dict[str, Any]]:
         """Returns the results of the searches that have ended, by name ("first-1")."""
@@ -183,6 +191,12 @@ def distinct(named: Iterable[tuple[str, Genotype]]) -> list[Cell]:
     return [Cell(genotype, tuple(found_by)) for genotype, found_by in names.items()]
 
 
+def named_method(text: str) -> tuple[str, str]:
+    """Returns the name and the flags of a method that is given as NAME or NAME=FLAGS."""
+    name, sign, flags = text.partition("=")
+    return name, flags if sign else METHODS.get(name, "")
+
+
 def label(arch: str) -> str:
-    """Returns the directory name of a cell: `arch` with other characters replaced by "-", cut to 80."""
+    """Returns a directory name for a cell or for flags: the text with other characters replaced by "-", cut to 80."""
     return re.sub(r"[^\w.-]+", "-", arch)[:80].strip("-.")

@@ -5,6 +5,8 @@ exists, and otherwise resumes from its checkpoint. Nothing here needs Ray.
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +29,17 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
+STAGES = ("baseline", "proxy", "search", "select", "retrain")  # Stages run in this order.
+FILE_NAME = re.compile(r"[^/\0]{1,100}")
 POLL = 0.25  # The time between two checks of metrics.jsonl is in seconds.
+
+
+def name_parts(name: Any) -> tuple[str, ...] | None:
+    """Returns the parts of a trial's name: stage, cell or method, and seed, with a setting between the first two for a
+    proxy. Returns None for a value read from a file that is no such name."""
+    parts = tuple(name.split("/")) if isinstance(name, str) else ()
+    valid = parts and parts[0] in STAGES and len(parts) == (4 if parts[0] == "proxy" else 3)
+    return parts if valid and all(part not in (".", "..") and FILE_NAME.fullmatch(part) for part in parts) else None
 
 
 class TrialFailed(Exception):
@@ -68,6 +80,8 @@ def run(job: Job, study: Path, directory: Path, threads: int, report: Callable[[
     Relative paths in the job's flags are relative to `directory`. `report` receives each epoch's record of
     metrics.jsonl, including those written before a resume."""
     folder = study / job.name
+    if (folder / "result.json").exists() and not (job.is_done(study) or (folder / "config.json").exists()):
+        shutil.rmtree(folder)  # study/records.py restored it, without a checkpoint: the trial starts anew.
     seen, size = 0, 0  # These are the epochs that were reported, and the bytes of metrics.jsonl that were read.
     if not job.is_done(study):
         output = job.output(study)

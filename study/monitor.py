@@ -3,13 +3,10 @@
 Every event is a record of the study's events.jsonl, the only place that has the order in which trials ended.
 """
 
-import json
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, stdev
 from typing import Any
 
@@ -22,6 +19,7 @@ from tqdm import tqdm
 from experiment import metrics
 from experiment.run_directory import Run, append
 from study.jobs import Job, last_line
+from study.records import archive, log_event
 
 HALTING = ("failures", "budget")  # These reasons end the whole study, and others only a stage.
 FEW = 10  # The share of failed trials is judged once this many have ended.
@@ -142,11 +140,13 @@ class Monitor:
         self.log(f"{job.name}: {what}valid ppl {event['valid_ppl']:.2f} | {self.counts()}")
 
     def close(self, job: Job) -> dict[str, Any]:
-        """Records that a trial is done or halved, and returns the event."""
+        """Records that a trial is done or halved, keeps its small results, and returns the event."""
         found = metrics.result(self.run.folder / job.name)
         halved = None if found else metrics.read_json(self.run.folder / job.name / "halved.json")
         event = self.record(job, "halved" if halved else "done", valid_ppl=(halved or found)["valid_ppl"])
         self.over[job.name] = event
+        if not self.quiet:
+            archive(self.run.folder, job)
         return event
 
     def record(self, job: Job, event: str, **more: Any) -> dict[str, Any]:
@@ -220,8 +220,3 @@ def sparks(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(SPARKS[round((value - low) * scale)] for value in values)
-
-
-def log_event(study: Path, **record: Any) -> None:
-    """Appends an event to events.jsonl with the current time."""
-    append(study / metrics.EVENTS, json.dumps({"at": time.time(), **record}) + "\n")

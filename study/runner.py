@@ -14,8 +14,9 @@ from experiment.run_directory import Run
 from study import cost, ray_backend
 from study.cost import Resources
 from study.jobs import Job, last_line
-from study.leaderboard import SHARE
-from study.monitor import HALTING, MEANING, Monitor, log_event
+from study.monitor import HALTING, MEANING, Monitor
+from study.records import log_event
+from study.summary import SHARE
 from utils import RunError
 
 PACES = "paces.json"

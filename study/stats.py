@@ -5,6 +5,7 @@ All values are validation perplexities, where lower is better. Intervals are per
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,65 @@ def agreement(
     found = [value for value in found if not math.isnan(value)]
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if found else (math.nan, math.nan)
     return Estimate(statistic([np.mean(v) for v in x], [np.mean(v) for v in y]), float(low), float(high))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns the p-values of several tests, corrected by Holm's method: the share of studies without any difference in
+    which at least one corrected value is at most q is at most q."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = list(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def share_below(value: float, sample: Sequence[float]) -> float:
+    """Returns which share of the sample is below the value; equal ones count half."""
+    return mean((x < value) + 0.5 * (x == value) for x in sample)
+
+
+def expected_best(sample: Sequence[float], draws: float) -> float:
+    """Returns the expected minimum of `draws` values of the sample, drawn without replacement.
+
+    A number of draws that is not whole stands for a draw more with a probability of its fraction; more draws than there
+    are values stand for all of them. The i-th smallest of n values is the minimum of k in C(n - i, k - 1) of the
+    C(n, k) draws.
+    """
+    n, ordered = len(sample), sorted(sample)
+
+    def of(k: int) -> float:
+        return sum(x * math.comb(n - i, k - 1) for i, x in enumerate(ordered, start=1)) / math.comb(n, k)
+
+    draws = min(max(draws, 1.0), float(n))
+    low = math.floor(draws)
+    part = draws - low
+    return of(low) if part == 0 else (1 - part) * of(low) + part * of(low + 1)
+
+
+def minus_best(
+    found: Sequence[float], drawn: Sequence[float], draws: float, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """Returns the mean of `found` minus the expected minimum of `draws` values of `drawn`, with the interval of a
+    bootstrap that resamples both. Values below 0 mean that `found` is better."""
+    rng = np.random.default_rng(seed)
+    differences = [
+        np.mean(rng.choice(found, len(found))) - expected_best(rng.choice(drawn, len(drawn)).tolist(), draws)
+        for _ in range(resamples)
+    ]
+    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(mean(found) - expected_best(drawn, draws), float(low), float(high))
+
+
+def correlation(x: Sequence[float], y: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """Returns Spearman's rho of two samples, with the interval of a bootstrap over their pairs."""
+    pairs = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
+    ranks = [stats.rankdata(np.asarray(side)[pairs], axis=1) for side in (x, y)]  # (resamples, len(x)) each
+    a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
+    scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    found = ((a * b).sum(axis=1) / np.where(scale > 0, scale, np.nan))[scale > 0]
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(found) else (math.nan, math.nan)
+    return Estimate(spearman(x, y), float(low), float(high))
 
 
 def seed_spread(values: Sequence[Sequence[float]]) -> float:

@@ -3,9 +3,10 @@
 A fault is one line of text for the user that names the flag and says how to correct it.
 """
 
+import re
 import shlex
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from experiment import arguments, metrics, resume, startup, validate_arguments
 from genotypes import GenotypeError, random_genotype, resolve_cell
 from study import cost
 from study.arguments import STAGE_FLAGS, requested_stages
-from study.design import METHODS, RANDOM, Cell, Study, label
+from study.design import METHODS, RANDOM, Cell, Study, falls_with_epochs, label, named_method
 from study.jobs import Job
 
 CONFIG = "study.json"
 EPHEMERAL_FLAGS = {"help", "stage", "study", "resume", "dry_run", "address"}
 # The study sets these flags itself, so the quoted flags that a user gives for the scripts must not contain them.
-RESERVED_FLAGS = "save resume data arch epochs seed test overfit finetune search_split unrolled".split()
+RESERVED_FLAGS = "save resume data arch epochs seed test overfit finetune search_split".split()
+METHOD_NAME = re.compile(r"(?!random-)[A-Za-z][A-Za-z0-9-]*")
+# These may grow after their stage has begun: what was run before remains part of the study.
+GROWING_FLAGS = {"methods", "seeds", "random_cells", "baselines", "proxy_cells", "proxy_seeds"}
 
 
 def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
@@ -66,16 +70,23 @@ def number_faults(args: Namespace) -> list[str]:
 def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[str]:
     """Returns the faults of flags that conflict with a study that has begun; `config` is the content of study.json. A
     requested stage that has begun needs --resume (or --dry_run), and a flag that shapes such a stage must keep its
-    value."""
+    value, or keep what it had and gain more (`GROWING_FLAGS`)."""
     begun = [stage for stage in STAGE_FLAGS if (folder / stage).exists()]
     again = [stage for stage in requested_stages(args) if stage in begun]
     found = []
     if again and not args.resume and not args.dry_run:
         found.append(f"--study {folder}: its {again[0]} has begun; add --resume to continue it, or take another")
     for name in dict.fromkeys(name for stage in begun for name in STAGE_FLAGS[stage].split()):
-        if getattr(args, name) != (before := config["flags"][name]):
+        if not continues(name, getattr(args, name), before := config["flags"][name]):
             found.append(f"--{name}: the study in {folder} has begun with {before}; leave it out, or start another")
     return found
+
+
+def continues(name: str, now: Any, before: Any) -> bool:
+    """Returns whether the new value of a flag keeps everything that the earlier value has run."""
+    if name not in GROWING_FLAGS or now == before:
+        return now == before
+    return set(before) <= set(now) if isinstance(before, list) else 0 < before <= now
 
 
 def text_faults(args: Namespace) -> list[str]:
@@ -83,22 +94,27 @@ def text_faults(args: Namespace) -> list[str]:
     must not contain a flag that the study itself sets. Names must be distinct, cells must exist, and the proxy stage
     needs at least two cells."""
     found = []
-    for name in ("train_flags", "search_flags", "select_flags"):
+    for name, flags, reserved in quoted_flags(args):
         try:
-            words = shlex.split(getattr(args, name).replace("=", " "))
+            words = shlex.split(flags.replace("=", " "))
         except ValueError as error:
-            found.append(f"--{name}: {error}; close the quotes")
+            found.append(f"{name}: {error}; close the quotes")
             continue
         given = {word[2:] for word in words if word.startswith("--")}
-        reserved = [flag for flag in RESERVED_FLAGS if flag in given]
-        found += [f"--{name}: --{flag} is the study's to set; leave it out" for flag in reserved]
-        if name == "search_flags" and args.search_split == "train":
+        found += [f"{name}: --{flag} is the study's to set; leave it out" for flag in reserved if flag in given]
+        if name.startswith(("--search_flags", "--methods")) and args.search_split == "train":
             found += [
-                f"--search_flags: --{word} looks at valid.txt, which --search_split train keeps for selecting"
+                f"{name}: --{word} looks at valid.txt, which --search_split train keeps for selecting"
                 for word in ("patience", "schedule") if word in given and (word != "schedule" or "plateau" in words)
             ]  # fmt: skip
+    for text in args.methods:
+        name, sign, _ = text.partition("=")
+        if not sign and name not in (*METHODS, RANDOM):
+            found.append(f"--methods {name}: has no flags; give them as {name}=FLAGS")
+        elif sign and (not METHOD_NAME.fullmatch(name) or name in (*METHODS, RANDOM)):
+            found.append(f"--methods {text}: another name, please: a letter, then letters, digits and -")
     for name in ("methods", "baselines", "proxy_cells"):
-        names = [label(value) for value in getattr(args, name)]
+        names = [label(value.partition("=")[0] if name == "methods" else value) for value in getattr(args, name)]
         found += [f"--{name}: {twice} is named twice" for twice in sorted({n for n in names if names.count(n) > 1})]
     for name in ("baselines", "proxy_cells"):
         for arch in getattr(args, name):
@@ -109,6 +125,17 @@ def text_faults(args: Namespace) -> list[str]:
     if len(args.proxy_cells) < 2:
         found.append("--proxy_cells: a ranking needs two cells at least")
     return found
+
+
+def quoted_flags(args: Namespace) -> Iterator[tuple[str, str, list[str]]]:
+    """Yields the flags for the scripts that the user gives in quotes: the study's flag that has them, their text, and
+    the names of the flags that must not be among them."""
+    for name in ("train_flags", "search_flags", "select_flags"):
+        yield f"--{name}", getattr(args, name), [*RESERVED_FLAGS, "unrolled"]
+    for flags in args.proxy_flags:
+        yield "--proxy_flags", flags, RESERVED_FLAGS
+    for name, flags in map(named_method, args.methods):
+        yield f"--methods {name}", flags, RESERVED_FLAGS
 
 
 def missing_faults(study: Study) -> list[str]:
@@ -126,8 +153,8 @@ def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None =
     the flags are validated. With one, only the lengths of its texts are."""
     found: dict[str, None] = {}
     for stage in stages:
-        flag = f"{stage}_flags" if stage in ("search", "select") else "train_flags"
         for job in planned(study, stage):
+            flag = flag_of(job)
             script = cost.SCRIPTS[job.script]
             of_script = script.build_parser()
             of_script.prog = f"trials.py: --{flag}"
@@ -137,11 +164,21 @@ def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None =
                 wrong = startup.length_faults(args, script.texts_to_read(corpus, args))
             else:
                 wrong = validate_arguments.validate(args, of_script.get_default)
-                if stage == "proxy" and args.schedule in ("cosine", "polynomial"):
+                if stage == "proxy" and falls_with_epochs(study.args.train_flags):
                     wrong.append(f"--schedule {args.schedule}: under it a short training is not the beginning of a long"
                                  " one, as proxy takes it to be; leave it out")  # fmt: skip
             found.update(dict.fromkeys(f"{stage}: {line} (--{flag})" for line in wrong))
     return list(found)
+
+
+def flag_of(job: Job) -> str:
+    """Returns the study's flag in which a user finds the flags of a job's script."""
+    stage, group, *_ = job.name.split("/")
+    if stage == "search":
+        return "search_flags" if group in METHODS else "methods"
+    if stage == "proxy":
+        return "train_flags" if group == "full" else "proxy_flags"
+    return "select_flags" if stage == "select" else "train_flags"
 
 
 def planned(study: Study, stage: str) -> list[Job]:

@@ -15,7 +15,7 @@ from plots.cell_graph import cell_figure
 from plots.html.page import Field, Link, inline, is_over, number, picture, since
 from plots.run_history import History
 from plots.style import PictureError
-from study.design import STAGES
+from study.jobs import STAGES, name_parts
 
 
 def study_page(folder: Path, link: Link) -> dict[str, Any]:
@@ -59,22 +59,16 @@ def study_notes(last: Iterable[dict[str, Any]], summary: dict[str, Any]) -> list
     return found
 
 
-def trial(name: str) -> tuple[str, str, str] | None:
-    """Returns the stage, cell and seed of a trial's name, or None for a name that has another form."""
-    parts = name.split("/")
-    return tuple(parts) if len(parts) == 3 and parts[0] in STAGES and not {"", ".", ".."} & set(parts) else None
-
-
 def leaderboard(folder: Path, events: Sequence[dict[str, Any]], link: Link) -> dict[str, Any]:
     """Returns a table with one row for each trained cell, the best first."""
-    done: dict[tuple[str, str], dict[str, dict]] = {}  # (stage, cell) -> seed -> event
+    done: dict[tuple[str, ...], dict[str, dict]] = {}  # (stage, cell) -> seed -> event
     for event in events:
-        if event["event"] in ("done", "halved") and (found := trial(event["trial"])):
-            stage, cell, seed = found
-            if stage in ("baseline", "select", "retrain"):
-                done.setdefault((stage, cell), {})[seed] = event
+        if event["event"] in ("done", "halved") and (found := name_parts(event["trial"])):
+            *stage_and_cell, seed = found
+            done.setdefault(tuple(stage_and_cell), {})[seed] = event
     rows = []
-    for cell in dict.fromkeys(cell for _, cell in done):
+    trained = [cell for stage, cell, *_ in done if stage in ("baseline", "select", "retrain")]
+    for cell in dict.fromkeys(trained):
         full = next((stage for stage in ("baseline", "retrain") if (stage, cell) in done), "")
         fields = []
         for stage in ("select", full):
@@ -104,7 +98,7 @@ def mean_field(events: Collection[dict[str, Any]], href: str) -> Field:
 
 def chosen_facts(folder: Path, summary: dict[str, Any], link: Link) -> list[dict[str, str]]:
     chosen = summary.get("chosen")
-    if not isinstance(chosen, dict) or not isinstance(chosen.get("run"), str) or not trial(chosen["run"]):
+    if not isinstance(chosen, dict) or not isinstance(chosen.get("run"), str) or not name_parts(chosen["run"]):
         return []
     href = link(folder / chosen["run"])
     named = (("chosen", str(chosen.get("cell"))), ("validation perplexity", number(chosen.get("valid_ppl"))),
@@ -114,13 +108,13 @@ def chosen_facts(folder: Path, summary: dict[str, Any], link: Link) -> list[dict
 
 def tables(folder: Path, summary: dict[str, Any], link: Link) -> Iterable[dict[str, Any]]:
     """Yields the tables of the valid parts of `summary`, the content of leaderboard.json."""
-    versus = summary.get("searched_against_random")
-    note = "Short trainings."
-    if isinstance(versus, dict):
-        note += (f" Searched minus random: {number(versus.get('difference'))}, p = {number(versus.get('p'), 3)} in a "
-                 "permutation test.")  # fmt: skip
+    note = (
+        "Short trainings. p: permutation test against the random cells; random below: the share of these that are "
+        "better; rival: the best of as many random cells as take the same time."
+    )
+    of_methods = "method n mean sd median best p p_corrected random_below rival_draws minus_rival".split()
     for key, title, words, stage, columns in (
-        ("methods", "Methods", note, "select", ("method", "n", "mean", "sd", "best")),
+        ("methods", "Methods", note, "select", of_methods),
         ("agreement", "Does one stage foretell the next?", "Kendall's tau and Spearman's rho.", "select",
          ("between", "n", "tau", "rho")),
         ("proxies", "Proxies for training in full", "Rank correlation with it, and the interval of a bootstrap.",
@@ -134,15 +128,15 @@ def tables(folder: Path, summary: dict[str, Any], link: Link) -> Iterable[dict[s
         for row in rows if columns else ():
             here = stage or row.get("stage")  # The link leads to the runs of this stage.
             href = link(folder / here) if here in STAGES else ""
-            name, *numbers = (shown(row.get(column)) for column in columns)
+            name, *numbers = (shown(row.get(column), 4 if column in ("p", "p_corrected") else 2) for column in columns)
             found.append([Field(name), *(Field(text, href) for text in numbers)])
         if found:
             headings = [column.replace("_", " ") for column in columns]
             yield {"title": title, "note": words, "columns": headings, "rows": found}
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, digits: int = 2) -> str:
     """Returns the text of a number, of an estimate with its interval, or of a string."""
     if isinstance(value, list) and len(value) == 3:
         return f"{number(value[0])} ({number(value[1])} to {number(value[2])})"
-    return value if isinstance(value, str) else number(value)
+    return value if isinstance(value, str) else number(value, digits)

@@ -69,8 +69,8 @@ def study(tmp_path_factory):
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     write_json(folder / "leaderboard.json", {
         "cells": [], "chosen": {"cell": "random-2", "run": "retrain/random-2/3", "valid_ppl": 70.5, "test_ppl": 69.25},
-        "methods": [{"method": "random", "n": 2, "mean": 55.0, "sd": 63.6, "best": 10.0}],
-        "searched_against_random": {"difference": 36.0, "p": 0.5},
+        "methods": [{"method": "random", "n": 2, "mean": 55.0, "sd": 63.6, "best": 10.0},
+                    {"method": "first", "n": 2, "mean": 91.0, "p": 0.0625, "minus_rival": [36.0, -1.0, 40.5]}],
         "cost": [{"stage": "select", "runs": 8, "core_hours": 1.25}],
     })  # fmt: skip
     return folder
@@ -152,7 +152,7 @@ def test_study_page_has_each_cell_once_with_its_means(study):
     for link in ("select/random-1", "retrain/random-2", "baseline/LSTM", "retrain/random-2/3"):
         assert link in page.links
     assert "<img" not in page.text
-    assert "p = 0.500" in page.text and "1.25" in page.words
+    assert {"0.0625", "36.00 (-1.00 to 40.50)"} <= set(page.words) and "1.25" in page.words
 
 
 def test_page_of_a_new_study_reports_no_leaderboard_yet(tmp_path):

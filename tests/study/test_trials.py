@@ -9,7 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import pytest
 import torch
@@ -22,10 +22,11 @@ from data import load_corpus
 from experiment import metrics, startup, validate_arguments
 from experiment.metrics import EVENTS, events
 from genotypes import random_genotype
-from study import arguments, cost, leaderboard, ray_backend
+from study import arguments, cost, ray_backend, summary
 from study.design import Study, distinct
 from study.jobs import Job
-from study.stats import kendall
+from study.records import ARCHIVE
+from study.stats import expected_best, holm, kendall, permutation_test
 from utils import RunError, segments
 
 SCRIPTS = {"train.py": train, "train_search.py": train_search}
@@ -108,6 +109,8 @@ def read_leaderboard(folder):
     board["cost"] = [stage["runs"] for stage in board["cost"]]
     for proxy in board["proxies"]:
         del proxy["cost"], proxy["recommended"]
+    for method in board["methods"]:
+        del method["rival_draws"], method["minus_rival"]
     return board
 
 
@@ -118,7 +121,9 @@ def test_study_writes_a_leaderboard_with_all_results(whole):
     board = read_leaderboard(whole)
     assert len(board["cells"]) == 6
     assert {m["method"]: m["n"] for m in board["methods"]} == {"first": 2, "unrolled": 2, "random": 2}
-    assert board["searched_against_random"]["searched"] == 4
+    assert [m["p"] is None for m in board["methods"]] == [m["method"] == "random" for m in board["methods"]]
+    assert board["left_out"] == []
+    assert {(row["cells"], row["epochs"]) for row in board["features"]} == {("all", 1), ("all", 2)}
     assert [a["n"] for a in board["agreement"]] == [4, 2]
     assert [b["cell"] for b in board["baselines"]] == ["LSTM"]
     assert len(board["baselines"][0]["curve"]) == 3
@@ -172,7 +177,7 @@ def copy_without(whole, folder, *parts):
     shutil.copytree(whole, folder)
     for part in parts:
         shutil.rmtree(folder / part)
-    for name in ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "lock"):
+    for name in ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "lock", ARCHIVE):
         (folder / name).unlink()
     remaining = [event for event in events(folder) if (folder / event["trial"] / "result.json").exists()]
     (folder / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in remaining))
@@ -206,6 +211,83 @@ def test_stages_run_one_by_one_give_the_same_leaderboard(whole, corpus, tmp_path
     assert read_leaderboard(tmp_path / "study") == read_leaderboard(whole)
 
 
+def test_methods_are_compared_with_random_cells_and_with_as_many_as_take_the_same_time(whole):
+    board = json.loads((whole / "leaderboard.json").read_text())
+    values = {m["method"]: [c["select"] for c in board["cells"] if c["cell"].startswith(m["method"])]
+              for m in board["methods"]}  # fmt: skip
+
+    def time(pattern):
+        return median(metrics.seconds(path.parent) for path in whole.glob(f"{pattern}/*/metrics.jsonl"))
+
+    searched = [m for m in board["methods"] if m["method"] != "random"]
+    assert [m["p"] for m in searched] == [permutation_test(values[m["method"]], values["random"]) for m in searched]
+    assert [m["p_corrected"] for m in searched] == holm([m["p"] for m in searched])
+    for method in searched:
+        draws = 1 + time(f"search/{method['method']}") / time("select/*")
+        assert method["rival_draws"] == pytest.approx(draws)
+        expected = mean(values[method["method"]]) - expected_best(values["random"], draws)
+        assert method["minus_rival"][0] == pytest.approx(expected)
+
+
+def move(whole, folder, drop=()):
+    """Copies to `folder` only what a study keeps in git: study.json, and trials.jsonl without the trials in `drop`."""
+    folder.mkdir()
+    shutil.copy(whole / "study.json", folder)
+    lines = (whole / ARCHIVE).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not json.loads(line)["trial"].startswith(tuple(drop) or ("none",))]
+    (folder / ARCHIVE).write_text("".join(kept))
+    return folder
+
+
+def test_report_of_the_small_results_is_the_same_without_ray_and_the_text(whole, tmp_path):
+    folder = move(whole, tmp_path / "study")
+    config = json.loads((folder / "study.json").read_text())
+    config["flags"]["data"] = str(tmp_path / "nowhere")
+    (folder / "study.json").write_text(json.dumps(config))
+    code = "import sys; sys.modules['ray'] = None; import trials; sys.exit(trials.main())"
+    run = subprocess.run([sys.executable, "-c", code, "report", "--study", folder], cwd=ROOT, capture_output=True,
+                         text=True, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    for name in ("leaderboard.md", "leaderboard.csv", "leaderboard.json"):
+        assert (folder / name).read_text() == (whole / name).read_text()
+    assert {e["trial"] for e in events(folder)} == {e["trial"] for e in events(whole) if e["event"] == "done"}
+
+
+def test_study_that_was_moved_with_its_small_results_goes_on_from_there(whole, tmp_path, serial):
+    folder = move(whole, tmp_path / "study", drop=["select/random-1/", "retrain/", "baseline/"])
+    assert trials.main(["run", "--resume", "--study", str(folder)]) == 0
+    ran = sorted(name.split("/")[0] for name in serial.ran if not name.startswith("probe"))
+    assert ran == ["baseline", "retrain", "retrain", "retrain", "select"]
+    assert read_leaderboard(folder) == read_leaderboard(whole)
+    lines = [json.loads(line)["trial"] for line in (folder / ARCHIVE).read_text().splitlines()]
+    assert set(lines) == {json.loads(line)["trial"] for line in (whole / ARCHIVE).read_text().splitlines()}
+    assert len(lines) == len(set(lines)) + 1  # The chosen run was archived again with its test perplexity.
+
+
+def test_methods_of_ones_own_may_join_a_study_that_has_begun(whole, tmp_path, serial, capsys):
+    folder = move(whole, tmp_path / "study")
+    study = ["--study", str(folder), "--resume", "--methods"]
+    with pytest.raises(SystemExit) as end:
+        trials.main(["search", *study, "first", "random"])
+    assert end.value.code == 2
+    assert "--methods: the study in" in capsys.readouterr().err
+    assert trials.main(["search", *study, "first", "unrolled", "random", "layer=--norm layer"]) == 0
+    assert [name for name in serial.ran if not name.startswith("probe")] == ["search/layer/1", "search/layer/2"]
+    configs = [json.loads((folder / f"search/layer/{seed}/config.json").read_text()) for seed in (1, 2)]
+    assert {config["flags"]["norm"] for config in configs} == {"layer"}
+
+
+def test_proxies_with_a_schedule_have_a_training_for_each_length(whole):
+    args = arguments.build_parser().parse_args(
+        ["proxy", *flags("penn", whole), "--proxy_epochs", "1", "2", "--proxy_flags", "--schedule cosine", "--emsize 4"]
+    )
+    found = {job.name.rsplit("/", 2)[0]: job.flags for job in Study(whole, args).proxy()}
+    epochs = {name: given[given.index("--epochs") + 1] for name, given in found.items()}
+    assert epochs == {"proxy/schedule-cosine-1": "1", "proxy/schedule-cosine-2": "2", "proxy/emsize-4": "2",
+                      "proxy/full": "2"}  # fmt: skip
+    assert found["proxy/schedule-cosine-2"][-4:-2] == ("--schedule", "cosine")
+
+
 # --- Failures and budgets ---
 
 
@@ -215,7 +297,7 @@ def test_failed_trials_are_reported_and_left_out_until_rerun(whole, interrupted,
     board = read_leaderboard(interrupted)
     assert board["failures"] == [{"trial": "select/random-1/1", "reason": "error: it was to fail"}]
     assert {m["method"]: m["n"] for m in board["methods"]} == {"first": 2, "unrolled": 2, "random": 1}
-    assert board["searched_against_random"]["left_out"] == ["random-1"]
+    assert board["left_out"] == ["random-1"]
     assert "Left out, as no short training of theirs ended: random-1." in (interrupted / "leaderboard.md").read_text()
 
     serial.fails = set()
@@ -343,7 +425,7 @@ def test_chosen_cell_is_fixed_once_evaluated_on_the_test_text(whole, interrupted
 def test_proxy_agreement_compares_runs_with_different_seeds(whole):
     """The short training at full size is taken from one seed, and the long training from the other."""
     args = arguments.build_parser().parse_args(["run", *flags("penn", whole)])
-    [proxy] = leaderboard.proxies(Study(whole, args))
+    [proxy] = summary.proxies(Study(whole, args))
     short = [metrics.epochs(whole / f"proxy/full/{cell}/1")[0]["valid_ppl"] for cell in args.proxy_cells]
     long = [min(r["valid_ppl"] for r in metrics.epochs(whole / f"proxy/full/{c}/2")) for c in args.proxy_cells]
     assert proxy["tau"][0] == kendall(short, long)
@@ -379,6 +461,13 @@ def test_number_of_trials_that_fit_on_a_machine(available, cpus, gpus, fit):
         (["--search_flags", "--schedule plateau"], "--search_flags: --schedule looks at valid.txt"),
         (["--search_flags=--schedule=plateau"], "--search_flags: --schedule looks at valid.txt"),
         (["--methods", "first", "first"], "--methods: first is named twice"),
+        (["--methods", "layer"], "--methods layer: has no flags; give them as layer=FLAGS"),
+        (["--methods", "random-2=--norm layer"], "--methods random-2=--norm layer: another name, please"),
+        (["--methods", "../x=--norm layer"], "--methods ../x=--norm layer: another name, please"),
+        (["--methods", "x=--save y"], "--methods x: --save is the study's to set; leave it out"),
+        (["--methods", "x=--norm y"], "--methods: error: argument --norm: invalid choice: 'y'"),
+        (["--methods", "x=--patience 3"], "--methods x: --patience looks at valid.txt"),
+        (["--proxy_flags", "--epochs 3"], "--proxy_flags: --epochs is the study's to set; leave it out"),
         (["--baselines", "LSTM", "DARTS", "LSTM"], "--baselines: LSTM is named twice"),
         (["--proxy_seeds", "1"], "--proxy_seeds 1: at least 2, since no run is to be compared with itself"),
         (["--methods", "random", "--random_cells", "0"], "--random_cells 0: as many as are found"),
@@ -430,7 +519,7 @@ def test_stage_without_its_preceding_stage_exits_2(stage, message, corpus, tmp_p
 
 def test_changed_corpus_of_an_existing_study_exits_2(whole, tmp_path, capsys):
     other = write_corpus(tmp_path, train=41, valid=16, test=16)
-    study = shutil.copytree(whole, tmp_path / "study", ignore=shutil.ignore_patterns(*arguments.STAGE_FLAGS))
+    study = shutil.copytree(whole, tmp_path / "study", ignore=shutil.ignore_patterns(*arguments.STAGE_FLAGS, ARCHIVE))
     with pytest.raises(SystemExit) as end:
         trials.main(["run", "--study", str(study), "--data", str(other)])
     assert end.value.code == 2

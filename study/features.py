@@ -1,0 +1,27 @@
+"""Describes a cell by a few numbers, to find out which of them explain its perplexity."""
+
+from statistics import mean
+
+from genotypes import PRIMITIVES, Genotype
+
+
+def depths(genotype: Genotype) -> list[int]:
+    """Returns the depth of each node: the number of nodes from s_0 to its output, itself included."""
+    found = [0]
+    for _, predecessor in genotype.recurrent:
+        found.append(1 + found[predecessor])
+    return found[1:]
+
+
+def features(genotype: Genotype) -> dict[str, float]:
+    """Returns the mean and the largest depth of the nodes, the largest number of nodes at one depth (width), the number
+    of nodes on s_0, and how many nodes have each primitive."""
+    depth = depths(genotype)
+    primitives = [primitive for primitive, _ in genotype.recurrent]
+    return {
+        "mean depth": mean(depth),
+        "largest depth": max(depth),
+        "width": max(depth.count(level) for level in depth),
+        "nodes on s_0": depth.count(1),
+        **{name: primitives.count(name) for name in PRIMITIVES if name != "none"},
+    }

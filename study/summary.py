@@ -1,0 +1,234 @@
+"""Computes the results of a study from its run directories.
+
+Searched cells are compared with random cells by the short trainings alone, in which every cell has the same budget. The
+full trainings cannot tell, because the short ones select their cells.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import mean, median, stdev
+from typing import Any
+
+from experiment import metrics
+from genotypes import parse
+from study import stats
+from study.cost import Resources
+from study.design import RANDOM, Cell, Proxy, Study
+from study.features import features
+from study.jobs import STAGES, Job
+
+SHARE = "share.json"  # This file has the cores and GPUs of a trial.
+FEW_CELLS = 5  # A correlation over fewer cells says nothing.
+AGREES = 0.7  # A recommended proxy has at least this Kendall's tau, with an interval above 0.
+
+
+def summary(study: Study) -> dict[str, Any]:
+    """Returns the results of the study as plain JSON values, computed from its run directories. A value that is not
+    known yet is None. If any trial was halved, methods are not compared: `methods` and `features` are empty."""
+    cells = [cell_row(study, cell) for cell in study.cells()]
+    # A cell without a value is behind those with one.
+    cells.sort(key=lambda row: (row["retrain"] or math.inf, row["select"] or math.inf, row["cell"]))
+    chosen = study.chosen()
+    test = metrics.result(study.folder / chosen[1].name) if chosen else None
+    fair = not any(row["halved"] for row in cells)
+    return {
+        "cells": cells,
+        "methods": methods(study, cells) if fair else [],
+        "features": feature_correlations(study, cells) if fair else [],
+        "left_out": [row["cell"] for row in cells if row["select"] is None],
+        "agreement": stages(study, cells),
+        "chosen": None if test is None else {
+            "cell": chosen[0].label, "run": chosen[1].name,
+            "valid_ppl": test["valid_ppl"], "test_ppl": test["test_ppl"],
+        },
+        "baselines": [baseline(study, job) for job in study.baseline()],
+        "proxies": proxies(study),
+        "cost": cost(study),
+        "failures": [{"trial": name, "reason": reason} for name, reason in reasons(study, "failed").items()],
+        "stopped": reasons(study, "stopped"),
+    }  # fmt: skip
+
+
+def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
+    """Returns the record of one cell: mean and standard deviation over seeds of its validation perplexities."""
+    short, full = study.select([cell]), study.retrain([cell])
+    selected, retrained = study.values(short), study.values(full)
+    halved = [metrics.read_json(study.folder / job.name / "halved.json") for job in short]
+    return {
+        "cell": cell.label,
+        "found_by": list(cell.found_by),
+        "select": mean(selected) if selected else None,
+        "select_sd": spread(selected),
+        "select_n": len(selected),
+        "halved": any(halved),
+        "retrain": mean(retrained) if retrained else None,
+        "retrain_sd": spread(retrained),
+        "retrained": len(retrained),
+        "genotype": str(cell.genotype),
+    }
+
+
+def methods(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
+    """Returns statistics of the short trainings by method, best mean first. A cell that two searches found counts
+    twice, since the searches are what is sampled.
+
+    A method that searches is compared with the random cells: `p` is that of a permutation test, `p_corrected` is
+    corrected for the number of methods, `random_below` is the share of the random cells that are better than its mean,
+    and `minus_rival` is its mean minus the expected best of `rival_draws` random cells. So many can be trained in the
+    time of one search and the training of its cell.
+    """
+    found: dict[str, list[float]] = {}
+    for row in cells:
+        for name in row["found_by"] if row["select"] is not None else ():
+            found.setdefault(name.rpartition("-")[0], []).append(row["select"])
+    drawn = found.get(RANDOM, [])
+    tests = {name: stats.permutation_test(found[name], drawn) for name in found if name != RANDOM}
+    tests = {name: p for name, p in tests.items() if not math.isnan(p)}
+    corrected = dict(zip(tests, stats.holm(list(tests.values())), strict=True))
+    rows = []
+    for name, values in found.items():
+        row = {"method": name, "n": len(values), "mean": mean(values), "sd": spread(values), "median": median(values)}
+        row |= {"best": min(values), "p": tests.get(name), "p_corrected": corrected.get(name), "random_below": None}
+        draws = rival_draws(study, name) if name in tests else None
+        row |= {"rival_draws": draws, "minus_rival": None}
+        if name != RANDOM and drawn:
+            row["random_below"] = stats.share_below(row["mean"], drawn)
+        if draws:
+            row["minus_rival"] = list(stats.minus_best(values, drawn, draws))
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["mean"])
+
+
+def rival_draws(study: Study, method: str) -> float | None:
+    """Returns how many random cells can be trained in the time of one search by this method and the training of its
+    cell. The times are medians over the study's runs; returns None if they are not known."""
+    searches = [study.folder / job.name for job in study.search() if job.name.startswith(f"search/{method}/")]
+    trainings = [study.folder / job.name for job in study.select()]
+    search, training = (
+        median([seconds for run in runs if (seconds := metrics.seconds(run)) > 0] or [0.0])
+        for runs in (searches, trainings)
+    )
+    return 1 + search / (training * study.args.select_seeds) if search and training else None
+
+
+def feature_correlations(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
+    """Returns how each feature of the cells is correlated with their perplexity early in the short training and at its
+    end, over the random cells and over all. A group of fewer than `FEW_CELLS` cells is left out."""
+    early = min((n for n in study.args.proxy_epochs if n < study.args.select_epochs), default=1)
+    curves: dict[str, list[list[float]]] = {}
+    for job in study.select():
+        curve = [record["valid_ppl"] for record in metrics.epochs(study.folder / job.name)]
+        curves.setdefault(job.name.split("/")[1], []).append(curve)
+    known = [row for row in cells if row["select"] is not None and min(map(len, curves[row["cell"]])) >= early]
+    found = []
+    for group in (RANDOM, "all"):
+        members = [row for row in known if group == "all" or row["cell"].startswith(f"{RANDOM}-")]
+        if len(members) < FEW_CELLS:
+            continue
+        described = [features(parse(row["genotype"])) for row in members]
+        begun = [mean(min(curve[:early]) for curve in curves[row["cell"]]) for row in members]
+        for name in described[0]:
+            values = [of_cell[name] for of_cell in described]
+            for epochs, ppl in ((early, begun), (study.args.select_epochs, [row["select"] for row in members])):
+                rho = [number(value) for value in stats.correlation(values, ppl)]
+                found.append({"feature": name, "cells": group, "n": len(members), "epochs": epochs, "rho": rho})
+    return found
+
+
+def stages(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
+    """Returns the rank correlations (Kendall's tau, Spearman's rho) of the cells between consecutive stages."""
+    relaxed = {name: result["valid_ppl"] for name, result in study.searched().items()}
+    short = {name: row["select"] for row in cells for name in row["found_by"] if row["select"] is not None}
+    full = {row["cell"]: row["retrain"] for row in cells if row["retrain"] is not None}
+    found = []
+    for name, before, after in (("search, select", relaxed, short), ("select, retrain", short, full)):
+        both = sorted(before.keys() & after.keys())
+        x, y = [before[key] for key in both], [after[key] for key in both]
+        tau, rho = number(stats.kendall(x, y)), number(stats.spearman(x, y))
+        found.append({"between": name, "n": len(both), "tau": tau, "rho": rho})
+    return found
+
+
+def baseline(study: Study, job: Job) -> dict[str, Any]:
+    """Returns the record of one full training of a baseline, with its validation perplexity after each epoch."""
+    _, cell, seed = job.name.split("/")
+    return {
+        "cell": cell,
+        "seed": int(seed),
+        "valid_ppl": next(iter(study.values([job])), None),
+        "curve": [row["valid_ppl"] for row in metrics.epochs(study.folder / job.name)],
+    }
+
+
+def proxies(study: Study) -> list[dict[str, Any]]:
+    """Returns how well each short training reproduces the ranking of the long training, cheapest first. A short
+    training of full size is the beginning of a long one, so it is read from the runs of every second seed and compared
+    with the long runs of the other seeds: no run is compared with itself. `cost` is relative to one full training."""
+    runs: dict[str, dict[str, list[Job]]] = {}  # The keys are folder and cell; a list has one job per seed.
+    for job in study.proxy():
+        _, folder, cell, _ = job.name.split("/")
+        runs.setdefault(folder, {}).setdefault(cell, []).append(job)
+
+    def curves(proxy: Proxy, seeds: slice) -> dict[str, list[tuple[float, float]]]:
+        """Returns (best perplexity, seconds) by cell and seed after the proxy's epochs, or at an earlier end."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for cell, of_cell in runs[proxy.folder].items():
+            for job in of_cell[seeds]:
+                rows = metrics.epochs(study.folder / job.name)[: proxy.epochs]
+                if rows and (len(rows) == proxy.epochs or job.is_done(study.folder)):
+                    found.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
+        return found
+
+    reference, found = study.reference(), []
+    for proxy in study.proxies():
+        apart = proxy.folder == reference.folder
+        short = curves(proxy, slice(0, None, 2) if apart else slice(None))
+        long = curves(reference, slice(1, None, 2) if apart else slice(None))
+        cells = [cell for cell in short if cell in long]
+        if len(cells) < 2:
+            continue
+        x, y = ([[ppl for ppl, _ in side[cell]] for cell in cells] for side in (short, long))
+        whole = mean(s for cell in cells for _, s in long[cell]) * study.args.full_epochs / reference.epochs
+        tau, rho = stats.agreement(stats.kendall, x, y), stats.agreement(stats.spearman, x, y)
+        every = [[ppl for ppl, _ in of_cell] for of_cell in curves(proxy, slice(None)).values()]
+        found.append({
+            "proxy": str(proxy), "epochs": proxy.epochs, "flags": proxy.flags,
+            "cost": mean(s for cell in cells for _, s in short[cell]) / whole,
+            "tau": [number(v) for v in tau], "rho": [number(v) for v in rho],
+            "seed_sd": number(stats.seed_spread(every)), "cell_sd": spread([mean(v) for v in every]),
+            "cells": len(cells),
+        })  # fmt: skip
+    found.sort(key=lambda row: row["cost"])
+    cheapest = next((row for row in found if (row["tau"][0] or 0) >= AGREES and (row["tau"][1] or 0) > 0), None)
+    for row in found:
+        row["recommended"] = row is cheapest
+    return found
+
+
+def cost(study: Study) -> list[dict[str, Any]]:
+    """Returns the device time of each stage, as if every trial had the cores or GPUs that the last trials had."""
+    saved = metrics.read_json(study.folder / SHARE) or {}
+    share = Resources(**{name: saved[name] for name in Resources._fields if metrics.is_number(saved.get(name))})
+    found = []
+    for stage in STAGES:
+        folders = [path.parent for path in sorted((study.folder / stage).glob("**/metrics.jsonl"))]
+        total = sum(map(metrics.seconds, folders))
+        found.append({"stage": stage, "runs": len(folders), f"{share.unit}_hours": total * share.devices / 3600})
+    return found
+
+
+def reasons(study: Study, outcome: str) -> dict[str, str]:
+    """Returns the reasons of the trials whose last outcome is "failed", or of the stages whose last is "stopped"."""
+    outcomes = ("failed", "done", "halved", "stopped", "over")
+    last = {event["trial"]: event for event in metrics.events(study.folder) if event["event"] in outcomes}
+    return {name: event["reason"] for name, event in last.items() if event["event"] == outcome}
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Returns the standard deviation, or None for fewer than two values."""
+    return stdev(values) if len(values) > 1 else None
+
+
+def number(value: float) -> float | None:
+    """Returns the value, or None for NaN, which JSON cannot represent."""
+    return None if math.isnan(value) else value

@@ -1,14 +1,17 @@
-"""Plots the short trainings of a study in the order in which they ended."""
+"""Plots the short trainings of a study: in the order in which they ended, and against what tells the cells apart."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiment import metrics
+from genotypes import parse
 from plots.run_history import LARGEST
 from plots.style import BLUE, GREEN, GREY, INK, RED, SERIES, PictureError, new_figure
+from study.features import features
 
 RANDOM = "random"
 RANDOM_LOOK = (GREEN, "^")  # (colour, marker) of the random cells, beside that of each method that searches
@@ -33,12 +36,7 @@ def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
     for name, average, look in (("best so far", min, "-"), ("median so far", median, "--")):
         curve = [average(values[:i]) for i in order]
         axes.step(order, curve, look, where="post", color=INK if average is min else GREY, linewidth=1.5, label=name)
-    of = [trial.partition("/")[0].rpartition("-")[0] for trial, _ in done]  # the method of each
-    searches = [method for method in dict.fromkeys(of) if method != RANDOM]
-    for i, method in enumerate([*searches, *[RANDOM] * (RANDOM in of)]):
-        colour, mark = RANDOM_LOOK if method == RANDOM else LOOKS[i % len(LOOKS)]
-        here = [(n, value) for n, name, value in zip(order, of, values, strict=True) if name == method]
-        axes.plot(*zip(*here, strict=True), mark, color=colour, markersize=7, label=method)
+    scatter(axes, [trial.partition("/")[0] for trial, _ in done], order, values)
     axes.set(xlabel="short trainings that ended", ylabel="validation perplexity, per word")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -50,3 +48,37 @@ def selection_figure(folder: Path) -> Figure:
     if done := selected(folder):
         return study_figure(done)
     raise PictureError(f"no short training of a study is done in {str(folder)!r}; python trials.py select makes some")
+
+
+def scatter(axes: Axes, cells: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
+    """Draws a point for each cell; `cells` has their names, such as "first-1", each of which begins with a method."""
+    methods = [cell.rpartition("-")[0] for cell in cells]
+    searches = sorted(set(methods) - {RANDOM}, key=methods.index)
+    for i, method in enumerate([*searches, *[RANDOM] * (RANDOM in methods)]):
+        colour, mark = RANDOM_LOOK if method == RANDOM else LOOKS[i % len(LOOKS)]
+        points = [(a, b) for name, a, b in zip(methods, x, y, strict=True) if name == method]
+        axes.plot(*zip(*points, strict=True), mark, color=colour, markersize=7, alpha=0.8, label=method)
+
+
+def cells_figure(folder: Path) -> Figure:
+    """Returns a figure of the cells' perplexities, early and at the end of their short trainings, against the feature
+    that is correlated most with them at the end. Raises `PictureError` if leaderboard.json has no such correlations."""
+    board = metrics.read_json(folder / "leaderboard.json") or {}
+    try:
+        rows = [row for row in board["features"] if row["rho"][0] is not None]
+        name = max((row for row in rows if row["cells"] == "all"), key=lambda row: (row["epochs"], abs(row["rho"][0])))
+        name = name["feature"]
+        cells = [(row["cell"], features(parse(row["genotype"]))[name], row["early"], row["select"])
+                 for row in board["cells"] if None not in (row["early"], row["select"])]  # fmt: skip
+        rho = {row["epochs"]: row["rho"][0] for row in rows if (row["cells"], row["feature"]) == ("all", name)}
+    except (KeyError, TypeError, ValueError) as error:
+        reason = "no correlations of the cells' features; python trials.py report --study makes them for five cells"
+        raise PictureError(f"{folder}: {reason}") from error
+    figure = new_figure(345)
+    labels, values, *perplexities = zip(*cells, strict=True)
+    for axes, (epochs, r), ppl in zip(figure.subplots(1, 2), sorted(rho.items()), perplexities, strict=False):
+        scatter(axes, labels, values, ppl)
+        axes.set(xlabel=f"{name} of the cell", ylabel="validation perplexity, per word")
+        axes.set_title(f"after {epochs} epoch{'s' if epochs > 1 else ''}: Spearman's rho {r:.2f}")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure

@@ -93,13 +93,25 @@ class Study:
         return Proxy(self.args.proxy_reference or self.args.full_epochs)
 
     def proxy(self) -> list[Job]:
-        a, found = self.args, []
-        # Epochs ascend within a folder and the reference is last, so the dict retains the longest training of each.
-        for proxy in {p.folder: p for p in (*self.proxies(), self.reference())}.values():
-            more = shlex.split(proxy.flags)
-            for arch in a.proxy_cells:
-                found += self.training(f"proxy/{proxy.folder}", label(arch), arch, proxy.epochs, a.proxy_seeds, *more)
-        return found
+        return self.short_trainings() + self.long_trainings()
+
+    def short_trainings(self) -> list[Job]:
+        """Returns the trainings by which the proxies rank their cells, with every second seed from the first."""
+        # Epochs ascend within a folder, so the dict retains the longest training of each.
+        return self.proxy_trainings({proxy.folder: proxy for proxy in self.proxies()}.values(), 0)
+
+    def long_trainings(self) -> list[Job]:
+        """Returns the trainings by which the reference ranks the same cells, with the other seeds."""
+        return self.proxy_trainings([self.reference()], 1)
+
+    def proxy_trainings(self, settings: Iterable[Proxy], first: int) -> list[Job]:
+        a = self.args
+        return [
+            job
+            for proxy in settings for after in range(first, a.proxy_seeds, 2) for arch in a.proxy_cells
+            for job in self.training(f"proxy/{proxy.folder}", label(arch), arch, proxy.epochs, 1,
+                                     *shlex.split(proxy.flags), after=after)
+        ]  # fmt: skip
 
     def search(self) -> list[Job]:
         a = self.args

@@ -50,13 +50,17 @@ def summary(study: Study) -> dict[str, Any]:
 
 
 def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
-    """Returns the record of one cell: mean and standard deviation over seeds of its validation perplexities."""
+    """Returns the record of one cell: mean and standard deviation over seeds of its validation perplexities, and its
+    `early` perplexity, the mean over seeds of the best after the first epochs of the short training."""
     short, full = study.select([cell]), study.retrain([cell])
+    begun = [metrics.epochs(study.folder / job.name)[: early_epochs(study)] for job in short]
+    complete = all(len(records) == early_epochs(study) for records in begun)
     selected, retrained = study.values(short), study.values(full)
     halved = [metrics.read_json(study.folder / job.name / "halved.json") for job in short]
     return {
         "cell": cell.label,
         "found_by": list(cell.found_by),
+        "early": mean(min(record["valid_ppl"] for record in records) for records in begun) if complete else None,
         "select": mean(selected) if selected else None,
         "select_sd": spread(selected),
         "select_n": len(selected),
@@ -111,26 +115,26 @@ def rival_draws(study: Study, method: str) -> float | None:
     return 1 + search / (training * study.args.select_seeds) if search and training else None
 
 
+def early_epochs(study: Study) -> int:
+    """Returns after how many epochs of a short training a cell's perplexity counts as early: the shortest proxy."""
+    return min((n for n in study.args.proxy_epochs if n < study.args.select_epochs), default=1)
+
+
 def feature_correlations(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
     """Returns how each feature of the cells is correlated with their perplexity early in the short training and at its
     end, over the random cells and over all. A group of fewer than `FEW_CELLS` cells is left out."""
-    early = min((n for n in study.args.proxy_epochs if n < study.args.select_epochs), default=1)
-    curves: dict[str, list[list[float]]] = {}
-    for job in study.select():
-        curve = [record["valid_ppl"] for record in metrics.epochs(study.folder / job.name)]
-        curves.setdefault(job.name.split("/")[1], []).append(curve)
-    known = [row for row in cells if row["select"] is not None and min(map(len, curves[row["cell"]])) >= early]
+    known = [row for row in cells if row["select"] is not None and row["early"] is not None]
+    times = ((early_epochs(study), "early"), (study.args.select_epochs, "select"))
     found = []
     for group in (RANDOM, "all"):
         members = [row for row in known if group == "all" or row["cell"].startswith(f"{RANDOM}-")]
         if len(members) < FEW_CELLS:
             continue
         described = [features(parse(row["genotype"])) for row in members]
-        begun = [mean(min(curve[:early]) for curve in curves[row["cell"]]) for row in members]
         for name in described[0]:
             values = [of_cell[name] for of_cell in described]
-            for epochs, ppl in ((early, begun), (study.args.select_epochs, [row["select"] for row in members])):
-                rho = [number(value) for value in stats.correlation(values, ppl)]
+            for epochs, time in times:
+                rho = [number(value) for value in stats.correlation(values, [row[time] for row in members])]
                 found.append({"feature": name, "cells": group, "n": len(members), "epochs": epochs, "rho": rho})
     return found
 
@@ -161,36 +165,30 @@ def baseline(study: Study, job: Job) -> dict[str, Any]:
 
 
 def proxies(study: Study) -> list[dict[str, Any]]:
-    """Returns how well each short training reproduces the ranking of the long training, cheapest first. A short
-    training of full size is the beginning of a long one, so it is read from the runs of every second seed and compared
-    with the long runs of the other seeds: no run is compared with itself. `cost` is relative to one full training."""
-    runs: dict[str, dict[str, list[Job]]] = {}  # The keys are folder and cell; a list has one job per seed.
-    for job in study.proxy():
-        _, folder, cell, _ = job.name.split("/")
-        runs.setdefault(folder, {}).setdefault(cell, []).append(job)
+    """Returns how well each short training reproduces the ranking of the long training, cheapest first. The short
+    trainings have every second seed and the long ones the others, so that no run is compared with itself and all short
+    trainings are judged by the same number of seeds. `cost` is relative to one full training."""
 
-    def curves(proxy: Proxy, seeds: slice) -> dict[str, list[tuple[float, float]]]:
+    def curves(proxy: Proxy, of: Sequence[Job]) -> dict[str, list[tuple[float, float]]]:
         """Returns (best perplexity, seconds) by cell and seed after the proxy's epochs, or at an earlier end."""
         found: dict[str, list[tuple[float, float]]] = {}
-        for cell, of_cell in runs[proxy.folder].items():
-            for job in of_cell[seeds]:
-                rows = metrics.epochs(study.folder / job.name)[: proxy.epochs]
-                if rows and (len(rows) == proxy.epochs or job.is_done(study.folder)):
-                    found.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
+        for job in of:
+            _, folder, cell, _ = job.name.split("/")
+            rows = metrics.epochs(study.folder / job.name)[: proxy.epochs]
+            if folder == proxy.folder and rows and (len(rows) == proxy.epochs or job.is_done(study.folder)):
+                found.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
         return found
 
     reference, found = study.reference(), []
     for proxy in study.proxies():
-        apart = proxy.folder == reference.folder
-        short = curves(proxy, slice(0, None, 2) if apart else slice(None))
-        long = curves(reference, slice(1, None, 2) if apart else slice(None))
+        short, long = curves(proxy, study.short_trainings()), curves(reference, study.long_trainings())
         cells = [cell for cell in short if cell in long]
         if len(cells) < 2:
             continue
         x, y = ([[ppl for ppl, _ in side[cell]] for cell in cells] for side in (short, long))
         whole = mean(s for cell in cells for _, s in long[cell]) * study.args.full_epochs / reference.epochs
         tau, rho = stats.agreement(stats.kendall, x, y), stats.agreement(stats.spearman, x, y)
-        every = [[ppl for ppl, _ in of_cell] for of_cell in curves(proxy, slice(None)).values()]
+        every = [[ppl for ppl, _ in of_cell] for of_cell in curves(proxy, study.proxy()).values()]
         found.append({
             "proxy": str(proxy), "epochs": proxy.epochs, "flags": proxy.flags,
             "cost": mean(s for cell in cells for _, s in short[cell]) / whole,

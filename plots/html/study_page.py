@@ -28,6 +28,9 @@ def study_page(folder: Path, link: Link) -> dict[str, Any]:
     if done := study_curves.selected(folder):
         note = "Every cell after its short training, in the order in which they ended."
         pictures.append(picture("selection", "The selection", note, study_curves.study_figure(done)))
+    with suppress(PictureError):  # The leaderboard may have too few cells.
+        note = "The feature of the cells that is correlated most with their perplexity."
+        pictures.append(picture("cells", "What tells cells apart", note, study_curves.cells_figure(folder)))
     histories = []
     retrained, baselines = (sorted(folder.glob(f"{stage}/*/*/metrics.jsonl")) for stage in ("retrain", "baseline"))
     for path in retrained + baselines:

@@ -106,3 +106,49 @@ def test_bootstrap_interval_covers_the_mean_about_as_often_as_its_level():
         _, low, high = stats.agreement(lambda x, y: float(np.mean(x)), sample, sample, seed, resamples=100)
         hits += low <= 0 <= high
     assert 75 <= hits <= 99
+
+
+@given(st.lists(st.floats(0, 1), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_holm_is_the_closed_test_of_bonferroni(p_values):
+    """A hypothesis is as credible as the most credible of all intersections with it, each tested by Bonferroni."""
+    tests = range(len(p_values))
+    subsets = [s for size in tests for s in combinations(tests, size + 1)]
+    expected = [max(min(1.0, len(s) * min(p_values[j] for j in s)) for s in subsets if i in s) for i in tests]
+    assert stats.holm(p_values) == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(-50, 50), min_size=1, max_size=7), st.integers(1, 9), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_expected_best_is_the_mean_minimum_over_all_subsets(sample, draws, part):
+    def of(k):
+        return np.mean([min(chosen) for chosen in combinations(sample, min(k, len(sample)))])
+
+    assert stats.expected_best(sample, draws) == pytest.approx(of(draws))
+    between = (1 - part) * of(draws) + part * of(draws + 1)
+    assert stats.expected_best(sample, draws + part) == pytest.approx(between)
+
+
+def test_share_below_counts_equal_values_half():
+    assert stats.share_below(2.0, [1.0, 2.0, 3.0, 4.0]) == 0.375
+
+
+def test_difference_from_the_rival_has_an_interval_that_excludes_0_only_for_a_better_method():
+    rng = np.random.default_rng(3)
+    drawn, better = rng.normal(10, 1, 16), rng.normal(7, 1, 8)
+    found = stats.minus_best(better.tolist(), drawn.tolist(), 2.0)
+    assert found.value == pytest.approx(better.mean() - stats.expected_best(drawn.tolist(), 2.0))
+    assert found.low < found.value < found.high < 0
+    same = stats.minus_best(drawn[:8].tolist(), drawn.tolist(), 1.0)
+    assert same.low < 0 < same.high
+
+
+def test_interval_of_a_correlation_narrows_with_the_sample_and_contains_it():
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=200)
+    y = x + rng.normal(size=200)
+    few, many = (stats.correlation(x[:n].tolist(), y[:n].tolist()) for n in (12, 200))
+    assert many.value == stats.spearman(x, y)
+    assert few.low < few.value < few.high
+    assert many.high - many.low < 0.5 * (few.high - few.low)
+    assert math.isnan(stats.correlation([1.0] * 5, list(range(5))).low)

@@ -288,6 +288,17 @@ def test_proxies_with_a_schedule_have_a_training_for_each_length(whole):
     assert found["proxy/schedule-cosine-2"][-4:-2] == ("--schedule", "cosine")
 
 
+def test_short_trainings_of_proxies_have_other_seeds_than_long_ones(whole):
+    args = arguments.build_parser().parse_args(
+        ["proxy", *flags("penn", whole), "--proxy_flags", "--emsize 4", "--proxy_seeds", "4"]
+    )
+    seeds = {}
+    for job in Study(whole, args).proxy():
+        epochs = job.flags[job.flags.index("--epochs") + 1]
+        seeds.setdefault((job.name.split("/")[1], epochs), set()).add(int(job.name.split("/")[3]))
+    assert seeds == {("full", "1"): {1, 3}, ("full", "2"): {2, 4}, ("emsize-4", "1"): {1, 3}}
+
+
 # --- Failures and budgets ---
 
 

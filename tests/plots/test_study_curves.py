@@ -1,0 +1,62 @@
+"""Tests that the pictures of a study have a point for each cell, at its values."""
+
+import json
+
+import pytest
+
+from genotypes import parse, random_genotype
+from plots.study_curves import cells_figure, study_figure
+from study.features import features
+from visualize import main
+
+
+@pytest.fixture
+def study(tmp_path):
+    cells = [
+        {"cell": f"{method}-{seed}", "genotype": str(random_genotype(seed)),
+         "early": 300.0 + seed, "select": 200.0 - seed}
+        for method, seeds in (("layer", range(1, 4)), ("random", range(4, 8))) for seed in seeds
+    ]  # fmt: skip
+    cells.append({"cell": "first-1", "genotype": str(random_genotype(9)), "early": None, "select": None})
+    rhos = {"width": (0.1, -0.3), "mean depth": (0.2, -0.8), "tanh": (None, None)}
+    found = [
+        {"feature": name, "cells": "all", "n": 7, "epochs": epochs, "rho": [rho, rho, rho]}
+        for name, pair in rhos.items() for epochs, rho in zip((3, 20), pair, strict=True)
+    ]  # fmt: skip
+    (tmp_path / "leaderboard.json").write_text(json.dumps({"cells": cells, "features": found}))
+    return tmp_path, cells
+
+
+def test_cells_are_drawn_against_the_feature_with_the_largest_correlation(study):
+    folder, cells = study
+    panels = cells_figure(folder).axes
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in panels] == [
+        "after 3 epochs: Spearman's rho 0.20", "after 20 epochs: Spearman's rho -0.80",
+    ]  # fmt: skip
+    for axes, time in zip(panels, ("early", "select"), strict=True):
+        assert axes.get_xlabel() == "mean depth of the cell"
+        points = {line.get_label(): sorted(zip(*line.get_data(), strict=True)) for line in axes.lines}
+        assert list(points) == ["layer", "random"]
+        for method, drawn in points.items():
+            mine = [cell for cell in cells if cell["cell"].startswith(method)]
+            assert drawn == sorted((features(parse(cell["genotype"]))["mean depth"], cell[time]) for cell in mine)
+
+
+def test_methods_of_a_selection_have_looks_of_their_own():
+    names = [f"{method}-1/1" for method in ("a", "b", "c", "d", "e", "f", "random")]
+    [axes] = study_figure([(name, 100.0 + i) for i, name in enumerate(names)]).axes
+    looks = {
+        line.get_label(): (line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() != "None"
+    }
+    assert list(looks) == ["a", "b", "c", "d", "e", "f", "random"]
+    assert len(set(looks.values())) == 7
+
+
+@pytest.mark.parametrize("text", [None, "{}", '{"cells": [], "features": []}', '{"cells": 3, "features": [{}]}'])
+def test_study_without_correlations_exits_2(text, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "leaderboard.json").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(["cells", str(tmp_path), "--out", str(tmp_path / "x.svg")])
+    assert end.value.code == 2
+    assert "no correlations of the cells' features" in capsys.readouterr().err

@@ -7,9 +7,10 @@ CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh
 python_with requirements-cluster.txt # SciPy, for the tests
 
+moves="--arch_lr 0.03 --arch_start 2"
+
 study() { # study TEXT FLAGS...: first the kind of search that is the default, with more seeds, then the others
   local run=(.venv/bin/python benchmarks/search_arms.py run --out "docs/signal/$1.jsonl" --data "$1" "${@:2}")
-  local moves="--arch_lr 0.03 --arch_start 2"
   "${run[@]}" --seeds 8 --cells DARTS DARTS_V1 --arm none-first="--norm none $moves"
   "${run[@]}" --seeds 4 \
     --arm layer-first="--norm layer $moves" \
@@ -17,9 +18,13 @@ study() { # study TEXT FLAGS...: first the kind of search that is the default, w
     --arm none-unrolled="--norm none --unrolled $moves" \
     --arm layer-unrolled="--norm layer --unrolled $moves" \
     --arm batch-unrolled="--norm batch --unrolled $moves" \
+    --arm none-first-slow="--norm none --arch_lr 0.003 --arch_start 2"
+}
+
+more_arms() { # what the defaults change beside norm, order and rate, and the published settings; takes study's arguments
+  .venv/bin/python benchmarks/search_arms.py run --out "docs/signal/$1.jsonl" --data "$1" "${@:2}" --seeds 4 \
     --arm none-first-last="--norm none --arch_lr 0.03 --arch_start 2 --derive_from last" \
     --arm none-first-early="--norm none --arch_lr 0.03 --arch_start 0" \
-    --arm none-first-slow="--norm none --arch_lr 0.003 --arch_start 2" \
     --arm published="--norm batch --unrolled --arch_lr 0.003 --arch_start 0 --init_range 0.04 --derive_from last"
 }
 
@@ -51,7 +56,10 @@ lengths() { # longer searches, and the cells that they had after fewer epochs
 (($#)) || set -- builtin penn rates diagnosis published_sizes lengths
 for text in "$@"; do
   case $text in
-    builtin) study builtin --train_epochs 8 --search_flags "--search_split train --epochs 4 --diagnose_every 40" ;;
+    builtin)
+      for arms in study more_arms; do
+        "$arms" builtin --train_epochs 8 --search_flags "--search_split train --epochs 4 --diagnose_every 40"
+      done ;;
     penn) study penn --train_epochs 6 --train_flags "--limit_tokens 300000" \
       --search_flags "--search_split train --limit_tokens 300000 --epochs 3 --arch_batch_size 64 --diagnose_every 100" ;;
     rates | lengths) "$text" ;;

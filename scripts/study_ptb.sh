@@ -1,17 +1,30 @@
 #!/usr/bin/env bash
-# The study of docs/study.md: three searches by either order against six random cells, on a sixth of Penn Treebank.
-# Extra flags are passed on: scripts/study_ptb.sh --dry_run; to resume: scripts/study_ptb.sh --resume --study DIR
-# Cost: 1 to 2 hours on 2 CPU cores. Penn Treebank is downloaded if missing.
+# The study of docs/study.md: five methods of searching against random cells, on the first 300,000 tokens of Penn Treebank.
+#   scripts/study_ptb.sh                    every stage that docs/study/penn-64 lacks: about 12 hours on 2 CPU cores
+#   scripts/study_ptb.sh proxy --dry_run    one stage; further flags are those of trials.py
+#   WIDTH=128 scripts/study_ptb.sh proxy    which short training is a good judge at 128 hidden units: 7 hours
+# It may be stopped at any time; each trial adds a line to trials.jsonl as it ends. Penn Treebank is downloaded if missing.
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh
 python_with requirements-cluster.txt
-sizes="--emsize 64 --dropout 0.3 --dropoutx 0.2 --dropouth 0.1 --dropouti 0.1 --dropoute 0 --limit_tokens 150000"
-sizes+=" --log_interval 500 --device cpu --init_range 0.04"
-exec .venv/bin/python trials.py run --data penn \
-  --train_flags "$sizes --batch_size 20" \
-  --search_flags "$sizes --batch_size 32 --lr 10 --norm batch --arch_lr 0.003 --arch_start 0 --derive_from last" \
-  --baselines DARTS LSTM --full_epochs 12 \
-  --proxy_cells DARTS_V1 DARTS_V2 ENAS random:1000 random:1001 random:1002 \
-  --proxy_epochs 1 2 4 --proxy_reference 6 --proxy_seeds 2 \
-  --methods first unrolled random --seeds 3 --search_epochs 4 --select_epochs 6 --top 2 "$@"
+stage=${1:-run}
+study=docs/study/penn-${WIDTH:-64}
+if [ -e "$study/study.json" ]; then
+  exec .venv/bin/python trials.py "$stage" --resume --study "$study" "${@:2}"
+fi
+sizes="--emsize ${WIDTH:-64} --batch_size 32 --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0"
+sizes+=" --limit_tokens 300000 --device cpu"
+moves="--arch_lr 0.03 --arch_start 2"
+tanh8="Genotype(recurrent=[('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0),"
+tanh8+=" ('tanh', 0)], concat=[1, 2, 3, 4, 5, 6, 7, 8])"
+exec .venv/bin/python trials.py "$stage" --study "$study" --data penn --gpus_per_trial 0 \
+  --train_flags "$sizes --precision bf16 --log_interval 100" \
+  --baselines DARTS DARTS_V1 LSTM --full_epochs 60 \
+  --proxy_cells DARTS DARTS_V1 "$tanh8" random:{101..109} --proxy_epochs 3 6 12 20 --proxy_reference 60 \
+  --methods none-first="--norm none $moves" \
+  batch-first="--norm batch $moves" batch-unrolled="--norm batch --unrolled $moves" \
+  layer-first="--norm layer $moves" layer-unrolled="--norm layer --unrolled $moves" random \
+  --seeds 8 --random_cells 16 --search_epochs 3 \
+  --search_flags "$sizes --arch_batch_size 64 --log_interval 20 --diagnose_every 100" \
+  --select_epochs 20 "${@:2}"

@@ -28,13 +28,15 @@ GROWING_FLAGS = {"methods", "seeds", "random_cells", "baselines", "proxy_cells",
 
 
 def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
-    """Reads study.json, which holds the flags of a study that has begun and the checksums of its text. Ends the script
-    with an error message if the file is damaged or has other flags than this version."""
+    """Reads study.json, which holds the flags of a study that has begun and the checksums of its text; a flag that is
+    younger than the study has its default. Ends the script with an error message if the file is damaged or has a flag
+    that this version does not have."""
     found = metrics.read_json(folder / CONFIG) or {}
     flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in EPHEMERAL_FLAGS}
-    complete = isinstance(flags, dict) and flags.keys() == actions.keys() and "sha256" in found
-    if not complete or not all(fits(actions[name], flags[name]) for name in flags):
+    known = isinstance(flags, dict) and flags.keys() <= actions.keys() and "sha256" in found
+    if not known or not all(fits(actions[name], flags[name]) for name in flags):
         parser.refuse([f"--study: {folder / CONFIG} is damaged or of an earlier version; start another study"])
+    found["flags"] = {**{name: action.default for name, action in actions.items()}, **flags}
     return found
 
 

@@ -547,6 +547,15 @@ def test_damaged_study_json_exits_2(whole, tmp_path, capsys):
         assert "study.json is damaged" in capsys.readouterr().err
 
 
+def test_flag_that_is_younger_than_the_study_has_its_default(whole, tmp_path, serial):
+    folder = move(whole, tmp_path / "study")
+    config = json.loads((folder / "study.json").read_text())
+    assert config["flags"].pop("converged") == 0
+    (folder / "study.json").write_text(json.dumps(config))
+    assert trials.main(["report", "--study", str(folder)]) == 0
+    assert read_leaderboard(folder) == read_leaderboard(whole)
+
+
 def test_missing_ray_exits_1_with_an_install_hint(corpus, tmp_path):
     code = (
         "import sys; sys.modules['ray'] = None; import trials; from experiment.signals import run_script; "

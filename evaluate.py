@@ -11,10 +11,10 @@ import sys
 
 import torch
 
+from experiment import arguments, signals
 from data import read_split
 from engine.dropout import DropoutRates
 from engine.reference import NORMS
-from experiment import arguments, signals
 from experiment.checkpoint import UNREADABLE, CheckpointError, load
 from experiment.validate_arguments import device_faults
 from genotypes import cell_from_json

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiment import checkpoint, signals, startup
 from architect import Architect
 from engine import Engine
 from engine.dropout import FrozenReLU
-from experiment import checkpoint, signals, startup
 from experiment.experiment import Experiment, TrainingState
 from experiment.search_arguments import build_parser, eval_batch_sizes, texts_to_read
 from genotypes import Genotype, from_json, to_json

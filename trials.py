@@ -13,8 +13,8 @@ from argparse import Namespace
 from pathlib import Path
 from tempfile import mkdtemp
 
-import data
 from experiment import arguments, signals
+from data import Corpus, load_corpus
 from experiment.lock import Locked
 from experiment.run_directory import Run, new_folder
 from experiment.validate_arguments import holds_work
@@ -28,7 +28,7 @@ from utils import DataError, RunError
 INSTALL = "trials.py needs Ray, SciPy and rich: pip install -r requirements-cluster.txt"
 
 
-def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, data.Corpus | None, Run]:
+def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Namespace, Corpus | None, Run]:
     """Returns the flags, the corpus (None for a report) and the directory of a new or resumed study. Ends the script
     with one line for each fault if the flags or the corpus cannot be used."""
     args, config = parser.parse_args(argv), None
@@ -53,7 +53,7 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
     corpus = None
     if stages and not found:  # A report needs no text.
         try:
-            corpus = data.load_corpus(args.data)
+            corpus = load_corpus(args.data)
         except DataError as error:
             parser.refuse(error.faults)
         found = job_faults(study, stages, corpus)

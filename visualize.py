@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import experiment  # noqa: F401 - refuses a system that is not supported
 from genotypes import GenotypeError, resolve
 from plots.animation import draw_formation
 from plots.cell_graph import cell_dot, cell_figure
@@ -122,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         command.error(f"cannot write {args.out or error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         return 130
-    print(f"wrote {out}")
+    letters = sys.stdout.encoding or "utf-8"
+    print(f"wrote {out}".encode(letters, "backslashreplace").decode(letters))  # The terminal may not have all letters.
     return 0
 
 

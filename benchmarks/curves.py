@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from step import BETA, UPDATE, search_parts
 
+from experiment import signals
 from data import load_corpus
 from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU
-from experiment import signals
 from model_search import RNNModelSearch
 from training.losses import Batch, clipped_gradient, losses
 from utils import Cursor, batchify

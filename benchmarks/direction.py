@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hessian import Agreement
 
-from architect import Architect
 from experiment import signals
+from architect import Architect
 from genotypes import PRIMITIVES
 from training.diagnostics import cosine
 

@@ -23,11 +23,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiment import checkpoint, signals
 from architect import RADIUS, Architect, Product, WeightUpdate
 from data import load_corpus
 from engine import PRECISIONS, Engine
 from engine.dropout import DropoutRates, FrozenReLU
-from experiment import checkpoint, signals
 from experiment.search_arguments import search_texts
 from model_search import RNNModelSearch
 from training.losses import Batch, MicroBatches

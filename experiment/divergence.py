@@ -58,12 +58,14 @@ class DivergenceMonitor:
         if not math.isfinite(loss) or loss > max(SPIKE_FACTOR * self.mean.item(), self.even):
             raise Diverged(f"the loss is {loss:.4g} with the weights of the last step")
 
-    def count(self, fault: Diverged, step: int) -> int:
-        """Returns the number of the next rollback; raises RunError if that is more than `MAX_ROLLBACKS`."""
+    def count(self, fault: Diverged, step: int, lr: float, optimizer: str) -> int:
+        """Returns the number of the next rollback; raises RunError if that is more than `MAX_ROLLBACKS`. The error
+        names the rate `lr` that the run began with and its optimizer."""
         if self.rollbacks >= MAX_ROLLBACKS:
             raise RunError(
                 f"the run has diverged at step {step} after {MAX_ROLLBACKS} rollbacks to an earlier checkpoint:"
-                f" {fault}; start again with a lower --lr or a lower --clip"
+                f" {fault}; start again with an --lr below the {lr:g} of this"
+                f" {optimizer} run, or a lower --clip"
             )
         return self.rollbacks + 1
 

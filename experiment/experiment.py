@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiment import arguments, checkpoint, resume, startup
 from architect import WeightUpdate
 from engine import Engine
 from engine.dropout import DropoutRates
 from engine.matmul import matmul_precision
-from experiment import arguments, checkpoint, resume, startup
 from experiment.distributed import Distributed
 from experiment.divergence import BACKOFF, DivergenceMonitor
 from experiment.progress import Progress
@@ -281,7 +281,7 @@ class Experiment:
         try:
             yield
         except Diverged as fault:
-            attempt = self.monitor.count(fault, self.progress.step)
+            attempt = self.monitor.count(fault, self.progress.step, self.args.lr, self.args.optimizer)
             saved = self.ranks.broadcast_from_main(lambda: checkpoint.load_last(self.run.folder)[0])
             self.load_state_dict(state, saved)
             self.monitor.rollbacks = attempt

@@ -4,8 +4,8 @@ from argparse import Namespace
 
 import torch
 
-from data import Corpus
 from experiment import arguments
+from data import Corpus
 from training.evaluation import TEST_BATCH_SIZE, VALID_BATCH_SIZE
 from training.optimizers import OPTIMIZERS
 

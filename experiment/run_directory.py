@@ -118,7 +118,7 @@ class Run:
         path = self.folder / name
         try:
             with atomic_write(path) as file:
-                file.write(text.encode())
+                file.write(text.encode(errors="surrogateescape"))
         except OSError as error:
             raise with_filename(error, path) from error
 
@@ -143,7 +143,7 @@ class NullRun(Run):
 def append(path: Path, text: str) -> None:
     """Appends text to a file and flushes it to the disk. Raises OSError that names the file."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:  # a path may be no UTF-8
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -4,10 +4,10 @@ from argparse import Namespace
 
 import torch
 
+from experiment import arguments
 from architect import RADIUS
 from data import Corpus
 from engine.reference import NORMS
-from experiment import arguments
 from genotypes import STEPS
 from training.evaluation import TEST_BATCH_SIZE, VALID_BATCH_SIZE
 from training.optimizers import OPTIMIZERS

@@ -11,11 +11,11 @@ from helpers import SIZES, outcome, read_records
 
 import train
 import train_search
+from experiment import arguments, checkpoint
 from architect import Architect
 from data import load_corpus
 from engine.dropout import DropoutRates
 from engine.reference import NORMS
-from experiment import arguments, checkpoint
 from genotypes import from_json
 from model_search import RNNModelSearch, derive
 from training import evaluation

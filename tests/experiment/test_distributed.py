@@ -13,8 +13,8 @@ from gradients import B, gradients
 from helpers import ROOT, SIZES, finish, outcome, read_records, wait_for
 
 import train
-from engine.reference import NORMS
 from experiment import checkpoint
+from engine.reference import NORMS
 from experiment.distributed import Distributed
 from experiment.validate_arguments import rank_faults
 

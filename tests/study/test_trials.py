@@ -18,8 +18,8 @@ from helpers import ROOT, wait_for, write_corpus
 import train
 import train_search
 import trials
-from data import load_corpus
 from experiment import metrics, startup, validate_arguments
+from data import load_corpus
 from experiment.metrics import EVENTS, events
 from genotypes import random_genotype
 from study import arguments, cost, ray_backend, summary

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_search
+from experiment import checkpoint, progress
 from architect import Architect, WeightUpdate
 from engine.dropout import DropoutRates
 from engine.reference import NORMS
-from experiment import checkpoint, progress
 from experiment.run_directory import Run
 from genotypes import Genotype, random_genotype
 from model_search import derive

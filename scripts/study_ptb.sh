@@ -18,10 +18,11 @@ sizes+=" --limit_tokens 300000 --device cpu"
 moves="--arch_lr 0.03 --arch_start 2"
 tanh8="Genotype(recurrent=[('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0),"
 tanh8+=" ('tanh', 0)], concat=[1, 2, 3, 4, 5, 6, 7, 8])"
+identity8=${tanh8//tanh/identity}
 exec .venv/bin/python trials.py "$stage" --study "$study" --data penn --gpus_per_trial 0 \
   --train_flags "$sizes --precision bf16 --log_interval 100" \
   --baselines DARTS DARTS_V1 LSTM --full_epochs 60 \
-  --proxy_cells DARTS DARTS_V1 "$tanh8" random:{101..109} --proxy_epochs 3 6 12 20 --proxy_reference 60 \
+  --proxy_cells DARTS DARTS_V1 "$tanh8" "$identity8" random:{101..108} --proxy_epochs 3 6 12 20 --proxy_reference 60 \
   --methods none-first="--norm none $moves" \
   batch-first="--norm batch $moves" batch-unrolled="--norm batch --unrolled $moves" \
   layer-first="--norm layer $moves" layer-unrolled="--norm layer --unrolled $moves" random \

@@ -164,10 +164,10 @@ def test_evaluate_uses_the_checkpoint_vocabulary_on_another_corpus(trained, tmp_
     assert "vocabulary" in done.stderr
 
 
-RESUMED = [  # test_crash.py tests runs with other flags
+RESUMED = [  # test_crash.py tests runs with other flags, and with compiled kernels, which take long to load
     (
         "train_search.py",
-        ["--unrolled", "--search_split", "train", "--batch_size", 8, "--small_batch_size", 4, "--arch_start", 1],
+        "--unrolled --search_split train --batch_size 8 --small_batch_size 4 --arch_start 1 --engine eager".split(),
     ),
     ("train.py", ["--arch", "ENAS", "--nonmono", 9]),  # no epoch reaches the switch to averaging
 ]

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
+import download
 import utils
 
 # The numbers of tokens by split, and of types, are from the table of Mikolov et al. 2010 with <eos> and from that of
@@ -44,7 +45,9 @@ def words_of(corpus: data.Corpus, split: str) -> list[str]:
 
 def same_corpus(a: data.Corpus, b: data.Corpus) -> bool:
     ids = all(getattr(a, split).equal(getattr(b, split)) for split in data.SPLITS)
-    return ids and (a.name, a.words, a.unknown, a.sha256) == (b.name, b.words, b.unknown, b.sha256)
+    unknown = all(a.unknown[split].equal(b.unknown[split]) for split in data.SPLITS)
+    rest = [(c.name, c.words, c.written_eos, c.sha256) for c in (a, b)]
+    return ids and unknown and rest[0] == rest[1]
 
 
 def reference_tokens(path: Path) -> list[str]:
@@ -80,7 +83,7 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_real_corpus_has_the_published_counts(real):
     counts = [len(getattr(real.corpus, split)) for split in data.SPLITS]
     assert (*counts, len(real.corpus.words)) == PUBLISHED[real.name]
-    assert real.corpus.unknown == {}
+    assert not any(map(len, real.corpus.unknown.values())) and set(real.corpus.written_eos.values()) == {0}
 
 
 def test_real_corpus_is_the_files_word_for_word(real):
@@ -117,8 +120,8 @@ def test_real_corpus_with_one_changed_byte_is_refused(real, tmp_path):
 
 
 def test_read_split_of_a_real_corpus_matches_the_corpus(real):
-    ids, _ = data.read_split(real.name, "valid", real.corpus.words, real.root)
-    assert ids.dtype == torch.int64 and ids.equal(real.corpus.valid)
+    ids, unknown, _ = data.read_split(real.name, "valid", real.corpus.words, real.root)
+    assert ids.dtype == torch.int64 and ids.equal(real.corpus.valid) and not unknown.any()
 
 
 # --- a folder ---
@@ -144,7 +147,13 @@ def test_unknown_words_become_unk_and_are_counted(tmp_path):
     folder = write_folder(tmp_path, train="a b\n", valid="a x x\n", test="y b x\n")
     corpus = data.load_corpus(str(folder))
     assert corpus.words == ["a", "b", "<eos>", "<unk>"]
-    assert corpus.unknown == {"x": 3, "y": 1}
+    assert {split: at.tolist() for split, at in corpus.unknown.items()} == {
+        "train": [],
+        "valid": [1, 2],
+        "test": [0, 2],
+    }
+    assert corpus.is_unknown("valid").tolist() == [False, True, True, False]
+    assert corpus.unknown_share("test") == 0.5
     assert words_of(corpus, "valid") == ["a", "<unk>", "<unk>", "<eos>"]
     assert words_of(corpus, "test") == ["<unk>", "b", "<unk>", "<eos>"]
 
@@ -153,7 +162,8 @@ def test_unk_of_the_train_text_is_reused(tmp_path):
     folder = write_folder(tmp_path, train="<unk> b\n", valid="x\n", test="b <unk>\n")
     corpus = data.load_corpus(str(folder))
     assert corpus.words == ["<unk>", "b", "<eos>"]
-    assert corpus.valid.tolist() == [0, 2] and corpus.unknown == {"x": 1}
+    assert corpus.valid.tolist() == [0, 2] and corpus.unknown["valid"].tolist() == [0]
+    assert corpus.unknown["test"].tolist() == []  # <unk> is written there
 
 
 def test_no_unk_is_added_without_unknown_words(tmp_path):
@@ -212,10 +222,11 @@ def test_unknown_corpus_name_lists_the_choices(name):
 
 
 @pytest.fixture
-def cached(tmp_path) -> SimpleNamespace:
+def cached(tmp_path, monkeypatch) -> SimpleNamespace:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_folder(tmp_path / "mine", train="a b c\n" * 3000, valid="a x\n", test="y c\n")
     corpus = data.load_corpus(str(folder))
-    (path,) = folder.glob("*.npz")
+    (path,) = (tmp_path / "cache" / data.CACHES).iterdir()
     return SimpleNamespace(name=str(folder), folder=folder, corpus=corpus, path=path)
 
 
@@ -252,7 +263,7 @@ def test_damaged_cache_is_rebuilt(cached, damage):
         cached.path.write_bytes(raw.replace(b"(12000,)", b"(10000,)", 1))
     else:
         if damage == "missing":
-            del arrays["counts"]
+            del arrays["written_eos"]
         elif damage == "range":
             arrays["test"][0] = -1
         else:
@@ -355,13 +366,13 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
 
-def source_at(server: ThreadingHTTPServer, kind: str) -> data.Source:
+def source_at(server: ThreadingHTTPServer, kind: str) -> download.Source:
     url = f"http://127.0.0.1:{server.server_address[1]}/{kind}"
-    return data.Source(url, hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
+    return download.Source(url, hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
 
 
 def test_download_writes_only_the_requested_file(server, tmp_path, capsys):
-    data.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
+    download.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
     assert [path.name for path in (tmp_path / "penn").iterdir()] == ["train.txt"]
     assert (tmp_path / "penn" / "train.txt").read_bytes() == CONTENT
     assert capsys.readouterr().err == ""  # There is no progress bar without a terminal.
@@ -372,10 +383,10 @@ BAD = ["tampered", "truncated", "long", "endless", "gone", "closes", "resets", "
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_download_leaves_no_file_and_suggests_a_remedy(server, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(data, "TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
     source = source_at(server, kind)
     with pytest.raises(data.DataError) as caught:
-        data.download(source, tmp_path / "train.txt")
+        download.download(source, tmp_path / "train.txt")
     (error,) = caught.value.faults
     assert "\n" not in error
     assert all(part in error for part in (str(tmp_path / "train.txt"), source.url, "--data builtin"))
@@ -385,14 +396,14 @@ def test_bad_download_leaves_no_file_and_suggests_a_remedy(server, tmp_path, mon
 def test_download_stops_reading_at_the_expected_size(server, tmp_path):
     server.overruns.clear()
     with pytest.raises(data.DataError):
-        data.download(source_at(server, "endless"), tmp_path / "train.txt")
+        download.download(source_at(server, "endless"), tmp_path / "train.txt")
     assert server.overruns == []
 
 
 def test_bad_download_does_not_replace_an_existing_file(server, tmp_path):
     (tmp_path / "train.txt").write_text("mine")
     with pytest.raises(data.DataError):
-        data.download(source_at(server, "closes"), tmp_path / "train.txt")
+        download.download(source_at(server, "closes"), tmp_path / "train.txt")
     assert (tmp_path / "train.txt").read_text() == "mine"
 
 
@@ -402,14 +413,14 @@ def test_interrupted_download_leaves_no_file(server, tmp_path, monkeypatch):
 
     monkeypatch.setattr(utils.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        data.download(source_at(server, "good"), tmp_path / "train.txt")
+        download.download(source_at(server, "good"), tmp_path / "train.txt")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_download_to_an_unwritable_path_is_an_error(server, tmp_path):
     (tmp_path / "penn").write_text("a file where the folder should be")
     with pytest.raises(data.DataError, match="download failed"):
-        data.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
+        download.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
 
 
 @pytest.fixture
@@ -434,7 +445,7 @@ def test_download_without_network_names_every_missing_file(tmp_path, monkeypatch
     with socket.socket() as unused:  # The port is bound but nobody listens, so connections are refused.
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
-        sources = {split: data.Source(url + split, "0" * 64, 10) for split in data.SPLITS}
+        sources = {split: download.Source(url + split, "0" * 64, 10) for split in data.SPLITS}
         monkeypatch.setitem(data.CORPORA, "penn", sources)
         with pytest.raises(data.DataError) as caught:
             data.load_corpus("penn", tmp_path)
@@ -483,15 +494,14 @@ def test_builtin_vocabulary_has_words_with_3_occurrences_in_train(builtin):
 
 
 def test_builtin_counts_unknown_words_of_valid_and_test(builtin):
-    replaced = sum(words_of(builtin, split).count("<unk>") for split in ("valid", "test"))
-    assert sum(builtin.unknown.values()) == replaced > 0
-    assert not set(builtin.unknown) & set(builtin.words)
+    for split in data.SPLITS:
+        assert len(builtin.unknown[split]) == words_of(builtin, split).count("<unk>") > 0
 
 
 @pytest.mark.parametrize("split", data.SPLITS)
 def test_read_split_of_builtin_matches_the_corpus(builtin, split):
-    ids, sha256 = data.read_split("builtin", split, builtin.words)
-    assert ids.equal(getattr(builtin, split))
+    ids, unknown, sha256 = data.read_split("builtin", split, builtin.words)
+    assert ids.equal(getattr(builtin, split)) and unknown.equal(builtin.is_unknown(split))
     assert sha256 == builtin.sha256[split]
 
 

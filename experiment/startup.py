@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 import data
+from engine.linear_cross_entropy import CHUNK
 from experiment import arguments, checkpoint, validate_arguments
 from experiment.distributed import Distributed
 from experiment.lock import Locked
@@ -32,6 +33,7 @@ from utils import DataError, RunError
 # Maps the name of each text that a script reads to its word ids (n,) and the batch size that they are cut into.
 Texts = dict[str, tuple[Tensor, int]]
 TextsToRead = Callable[[data.Corpus, Namespace], Texts]
+MANY_WORDS = 50_000  # From so many word types on, a line says what they need in memory.
 Started = tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]
 
 
@@ -108,6 +110,8 @@ def start_on_main_rank(
         if run is not None:
             run.release()
         parser.refuse(found)
+    if len(corpus.words) > MANY_WORDS:
+        print(f"{parser.prog}: {vocabulary_note(args, len(corpus.words))}", file=sys.stderr)
     return args, corpus, run, saved
 
 
@@ -162,6 +166,30 @@ def memory_explained(args: Namespace) -> Iterator[None]:
             f"out of memory with --emsize {args.emsize}, --bptt {args.bptt} and {batch_size} of the {args.batch_size}"
             f" batch elements at a time; {advice} (a new run), or --resume where more memory is free"
         ) from error
+
+
+def vocabulary_memory(args: Namespace, words: int) -> float:
+    """Returns about how many bytes a run needs for a vocabulary of `words` word types, beside the program itself.
+
+    The embedding has a gradient, an average or moments, and a copy while it is saved. The logits of a chunk of words
+    have their softmax and gradient beside them: five tensors at a peak, measured with 300,000 types on a CPU. The fused
+    engine takes one time step as a chunk if it is larger than CHUNK, and the eager one a whole segment.
+    """
+    step = 4 * args.small_batch_size * words
+    longest = args.bptt + (args.max_seq_len_delta if args.bptt_std else 0)
+    chunk = max(step, CHUNK) if args.engine == "fused" else longest * step
+    copies = {"adam": 5, "adamw": 5, "sgd": 3}.get(args.optimizer, 4)
+    return copies * 4 * words * args.emsize + 5 * chunk
+
+
+def vocabulary_note(args: Namespace, words: int) -> str:
+    """Returns a line on the memory that a large vocabulary needs, and on a flag with which it needs less."""
+    needed, less = (vocabulary_memory(args, n) / 1e9 for n in (words, MANY_WORDS))
+    return (
+        f"note: {words:,} word types need about {needed:.1f} GB of memory with --emsize {args.emsize}"
+        f" --small_batch_size {args.small_batch_size} --engine {args.engine};"
+        f" --vocab_size {MANY_WORDS} needs {less:.1f} GB"
+    )
 
 
 def length_faults(args: Namespace, texts: Texts) -> list[str]:

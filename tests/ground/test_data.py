@@ -218,7 +218,115 @@ def test_unknown_corpus_name_lists_the_choices(name):
     assert all(choice in str(caught.value) for choice in (name, "penn", "wikitext-2", "builtin", "folder"))
 
 
+# --- the vocabulary ---
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "b", "c", "d", "<unk>"]), max_size=6), min_size=1, max_size=8),
+    st.integers(1, 4), st.sampled_from([0, 3, 4, 5, 9]),
+)  # fmt: skip
+def test_vocabulary_has_the_most_frequent_words_of_train(lines, min_count, vocab_size):
+    text = "\n".join(map(" ".join, lines)) + "\n"
+    read = list(data.tokens(text))
+    texts = {"train": text, "valid": "a z\n", "test": "b\n"}
+    ordinary = [w for w in dict.fromkeys(read) if read.count(w) >= min_count and w not in ("<eos>", "<unk>")]
+    if not ordinary:
+        with pytest.raises(data.DataError, match="--min_count"):
+            data._index("x", texts, {}, min_count, vocab_size)
+        return
+    words = data._index("x", texts, {}, min_count, vocab_size).words
+    places = vocab_size - 2 if vocab_size else len(ordinary)
+    expected = sorted(ordinary, key=lambda word: (-read.count(word), read.index(word)))[:places]
+    assert set(words) == {*expected, "<eos>", "<unk>"}  # z is unknown
+    known = words if words[-1] != "<unk>" else words[:-1]
+    assert known == sorted(known, key=read.index)
+
+
+def test_text_of_one_line_keeps_its_eos(tmp_path):
+    texts = {"train": "a b a b c", "valid": "a c", "test": "b"}
+    corpus = data.load_corpus(str(write_folder(tmp_path, **texts)), min_count=2)
+    assert corpus.words == ["a", "b", "<eos>", "<unk>"]
+    assert corpus.train.tolist() == [0, 1, 0, 1, 3, 2] and corpus.unknown["train"].tolist() == [4]
+
+
+def test_vocab_size_that_fits_changes_nothing(tmp_path):
+    folder = str(write_folder(tmp_path, **TEXTS))
+    assert same_corpus(data.load_corpus(folder, vocab_size=7), data.load_corpus(folder))  # six words and no <unk>
+    assert len(data.load_corpus(folder, vocab_size=6).words) == 6
+
+
+def test_min_count_of_builtin_is_3_unless_it_is_given(builtin):
+    assert same_corpus(data.load_corpus("builtin", min_count=3), builtin)
+    assert len(data.load_corpus("builtin", min_count=1).words) > len(builtin.words)
+
+
+def test_cache_of_another_vocabulary_is_not_used(tmp_path):
+    folder = str(write_folder(tmp_path, train="a a b b c\n", valid="a c\n", test="b\n"))
+    sizes = [(1, 0), (2, 0), (1, 4), (2, 3)]
+    for _ in range(2):
+        found = [data.load_corpus(folder, min_count=m, vocab_size=v).words for m, v in sizes]
+        assert found == [["a", "b", "c", "<eos>"], ["a", "b", "<eos>", "<unk>"], ["a", "b", "<eos>", "<unk>"],
+                         ["a", "<eos>", "<unk>"]]  # fmt: skip
+
+
+# --- encodings ---
+
+
+def test_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
+    marked = {split: b"\xef\xbb\xbf" + text.encode() for split, text in TEXTS.items()}
+    corpus = data.load_corpus(str(write_folder(tmp_path / "marked", **marked)))
+    plain = data.load_corpus(str(write_folder(tmp_path / "plain", **TEXTS)))
+    assert corpus.words == plain.words and corpus.train.equal(plain.train)
+    assert data.read_split(str(tmp_path / "marked"), "test", plain.words)[0].equal(plain.test)
+    with pytest.raises(data.DataError, match=r"train\.txt: empty"):
+        data.load_corpus(str(write_folder(tmp_path / "marked", train=b"\xef\xbb\xbf\n")))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32"])
+def test_other_encodings_and_nul_bytes_are_refused(tmp_path, encoding):
+    folder = write_folder(tmp_path, **{split: text.encode(encoding) for split, text in TEXTS.items()})
+    with pytest.raises(data.DataError) as caught:
+        data.load_corpus(str(folder))
+    assert len(caught.value.faults) == 3
+    assert all("not UTF-8 at line 1, byte" in fault and "iconv" in fault for fault in caught.value.faults)
+    write_folder(tmp_path, **TEXTS | {"valid": "good\nthe c\0at\n"})
+    with pytest.raises(data.DataError, match=r"valid\.txt: not UTF-8 at line 2, byte 10 .* NUL"):
+        data.load_corpus(str(folder))
+
+
 # --- the cache ---
+
+
+def test_cache_is_written_under_the_root_alone_and_through_no_link(tmp_path, monkeypatch):
+    root, mine, shared = tmp_path / "corpora", tmp_path / "mine", tmp_path / "shared"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for folder in (root / "own", mine, shared):
+        write_folder(folder, **TEXTS)
+    (root / "link").symlink_to(shared)
+    (tmp_path / "linked").symlink_to(root)
+
+    def caches(folder: Path) -> int:
+        return len(list(folder.glob("*.npz")))
+
+    data.load_corpus(str(root / "own"), root)
+    assert caches(root / "own") == 1 and not (tmp_path / "cache").exists()
+    for folder, from_root in ((mine, root), (root / "link", root), (tmp_path / "linked" / "own", tmp_path / "linked")):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        first = data.load_corpus(str(folder), from_root)
+        assert caches(tmp_path / "cache" / data.CACHES) == 1
+        assert same_corpus(data.load_corpus(str(folder), from_root), first)
+    assert (caches(mine), caches(shared), caches(root / "own")) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("given", [None, "", "relative"])
+def test_cache_folder_is_below_home_without_an_absolute_xdg_cache_home(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if given is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+    data.load_corpus(str(write_folder(tmp_path / "mine", **TEXTS)))
+    assert len(list((tmp_path / ".cache" / data.CACHES).iterdir())) == 1
 
 
 @pytest.fixture

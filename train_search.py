@@ -25,7 +25,7 @@ from genotypes import Genotype, from_json, to_json
 from model_search import RNNModelSearch
 from training.diagnostics import Diagnosis
 from training.early_stopping import check_history, identities, is_stable
-from training.evaluation import format_perplexity, perplexity
+from training.evaluation import perplexity
 from training.losses import Batch, MicroBatches, clipped_gradient
 from training.optimizers import averaged, new_optimizer, scaled_lr, velocity
 from utils import Cursor
@@ -224,7 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         state = SearchState(experiment)
         sizes = f"{state.n_weights:,} weights, {state.model.alphas.numel()} alphas"
         text = startup.describe(corpus, args.limit_tokens)
-        experiment.start(state, f"search in {run.folder} on {experiment.device}: {sizes}, {text}")
+        title = f"search in {run.folder} on {experiment.device}: {sizes}, {text}"
+        experiment.start(state, title, *startup.notes(corpus, args))
         if args.overfit:
             experiment.overfit(state)
             return 0
@@ -236,14 +237,17 @@ def main(argv: list[str] | None = None) -> int:
         epoch = state.load_best() if experiment.stopped_by == "patience" else state.history[-1][0]
         genotype = dict(state.history)[epoch]
         with averaged(state.optimizer):
-            valid_ppl = experiment.perplexity(state.model, "valid")
-            test_ppl = experiment.perplexity(state.model, "test") if args.test == "read" else None
-        experiment.write_result(
-            state, valid_ppl=valid_ppl, test_ppl=test_ppl, best_valid_ppl=perplexity(experiment.best), genotype=genotype
-        )
-        run.log(f"relaxed model: valid ppl {valid_ppl:.2f} | {format_perplexity(test_ppl)}")
+            valid = experiment.score(state.model, "valid")
+            test = experiment.score(state.model, "test") if args.test == "read" else None
+        best = perplexity(experiment.best)
+        experiment.write_result("relaxed model", state, valid, test, best_valid_ppl=best, genotype=genotype)
         run.log(f"found {from_json(genotype)}")
-        run.log(f"retrain it with: python train.py --data {quote(args.data)} --arch {quote(str(run.folder))}")
+        vocabulary = "".join(
+            f" --{name} {getattr(args, name)}" for name in ("min_count", "vocab_size") if getattr(args, name)
+        )
+        run.log(
+            f"retrain it with: python train.py --data {quote(args.data)}{vocabulary} --arch {quote(str(run.folder))}"
+        )
     return experiment.exit_code
 
 

@@ -37,6 +37,7 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
         restore(Path(args.study))
         parser.set_defaults(**config["flags"])
         args = parser.parse_args(argv)
+    args.data = data.located(args.data)
     folder = Path(args.study or new_folder("study"))
 
     found = validate_arguments.number_faults(args) + validate_arguments.text_faults(args)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from data import located
 from engine import ENGINES, PRECISIONS
 from experiment.run_directory import new_folder
 from model import default_init_range
@@ -74,6 +75,10 @@ def add_model_flags(
     parser.add_flags("text", [
         ("data", "NAME|DIR", "penn", "penn or wikitext-2 (downloaded to corpora/ when missing), builtin (no network), "
          "or a folder with train.txt, valid.txt and test.txt"),
+        ("min_count", int, 0,
+         "words that occur less often in train.txt become <unk>; 0 for 3 with --data builtin, else for every word"),
+        ("vocab_size", int, 0, "number of word types, <eos> and <unk> included: the most frequent words of train.txt; "
+         "the others become <unk>; 0 for all"),
         ("limit_tokens", int, 0,
          "number of tokens to read from the start of train.txt, with the vocabulary of the whole text; 0 for all"),
         ("batch_size", int, batch_size, "batch size: number of columns that the text is cut into"),
@@ -175,6 +180,7 @@ def complete(args: argparse.Namespace, kind: str) -> None:
     """Sets the flags whose defaults depend on others, and names a run directory for a new run of this kind."""
     if args.save is None:
         args.save = str(new_folder(kind))
+    args.data = located(args.data)
     if args.init_range is None and args.emsize >= 1:
         args.init_range = default_init_range(args.emsize)
     defaults = {

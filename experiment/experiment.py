@@ -19,7 +19,15 @@ from experiment.divergence import BACKOFF, DivergenceMonitor
 from experiment.progress import Progress
 from experiment.signals import StopSignal
 from training.early_stopping import Patience
-from training.evaluation import evaluate, perplexity
+from training.evaluation import (
+    Score,
+    evaluate,
+    format_score,
+    format_share,
+    score,
+    score_entries,
+    unknown_warning,
+)
 from training.overfit import overfit
 from utils import Diverged, batchify, choose_device, get_batch, segments
 
@@ -117,6 +125,8 @@ class Experiment:
         self.schedule, self.patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
         self.monitor = DivergenceMonitor(self.device, len(self.corpus.words))
         self.progress = Progress(self.run, self.device, args.epochs, len(self.texts["train"]) - 1)
+        if len(self.corpus.unknown["valid"]):
+            self.progress.valid_note = f", {format_share(self.corpus.unknown_share('valid'))} unknown words"
         self.last_save = time.monotonic()
         self.best, self.stopped_by, self.exit_code = float("inf"), "", 0  # `best` is the lowest validation loss.
 
@@ -303,14 +313,22 @@ class Experiment:
                 overfit(state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size, self.update)
             )
 
-    def perplexity(self, model: nn.Module, name: str) -> float:
-        """Returns the perplexity of the text with this name, measured by this process alone."""
-        return perplexity(evaluate(model, self.texts[name], self.args.bptt, name))
+    def score(self, model: nn.Module, split: str) -> Score:
+        """Returns the score of the split "valid" or "test", measured by this process alone."""
+        text, unknown = self.texts[split], None
+        if len(self.corpus.unknown[split]):
+            unknown = batchify(self.corpus.is_unknown(split), text.size(1)).to(self.device)
+        return score(model, text, self.args.bptt, split, unknown)
 
-    def write_result(self, state: TrainingState, **result: Any) -> None:
-        """Writes result.json, with `result` among its entries."""
+    def write_result(self, title: str, state: TrainingState, valid: Score, test: Score | None, **result: Any) -> None:
+        """Writes result.json, with the scores of both texts (None for one that was not read) and `result` in it, and
+        logs the scores under a title."""
         self.run.write("result.json", {
             "kind": self.kind, "epochs": self.progress.epoch - 1, "steps": self.progress.step,
-            "seconds": self.progress.elapsed(), "params": state.n_weights, **result,
+            "seconds": self.progress.elapsed(), "params": state.n_weights, **score_entries(valid=valid, test=test),
+            **result,
             "stopped_by": self.stopped_by or "epochs",
         })  # fmt: skip
+        self.run.log(f"{title}: {format_score('valid', valid)} | {format_score('test', test)}")
+        for line in (*unknown_warning("valid", valid), *unknown_warning("test", test)):
+            self.run.log(line)

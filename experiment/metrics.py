@@ -26,6 +26,13 @@ def result(folder: Path) -> dict[str, Any] | None:
     return found if is_number(valid_ppl) and (test_ppl is None or is_number(test_ppl)) else None
 
 
+def unknown_shares(result: dict[str, Any]) -> dict[str, float]:
+    """Returns the share of words that became `<unk>` by split, as result.json has them, where it is above 0."""
+    found = result.get("unknown_share")
+    shares = {split: found.get(split) for split in ("valid", "test")} if isinstance(found, dict) else {}
+    return {split: share for split, share in shares.items() if is_number(share) and share > 0}
+
+
 def is_number(value: Any) -> bool:
     """Returns whether `value` is a finite int or float; a bool is not."""
     return type(value) in (int, float) and abs(value) < LARGEST

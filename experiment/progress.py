@@ -27,6 +27,7 @@ class Progress:
         self.epoch, self.step = 1, 0
         self.time_step = 0  # at which the next segment starts
         self.seconds = 0.0  # This includes earlier processes of a resumed run, up to the last record kept.
+        self.valid_note = ""  # This follows the validation perplexity in the line of an epoch.
         self.interval = Sum(device)
         self.norm = Sum(device)  # This sums the gradient norm of each step.
         self.whole = Sum(device)  # This sums the loss since the epoch began.
@@ -97,7 +98,7 @@ class Progress:
         left = seconds / self.epoch * (self.epochs - self.epoch)
         self.run.log(
             f"epoch {self.epoch}/{self.epochs} done | train ppl {perplexity(loss):.2f} | valid loss {valid_loss:.4f}"
-            f" | valid ppl {valid_ppl:.2f}{note} | {tqdm.format_interval(seconds)} elapsed,"
+            f" | valid ppl {valid_ppl:.2f}{note}{self.valid_note} | {tqdm.format_interval(seconds)} elapsed,"
             f" {tqdm.format_interval(left)} left"
         )
         self.run.record(

@@ -21,11 +21,26 @@ RESUMABLE = {
 }  # fmt: skip
 # Flags that --finetune takes from the run whose weights it starts from, unless they are given again.
 TUNED_WITH = {
-    "data", "limit_tokens", "batch_size", "bptt", "bptt_std", "max_seq_len_delta",
+    "data", "min_count", "vocab_size", "limit_tokens", "batch_size", "bptt", "bptt_std", "max_seq_len_delta",
     "emsize", "arch", "n_experts", "dropout", "dropouth", "dropoutx", "dropouti", "dropoute",
     "alpha", "beta", "rdrop", "fraternal", "wdecay", "nonmono", "seed", "engine", "precision",
 }  # fmt: skip
+# Flags that are younger than runs which can still be resumed, with the values that these runs had.
+YOUNGER = {"min_count": 0, "vocab_size": 0}
 MAX_CONFIG = 1_000_000  # bytes
+
+
+def with_younger(flags: Any) -> Any:
+    """Returns the flags of a run with those that are younger than the run; another value is returned as it is."""
+    return {**YOUNGER, **flags} if isinstance(flags, dict) else flags
+
+
+def is_same_text(before: Any, now: dict[str, str]) -> bool:
+    """Returns whether the texts with the checksums `now` are those of a run with the checksums `before`. A test text
+    that only one of them has makes no difference: a run with --test skip needs none."""
+    return isinstance(before, dict) and all(
+        before.get(split) == digest for split, digest in now.items() if split != "test" or split in before
+    )
 
 
 def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
@@ -44,7 +59,7 @@ def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> l
     """Returns the reasons why a fine-tuning run cannot start from the weights of a run with the flags `first`."""
     found = [
         f"--{name} {value}: the weights of --finetune {args.finetune} are for {first[name]}; leave it out"
-        for name in ("emsize", "arch", "n_experts")
+        for name in ("emsize", "arch", "n_experts", "min_count", "vocab_size")
         if (value := getattr(args, name)) != first[name]
     ]
     if not rate_given:
@@ -79,12 +94,22 @@ def restoring(parser: arguments.Parser, run: Run, path: Path | None = None) -> I
 def check_state(saved: dict[str, Any], form: dict[str, Any], reasons: Sequence[str]) -> None:
     """Raises ValueError unless the saved state has the form of this run's state and, if stopped, one of the `reasons`.
 
-    The state of the CUDA generator is not required, since the run may have been saved on another kind of device.
+    The state of the CUDA generator is not required, since the run may have been saved on another kind of device, nor
+    the checksum of a test text, which the run may not have had.
     """
     form = {**form, "rng": [{name: part for name, part in rng.items() if name != "cuda"} for rng in form["rng"]]}
+    form["sha256"] = {split: part for split, part in form["sha256"].items() if split != "test"}
+    check_vocabulary(saved, form["words"])
     checkpoint.validate_state(saved, form)
     if saved["stopped_by"] not in ("", *reasons):
         raise ValueError("it was stopped by nothing that is known")
+
+
+def check_vocabulary(saved: dict[str, Any], words: list[str]) -> None:
+    """Raises ValueError unless `words`, the vocabulary of this run, is that of a checkpoint: equal texts and flags may
+    give another one in another version."""
+    if saved.get("words") != words:
+        raise ValueError(f"its vocabulary is not that of {len(words):,} word types which this text has")
 
 
 def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[str, Any]:
@@ -97,7 +122,8 @@ def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[s
         if path.stat().st_size > MAX_CONFIG:
             raise ValueError("too long")
         config = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
-        script, flags = config["script"], dict(config["flags"])
+        script, flags = config["script"], with_younger(dict(config["flags"]))
+        config["flags"] = flags
         if not isinstance(config.get("resumed", []), list):
             raise ValueError("resumed")
     except OSError:

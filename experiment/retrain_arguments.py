@@ -45,5 +45,5 @@ def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tens
     return {
         "train": (corpus.train[: args.limit_tokens or None], args.batch_size),
         "valid": (corpus.valid, EVAL_BATCH_SIZES["valid"]),
-        "test": (corpus.test, EVAL_BATCH_SIZES["test"]),
+        **({"test": (corpus.test, EVAL_BATCH_SIZES["test"])} if args.test == "read" else {}),
     }

@@ -73,6 +73,7 @@ class Run:
         if args.resume:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             config["flags"] = flags
+            config["sha256"] |= sha256  # A test text may have been added.
             config.setdefault("resumed", []).append(surroundings)
         else:
             config = {"script": script, "flags": flags, "sha256": sha256, **surroundings}

@@ -84,5 +84,5 @@ def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tens
         "train": (train, args.batch_size),
         "the alphas": (alphas, args.arch_batch_size),
         "valid": (corpus.valid, batch_sizes["valid"]),
-        "test": (corpus.test, batch_sizes["test"]),
+        **({"test": (corpus.test, batch_sizes["test"])} if args.test == "read" else {}),
     }

@@ -12,17 +12,28 @@ from typing import Any
 from torch import Tensor
 
 import data
+from engine.linear_cross_entropy import CHUNK
 from experiment import arguments, checkpoint, validate_arguments
 from experiment.distributed import Distributed
 from experiment.lock import Locked
-from experiment.resume import changed_flags, read_config, state_faults, tuned_with, tuning_faults
+from experiment.resume import (
+    changed_flags,
+    is_same_text,
+    read_config,
+    state_faults,
+    tuned_with,
+    tuning_faults,
+    with_younger,
+)
 from experiment.run_directory import NullRun, Run
 from genotypes import GenotypeError, resolve_cell
+from training.evaluation import format_share
 from utils import DataError, RunError
 
 # Maps the name of each text that a script reads to its word ids (n,) and the batch size that they are cut into.
 Texts = dict[str, tuple[Tensor, int]]
 TextsToRead = Callable[[data.Corpus, Namespace], Texts]
+MANY_WORDS = 50_000  # From so many word types on, a line says what they need in memory.
 Started = tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]
 
 
@@ -50,7 +61,7 @@ def start_run(
         return started
     args, saved, sha256 = shared
     try:
-        corpus = data.load_corpus(args.data)
+        corpus = load_corpus(args)
     except DataError as error:
         raise RunError(f"on the machine of rank {ranks.rank}: {' '.join(error.faults)}") from error
     if corpus.sha256 != sha256:
@@ -74,17 +85,18 @@ def start_on_main_rank(
         except (Locked, checkpoint.CheckpointError) as error:
             found.append(f"--save: {error}" if run is None else str(error))
         if saved is not None:
+            saved["flags"] = with_younger(saved.get("flags"))
             found += state_faults(kind, args, earlier["flags"], saved, ranks.size)
 
     corpus = None
     if not found or data.is_available(args.data):
         try:
-            corpus = data.load_corpus(args.data)
+            corpus = load_corpus(args)
         except DataError as error:
             found += error.faults
     if corpus is not None:
         found += length_faults(args, texts(corpus, args))
-        if earlier and earlier.get("sha256") != corpus.sha256:
+        if earlier and not is_same_text(earlier.get("sha256"), corpus.sha256):
             where = args.save if args.resume else args.finetune
             found.append(f"--data {args.data}: not the text that the run in {where} began with")
     if not found and run is None:
@@ -98,6 +110,8 @@ def start_on_main_rank(
         if run is not None:
             run.release()
         parser.refuse(found)
+    if len(corpus.words) > MANY_WORDS:
+        print(f"{parser.prog}: {vocabulary_note(args, len(corpus.words))}", file=sys.stderr)
     return args, corpus, run, saved
 
 
@@ -130,6 +144,12 @@ def read_flags(
     return args, earlier, found
 
 
+def load_corpus(args: Namespace) -> data.Corpus:
+    """Returns the corpus that the flags describe. Raises DataError."""
+    vocabulary = {"min_count": args.min_count, "vocab_size": args.vocab_size}
+    return data.load_corpus(args.data, **vocabulary, test=args.test == "read")
+
+
 @contextmanager
 def memory_explained(args: Namespace) -> Iterator[None]:
     """Turns an out-of-memory error inside the block into a `RunError` with the sizes and what needs less memory."""
@@ -148,6 +168,30 @@ def memory_explained(args: Namespace) -> Iterator[None]:
         ) from error
 
 
+def vocabulary_memory(args: Namespace, words: int) -> float:
+    """Returns about how many bytes a run needs for a vocabulary of `words` word types, beside the program itself.
+
+    The embedding has a gradient, an average or moments, and a copy while it is saved. The logits of a chunk of words
+    have their softmax and gradient beside them: five tensors at a peak, measured with 300,000 types on a CPU. The fused
+    engine takes one time step as a chunk if it is larger than CHUNK, and the eager one a whole segment.
+    """
+    step = 4 * args.small_batch_size * words
+    longest = args.bptt + (args.max_seq_len_delta if args.bptt_std else 0)
+    chunk = max(step, CHUNK) if args.engine == "fused" else longest * step
+    copies = {"adam": 5, "adamw": 5, "sgd": 3}.get(args.optimizer, 4)
+    return copies * 4 * words * args.emsize + 5 * chunk
+
+
+def vocabulary_note(args: Namespace, words: int) -> str:
+    """Returns a line on the memory that a large vocabulary needs, and on a flag with which it needs less."""
+    needed, less = (vocabulary_memory(args, n) / 1e9 for n in (words, MANY_WORDS))
+    return (
+        f"note: {words:,} word types need about {needed:.1f} GB of memory with --emsize {args.emsize}"
+        f" --small_batch_size {args.small_batch_size} --engine {args.engine};"
+        f" --vocab_size {MANY_WORDS} needs {less:.1f} GB"
+    )
+
+
 def length_faults(args: Namespace, texts: Texts) -> list[str]:
     """Returns a fault for each text with fewer than two tokens per batch element, one to read and one to predict."""
     return [
@@ -164,6 +208,31 @@ def describe(corpus: data.Corpus, limit: int) -> str:
     """Returns one line on a corpus: its tokens, the first `limit` that are read, its word types and unknown words."""
     part = f"the first {limit:,} tokens of " if 0 < limit < len(corpus.train) else ""
     sizes = f"{len(corpus.train):,} + {len(corpus.valid):,} + {len(corpus.test):,} tokens"
-    unknown = sum(corpus.unknown.values())
-    note = f" ({unknown:,} words of valid and test are unknown)" if unknown else ""
+    shares = [
+        f"{format_share(corpus.unknown_share(split))} of {split}" for split in data.SPLITS if len(corpus.unknown[split])
+    ]
+    note = f" ({', '.join(shares)} are unknown words, counted as {data.UNK})" if shares else ""
     return f"{part}{corpus.name} with {sizes}, {len(corpus.words):,} word types{note}"
+
+
+def notes(corpus: data.Corpus, args: Namespace) -> list[str]:
+    """Returns a line for each thing about a text that makes its perplexity, or the memory that it takes, other than one
+    would expect."""
+    lines, train = [], corpus.train[: args.limit_tokens or None]
+    held_out = {split: corpus.unknown_share(split) for split in ("valid", "test") if len(corpus.unknown[split])}
+    if held_out and not train.eq(corpus.words.index(data.UNK)).any():
+        shares = " and ".join(f"{format_share(share)} of {split}" for split, share in held_out.items())
+        lines.append(
+            f"warning: {shares} are words that train lacks, counted as {data.UNK}, which no step trains since train has"
+            f" none: the better the model fits train, the more they cost; add --min_count 2 (or --vocab_size N), with"
+            f" which rare words of train become {data.UNK}"
+        )
+    if written := {split: count for split, count in corpus.written_eos.items() if count}:
+        counts = " and ".join(f"{count:,} times in {split}" for split, count in written.items())
+        lines.append(
+            f"note: {data.EOS} is written in the text {counts}, and each line ends with one more; leave it out of the"
+            " text, or perplexity counts line ends twice"
+        )
+    twins = [split for split in ("valid", "test") if corpus.sha256.get(split) == corpus.sha256["train"]]
+    lines += [f"warning: {split}.txt is train.txt itself: its perplexity says nothing of new text" for split in twins]
+    return lines

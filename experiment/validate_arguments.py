@@ -26,7 +26,7 @@ RANGES = {
     "at least 0.01": (lambda x: x >= 0.01, "step_size"),
     "at least 0": (lambda x: x >= 0, "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes"
                    " clip clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop"
-                   " fraternal stop_stable max_identity diagnose_every arch_start"),
+                   " fraternal stop_stable max_identity diagnose_every arch_start min_count vocab_size"),
     "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "dropout dropouth dropoutx dropouti dropoute momentum"),
 }  # fmt: skip
@@ -84,6 +84,9 @@ def size_faults(args: Namespace) -> list[str]:
         (normalises_over_batch(args) and small_batch_size == 1,
          "--small_batch_size 1: --norm batch normalises over the batch and needs at least 2 elements at a time; take "
          "more, or --norm layer"),
+        (0 < args.vocab_size < 3,
+         f"--vocab_size {args.vocab_size}: has no place for a word beside <eos> and <unk>; take at least 3, or 0 for "
+         "all"),
     ]  # fmt: skip
     return broken(rules)
 

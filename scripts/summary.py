@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import load_corpus
 from experiment.signals import run_script
 from genotypes import from_json
-from training.evaluation import perplexity
+from training.evaluation import format_share, perplexity
 
 
 def unigram_perplexity(train: torch.Tensor, test: torch.Tensor, words: int) -> float:
@@ -31,14 +31,20 @@ def main() -> int:
     folders = parser.parse_args().runs
     results = {folder: json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in folders}
     config = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
-    corpus = load_corpus(config["flags"]["data"])
-    unigram = unigram_perplexity(corpus.train, corpus.test, len(corpus.words))
+    flags = config["flags"]
+    vocabulary = {name: flags.get(name, 0) for name in ("min_count", "vocab_size")}
+    corpus = load_corpus(flags["data"], **vocabulary, test=False)
 
     print(f"\n{'cell':<12}{'valid ppl':>10}{'test ppl':>10}   run")
     for folder, result in results.items():
         test = "not read" if result["test_ppl"] is None else f"{result['test_ppl']:.2f}"
         print(f"{folder.name:<12}{result['valid_ppl']:>10.2f}{test:>10}   {folder}")
-    print(f"{'no context':<12}{'':>10}{unigram:>10.2f}   (unigram model)")
+    if len(corpus.test):
+        unigram = unigram_perplexity(corpus.train, corpus.test, len(corpus.words))
+        print(f"{'no context':<12}{'':>10}{unigram:>10.2f}   (unigram model)")
+    if shares := [f"{format_share(corpus.unknown_share(split))} of {split}"
+                  for split in ("valid", "test") if len(corpus.unknown[split])]:  # fmt: skip
+        print(f"{' and '.join(shares)} are unknown words, which count as <unk> in each of these perplexities")
 
     folder, result = next(iter(results.items()))
     if result["test_ppl"] is None:

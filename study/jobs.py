@@ -68,9 +68,12 @@ class Job(NamedTuple):
         return study / f"{self.name}.out"
 
     def command(self, study: Path) -> list[str]:
-        """Returns the script and its flags; a run that has begun gets --resume, as config.json holds its flags."""
-        begun = (study / self.name / "config.json").exists()
-        flags = ("--resume",) if begun else self.flags
+        """Returns the script and its flags; a run that has begun gets --resume, as config.json holds its flags, and the
+        path of its text, which may have moved."""
+        flags = self.flags
+        if (study / self.name / "config.json").exists():
+            text = self.flags.index("--data") if "--data" in self.flags else len(self.flags)
+            flags = ("--resume", *self.flags[text : text + 2])
         save = ("--save", str(study / self.name), "--test", "read" if self.test else "skip")
         return [str(ROOT / self.script), *flags, *save]
 

@@ -54,6 +54,9 @@ def as_markdown(found: dict[str, Any]) -> str:
             f"Chosen: **{c['cell']}** ({c['run']}), {c['valid_ppl']:.2f} valid, "
             + ("test not read yet." if c["test_ppl"] is None else f"{c['test_ppl']:.2f} test, read once.")
         )
+        if c["unknown"]:
+            shares = " and ".join(f"{share:.1%} of {split}" for split, share in c["unknown"].items())
+            parts.append(f"In these perplexities {shares} are unknown words, which count as `<unk>`.")
     rows = [
         (row["cell"], ", ".join(row["found_by"]),
          "halved" if row["halved"] else with_spread(row["select"], row["select_sd"]),

@@ -39,7 +39,7 @@ def summary(study: Study) -> dict[str, Any]:
         "agreement": stages(study, cells),
         "chosen": None if test is None else {
             "cell": chosen[0].label, "run": chosen[1].name,
-            "valid_ppl": test["valid_ppl"], "test_ppl": test["test_ppl"],
+            "valid_ppl": test["valid_ppl"], "test_ppl": test["test_ppl"], "unknown": metrics.unknown_shares(test),
         },
         "baselines": [baseline(study, job) for job in study.baseline()],
         "proxies": proxies(study),

@@ -72,14 +72,14 @@ def number_faults(args: Namespace) -> list[str]:
 def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[str]:
     """Returns the faults of flags that conflict with a study that has begun; `config` is the content of study.json. A
     requested stage that has begun needs --resume (or --dry_run), and a flag that shapes such a stage must keep its
-    value, or keep what it had and gain more (`GROWING_FLAGS`)."""
+    value, or keep what it had and gain more (`GROWING_FLAGS`). The text may have moved: its checksums are compared."""
     begun = [stage for stage in STAGE_FLAGS if (folder / stage).exists()]
     again = [stage for stage in requested_stages(args) if stage in begun]
     found = []
     if again and not args.resume and not args.dry_run:
         found.append(f"--study {folder}: its {again[0]} has begun; add --resume to continue it, or take another")
     for name in dict.fromkeys(name for stage in begun for name in STAGE_FLAGS[stage].split()):
-        if not continues(name, getattr(args, name), before := config["flags"][name]):
+        if name != "data" and not continues(name, getattr(args, name), before := config["flags"][name]):
             found.append(f"--{name}: the study in {folder} has begun with {before}; leave it out, or start another")
     return found
 

@@ -14,6 +14,14 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=8 if FULL else 2, help="how many runs test_crash.py kills")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """Keeps caches of corpora, also those of processes that a test starts, out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Returns the folder of a corpus of a made-up language, on which a run takes a second; no test may write to it."""

@@ -1,6 +1,7 @@
-"""Measures the loss of a model on a text, and formats its perplexity."""
+"""Measures the loss of a model on a text, and formats its perplexity and what unknown words do to it."""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,31 +11,61 @@ from engine.matmul import matmul_precision
 from utils import get_batch
 
 VALID_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # These are the published batch sizes of evaluation.
+NOTABLE = 0.01  # From this share of unknown words on, a warning says what they do to the perplexity.
+
+
+class Score(NamedTuple):
+    """The mean loss of a text, and what the words that became `<unk>` do to it."""
+
+    loss: float  # in nats per predicted word
+    unknown: float = 0.0  # the share of the predicted words that became <unk>
+    known_loss: float | None = None  # in nats per predicted word, over the others alone; None if there are none
+
+    @property
+    def bits(self) -> float:
+        """Returns the loss in bits per token."""
+        return self.loss / math.log(2)
+
+    @property
+    def known_ppl(self) -> float | None:
+        """Returns the perplexity without the unknown words; None if all words are unknown."""
+        return None if self.known_loss is None else perplexity(self.known_loss)
 
 
 @torch.no_grad()
-def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
-    """Returns the mean negative log-likelihood in nats per predicted word of `source` (n, B), without dropout. It is
-    computed in the precision of the model's engine, in segments of `bptt` time steps, from each of which the hidden
-    state is carried to the next. The progress bar shows `name`."""
+def score(model, source: Tensor, bptt: int, name: str = "text", unknown: Tensor | None = None) -> Score:
+    """Returns the `Score` of a model on `source` (n, B), without dropout; `unknown` (n, B) marks the words that became
+    `<unk>`, None if there are none. It is computed in the precision of the model's engine, in segments of `bptt` time
+    steps, from each of which the hidden state is carried to the next. The progress bar shows `name`."""
 
-    def segment(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def segment(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hiddens, hidden = model(x, hidden)  # (T, B, H), (B, S)
-        return model.nll(hiddens, y), hidden
+        return model.nll(hiddens, y), hidden, hiddens
 
     hidden = model.initial_hidden(source.size(1))
     # Each evaluation captures new graphs, since the weights may have other addresses than in the last one.
     quick_segment = model.engine.with_cuda_graphs(segment, source.device)
+    plain = model.with_engine(model.engine._replace(name="eager"))  # no kernel is compiled for each number of words
     total, count = torch.zeros((), dtype=torch.float64, device=source.device), 0
+    of_unknown, n_unknown = torch.zeros_like(total), 0
     starts = range(0, len(source) - 1, bptt)
     segments = tqdm(starts, desc=f"evaluating on {name}", unit="segment", leave=False, disable=None, dynamic_ncols=True)
     with matmul_precision(model.engine.precision):
         for i in segments:
             x, y = get_batch(source, i, bptt)  # (T, B)
-            nll, hidden = quick_segment(x, y, hidden)
+            nll, hidden, hiddens = quick_segment(x, y, hidden)
             total += nll.double() * y.numel()
             count += y.numel()
-    return total.item() / count
+            if unknown is not None and (n := int((marked := get_batch(unknown, i, bptt)[1]).sum())):
+                of_unknown += plain.nll(hiddens[marked][:, None], y[marked][:, None]).double() * n  # (n, 1, H), (n, 1)
+                n_unknown += n
+    known = (total - of_unknown).item() / (count - n_unknown) if n_unknown < count else None
+    return Score(total.item() / count, n_unknown / count, known)
+
+
+def evaluate(model, source: Tensor, bptt: int, name: str = "text") -> float:
+    """Returns the mean negative log-likelihood in nats per predicted word of `source` (n, B), as `score` does."""
+    return score(model, source, bptt, name).loss
 
 
 def perplexity(loss: float) -> float:
@@ -42,6 +73,42 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if not loss > 700 else math.inf
 
 
-def format_perplexity(test_ppl: float | None) -> str:
-    """Returns the end of a run's last line: the test perplexity, or for None that the test text was not read."""
-    return "test text not read" if test_ppl is None else f"test ppl {test_ppl:.2f}"
+def format_share(share: float) -> str:
+    """Returns a share as a percentage, of which the smallest is "under 0.1%"."""
+    return f"{share:.1%}" if share == 0 or share >= 0.001 else "under 0.1%"
+
+
+def format_score(split: str, result: Score | None) -> str:
+    """Returns the perplexity of a split and what belongs beside it, for the last line of a run; for None, that the text
+    of this split was not read."""
+    if result is None:
+        return f"{split} text not read"
+    unknown = f"; {format_share(result.unknown)} unknown words" if result.unknown else ""
+    if unknown and result.known_ppl is not None:
+        unknown += f", without them ppl {result.known_ppl:.2f}"
+    return f"{split} ppl {perplexity(result.loss):.2f} ({result.bits:.2f} bits per token{unknown})"
+
+
+def unknown_warning(text: str, result: Score | None) -> list[str]:
+    """Returns a line that says what unknown words do to the perplexity of a text, if they are more than `NOTABLE`."""
+    if result is None or result.unknown <= NOTABLE:
+        return []
+    share = f"warning: {format_share(result.unknown)} of {text} are words outside the vocabulary, counted as <unk>"
+    if result.known_loss is None:
+        return [f"{share}: its perplexity says nothing about the text"]
+    effect = "lowers" if result.loss < result.known_loss else "raises"
+    return [
+        f"{share}, which {effect} its perplexity: without them it is {result.known_ppl:.2f}; compare neither with the"
+        " perplexity of another vocabulary"
+    ]
+
+
+def score_entries(**scores: Score | None) -> dict[str, Any]:
+    """Returns what result.json says about the score of each split, None for a text that was not read: the perplexity,
+    as SPLIT_ppl, and by split the bits per token, the share of unknown words and the perplexity without them."""
+    return {
+        **{f"{split}_ppl": None if s is None else perplexity(s.loss) for split, s in scores.items()},
+        "bits_per_token": {split: None if s is None else s.bits for split, s in scores.items()},
+        "unknown_share": {split: None if s is None else s.unknown for split, s in scores.items()},
+        "known_ppl": {split: None if s is None else s.known_ppl for split, s in scores.items()},
+    }

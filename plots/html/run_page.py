@@ -46,6 +46,8 @@ def facts(history: History, link: Link) -> list[dict[str, str]]:
         add("best", number(min(valid)), "metrics.jsonl")
     if result is not None:
         add("test perplexity", number(result.get("test_ppl")), "result.json")
+        for split, share in metrics.unknown_shares(result).items():
+            add(f"unknown words of {split}, counted as <unk>", f"{share:.1%}", "result.json")
         if "params" in result:
             add("weights", number(result["params"]), "result.json")
     add("epoch", f"{last['epoch']} of {flags['epochs']}" if "epochs" in flags else str(last["epoch"]), "metrics.jsonl")

@@ -9,7 +9,7 @@ from helpers import ROOT
 
 SCRIPTS = {"train_search", "train", "evaluate", "visualize", "trials"}
 ALGORITHM = {"architect", "model_search", "model"}
-GROUND = {"data", "genotypes", "utils"}
+GROUND = {"data", "download", "genotypes", "utils"}
 PACKAGES = ("plots", "study", "experiment", "training", "engine")
 LAYERS = (SCRIPTS, {"plots"}, {"study"}, {"experiment"}, {"training"}, ALGORITHM, {"engine"}, GROUND)  # top first
 

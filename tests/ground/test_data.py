@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
+import download
 import utils
 
 # The numbers of tokens by split, and of types, are from the table of Mikolov et al. 2010 with <eos> and from that of
@@ -44,7 +45,9 @@ def words_of(corpus: data.Corpus, split: str) -> list[str]:
 
 def same_corpus(a: data.Corpus, b: data.Corpus) -> bool:
     ids = all(getattr(a, split).equal(getattr(b, split)) for split in data.SPLITS)
-    return ids and (a.name, a.words, a.unknown, a.sha256) == (b.name, b.words, b.unknown, b.sha256)
+    unknown = all(a.unknown[split].equal(b.unknown[split]) for split in data.SPLITS)
+    rest = [(c.name, c.words, c.written_eos, c.sha256) for c in (a, b)]
+    return ids and unknown and rest[0] == rest[1]
 
 
 def reference_tokens(path: Path) -> list[str]:
@@ -80,7 +83,7 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_real_corpus_has_the_published_counts(real):
     counts = [len(getattr(real.corpus, split)) for split in data.SPLITS]
     assert (*counts, len(real.corpus.words)) == PUBLISHED[real.name]
-    assert real.corpus.unknown == {}
+    assert not any(map(len, real.corpus.unknown.values())) and set(real.corpus.written_eos.values()) == {0}
 
 
 def test_real_corpus_is_the_files_word_for_word(real):
@@ -117,8 +120,8 @@ def test_real_corpus_with_one_changed_byte_is_refused(real, tmp_path):
 
 
 def test_read_split_of_a_real_corpus_matches_the_corpus(real):
-    ids, _ = data.read_split(real.name, "valid", real.corpus.words, real.root)
-    assert ids.dtype == torch.int64 and ids.equal(real.corpus.valid)
+    ids, unknown, _ = data.read_split(real.name, "valid", real.corpus.words, real.root)
+    assert ids.dtype == torch.int64 and ids.equal(real.corpus.valid) and not unknown.any()
 
 
 # --- a folder ---
@@ -144,7 +147,13 @@ def test_unknown_words_become_unk_and_are_counted(tmp_path):
     folder = write_folder(tmp_path, train="a b\n", valid="a x x\n", test="y b x\n")
     corpus = data.load_corpus(str(folder))
     assert corpus.words == ["a", "b", "<eos>", "<unk>"]
-    assert corpus.unknown == {"x": 3, "y": 1}
+    assert {split: at.tolist() for split, at in corpus.unknown.items()} == {
+        "train": [],
+        "valid": [1, 2],
+        "test": [0, 2],
+    }
+    assert corpus.is_unknown("valid").tolist() == [False, True, True, False]
+    assert corpus.unknown_share("test") == 0.5
     assert words_of(corpus, "valid") == ["a", "<unk>", "<unk>", "<eos>"]
     assert words_of(corpus, "test") == ["<unk>", "b", "<unk>", "<eos>"]
 
@@ -153,7 +162,8 @@ def test_unk_of_the_train_text_is_reused(tmp_path):
     folder = write_folder(tmp_path, train="<unk> b\n", valid="x\n", test="b <unk>\n")
     corpus = data.load_corpus(str(folder))
     assert corpus.words == ["<unk>", "b", "<eos>"]
-    assert corpus.valid.tolist() == [0, 2] and corpus.unknown == {"x": 1}
+    assert corpus.valid.tolist() == [0, 2] and corpus.unknown["valid"].tolist() == [0]
+    assert corpus.unknown["test"].tolist() == []  # <unk> is written there
 
 
 def test_no_unk_is_added_without_unknown_words(tmp_path):
@@ -208,14 +218,123 @@ def test_unknown_corpus_name_lists_the_choices(name):
     assert all(choice in str(caught.value) for choice in (name, "penn", "wikitext-2", "builtin", "folder"))
 
 
+# --- the vocabulary ---
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "b", "c", "d", "<unk>"]), max_size=6), min_size=1, max_size=8),
+    st.integers(1, 4), st.sampled_from([0, 3, 4, 5, 9]),
+)  # fmt: skip
+def test_vocabulary_has_the_most_frequent_words_of_train(lines, min_count, vocab_size):
+    text = "\n".join(map(" ".join, lines)) + "\n"
+    read = list(data.tokens(text))
+    texts = {"train": text, "valid": "a z\n", "test": "b\n"}
+    ordinary = [w for w in dict.fromkeys(read) if read.count(w) >= min_count and w not in ("<eos>", "<unk>")]
+    if not ordinary:
+        with pytest.raises(data.DataError, match="--min_count"):
+            data._index("x", texts, {}, min_count, vocab_size)
+        return
+    words = data._index("x", texts, {}, min_count, vocab_size).words
+    places = vocab_size - 2 if vocab_size else len(ordinary)
+    expected = sorted(ordinary, key=lambda word: (-read.count(word), read.index(word)))[:places]
+    assert set(words) == {*expected, "<eos>", "<unk>"}  # z is unknown
+    known = words if words[-1] != "<unk>" else words[:-1]
+    assert known == sorted(known, key=read.index)
+
+
+def test_text_of_one_line_keeps_its_eos(tmp_path):
+    texts = {"train": "a b a b c", "valid": "a c", "test": "b"}
+    corpus = data.load_corpus(str(write_folder(tmp_path, **texts)), min_count=2)
+    assert corpus.words == ["a", "b", "<eos>", "<unk>"]
+    assert corpus.train.tolist() == [0, 1, 0, 1, 3, 2] and corpus.unknown["train"].tolist() == [4]
+
+
+def test_vocab_size_that_fits_changes_nothing(tmp_path):
+    folder = str(write_folder(tmp_path, **TEXTS))
+    assert same_corpus(data.load_corpus(folder, vocab_size=7), data.load_corpus(folder))  # six words and no <unk>
+    assert len(data.load_corpus(folder, vocab_size=6).words) == 6
+
+
+def test_min_count_of_builtin_is_3_unless_it_is_given(builtin):
+    assert same_corpus(data.load_corpus("builtin", min_count=3), builtin)
+    assert len(data.load_corpus("builtin", min_count=1).words) > len(builtin.words)
+
+
+def test_cache_of_another_vocabulary_is_not_used(tmp_path):
+    folder = str(write_folder(tmp_path, train="a a b b c\n", valid="a c\n", test="b\n"))
+    sizes = [(1, 0), (2, 0), (1, 4), (2, 3)]
+    for _ in range(2):
+        found = [data.load_corpus(folder, min_count=m, vocab_size=v).words for m, v in sizes]
+        assert found == [["a", "b", "c", "<eos>"], ["a", "b", "<eos>", "<unk>"], ["a", "b", "<eos>", "<unk>"],
+                         ["a", "<eos>", "<unk>"]]  # fmt: skip
+
+
+# --- encodings ---
+
+
+def test_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
+    marked = {split: b"\xef\xbb\xbf" + text.encode() for split, text in TEXTS.items()}
+    corpus = data.load_corpus(str(write_folder(tmp_path / "marked", **marked)))
+    plain = data.load_corpus(str(write_folder(tmp_path / "plain", **TEXTS)))
+    assert corpus.words == plain.words and corpus.train.equal(plain.train)
+    assert data.read_split(str(tmp_path / "marked"), "test", plain.words)[0].equal(plain.test)
+    with pytest.raises(data.DataError, match=r"train\.txt: empty"):
+        data.load_corpus(str(write_folder(tmp_path / "marked", train=b"\xef\xbb\xbf\n")))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32"])
+def test_other_encodings_and_nul_bytes_are_refused(tmp_path, encoding):
+    folder = write_folder(tmp_path, **{split: text.encode(encoding) for split, text in TEXTS.items()})
+    with pytest.raises(data.DataError) as caught:
+        data.load_corpus(str(folder))
+    assert len(caught.value.faults) == 3
+    assert all("not UTF-8 at line 1, byte" in fault and "iconv" in fault for fault in caught.value.faults)
+    write_folder(tmp_path, **TEXTS | {"valid": "good\nthe c\0at\n"})
+    with pytest.raises(data.DataError, match=r"valid\.txt: not UTF-8 at line 2, byte 10 .* NUL"):
+        data.load_corpus(str(folder))
+
+
 # --- the cache ---
 
 
+def test_cache_is_written_under_the_root_alone_and_through_no_link(tmp_path, monkeypatch):
+    root, mine, shared = tmp_path / "corpora", tmp_path / "mine", tmp_path / "shared"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for folder in (root / "own", mine, shared):
+        write_folder(folder, **TEXTS)
+    (root / "link").symlink_to(shared)
+    (tmp_path / "linked").symlink_to(root)
+
+    def caches(folder: Path) -> int:
+        return len(list(folder.glob("*.npz")))
+
+    data.load_corpus(str(root / "own"), root)
+    assert caches(root / "own") == 1 and not (tmp_path / "cache").exists()
+    for folder, from_root in ((mine, root), (root / "link", root), (tmp_path / "linked" / "own", tmp_path / "linked")):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        first = data.load_corpus(str(folder), from_root)
+        assert caches(tmp_path / "cache" / data.CACHES) == 1
+        assert same_corpus(data.load_corpus(str(folder), from_root), first)
+    assert (caches(mine), caches(shared), caches(root / "own")) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("given", [None, "", "relative"])
+def test_cache_folder_is_below_home_without_an_absolute_xdg_cache_home(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if given is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+    data.load_corpus(str(write_folder(tmp_path / "mine", **TEXTS)))
+    assert len(list((tmp_path / ".cache" / data.CACHES).iterdir())) == 1
+
+
 @pytest.fixture
-def cached(tmp_path) -> SimpleNamespace:
+def cached(tmp_path, monkeypatch) -> SimpleNamespace:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_folder(tmp_path / "mine", train="a b c\n" * 3000, valid="a x\n", test="y c\n")
     corpus = data.load_corpus(str(folder))
-    (path,) = folder.glob("*.npz")
+    (path,) = (tmp_path / "cache" / data.CACHES).iterdir()
     return SimpleNamespace(name=str(folder), folder=folder, corpus=corpus, path=path)
 
 
@@ -252,7 +371,7 @@ def test_damaged_cache_is_rebuilt(cached, damage):
         cached.path.write_bytes(raw.replace(b"(12000,)", b"(10000,)", 1))
     else:
         if damage == "missing":
-            del arrays["counts"]
+            del arrays["written_eos"]
         elif damage == "range":
             arrays["test"][0] = -1
         else:
@@ -355,13 +474,13 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
 
-def source_at(server: ThreadingHTTPServer, kind: str) -> data.Source:
+def source_at(server: ThreadingHTTPServer, kind: str) -> download.Source:
     url = f"http://127.0.0.1:{server.server_address[1]}/{kind}"
-    return data.Source(url, hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
+    return download.Source(url, hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
 
 
 def test_download_writes_only_the_requested_file(server, tmp_path, capsys):
-    data.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
+    download.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
     assert [path.name for path in (tmp_path / "penn").iterdir()] == ["train.txt"]
     assert (tmp_path / "penn" / "train.txt").read_bytes() == CONTENT
     assert capsys.readouterr().err == ""  # There is no progress bar without a terminal.
@@ -372,10 +491,10 @@ BAD = ["tampered", "truncated", "long", "endless", "gone", "closes", "resets", "
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_download_leaves_no_file_and_suggests_a_remedy(server, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(data, "TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
     source = source_at(server, kind)
     with pytest.raises(data.DataError) as caught:
-        data.download(source, tmp_path / "train.txt")
+        download.download(source, tmp_path / "train.txt")
     (error,) = caught.value.faults
     assert "\n" not in error
     assert all(part in error for part in (str(tmp_path / "train.txt"), source.url, "--data builtin"))
@@ -385,14 +504,14 @@ def test_bad_download_leaves_no_file_and_suggests_a_remedy(server, tmp_path, mon
 def test_download_stops_reading_at_the_expected_size(server, tmp_path):
     server.overruns.clear()
     with pytest.raises(data.DataError):
-        data.download(source_at(server, "endless"), tmp_path / "train.txt")
+        download.download(source_at(server, "endless"), tmp_path / "train.txt")
     assert server.overruns == []
 
 
 def test_bad_download_does_not_replace_an_existing_file(server, tmp_path):
     (tmp_path / "train.txt").write_text("mine")
     with pytest.raises(data.DataError):
-        data.download(source_at(server, "closes"), tmp_path / "train.txt")
+        download.download(source_at(server, "closes"), tmp_path / "train.txt")
     assert (tmp_path / "train.txt").read_text() == "mine"
 
 
@@ -402,14 +521,14 @@ def test_interrupted_download_leaves_no_file(server, tmp_path, monkeypatch):
 
     monkeypatch.setattr(utils.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        data.download(source_at(server, "good"), tmp_path / "train.txt")
+        download.download(source_at(server, "good"), tmp_path / "train.txt")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_download_to_an_unwritable_path_is_an_error(server, tmp_path):
     (tmp_path / "penn").write_text("a file where the folder should be")
     with pytest.raises(data.DataError, match="download failed"):
-        data.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
+        download.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
 
 
 @pytest.fixture
@@ -434,7 +553,7 @@ def test_download_without_network_names_every_missing_file(tmp_path, monkeypatch
     with socket.socket() as unused:  # The port is bound but nobody listens, so connections are refused.
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
-        sources = {split: data.Source(url + split, "0" * 64, 10) for split in data.SPLITS}
+        sources = {split: download.Source(url + split, "0" * 64, 10) for split in data.SPLITS}
         monkeypatch.setitem(data.CORPORA, "penn", sources)
         with pytest.raises(data.DataError) as caught:
             data.load_corpus("penn", tmp_path)
@@ -483,15 +602,14 @@ def test_builtin_vocabulary_has_words_with_3_occurrences_in_train(builtin):
 
 
 def test_builtin_counts_unknown_words_of_valid_and_test(builtin):
-    replaced = sum(words_of(builtin, split).count("<unk>") for split in ("valid", "test"))
-    assert sum(builtin.unknown.values()) == replaced > 0
-    assert not set(builtin.unknown) & set(builtin.words)
+    for split in data.SPLITS:
+        assert len(builtin.unknown[split]) == words_of(builtin, split).count("<unk>") > 0
 
 
 @pytest.mark.parametrize("split", data.SPLITS)
 def test_read_split_of_builtin_matches_the_corpus(builtin, split):
-    ids, sha256 = data.read_split("builtin", split, builtin.words)
-    assert ids.equal(getattr(builtin, split))
+    ids, unknown, sha256 = data.read_split("builtin", split, builtin.words)
+    assert ids.equal(getattr(builtin, split)) and unknown.equal(builtin.is_unknown(split))
     assert sha256 == builtin.sha256[split]
 
 

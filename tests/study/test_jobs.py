@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, SIZES, outcome, write_corpus
 
+import trials
 from experiment import metrics
-from study import jobs
+from study import cost, jobs
 from study.jobs import Job, TrialFailed
 
 FLAGS = [*SIZES, *"--arch DARTS_V1 --lr 1 --engine eager".split()]
@@ -88,3 +89,30 @@ def test_trial_is_killed_when_its_parent_process_is_killed(job, tmp_path):
 def test_trial_with_a_damaged_result_is_not_done(tmp_path):
     (tmp_path / "result.json").write_text('{"valid_ppl": NaN, "genotype": "LSTM"}')
     assert not Job(".", "train.py", ()).is_done(tmp_path)
+
+
+def test_resumed_trial_is_told_where_its_text_lies_now(job, tmp_path):
+    jobs.run(job._replace(flags=(*job.flags, "--min_count", "2")), tmp_path / "study", tmp_path, 1, list)
+    assert json.loads((tmp_path / "study" / job.name / "config.json").read_text())["flags"]["min_count"] == 2
+    (moved := tmp_path / "moved").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").rename(moved / f"{split}.txt")
+    text = job.flags.index("--data") + 1
+    there = job._replace(flags=(*job.flags[:text], str(moved), *job.flags[text + 1 :]), test=True)
+    jobs.run(there, tmp_path / "study", tmp_path, 1, list)
+    assert metrics.result(tmp_path / "study" / job.name)["test_ppl"] > 1
+
+
+def test_study_finds_a_relative_folder_from_another_working_directory(tmp_path, monkeypatch):
+    write_corpus(tmp_path, train=30, valid=16, test=16)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    small = ["--seeds", "1", "--search_epochs", "1", "--search_flags", f"{' '.join(SIZES)} --vocab_size 8"]
+    argv = ["search", "--study", str(tmp_path / "study")]
+    for place, more in ((tmp_path, ["--data", ".", *small]), (tmp_path / "elsewhere", [])):
+        monkeypatch.chdir(place)
+        args, corpus, run = trials.start_study(trials.build_parser(), [*argv, *more])
+        run.release()
+        assert Path(args.data).is_absolute() and len(corpus.train) == 300
+    job = trials.Study(tmp_path / "study", args).search()[0]
+    assert cost.parse(job).vocab_size == 8

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from experiment import arguments, signals
-from data import Corpus, load_corpus
+from data import Corpus, load_corpus, located
 from experiment.lock import Locked
 from experiment.run_directory import Run, new_folder
 from experiment.validate_arguments import holds_work
@@ -37,7 +37,7 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
         restore(Path(args.study))
         parser.set_defaults(**config["flags"])
         args = parser.parse_args(argv)
-    args.data = data.located(args.data)
+    args.data = located(args.data)
     folder = Path(args.study or new_folder("study"))
 
     found = validate_arguments.number_faults(args) + validate_arguments.text_faults(args)

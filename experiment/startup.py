@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 import data
-from engine.linear_cross_entropy import CHUNK
 from experiment import arguments, checkpoint, validate_arguments
+from engine.linear_cross_entropy import CHUNK
 from experiment.distributed import Distributed
 from experiment.lock import Locked
 from experiment.resume import (

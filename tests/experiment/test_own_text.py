@@ -13,8 +13,8 @@ import data
 import evaluate
 import train
 import train_search
-from engine.dropout import DropoutRates
 from experiment import arguments, checkpoint, resume, retrain_arguments, startup
+from engine.dropout import DropoutRates
 from genotypes import DARTS_V1
 from model import retrain_model
 from training import evaluation

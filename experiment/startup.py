@@ -122,7 +122,8 @@ def read_flags(
     found += validate_arguments.rank_faults(args, ranks.size, ranks.on_this_machine)
     if "arch" in vars(args):
         with suppress(GenotypeError):  # `validate` has reported it
-            args.arch = str(resolve_cell(args.arch))  # the same when a search is resumed or its directory moves
+            # The text is the same when a search is resumed or its directory moves.
+            args.arch = str(resolve_cell(args.arch, note=lambda line: print(f"{parser.prog}: {line}", file=sys.stderr)))
     if args.resume:
         found += changed_flags(args, earlier["flags"])
     elif earlier:

@@ -24,9 +24,17 @@ from training.evaluation import evaluate, perplexity
 from training.optimizers import saved_average
 from utils import DataError, batchify, choose_device
 
+# Flags of the published test.py that describe the model or its training; a checkpoint of this project has them.
+LIKE_TRAINING = (
+    "emsize nhid nhidlast lr clip epochs batch_size bptt dropout dropouth dropouti dropoute seed nonmono log_interval"
+    " save alpha beta wdecay continue_train n_experts max_seq_len_delta"
+).split()
+
 
 def build_parser() -> arguments.Parser:
     parser = arguments.Parser("evaluate.py", "Perplexity of a checkpoint on a split of a corpus.")
+    for name in LIKE_TRAINING:
+        parser.elsewhere[name] = "the checkpoint has it; leave it out"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run of either script")
     parser.add_argument(
         "--data",

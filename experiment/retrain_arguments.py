@@ -30,7 +30,7 @@ def build_parser() -> arguments.Parser:
          "the last NONMONO"),
         ("finetune", "RUN", None, "start from the best weights of RUN and average from the first step on; text, sizes, "
          "dropout rates and regularisation are those of RUN unless given again; the condition of --nonmono ends this "
-         "run"),
+         "run. RUN may be a model.pt of the published code too, from which size and cell are taken"),
     ])  # fmt: skip
     parser.add_flags("two passes over each batch, with different dropout masks", [
         ("rdrop", float, 0.0,

@@ -15,7 +15,8 @@ import data
 from experiment import arguments, checkpoint, validate_arguments
 from experiment.distributed import Distributed
 from experiment.lock import Locked
-from experiment.resume import changed_flags, read_config, state_faults, tuned_with, tuning_faults
+from experiment.published_model import vocabulary_fault
+from experiment.resume import changed_flags, read_config, read_finetuned, state_faults, tuned_with, tuning_faults
 from experiment.run_directory import NullRun, Run
 from genotypes import GenotypeError, resolve_cell
 from utils import DataError, RunError
@@ -84,7 +85,10 @@ def start_on_main_rank(
             found += error.faults
     if corpus is not None:
         found += length_faults(args, texts(corpus, args))
-        if earlier and earlier.get("sha256") != corpus.sha256:
+        if "ntoken" in earlier:
+            fault = vocabulary_fault(args.data, len(corpus.words), args.finetune, earlier["ntoken"])
+            found += [fault] if fault else []
+        elif earlier and earlier.get("sha256") != corpus.sha256:
             where = args.save if args.resume else args.finetune
             found.append(f"--data {args.data}: not the text that the run in {where} began with")
     if not found and run is None:
@@ -113,7 +117,7 @@ def read_flags(
         earlier = read_config(parser, args.save, "--resume")
         parser.set_defaults(**earlier["flags"])
     elif getattr(args, "finetune", None) is not None:
-        earlier = read_config(parser, args.finetune, "--finetune")
+        earlier = read_finetuned(parser, args)
         parser.set_defaults(**tuned_with(earlier["flags"], args), optimizer="asgd")
     args = parser.parse_args(argv)
     rate_given = args.lr is not None

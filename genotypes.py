@@ -1,4 +1,6 @@
-"""Defines the genotype of a recurrent cell and the published cells, and parses a genotype from text or JSON.
+"""Defines the genotype of a recurrent cell and the published cells, and parses a genotype from text or a file.
+
+`--arch` finds a cell that is added here, `NAME = Genotype(recurrent=[...], concat=[...])`, by its name.
 
 A cell has N nodes. Node i = 1..N applies one activation to one earlier node; node 0 is s_0, computed from the input x_t
 and the previous hidden state h_{t-1}. The cell's output is the mean of the nodes in `concat` (DARTS, Liu, Simonyan &
@@ -12,6 +14,7 @@ import os
 import random
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 PRIMITIVES = ("none", "tanh", "relu", "sigmoid", "identity")
@@ -20,7 +23,12 @@ CONCAT = tuple(range(1, STEPS + 1))
 
 MAX_NODES = 64
 MAX_TEXT = 20_000  # This is the largest number of characters of a genotype's text.
-MAX_FILE = 1_000_000  # This is the largest number of bytes of a genotype's file.
+MAX_FILE = 1_000_000  # This is the largest number of bytes of a genotype's JSON or Python file.
+MAX_LOG = 100_000_000  # This is the largest number of bytes of a log that holds genotypes.
+
+CALL = re.compile(r"\bGenotype\(")
+# A genotype has at most two levels of brackets inside; since no group is entered twice, the search takes linear time.
+WHOLE = re.compile(CALL.pattern + r"(?:[^()]++|\((?:[^()]++|\([^()]*+\))*+\))*+\)")
 
 
 class GenotypeError(ValueError):
@@ -59,7 +67,11 @@ DARTS_V2 = Genotype((
 
 DARTS = DARTS_V2
 BASELINES = ("LSTM", "GRU")  # These are torch's own cells, which train.py accepts as well as genotypes.
-PUBLISHED = {"ENAS": ENAS, "DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "DARTS": DARTS}
+
+
+def named_cells() -> dict[str, Genotype]:
+    """Returns every cell that this module assigns to a name, the ones that a person added among them."""
+    return {name: value for name, value in globals().items() if isinstance(value, Genotype)}
 
 
 def validate(genotype: Genotype) -> None:
@@ -92,12 +104,16 @@ def validate(genotype: Genotype) -> None:
 
 def parse(text: str) -> Genotype:
     """Returns the genotype that a text describes; nothing is evaluated. Raises `GenotypeError`. The text has at most
-    `MAX_TEXT` characters and is JSON for `from_json`, or a literal with lists or tuples and with or without keywords,
-    such as `Genotype(recurrent=[('relu', 0), ...], concat=range(1, 9))`."""
+    `MAX_TEXT` characters and is JSON for `from_json`, or it ends with a literal with lists or tuples and with or
+    without keywords, such as `genotype = Genotype(recurrent=[('relu', 0), ...], concat=range(1, 9))`; what precedes the
+    last `Genotype(`, as in a line of a log, is ignored."""
     if len(text) > MAX_TEXT:
         raise GenotypeError(f"a genotype's text has at most {MAX_TEXT:,} characters, not {len(text):,}")
     text = text.strip()
-    return _parse_json(text) if text.startswith("{") else _parse_literal(text)
+    if text.startswith("{"):
+        return _parse_json(text)
+    starts = [match.start() for match in CALL.finditer(text)]
+    return _parse_literal(text[starts[-1] if starts else 0 :])
 
 
 def to_json(genotype: Genotype) -> dict[str, Any]:
@@ -126,35 +142,46 @@ def random_genotype(seed: int, steps: int = STEPS) -> Genotype:
     return Genotype(tuple((rng.choice(PRIMITIVES[1:]), rng.randrange(i)) for i in nodes), tuple(nodes))
 
 
-def resolve(arch: str) -> Genotype:
-    """Returns the genotype that the value of `--arch` specifies: a published name, `random:SEED`, a run directory with
-    a genotype.json, a JSON file (UTF-8, at most `MAX_FILE` bytes), or a text for `parse`. Raises `GenotypeError`."""
-    if arch in PUBLISHED:
-        return PUBLISHED[arch]
+def resolve(arch: str, note: Callable[[str], Any] = lambda line: None) -> Genotype:
+    """Returns the genotype that the value of `--arch` specifies: the name of a cell of this module, `random:SEED`, a
+    run directory with a genotype.json, a file (UTF-8), or a text for `parse`. Raises `GenotypeError`. A file is JSON,
+    Python source or any other text; of several genotypes in it the last is taken, and `note` is called with a line that
+    says which."""
+    cells = named_cells()
+    if arch in cells:
+        try:
+            return _build(*cells[arch])
+        except GenotypeError as error:
+            raise GenotypeError(f"{arch} in genotypes.py: {error}") from error
     if arch.startswith("random:"):
         if not re.fullmatch(r"random:[0-9]{1,18}", arch):
             raise GenotypeError(f"random:SEED takes a whole number of 1 to 18 digits, not {_short(arch[7:])}")
         return random_genotype(int(arch[7:]))
     # For a text that is too long to be a path, os.path's tests return False, whereas pathlib's may raise.
     if os.path.isdir(arch):
-        return _read(os.path.join(arch, "genotype.json"))
-    if os.path.isfile(arch) or (arch.endswith(".json") and "\0" not in arch):
-        return _read(arch)
+        path, log = os.path.join(arch, "genotype.json"), os.path.join(arch, "log.txt")
+        if not os.path.exists(path) and os.path.exists(log):  # A run of the published code has no genotype.json.
+            raise GenotypeError(f"no genotype.json in {_short(arch, 200)}; take the last of its log with --arch {log}")
+        return _read(path, note)
+    if os.path.isfile(arch) or (arch.endswith((".json", ".txt", ".py", ".log")) and "\0" not in arch):
+        return _read(arch, note)
     if "(" in arch or arch.lstrip().startswith("{"):
+        if (count := len(CALL.findall(arch))) > 1:
+            note(f"the text holds {count} genotypes; the last is taken")
         return parse(arch)
-    near = difflib.get_close_matches(arch[:40].upper(), PUBLISHED, n=1)
+    near = difflib.get_close_matches(arch[:40].upper(), cells, n=1)
     raise GenotypeError(
         f"unknown genotype {_short(arch)}"
         + (f", did you mean {near[0]}?" if near else "")
-        + f" (a name: {', '.join(PUBLISHED)}; {' or '.join(BASELINES)} in train.py; random:SEED; a run directory with"
-        + " genotype.json; a .json file; or the text Genotype(recurrent=[...], concat=[...]))"
+        + f" (a name: {', '.join(cells)}; {' or '.join(BASELINES)} in train.py; random:SEED; a run directory with"
+        + " genotype.json; a .json, .txt, .py or log file; or the text Genotype(recurrent=[...], concat=[...]))"
     )
 
 
-def resolve_cell(arch: str) -> Genotype | str:
+def resolve_cell(arch: str, note: Callable[[str], Any] = lambda line: None) -> Genotype | str:
     """Returns the cell that the value of train.py's `--arch` specifies: the name of a baseline in capitals, which may
     be given in any case, else the genotype that `resolve` returns. Raises `GenotypeError`."""
-    return arch.upper() if arch.upper() in BASELINES else resolve(arch)
+    return arch.upper() if arch.upper() in BASELINES else resolve(arch, note)
 
 
 def cell_to_json(cell: Genotype | str) -> dict[str, Any] | str:
@@ -167,20 +194,62 @@ def cell_from_json(obj: Any) -> Genotype | str:
     return obj if isinstance(obj, str) and obj in BASELINES else from_json(obj)
 
 
-def _read(path: str) -> Genotype:
+def _read(path: str, note: Callable[[str], Any]) -> Genotype:
+    name, limit = _short(path, 200), MAX_FILE if path.endswith((".json", ".py")) else MAX_LOG
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_FILE + 1)
+            data = file.read(limit + 1)
     except OSError as error:
-        raise GenotypeError(f"cannot read {_short(path, 200)}: {error.strerror}") from error
-    if len(data) > MAX_FILE:
-        raise GenotypeError(f"{_short(path, 200)} is over {MAX_FILE:,} bytes, too long for a genotype")
+        raise GenotypeError(f"cannot read {name}: {error.strerror}") from error
+    if len(data) > limit:
+        raise GenotypeError(f"{name} is over {limit:,} bytes, too long for a genotype")
     try:
-        return _parse_json(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        if path.endswith(".json") or text.lstrip().startswith("{"):
+            return _parse_json(text)
+        return _last(text, path.endswith(".py"), name, note)
     except UnicodeDecodeError as error:
-        raise GenotypeError(f"{_short(path, 200)} is not UTF-8") from error
+        raise GenotypeError(f"{name} is not UTF-8") from error
     except GenotypeError as error:
-        raise GenotypeError(f"{_short(path, 200)}: {error}") from error
+        raise GenotypeError(f"{name}: {error}") from error
+
+
+def _last(text: str, is_python: bool, name: str, note: Callable[[str], Any]) -> Genotype:
+    """Returns the last genotype in the text of a file with this name."""
+    found = (_assigned(text) if is_python else None) or _written(text)
+    if not found:
+        raise GenotypeError("holds no whole Genotype(recurrent=[...], concat=[...])")
+    line, literal = found[-1]
+    if len(found) > 1:
+        note(f"{name} holds {len(found)} genotypes; the last is taken, of line {line}")
+    try:
+        return parse(literal)
+    except GenotypeError as error:
+        raise GenotypeError(f"line {line}: {error}") from error
+
+
+def _assigned(source: str) -> list[tuple[int, str]] | None:
+    """Returns line and text of each genotype that Python source assigns to a name, outside of functions and classes;
+    None for a text that is no Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            body = ast.parse(source).body
+            values = [node.value for node in body if isinstance(node, ast.Assign | ast.AnnAssign)]
+            return [(value.lineno, ast.unparse(value)) for value in values if _calls(value, "Genotype")]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _written(text: str) -> list[tuple[int, str]]:
+    """Returns line and text of each genotype in any text. One without its closing bracket, such as the last line of a
+    log that was cut off, is left out."""
+    found, line, position = [], 1, 0
+    for match in WHOLE.finditer(text):
+        line += text.count("\n", position, match.start())
+        position = match.start()
+        found.append((line, match[0]))
+    return found
 
 
 def _parse_json(text: str) -> Genotype:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiment import checkpoint, resume, signals, startup
+from experiment import checkpoint, published_model, resume, signals, startup
 from experiment.experiment import Experiment, TrainingState
 from experiment.retrain_arguments import EVAL_BATCH_SIZES, build_parser, texts_to_read
 from genotypes import cell_to_json, resolve_cell
@@ -130,11 +130,16 @@ def retrain(experiment: Experiment, state: RetrainState) -> None:
 
 
 def load_finetuned(experiment: Experiment, state: RetrainState) -> None:
-    """Loads the best weights of the run that --finetune names; only a lower validation loss replaces them as best."""
-    path = Path(experiment.args.finetune, "best.pt")
+    """Loads the best weights of the run that --finetune names, or those of a model of the published code; only a lower
+    validation loss replaces them as best."""
+    path = Path(experiment.args.finetune)
+    is_run = path.is_dir()
+    path = path / "best.pt" if is_run else path
     with resume.restoring(experiment.parser, experiment.run, path):
-        first = experiment.ranks.broadcast_from_main(lambda: checkpoint.load(path))
-        resume.check_vocabulary(first, experiment.corpus.words)
+        read = (lambda: checkpoint.load(path)) if is_run else (lambda: {"model": published_model.load(path).weights})
+        first = experiment.ranks.broadcast_from_main(read)
+        if is_run:
+            resume.check_vocabulary(first, experiment.corpus.words)
         checkpoint.validate_state(first, {"model": state.model.state_dict()})
         state.model.load_state_dict(first["model"])
         experiment.best = experiment.evaluate(state.model, state.valid_text, "valid")

@@ -12,6 +12,8 @@ or interrupted, in a few seconds on a CPU. This needs matplotlib; the page also 
 """
 
 import argparse
+import difflib
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -44,7 +46,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     its = "its directory"
     for name, words, argument, meaning, out, endings in (
         ("cell", "draw one recurrent cell", "ARCH",
-         "a published cell's name, random:SEED, a search's run directory, a genotype.json, or its text",
+         "a published cell's name, random:SEED, a search's run directory, a genotype.json, a log, or its text",
          "cell.svg", f"{ENDINGS}, or .dot for graphviz"),
         ("search", "draw a search: losses, alphas, genotype, signal", "RUN", its, "search.svg", ENDINGS),
         ("formation", "animate how the cell of a search formed", "RUN", its, "formation.gif",
@@ -67,7 +69,7 @@ def draw(args: argparse.Namespace) -> Path:
     """Writes the picture that the command names and returns its path. Raises `GenotypeError` and `PictureError`."""
     out = Path(args.out)
     if args.command == "cell":
-        cell = resolve(args.what)
+        cell = resolve(args.what, note=lambda line: print(f"visualize.py: {line}", file=sys.stderr))
         if out.suffix.lower() == ".dot":
             out.write_text(cell_dot(cell), encoding="utf-8")
         else:
@@ -110,6 +112,12 @@ def report(args: argparse.Namespace) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser, commands = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in commands and not argv[0].startswith("-"):
+        near = difflib.get_close_matches(argv[0], commands, n=1)
+        words = [*near, *argv[1:]] if near else ["report" if Path(argv[0]).is_dir() else "cell", *argv]
+        meant = shlex.join(["visualize.py", *words])
+        parser.error(f"{argv[0]!r} is no command ({', '.join(commands)}); did you mean {meant}?")
     args = parser.parse_args(argv)
     command = commands[args.command]
     try:

@@ -1,6 +1,8 @@
 """Defines the flags that both scripts have; validate_arguments.py checks their values."""
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -14,6 +16,24 @@ from training.optimizers import DEFAULT_LR
 
 CLIP = 0.25
 ARCH_START = 2  # epochs of the weights alone (docs/signal.md)
+# Maps flags of the published code, and of ports of it, to what takes their place here (docs/from-darts.md).
+FLAGS_ELSEWHERE = {
+    "cuda": "it turns CUDA off in the published code; use --device cpu",
+    "gpu": "use --device cuda:N",
+    "single_gpu": "it spreads a batch over all GPUs in the published code; use torchrun (docs/distributed.md)",
+    "continue_train": "use --resume",
+    "model_path": "name the file alone, without a flag, to evaluate.py",
+    **dict.fromkeys(("learning_rate", "w_lr"), "use --lr"),
+    **dict.fromkeys(("weight_decay", "w_weight_decay"), "use --wdecay"),
+    **dict.fromkeys(("grad_clip", "w_grad_clip"), "use --clip"),
+    **dict.fromkeys(("w_momentum",), "use --optimizer momentum --momentum"),
+    **dict.fromkeys(("arch_learning_rate", "alpha_lr"), "use --arch_lr"),
+    **dict.fromkeys(("arch_weight_decay", "alpha_weight_decay"), "use --arch_wdecay"),
+    **dict.fromkeys(("report_freq", "print_freq"), "use --log_interval"),
+    "nonmono": "a search never switches to averaging; leave it out",
+    "arch": "a search finds the cell; use train.py --arch",
+    **dict.fromkeys(("unrolled", "arch_lr", "arch_wdecay"), "it is for train_search.py"),
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -29,9 +49,33 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str):
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
         self.quiet = False  # True on all ranks but the main one
+        self.elsewhere = dict(FLAGS_ELSEWHERE)
+        self.words: Sequence[str] = ()  # the command line that is parsed
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        self.words = sys.argv[1:] if args is None else args
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.refuse([f"{message} (see --help)"])
+        unknown = message.startswith(("unrecognized arguments", "the following arguments are required"))
+        self.refuse((unknown and self.unknown_flags()) or [f"{message} (see --help)"])
+
+    def unknown_flags(self) -> list[str]:
+        """Returns a fault for each flag of the command line that this parser lacks, with the one to use instead."""
+        given = [word.split("=")[0] for word in self.words if re.match("--[A-Za-z]", word)]
+        unknown = [flag for flag in given if flag not in self._option_string_actions]
+        return [f"{flag}: no such flag; {self.instead(flag)}" for flag in unknown]
+
+    def instead(self, flag: str) -> str:
+        """Returns what to use in the place of a flag that this parser lacks."""
+        flags, name = self._option_string_actions, flag[2:].lower().replace("-", "_")
+        if f"--{name}" in flags:
+            return f"use --{name}"
+        advice = self.elsewhere.get(name, "")
+        if advice and (not advice.startswith("use --") or advice.split()[1] in flags):
+            return advice
+        near = difflib.get_close_matches(f"--{name}", flags, n=1, cutoff=0.75)
+        return f"did you mean {near[0]}?" if near else "see --help"
 
     def refuse(self, faults: list[str]) -> NoReturn:
         """Ends the script with exit code 2 and one line for each fault."""
@@ -189,7 +233,9 @@ def complete(args: argparse.Namespace, kind: str) -> None:
         "nhid": args.emsize, "nhidlast": args.emsize, "small_batch_size": args.batch_size,
     }  # fmt: skip
     for name, value in defaults.items():
-        if name in vars(args) and getattr(args, name) is None:
+        # The published code has -1 as the default of the last two.
+        is_default = (None, -1) if name in ("nhidlast", "small_batch_size") else (None,)
+        if name in vars(args) and getattr(args, name) in is_default:
             setattr(args, name, value)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import data
-from experiment import arguments, checkpoint
+from experiment import arguments, checkpoint, published_model
 from experiment.run_directory import Run
+from genotypes import GenotypeError, resolve_cell
 from training.optimizers import DEFAULT_LR
 
 # Flags that may differ between a run and its continuation. The data may be at another path, but must be the same text.
@@ -64,7 +65,7 @@ def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> l
     ]
     if not rate_given:
         found.append(f"--lr: give one for averaged SGD; that of --finetune {args.finetune} is of {first['optimizer']}")
-    if not checkpoint.is_valid(Path(args.finetune, "best.pt")):
+    if not Path(args.finetune).is_file() and not checkpoint.is_valid(Path(args.finetune, "best.pt")):
         found.append(f"--finetune {args.finetune}: best.pt is missing or damaged; name another run")
     return found
 
@@ -141,6 +142,25 @@ def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[s
     if wrong := [name for name, action in actions.items() if not fits(action, flags[name])]:
         parser.refuse([f"{flag}: {path} is damaged at {', '.join(wrong)}; start a new run"])
     return config
+
+
+def read_finetuned(parser: arguments.Parser, args: Namespace) -> dict[str, Any]:
+    """Returns config.json of the run that --finetune names, or what takes its place for a model of the published code:
+    the flags of this script's defaults, which are the published ones, with the size and the cell of the model, and the
+    size of its vocabulary. Exits with code 2 if the file cannot be read."""
+    if not published_model.is_pickled(args.finetune):
+        return read_config(parser, args.finetune, "--finetune")
+    try:
+        model = published_model.load(args.finetune)
+        cell = model.genotype or resolve_cell(args.arch)
+    except checkpoint.CheckpointError as error:
+        parser.refuse([f"--finetune: {error}"])
+    except GenotypeError as error:
+        parser.refuse([f"--arch: {error}"])
+    flags = parser.parse_args([])
+    flags.emsize, flags.arch = model.nhid, str(cell)
+    arguments.complete(flags, "train")
+    return {"flags": vars(flags), "ntoken": model.ntoken}
 
 
 def refuse_constant(name: str) -> None:

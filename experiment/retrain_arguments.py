@@ -16,8 +16,9 @@ def build_parser() -> arguments.Parser:
     """Returns the parser of train.py."""
     parser = arguments.Parser("train.py", "Retrain a recurrent cell for language modelling, from scratch.")
     parser.add_flags("cell", [
-        ("arch", "ARCH", "DARTS", "the cell: a name (DARTS, DARTS_V1, DARTS_V2, ENAS), a search's run directory, a "
-         "genotype.json, the text of a genotype, random:SEED, or LSTM or GRU, torch's own cells"),
+        ("arch", "ARCH", "DARTS", "the cell: a name in genotypes.py (DARTS, DARTS_V1, DARTS_V2, ENAS), a search's run "
+         "directory, a genotype.json, a .txt, .py or log file that holds genotypes (the last is taken), the text of a "
+         "genotype, random:SEED, or LSTM or GRU, torch's own cells"),
         ("n_experts", int, 1, "number of softmaxes in the mixture of softmaxes"),
     ])  # fmt: skip
     arguments.add_shared_flags(
@@ -29,7 +30,7 @@ def build_parser() -> arguments.Parser:
          "the last NONMONO"),
         ("finetune", "RUN", None, "start from the best weights of RUN and average from the first step on; text, sizes, "
          "dropout rates and regularisation are those of RUN unless given again; the condition of --nonmono ends this "
-         "run"),
+         "run. RUN may be a model.pt of the published code too, from which size and cell are taken"),
     ])  # fmt: skip
     parser.add_flags("two passes over each batch, with different dropout masks", [
         ("rdrop", float, 0.0,

@@ -16,10 +16,12 @@ from experiment import arguments, checkpoint, validate_arguments
 from engine.linear_cross_entropy import CHUNK
 from experiment.distributed import Distributed
 from experiment.lock import Locked
+from experiment.published_model import vocabulary_fault
 from experiment.resume import (
     changed_flags,
     is_same_text,
     read_config,
+    read_finetuned,
     state_faults,
     tuned_with,
     tuning_faults,
@@ -96,7 +98,10 @@ def start_on_main_rank(
             found += error.faults
     if corpus is not None:
         found += length_faults(args, texts(corpus, args))
-        if earlier and not is_same_text(earlier.get("sha256"), corpus.sha256):
+        if "ntoken" in earlier:
+            fault = vocabulary_fault(args.data, len(corpus.words), args.finetune, earlier["ntoken"])
+            found += [fault] if fault else []
+        elif earlier and not is_same_text(earlier.get("sha256"), corpus.sha256):
             where = args.save if args.resume else args.finetune
             found.append(f"--data {args.data}: not the text that the run in {where} began with")
     if not found and run is None:
@@ -127,7 +132,7 @@ def read_flags(
         earlier = read_config(parser, args.save, "--resume")
         parser.set_defaults(**earlier["flags"])
     elif getattr(args, "finetune", None) is not None:
-        earlier = read_config(parser, args.finetune, "--finetune")
+        earlier = read_finetuned(parser, args)
         parser.set_defaults(**tuned_with(earlier["flags"], args), optimizer="asgd")
     args = parser.parse_args(argv)
     rate_given = args.lr is not None
@@ -136,7 +141,8 @@ def read_flags(
     found += validate_arguments.rank_faults(args, ranks.size, ranks.on_this_machine)
     if "arch" in vars(args):
         with suppress(GenotypeError):  # `validate` has reported it
-            args.arch = str(resolve_cell(args.arch))  # the same when a search is resumed or its directory moves
+            # The text is the same when a search is resumed or its directory moves.
+            args.arch = str(resolve_cell(args.arch, note=lambda line: print(f"{parser.prog}: {line}", file=sys.stderr)))
     if args.resume:
         found += changed_flags(args, earlier["flags"])
     elif earlier:

@@ -8,7 +8,7 @@ import torch
 import evaluate
 import train
 import train_search
-from experiment import checkpoint
+from experiment import arguments, checkpoint, validate_arguments
 
 SMALL = "--emsize 8 --batch_size 4 --bptt 6 --epochs 1 --lr 1".split()
 
@@ -284,3 +284,73 @@ def test_precision_unsupported_by_engine_or_device_exits_2(script, refused, corp
     [line] = refused(script, *save, "--device", "cpu", "--precision", "tf32")
     assert "--precision tf32" in line
     assert not (tmp_path / "run").exists()
+
+
+# --- people who come from the published code ---
+
+PUBLISHED_FLAGS = [
+    (train, "--cuda", "use --device cpu"),
+    (train, "--gpu 0", "use --device cuda:N"),
+    (train, "--gpu=1", "use --device cuda:N"),
+    (train_search, "--single_gpu", "use torchrun (docs/distributed.md)"),
+    (train_search, "--continue_train", "use --resume"),
+    (train, "--w_lr 0.1", "use --lr"),
+    (train_search, "--arch_learning_rate 0.1", "use --arch_lr"),
+    (train, "--log-interval 3", "use --log_interval"),
+    (train, "--batch-size 3", "use --batch_size"),
+    (train, "--Max-Seq-Len-Delta 3", "use --max_seq_len_delta"),
+    (train, "--dropuot 0.1", "did you mean --dropout?"),
+    (train, "--arch_lr 0.1", "it is for train_search.py"),
+    (train_search, "--arch DARTS", "use train.py --arch"),
+    (train_search, "--nonmono 5", "leave it out"),
+    (evaluate, "--model_path ptb_model.pt", "without a flag, to evaluate.py"),
+    (evaluate, "model.pt --emsize 850", "the checkpoint has it; leave it out"),
+    (evaluate, "model.pt --colour red", "see --help"),  # There is none to advise.
+    (evaluate, "model.pt --w_lr 1", "see --help"),  # This script has no --lr.
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), PUBLISHED_FLAGS)
+def test_flag_of_the_published_code_ends_with_the_one_to_use(script, flags, message, refused):
+    (line,) = refused(script, *flags.split())
+    [flag] = [word.split("=")[0] for word in flags.split() if word.startswith("--")]
+    assert f"error: {flag}: no such flag; " in line and line.endswith(message)
+
+
+def test_every_unknown_flag_is_reported_at_once(refused):
+    lines = refused(train, *"--gpu 0 --cuda --epochs 3 --log-interval 9".split())
+    assert [line.split()[2] for line in lines] == ["--gpu:", "--cuda:", "--log-interval:"]
+
+
+def test_published_flags_of_both_scripts_are_known_or_advised_on(refused):
+    """The names in the parsers of rnn/train_search.py and rnn/train.py of the published code."""
+    both = (
+        "data emsize nhid nhidlast lr clip epochs batch_size bptt dropout dropouth dropoutx dropouti dropoute seed"
+        " nonmono cuda log-interval save alpha beta wdecay continue_train small_batch_size max_seq_len_delta"
+        " single_gpu gpu"
+    ).split()
+    for script, names in ((train_search, [*both, "unrolled", "arch_wdecay", "arch_lr"]), (train, [*both, "arch"])):
+        known = script.build_parser()._option_string_actions
+        missing = [f"--{name}" for name in names if f"--{name}" not in known]
+        lines = refused(script, *missing)
+        assert len(lines) == len(missing) and not any(line.endswith("see --help") for line in lines)
+
+
+def test_minus_one_is_the_default_as_in_the_published_code():
+    flags = "--emsize 24 --batch_size 6 --nhidlast -1 --small_batch_size -1".split()
+    for script, kind in ((train_search, "search"), (train, "train")):
+        args = script.build_parser().parse_args(flags)
+        arguments.complete(args, kind)
+        assert (args.nhidlast, args.small_batch_size) == (24, 6)
+        assert validate_arguments.number_faults(args) == validate_arguments.size_faults(args) == []
+
+
+def test_arch_from_a_log_is_told_once_and_trained(corpus, tmp_path, capsys):
+    text = "Genotype(recurrent=[('tanh', 0), ('relu', 1)], concat=range(1, 3))"
+    (tmp_path / "log.txt").write_text(f"01/02 03:04:05 PM Genotype([('relu', 0)], [1])\n01/02 03:04:06 PM {text}\n")
+    flags = ["--arch", tmp_path / "log.txt", "--engine", "eager", "--save", tmp_path / "run"]
+    assert train.main([str(flag) for flag in ("--data", corpus, *SMALL, *flags)]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert told == [f"train.py: '{tmp_path}/log.txt' holds 2 genotypes; the last is taken, of line 2"]
+    found = json.loads((tmp_path / "run" / "result.json").read_text())["genotype"]
+    assert found == {"recurrent": [["tanh", 0], ["relu", 1]], "concat": [1, 2]}

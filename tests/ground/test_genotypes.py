@@ -43,10 +43,10 @@ def test_published_cells_match_the_papers():
         ),
     }
     spelled["DARTS"] = spelled["DARTS_V2"]
-    assert set(genotypes.PUBLISHED) == set(spelled)
+    assert set(genotypes.named_cells()) == set(spelled)
     for name, (nodes, concat) in spelled.items():
         cell = getattr(genotypes, name)
-        assert cell is genotypes.PUBLISHED[name] is resolve(name)
+        assert cell == genotypes.named_cells()[name] == resolve(name)
         assert ", ".join(f"{op} {j}" for op, j in cell.recurrent) == nodes
         assert " ".join(map(str, cell.concat)) == concat
         validate(cell)
@@ -281,3 +281,97 @@ def test_random_genotype_has_the_requested_number_of_nodes(steps):
 @pytest.mark.parametrize("steps", [0, -1, 65, 10**9])
 def test_random_genotype_rejects_invalid_numbers_of_nodes(steps):
     error_message(random_genotype, 0, steps)
+
+
+# --- cells of people who come from the published code ---
+
+CELL = Genotype((("sigmoid", 0), ("relu", 1), ("tanh", 1)), (1, 2, 3))
+LITERAL = "Genotype(recurrent=[('sigmoid', 0), ('relu', 1), ('tanh', 1)], concat=range(1, 4))"
+OTHER = "Genotype(recurrent=[('tanh', 0)], concat=range(1, 2))"
+
+
+@pytest.mark.parametrize("text", [
+    f"MINE = {LITERAL}",
+    f"genotype = {LITERAL}",
+    f"11/26 06:37:01 PM {LITERAL}",
+    f"11/26 06:37:01 PM Genotype: {LITERAL}",
+    f"  found (at last) {LITERAL}\n",
+    f"{OTHER}\n{LITERAL}",
+    f"{OTHER} {LITERAL}",
+    LITERAL.replace(", (", ",\n  ("),
+])  # fmt: skip
+def test_text_before_the_last_genotype_is_ignored(text):
+    assert parse(text) == resolve(text) == CELL
+
+
+@pytest.mark.parametrize("name", ["log.txt", "log", "cells.py", "a.log", "genotype.json.bak"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_last_whole_genotype_of_a_file_is_taken_and_a_line_says_which(name, cut, tmp_path):
+    path, lines = tmp_path / name, []
+    text = f"import os\nFIRST = {OTHER}\n\nSECOND = {LITERAL}\n# end\n" + cut * "THIRD = Genotype(recurrent=[('relu'"
+    path.write_text(text)
+    assert resolve(str(path), lines.append) == resolve(str(path)) == CELL
+    assert lines == [f"'{path}' holds 2 genotypes; the last is taken, of line 4"]
+    path.write_text(f"epoch 1 | ppl 3.5 | {LITERAL} | done")
+    assert resolve(str(path), lines.append) == CELL and len(lines) == 1  # There is no choice to tell.
+
+
+def test_python_source_is_read_for_its_assignments_alone(tmp_path):
+    path, touched = tmp_path / "genotypes.py", tmp_path / "touched"
+    path.write_text(
+        f'"""For instance {OTHER}."""\nfrom collections import namedtuple\nGenotype = namedtuple("Genotype", "a b")\n'
+        f"open({str(touched)!r}, 'w')\nMINE = {LITERAL}\nTHEIRS: Genotype = {LITERAL}\n# {OTHER}\n"
+    )
+    lines = []
+    assert resolve(str(path), lines.append) == CELL
+    assert not touched.exists() and "2 genotypes; the last is taken, of line 6" in lines[0]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "holds no whole Genotype("),
+    ("Genotype(recurrent=[('relu', 0)", "holds no whole Genotype("),
+    (f"{LITERAL}\nGenotype(recurrent=[('sine', 0)], concat=[1])", "line 2: node 1: op 'sine'"),
+    (f"{LITERAL}\nGenotype(normal=[('skip', 0)], reduce=[1])", "line 2: Genotype takes recurrent and concat"),
+    ("X = Genotype(open('touched', 'w'), [1])", "line 1: a genotype's text holds"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["a.txt", "a.py"])
+def test_file_without_a_usable_genotype_is_named_with_its_line(text, message, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(text)
+    error = error_message(resolve, name)
+    assert name in error and message in error and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("part", ["Genotype(", "Genotype()", "Genotype((", "Genotype([", "(", "Genotype(("])
+def test_long_files_are_read_in_linear_time(part, tmp_path):
+    """A search that took quadratic time would run for hours on these."""
+    path = tmp_path / "log.txt"
+    path.write_text(part * 300_000)
+    error_message(resolve, str(path))
+    path.write_text("x " * 1_000_000 + LITERAL)
+    assert resolve(str(path)) == CELL
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(cells(), min_size=1, max_size=4), st.text(st.characters(exclude_characters="(){"), max_size=30))
+def test_any_cells_between_any_texts_are_found(tmp_path_factory, several, between):
+    path = tmp_path_factory.mktemp("any") / "log.txt"
+    path.write_text("-" + between.join(f" {cell} " for cell in several) + between, encoding="utf-8", newline="")
+    assert resolve(str(path)) == several[-1]
+
+
+def test_directory_of_the_published_code_names_its_log(tmp_path):
+    (tmp_path / "log.txt").write_text(f"11/26 06:37:01 PM {LITERAL}\n")
+    error = error_message(resolve, str(tmp_path))
+    assert error.endswith(f"--arch {tmp_path}/log.txt")
+    assert resolve(f"{tmp_path}/log.txt") == CELL
+
+
+def test_cell_added_by_hand_is_found_by_its_name(monkeypatch):
+    """As the published README says, and with the lists and the range of the published format."""
+    monkeypatch.setattr(genotypes, "MINE", Genotype(recurrent=[("relu", 0), ("tanh", 1)], concat=range(1, 3)), False)
+    cell = resolve("MINE")
+    assert cell == Genotype((("relu", 0), ("tanh", 1)), (1, 2)) and hash(cell)
+    assert "did you mean MINE?" in error_message(resolve, "mine")
+    monkeypatch.setattr(genotypes, "WRONG", Genotype(recurrent=[("relu", 1)], concat=range(1, 2)), False)
+    assert "WRONG in genotypes.py: node 1: predecessor" in error_message(resolve, "WRONG")

@@ -14,14 +14,14 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from matplotlib.patches import PathPatch
 
-from genotypes import PRIMITIVES, PUBLISHED, Genotype, GenotypeError, random_genotype, to_json
+from genotypes import PRIMITIVES, Genotype, GenotypeError, named_cells, random_genotype, to_json
 from plots.cell_graph import cell_figure, layout_cell
 from plots.study_curves import study_figure
 from plots.style import COLOURS, PictureError, plain_style, save
 from visualize import main
 
 # The 20 random cells have 2 to 20 nodes, and every third has only its even nodes in the output.
-CELLS = {**PUBLISHED, "alone": Genotype((("relu", 0),), (1,))}
+CELLS = {**named_cells(), "alone": Genotype((("relu", 0),), (1,))}
 for seed in range(20):
     cell = random_genotype(seed, steps=seed + 1 if seed % 2 else 8)
     if seed % 3 == 2:

@@ -453,6 +453,10 @@ def test_directory_without_a_run_exits_2_with_one_line(command, text, tmp_path, 
     (["report", "RUN", "--out", "a.pdf"], "a page's name ends in .html"),
     (["report", "RUN", "--out", "no/a.html"], "cannot write no/a.html:"),
     (["train"], "arguments are required"),
+    (["DARTS"], "did you mean visualize.py cell DARTS?"),
+    (["random:3", "--out", "a.svg"], "did you mean visualize.py cell random:3 --out a.svg?"),
+    (["RUN"], "did you mean visualize.py report "),
+    (["reports", "RUN"], "did you mean visualize.py report "),
 ])  # fmt: skip
 def test_invalid_arguments_exit_2_with_one_line(argv, message, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

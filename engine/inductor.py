@@ -100,7 +100,7 @@ class Compiled:
             if calls or isinstance(innermost(error), torch.OutOfMemoryError | MemoryError):
                 raise
             kernel_cache.discard(innermost(error))
-            failure = error
+            reason = summary(error)
         else:
             if len(calls) == 1:  # otherwise torch.compile is disabled
                 self.remember(kind, flat, calls[0])
@@ -110,7 +110,7 @@ class Compiled:
             Compiled.failed = True
             LOG.warning(
                 "compiling failed (%s): --engine fused runs uncompiled from here on, slower and with other rounding",
-                summary(failure),
+                reason,
             )
         return None
 
@@ -200,9 +200,13 @@ def compiler_within(seconds: float) -> Iterator[None]:
         cpp_builder.subprocess = subprocess
 
 
-def run_until(until: float, command: list[str], *, check: bool = False, **options: Any) -> subprocess.CompletedProcess:
+def run_until(
+    until: float, command: list[str], *, check: bool = False, capture_output: bool = False, **options: Any
+) -> subprocess.CompletedProcess:
     """Runs a command as `subprocess.run` does, at most until the time `until`, and then ends it with its children. The
     output file of a command that failed is removed, since Inductor would load it."""
+    if capture_output:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, start_new_session=True, **options) as process:
         try:
             output, errors = process.communicate(timeout=max(0.0, until - monotonic()))

@@ -85,8 +85,9 @@ def remove_damaged(here: Path) -> None:
     """Removes the files whose checksum is not the one that was recorded. Raises OSError if one cannot be removed."""
     checksums = recorded(here)
     for name, path in files(here):
-        if name in checksums and sha256(path) != checksums[name]:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has removed it
+            if name in checksums and sha256(path) != checksums[name]:
+                path.unlink()
 
 
 def record_checksums(here: Path) -> None:
@@ -102,5 +103,6 @@ def record_checksums(here: Path) -> None:
 
 def discard(error: BaseException) -> None:
     """Removes the library that could not be loaded, if `error` says so, so that the next process compiles it again."""
-    if isinstance(error, ImportError) and error.path and folder() in Path(error.path).parents:
-        Path(error.path).unlink(missing_ok=True)
+    with suppress(OSError):
+        if isinstance(error, ImportError) and error.path and folder() in Path(error.path).parents:
+            Path(error.path).unlink()

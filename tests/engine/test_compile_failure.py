@@ -69,7 +69,8 @@ COMPILERS = {
     "writes nothing": (ANSWERS, ""),
     "segfaults": (ANSWERS + "kill -SEGV $$", "ended with code -11"),
     "has no Python headers": (
-        f'a=(); for x in "$@"; do case "$x" in -I*python3*) ;; *) a+=("$x");; esac; done; exec {CXX} "${{a[@]}}"',
+        'for x; do shift; [[ $x == -I*/include/python3* ]] || set -- "$@" "$x"; done; '
+        f'exec {CXX} "$@"',
         "fatal error: Python.h",
     ),
     "vanishes between two kernels": (

@@ -44,7 +44,7 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
     if config is None:
         if args.resume or args.stage == "report":
             found.append(f"--study {args.study}: there is no study ({CONFIG} is missing); name another")
-        elif folder.is_dir() and any(map(holds_work, folder.iterdir())):
+        elif folder.is_dir() and holds_work(folder):
             found.append(f"--study {folder}: holds files already; take another")
     else:
         found += validate_arguments.begun_faults(args, config, folder)

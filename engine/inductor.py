@@ -1,15 +1,25 @@
-"""Compiles element-wise functions by Inductor, and calls them without the overhead of torch.compile's checks."""
+"""Compiles element-wise functions by Inductor, and calls them without the overhead of torch.compile's checks.
 
-import shutil
-import sys
+Where compiling fails, the functions run uncompiled from then on, and one line tells why.
+"""
+
+import logging
+import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
-from os import environ
+from functools import cache, partial, wraps
+from pathlib import Path
 from threading import RLock
+from time import monotonic
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from engine import kernel_cache
 
 # By default Inductor stores an intermediate result that is used more than once, which costs more here than computing it
 # again: with these settings everything stays in registers, in one loop. On a GPU it would also split a sum over few
@@ -22,19 +32,21 @@ ONE_PASS = {
 ARGUMENTS = {"TENSOR_MATCH", "SHAPE_ENV", "CONSTANT_MATCH", "EQUALS_MATCH", "TYPE_MATCH"}
 SEARCHES = RLock()  # one compilation at a time, among all threads
 START = 64  # elements before a buffer's data: a kernel would be compiled again for views at offset 0 and elsewhere
+TIME_LIMIT = 300.0  # seconds for all calls of a compiler that one kernel takes, far more than on a busy machine
+LOG = logging.getLogger(__name__)  # prints to stderr where no handler is installed
 
 
-@cache
-def compiler_found() -> bool:
-    """Returns whether there is a C++ compiler; prints a line at the first call if there is none."""
-    found = shutil.which(environ.get("CXX", "g++")) is not None
-    if not found:
-        print("no C++ compiler: --engine fused runs uncompiled, slower (install g++, or set CXX)", file=sys.stderr)
-    return found
+class Call(NamedTuple):
+    """A call of the code that Inductor made of a function."""
+
+    code: Callable
+    inputs: tuple
+    returned: bool  # whether it returns anything: a kernel only writes into its arguments
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Decorates an element-wise function that writes into its arguments: it is compiled at its first call, if possible.
+    """Decorates an element-wise function that writes into its arguments: it is compiled at its first call, if possible,
+    and runs uncompiled otherwise.
 
     It becomes C++ on a CPU and Triton on CUDA, and the compiled code is cached on disk. An argument is a tensor, a
     constant, or a tuple of them. No two tensors may be the same, and none may overlap one that is written. The last
@@ -43,8 +55,7 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
 
     @cache
     def compiled() -> Callable[..., None]:
-        usable = environ.get("TORCH_COMPILE_DISABLE") != "1" and compiler_found()
-        return Compiled(function) if usable else function
+        return function if os.environ.get("TORCH_COMPILE_DISABLE") == "1" else Compiled(function)
 
     @wraps(function)
     def call(*args) -> None:
@@ -61,36 +72,69 @@ class Compiled:
     step takes 147 ms in the place of 173 at B 32, H 64 (benchmarks/NOTES.md). The code is stored for each kind of
     arguments, which is given by shapes, strides, dtypes and numbers. Besides the tensors it needs the numbers among the
     arguments (some as tensors of no dimension) and sizes, which are the same for all arguments of a kind.
+
+    Once compiling has failed, all kernels of this process run uncompiled. An error of code that has begun to run may
+    have left its results incomplete, and is no failure to compile: it is raised.
     """
 
+    failed: ClassVar[bool] = False
+
     def __init__(self, function: Callable[..., None]):
-        options = {"guard_filter_fn": lambda guards: [g.guard_type in ARGUMENTS for g in guards]}
-        self.search = torch.compile(function, fullgraph=True, backend=inductor, options=options)
+        self.function, self.search = function, None
         self.found: dict[tuple, tuple[Callable, list[int], tuple]] = {}
 
     def __call__(self, *args) -> None:
+        if Compiled.failed:
+            return self.function(*args)
         flat = flattened(args)
         kind = flat[-1].device, *[(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in flat]
         if known := self.found.get(kind):
             code, places, numbers = known
             supply = *flat, *numbers
             code([supply[place] for place in places])
-            return
+            return None
+        calls: list[Call] = []
+        try:
+            self.compile(args, calls)
+        except compile_errors() as error:
+            if calls or isinstance(innermost(error), torch.OutOfMemoryError | MemoryError):
+                raise
+            kernel_cache.discard(innermost(error))
+            reason = summary(error)
+        else:
+            if len(calls) == 1:  # otherwise torch.compile is disabled
+                self.remember(kind, flat, calls[0])
+            return None
+        self.function(*args)  # raises the error again if it is one of the function itself
+        if not Compiled.failed:  # autograd's thread may have failed at the same time
+            Compiled.failed = True
+            LOG.warning(
+                "compiling failed (%s): --engine fused runs uncompiled from here on, slower and with other rounding",
+                reason,
+            )
+        return None
+
+    def compile(self, args: tuple, calls: list[Call]) -> None:
+        """Compiles the function for these arguments, runs it, and adds the calls of the compiled code to `calls`."""
+        if self.search is None:
+            options = {"guard_filter_fn": lambda guards: [g.guard_type in ARGUMENTS for g in guards]}
+            self.search = torch.compile(self.function, fullgraph=True, backend=inductor, options=options)
         # The settings are made here because since torch 2.13 each thread has its own, and on CUDA autograd runs the
         # backward pass in another thread than the one that defined the kernel.
         with (
             torch._dynamo.config.patch(recompile_limit=64),  # one variant for each operation and kind of shape
             torch.fx.experimental._config.patch(use_duck_shape=False),  # equal sizes do not make another variant
-            calls_of_inductor() as calls,
-        ):
+            SEARCHES, kernel_cache.checked(), compiler_within(TIME_LIMIT), noted_calls(calls),
+        ):  # fmt: skip
             self.search(*args)
-        if len(calls) != 1:  # torch.compile is disabled
-            return
-        [(code, wanted)] = calls
+
+    def remember(self, kind: tuple, flat: list, call: Call) -> None:
+        """Stores the code of a call for all arguments of this kind, unless it also takes tensors of its own."""
+        code, wanted, returned = call
         given = {id(arg) for arg in flat}
         numbers = tuple(w for w in wanted if id(w) not in given)
-        if any(isinstance(number, Tensor) and number.dim() for number in numbers):  # torch has merged two views
-            return
+        if returned or any(isinstance(number, Tensor) and number.dim() for number in numbers):
+            return  # torch has merged two views
         place_of = {id(supplied): place for place, supplied in enumerate((*flat, *numbers))}
         self.found[kind] = code, [place_of[id(w)] for w in wanted], numbers
 
@@ -117,23 +161,89 @@ def inductor(graph: torch.fx.GraphModule, inputs: list) -> Callable:
 
 
 @contextmanager
-def calls_of_inductor() -> Iterator[list[tuple[Callable, tuple]]]:
-    """Yields a list of the calls of Inductor's code inside the block, each with its arguments. The code is without
-    torch's wrappers. `CompiledFxGraph.__call__` is replaced meanwhile, since torch has no public way to this code."""
+def noted_calls(calls: list[Call]) -> Iterator[None]:
+    """Adds the calls of Inductor's code inside the block to `calls`, when they begin. The code is without torch's
+    wrappers. `CompiledFxGraph.__call__` is replaced meanwhile, since torch has no public way to this code."""
     from torch._inductor.output_code import CompiledFxGraph
 
-    calls = []
-
     def noting(graph: CompiledFxGraph, inputs: list) -> object:
-        call = graph.current_callable, tuple(inputs)  # copied, since the call empties `inputs`
+        call = Call(graph.current_callable, tuple(inputs), True)  # copied, since the call empties `inputs`
+        calls.append(call)
         result = wrapped(graph, inputs)
-        if not result:  # a kernel returns nothing: everything was written into its arguments
-            calls.append(call)
+        calls[-1] = call._replace(returned=bool(result))
         return result
 
-    with SEARCHES:
-        wrapped, CompiledFxGraph.__call__ = CompiledFxGraph.__call__, noting
+    wrapped, CompiledFxGraph.__call__ = CompiledFxGraph.__call__, noting
+    try:
+        yield
+    finally:
+        CompiledFxGraph.__call__ = wrapped
+
+
+# --- where compiling fails ---
+
+
+@contextmanager
+def compiler_within(seconds: float) -> Iterator[None]:
+    """Ends a C++ compiler that Inductor calls inside the block and that has not ended after so many seconds, counted
+    from the block's beginning."""
+    from torch._inductor import cpp_builder
+
+    run = partial(run_until, monotonic() + seconds)
+    cpp_builder.subprocess = SimpleNamespace(**{
+        **vars(subprocess), "run": run, "check_call": lambda *args, **options: run(*args, check=True, **options),
+        "check_output": lambda *args, **options: run(*args, check=True, stdout=subprocess.PIPE, **options).stdout,
+    })  # fmt: skip
+    try:
+        yield
+    finally:
+        cpp_builder.subprocess = subprocess
+
+
+def run_until(
+    until: float, command: list[str], *, check: bool = False, capture_output: bool = False, **options: Any
+) -> subprocess.CompletedProcess:
+    """Runs a command as `subprocess.run` does, at most until the time `until`, and then ends it with its children. The
+    output file of a command that failed is removed, since Inductor would load it."""
+    if capture_output:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
         try:
-            yield calls
+            output, errors = process.communicate(timeout=max(0.0, until - monotonic()))
         finally:
-            CompiledFxGraph.__call__ = wrapped
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            if process.wait() and "-o" in command:
+                Path(command[command.index("-o") + 1]).unlink(missing_ok=True)
+    done = subprocess.CompletedProcess(command, process.returncode, output, errors)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """Returns the errors that mean, before compiled code has begun to run, that a function could not be compiled: those
+    of torch.compile, which wrap an error of Inductor or Triton, and those of a compiler, a library or a folder."""
+    from torch._dynamo import exc
+
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit, subprocess.SubprocessError, OSError, ImportError
+
+
+def innermost(error: BaseException) -> BaseException:
+    """Returns the error that torch.compile has wrapped, or the error itself."""
+    while (wrapped := getattr(error, "inner_exception", None)) is not None:
+        error = wrapped
+    return error
+
+
+def summary(error: BaseException) -> str:
+    """Returns what an error of compiling says in one line: of a compiler's output, its first error."""
+    error = innermost(error)
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{error.cmd[0]} had not ended after {TIME_LIMIT:g} seconds"
+    if isinstance(error.__cause__, subprocess.CalledProcessError):
+        command = error.__cause__
+        lines = (command.output or b"").decode(errors="replace").splitlines()
+        said = next((line for line in lines if "error" in line.lower()), "")
+        return " ".join(f"{command.cmd[0]} ended with code {command.returncode} {said}".split())[:200]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

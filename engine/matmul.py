@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from math import prod
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine import kernel_cache
 from engine.inductor import START, kernel
 
 # The length of a matrix row should be a multiple of this many elements, so that each row begins at a whole vector.
@@ -62,13 +62,9 @@ def onednn_is_quicker() -> bool:
     """
     if not torch.backends.mkldnn.is_available():
         return False
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    noted = Path(cache_dir()) / f"quicker-product-torch-{torch.__version__}-{torch.get_num_threads()}-threads.json"
-    try:
-        return json.loads(noted.read_text()) == "onednn"
-    except (OSError, ValueError):
-        pass
+    name = f"quicker-product-torch-{torch.__version__}-{torch.get_num_threads()}-threads.json"
+    with suppress(OSError, ValueError):
+        return json.loads((kernel_cache.folder() / name).read_text()) == "onednn"
     a, weights = torch.ones(64, 512), torch.ones(32, 512, 1024)  # So many weights fill a cache if used in turn.
     out = torch.empty(64, 1024)
     seconds = {"mkl": [], "onednn": []}
@@ -83,8 +79,7 @@ def onednn_is_quicker() -> bool:
             seconds[name].append(perf_counter() - clock)
     quicker = min(seconds, key=lambda name: median(seconds[name]))
     with suppress(OSError):  # If the file cannot be written, the next process measures again.
-        noted.parent.mkdir(parents=True, exist_ok=True)
-        noted.write_text(json.dumps(quicker))
+        (kernel_cache.folder() / name).write_text(json.dumps(quicker))
     return quicker == "onednn"
 
 

@@ -196,15 +196,16 @@ def add_run_flags(parser: Parser, seed: int, log_interval: int) -> None:
     """Adds the flags of engine and precision, and of the run directory, checkpoints, device and seed."""
     parser.add_flags("speed", [
         ("engine", ENGINES, "fused",
-         "fused is compiled at the first steps (cached); eager is the readable definition; equal up to rounding"),
+         "fused is compiled at the first steps (cached), or runs uncompiled where that fails; eager is the readable "
+         "definition; equal up to rounding"),
         ("precision", PRECISIONS, "fp32", "precision of matrix products: fp32, tf32 (CUDA) or bf16 (fused), which also "
          "halves the memory; sums, normalisation, softmax, the optimizer and --hessian finite stay in fp32"),
     ])  # fmt: skip
     parser.add_flags("run", [
         ("save", "DIR", None, "run directory (default: runs/KIND-YYYYMMDD-HHMMSS)"),
         ("resume", bool, False, "resume the run in --save with its own flags; only --epochs, --log_interval, "
-         "--checkpoint_minutes, --test, --device, --diagnose_every, --tensorboard and the path of the same --data may "
-         "be given again"),
+         "--checkpoint_minutes, --test, --device, --engine, --diagnose_every, --tensorboard and the path of the same "
+         "--data may be given again"),
         ("checkpoint_minutes", float, 10.0, "longest time between two checkpoints; each epoch ends with one too"),
         ("device", "DEVICE", "auto", "auto (CUDA if available), cpu, cuda or cuda:N"),
         ("deterministic", bool, False,

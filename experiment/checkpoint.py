@@ -29,6 +29,7 @@ from torch import Tensor
 from utils import atomic_write
 
 FORMAT = 5
+NAMES = {"last.pt", "previous.pt", "best.pt"}
 # A pickle may contain only the names that torch writes for tensors; `weights_only` would also build a large bytearray.
 GLOBALS = re.compile(r"torch [A-Za-z]+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 BUILDERS = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}

@@ -1,5 +1,6 @@
 """Runs one search or retraining: its flags and texts, progress, checkpoints, rollbacks, and the reason that it ends."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from engine.matmul import matmul_precision
 from experiment.distributed import Distributed
 from experiment.divergence import BACKOFF, DivergenceMonitor
 from experiment.progress import Progress
+from experiment.run_directory import LogHandler
 from experiment.signals import StopSignal
 from training.early_stopping import Patience
 from training.evaluation import (
@@ -131,6 +133,8 @@ class Experiment:
         self.best, self.stopped_by, self.exit_code = float("inf"), "", 0  # `best` is the lowest validation loss.
 
     def __enter__(self) -> "Experiment":
+        self.notes = LogHandler(self.run)
+        logging.getLogger("engine").addHandler(self.notes)
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> bool:
@@ -140,6 +144,7 @@ class Experiment:
         if interrupted:
             command, self.exit_code = self.ranks.command(self.parser.prog), 130
             self.run.log(f"interrupted; continue with: {command} --resume --save {quote(str(self.run.folder))}")
+        logging.getLogger("engine").removeHandler(self.notes)
         self.run.release()
         return interrupted
 

@@ -17,7 +17,7 @@ from training.optimizers import DEFAULT_LR
 
 # Flags that may differ between a run and its continuation. The data may be at another path, but must be the same text.
 RESUMABLE = {
-    "epochs", "log_interval", "device", "save", "resume", "data", "checkpoint_minutes", "test",
+    "epochs", "log_interval", "device", "engine", "save", "resume", "data", "checkpoint_minutes", "test",
     "diagnose_every", "tensorboard",
 }  # fmt: skip
 # Flags that --finetune takes from the run whose weights it starts from, unless they are given again.

@@ -1,6 +1,7 @@
 """Writes a run's directory: log.txt for people, metrics.jsonl for programs, and JSON files that are never partial."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -122,6 +123,17 @@ class Run:
                 file.write(text.encode(errors="surrogateescape"))
         except OSError as error:
             raise with_filename(error, path) from error
+
+
+class LogHandler(logging.Handler):
+    """Writes the messages of Python's logging to the log of a run."""
+
+    def __init__(self, run: Run):
+        super().__init__()
+        self.run = run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.run.log(record.getMessage())
 
 
 class NullRun(Run):

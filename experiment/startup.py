@@ -107,8 +107,11 @@ def start_on_main_rank(
     if not found and run is None:
         try:
             run = Run(args.save)
-            if any(map(validate_arguments.holds_work, run.folder.iterdir())):  # written while the corpus was read
+            if validate_arguments.holds_work(run.folder):  # written while the corpus was read
                 found.append(validate_arguments.HOLDS_FILES.format(args.save))
+            else:
+                for name in checkpoint.NAMES:  # of a run that ended before its first step
+                    (run.folder / name).unlink(missing_ok=True)
         except Locked as error:
             found.append(f"--save: {error}")
     if found:
@@ -117,6 +120,8 @@ def start_on_main_rank(
         parser.refuse(found)
     if len(corpus.words) > MANY_WORDS:
         print(f"{parser.prog}: {vocabulary_note(args, len(corpus.words))}", file=sys.stderr)
+    if args.resume and args.engine != (before := earlier["flags"]["engine"]):
+        run.log(f"--engine {args.engine} from here on, {before} before: the digits differ by rounding")
     return args, corpus, run, saved
 
 

@@ -1,5 +1,6 @@
 """Checks the flags of a script and reports every fault at once, each in one line that names the flag and a remedy."""
 
+import json
 import math
 import os
 from argparse import Namespace
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from experiment import lock
+from experiment import checkpoint, lock
 from genotypes import GenotypeError, resolve_cell
 from training.optimizers import LIKE_SGD
 
@@ -210,9 +211,18 @@ def precision_faults(args: Namespace) -> list[str]:
     return []
 
 
-def holds_work(path: Path) -> bool:
-    """Returns whether a file is more than the lock or a temporary file, all that a run leaves before its first step."""
-    return path.name != lock.NAME and not path.name.endswith(".tmp")
+def holds_work(folder: Path) -> bool:
+    """Returns whether a folder holds more than what a run of this project leaves that ended before its first step."""
+    left = {path.name for path in folder.iterdir() if path.name != lock.NAME and not path.name.endswith(".tmp")}
+    if left <= {"log.txt", "tensorboard"}:  # to which a new run appends
+        return False
+    try:
+        with open(folder / "config.json", encoding="utf-8") as file:
+            ours = json.load(file)["script"] in ("train_search.py", "train.py")
+        steps = [checkpoint.load(folder / name)["progress"]["step"] for name in left & checkpoint.NAMES]
+    except (OSError, checkpoint.CheckpointError, *checkpoint.UNREADABLE, RecursionError):
+        return True
+    return not ours or any(steps) or not left <= {"config.json", "log.txt", "tensorboard", *checkpoint.NAMES}
 
 
 def run_faults(args: Namespace) -> list[str]:
@@ -226,7 +236,7 @@ def run_faults(args: Namespace) -> list[str]:
             faults.append(f"--save {folder}: {there} cannot be written to; take another")
         elif not args.resume and (process := lock.owner(folder)):
             faults.append(f"--save {folder}: in use by {process}; take another")
-        elif not args.resume and there == folder and any(holds_work(path) for path in folder.iterdir()):
+        elif not args.resume and there == folder and holds_work(folder):
             faults.append(HOLDS_FILES.format(folder))
     except OSError as error:  # The folder cannot be read, or no folder can have this name.
         faults.append(f"--save {folder}: cannot be used ({error.strerror})")

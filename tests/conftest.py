@@ -5,8 +5,8 @@ import os
 import pytest
 from helpers import FULL, write_corpus
 
-# Only engine/test_inductor.py compiles the kernels of the fused engine, in processes of its own; all other tests run
-# the same functions uncompiled, so that they do not wait for a compiler.
+# Only engine/test_inductor.py and engine/test_compile_failure.py compile the kernels of the fused engine, in processes
+# of their own; all other tests run the same functions uncompiled, so that they do not wait for a compiler.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 

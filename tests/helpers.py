@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +17,15 @@ FULL = os.environ.get("FULL_TESTS") == "1"  # scripts/test_all.sh: property test
 # These flags give a model so small that a run of either script takes a second.
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu".split()
 TIMINGS = {"seconds", "tokens_per_s"}  # equal runs may differ in these values alone
+
+
+def run_compiling(code, prefix=(), **environment):
+    """Runs the code in a separate Python process that compiles kernels; all other tests run them uncompiled. The
+    command of that process follows `prefix`."""
+    return subprocess.run(
+        [*prefix, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+        env={**os.environ, "TORCH_COMPILE_DISABLE": "0", **environment},
+    )  # fmt: skip
 
 
 def write_corpus(folder, **lines):

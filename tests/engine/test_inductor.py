@@ -2,13 +2,11 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
-from helpers import ROOT, write_corpus
+from helpers import run_compiling, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,14 +19,6 @@ from engine.matmul import add_rows, addmm_, matmul_precision
 from model import RNNModel
 
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
-
-
-def run_compiling(code, **environment):
-    """Runs the code in a separate Python process that compiles kernels; all other tests run them uncompiled."""
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TORCH_COMPILE_DISABLE": "0", **environment},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
 
 
 COMPARE = """

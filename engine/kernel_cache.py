@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from time import time
 
 CHECKSUMS = "checksums.txt"  # a line for each file, its sha256 and path; the last line of a file counts
 
@@ -52,11 +53,11 @@ def checked() -> Iterator[None]:
     from torch._dynamo.utils import counters
 
     logging.getLogger("torch._inductor.codecache").setLevel(logging.ERROR)  # compiles unreadable files again, at length
-    cached, here = counters["inductor"]["fxgraph_cache_miss"], folder()
+    cached, here, since = counters["inductor"]["fxgraph_cache_miss"], folder(), time() - 1
     remove_damaged(here)
     yield
     if counters["inductor"]["fxgraph_cache_miss"] > cached:
-        record_checksums(here)
+        record_checksums(here, since)
 
 
 def files(here: Path) -> Iterator[tuple[str, Path]]:
@@ -90,14 +91,12 @@ def remove_damaged(here: Path) -> None:
                 path.unlink()
 
 
-def record_checksums(here: Path) -> None:
-    """Records the checksums of files that have none, or that were written later than the last checksum, by another
-    process that had not finished them. A folder that cannot be written goes without."""
-    known, noted = recorded(here), here / CHECKSUMS
+def record_checksums(here: Path, since: float) -> None:
+    """Records the checksums of the files that were written after the time `since`, so that nothing is hashed that other
+    programs keep in the same folder. A folder that cannot be written goes without."""
     with suppress(OSError):
-        since = noted.stat().st_mtime if noted.exists() else 0.0
-        new = [(name, path) for name, path in files(here) if name not in known or path.stat().st_mtime > since]
-        with open(noted, "a", encoding="utf-8") as file:
+        new = [(name, path) for name, path in files(here) if path.stat().st_mtime >= since]
+        with open(here / CHECKSUMS, "a", encoding="utf-8") as file:
             file.write("".join(f"{sha256(path)} {name}\n" for name, path in new))
 
 

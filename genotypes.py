@@ -161,7 +161,7 @@ def resolve(arch: str, note: Callable[[str], Any] = lambda line: None) -> Genoty
     if os.path.isdir(arch):
         path, log = os.path.join(arch, "genotype.json"), os.path.join(arch, "log.txt")
         if not os.path.exists(path) and os.path.exists(log):  # A run of the published code has no genotype.json.
-            raise GenotypeError(f"no genotype.json in {_short(arch, 200)}; take the last of its log with --arch {log}")
+            raise GenotypeError(f"no genotype.json in {_short(arch, 200)}; name its log instead: {log}")
         return _read(path, note)
     if os.path.isfile(arch) or (arch.endswith((".json", ".txt", ".py", ".log")) and "\0" not in arch):
         return _read(arch, note)

@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         advice = self.elsewhere.get(name, "")
         if advice and (not advice.startswith("use --") or advice.split()[1] in flags):
             return advice
-        near = difflib.get_close_matches(f"--{name}", flags, n=1, cutoff=0.75)
+        near = difflib.get_close_matches(f"--{name}", flags, n=1, cutoff=0.8)
         return f"did you mean {near[0]}?" if near else "see --help"
 
     def refuse(self, faults: list[str]) -> NoReturn:

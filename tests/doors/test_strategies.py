@@ -527,8 +527,8 @@ REFUSED = [
     ("train", "--optimizer lbfgs", "invalid choice"),
     ("search", "--optimizer ntasgd", "invalid choice"),
     ("search", "--optimizer adam --unrolled", "--unrolled: its virtual step is a step of SGD, unlike those of --opt"),
-    ("search", "--rdrop 1", "unrecognized arguments"),
-    ("search", "--arch LSTM", "unrecognized arguments"),
+    ("search", "--rdrop 1", "--rdrop: no such flag; "),
+    ("search", "--arch LSTM", "--arch: no such flag; "),
     ("search", "--stop_stable -1", "--stop_stable -1: must be at least 0"),
     ("search", "--arch_start 3 --epochs 3", "--arch_start 3: the alphas would never move in --epochs 3"),
     ("search", "--norm group", "invalid choice"),
@@ -537,7 +537,7 @@ REFUSED = [
     ("search", "--arch_batch_size 400", "tokens for the alphas are too few for a batch size of 400"),
     ("search", "--norm batch --small_batch_size 1", "--norm batch normalises over the batch"),
     ("train", "--init_range 0", "--init_range 0.0: must be above 0"),
-    ("train", "--norm layer", "unrecognized arguments"),
+    ("train", "--norm layer", "--norm: no such flag; "),
 ]
 
 

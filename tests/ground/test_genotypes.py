@@ -363,7 +363,7 @@ def test_any_cells_between_any_texts_are_found(tmp_path_factory, several, betwee
 def test_directory_of_the_published_code_names_its_log(tmp_path):
     (tmp_path / "log.txt").write_text(f"11/26 06:37:01 PM {LITERAL}\n")
     error = error_message(resolve, str(tmp_path))
-    assert error.endswith(f"--arch {tmp_path}/log.txt")
+    assert error.endswith(f"name its log instead: {tmp_path}/log.txt")
     assert resolve(f"{tmp_path}/log.txt") == CELL
 
 

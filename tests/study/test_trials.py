@@ -484,7 +484,7 @@ def test_number_of_trials_that_fit_on_a_machine(available, cpus, gpus, fit):
         (["--methods", "random", "--random_cells", "0"], "--random_cells 0: as many as are found"),
         (["--select_seeds", "2", "--converged", "3"], "--select_seeds 2: --converged takes every short training for a"),
         (["--select_seeds", "2", "--halving"], "--select_seeds 2: --halving takes every short training for a cell"),
-        (["--search_flags=--no_such_flag"], "--search_flags: error: unrecognized arguments: --no_such_flag"),
+        (["--search_flags=--no_such_flag"], "--search_flags: error: --no_such_flag: no such flag; "),
         (["--baselines", "DARTZ"], "--baselines: unknown genotype 'DARTZ', did you mean DARTS?"),
         (["--proxy_cells", "DARTS"], "--proxy_cells: a ranking needs two cells at least"),
         (["--converged", "1"], "--converged 1: one trial has no spread"),

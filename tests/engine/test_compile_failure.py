@@ -71,7 +71,7 @@ COMPILERS = {
     "has no Python headers": (
         'for x; do shift; [[ $x == -I*/include/python3* ]] || set -- "$@" "$x"; done; '
         f'exec {CXX} "$@"',
-        "fatal error: Python.h",
+        "error: Python.h",
     ),
     "vanishes between two kernels": (
         ANSWERS + f'case "$*" in *main.cpp*) mv "$0" "$0.gone";; esac; exec {CXX} "$@"', "c++"
@@ -117,7 +117,6 @@ def can_mount():
     ("ro", "TORCHINDUCTOR_CACHE_DIR", "", "Read-only file system"),
     ("ro", "TORCHINDUCTOR_CACHE_DIR", "new", "Read-only file system"),
     ("size=40k", "TORCHINDUCTOR_CACHE_DIR", "", "No space left on device"),
-    ("size=600k", "TORCHINDUCTOR_CACHE_DIR", "", "o space left on device"),
 ])  # fmt: skip
 def test_unusable_folder_gives_one_line_and_the_uncompiled_result(mount, name, below, reason, tmp_path, monkeypatch):
     if name == "TMPDIR":

@@ -92,7 +92,8 @@ def test_killed_and_resumed_run_is_bit_identical(kind, flags, corpus, first_stag
     flags = f"{base} {flags}"
     expected = outcome(run(kind, corpus, tmp_path / "whole", flags))
 
-    clipped_gradient, evaluate = script.clipped_gradient, evaluation.evaluate
+    clipped_gradient = script.clipped_gradient
+    measures = {"evaluate": evaluation.evaluate, "score": evaluation.score}
     steps = result(tmp_path / "whole")["steps"]
     epochs = len(read_records(tmp_path / "whole", "epoch"))
     calls = {"step": 0, "valid": 0}
@@ -103,21 +104,26 @@ def test_killed_and_resumed_run_is_bit_identical(kind, flags, corpus, first_stag
             raise Kill
         return clipped_gradient(*arguments)
 
-    def dying_evaluation(model, source, bptt, name):
-        calls["valid"] += name == "valid"
-        if name == "valid" and calls["valid"] == 2:
-            raise Kill
-        return evaluate(model, source, bptt, name)
+    def dying(measure):
+        def dying_measure(model, source, bptt, name, *more):
+            calls["valid"] += name == "valid"
+            if name == "valid" and calls["valid"] == 2:
+                raise Kill
+            return measure(model, source, bptt, name, *more)
+
+        return dying_measure
 
     again = tmp_path / "again"
     monkeypatch.setattr(script, "clipped_gradient", dying_step)
     with pytest.raises(Kill):
         run(kind, corpus, again, flags)
     monkeypatch.setattr(script, "clipped_gradient", clipped_gradient)
-    monkeypatch.setattr("experiment.experiment.evaluate", dying_evaluation)
+    for name, measure in measures.items():
+        monkeypatch.setattr(f"experiment.experiment.{name}", dying(measure))
     with pytest.raises(Kill):
         script.main(["--resume", "--save", str(again), "--data", str(corpus)])
-    monkeypatch.setattr("experiment.experiment.evaluate", evaluate)
+    for name, measure in measures.items():
+        monkeypatch.setattr(f"experiment.experiment.{name}", measure)
     assert script.main(["--resume", "--save", str(again)]) == 0
     resumed = outcome(again)
     assert [name for name in expected if resumed[name] != expected[name]] == []

@@ -309,7 +309,7 @@ def test_state_from_another_device_passes_validation():
     """A state may have the random state of a GPU or not; nothing else depends on the device that it was saved on."""
     optimizer = optimizer_of(torch.zeros(3))
     cpu = {"rng": [{"torch": torch.get_rng_state()}], "w": torch.zeros(3), "optimizer": optimizer.state_dict(),
-           "stopped_by": ""}  # fmt: skip
+           "stopped_by": "", "words": ["a"], "sha256": {"train": "0"}}  # fmt: skip
     gpu = {**cpu, "rng": [{**cpu["rng"][0], "cuda": torch.zeros(16, dtype=torch.uint8)}]}
     for saved, template in ((cpu, gpu), (gpu, cpu)):
         template = {**template, "optimizer": checkpoint.optimizer_template(optimizer)}

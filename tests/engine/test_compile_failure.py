@@ -175,27 +175,27 @@ def test_cached_file_of_another_version_is_passed_over(tmp_path):
     assert (again.stdout, again.stderr) == (first.stdout, "")
 
 
-def test_files_that_changed_are_removed_and_others_are_kept(tmp_path):
-    kept, changed, unknown = (tmp_path / "ab" / name for name in ("kept.so", "changed.so", "unknown.so"))
+def test_files_that_changed_are_removed_and_those_of_others_are_kept(tmp_path):
+    kept, changed, unknown, old = (tmp_path / "ab" / name for name in ("kept", "changed", "unknown", "old"))
     kept.parent.mkdir()
-    for path in (kept, changed):
+    for path in (kept, changed, old):
         path.write_bytes(b"code")
-    kernel_cache.record_checksums(tmp_path)
-    changed.write_bytes(b"kode")
-    unknown.write_bytes(b"code")
+    os.utime(old, (1, 1))  # It was there before this process compiled anything.
+    kernel_cache.record_checksums(tmp_path, since=2.0)
+    for path in (changed, unknown, old):
+        path.write_bytes(b"kode")
     with open(tmp_path / kernel_cache.CHECKSUMS, "ab") as file:
         file.write(b"\xff\n 0 ../outside\n\ncut")
     kernel_cache.remove_damaged(tmp_path)
-    assert sorted(path.name for path in kept.parent.iterdir()) == ["kept.so", "unknown.so"]
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["kept", "old", "unknown"]
 
 
 def test_file_that_another_process_had_not_finished_is_recorded_again(tmp_path):
-    library, noted = tmp_path / "library.so", tmp_path / kernel_cache.CHECKSUMS
+    library = tmp_path / "library.so"
     library.write_bytes(b"half")
-    kernel_cache.record_checksums(tmp_path)
+    kernel_cache.record_checksums(tmp_path, since=0.0)
     library.write_bytes(b"whole")
-    os.utime(noted, (1, 1))
-    kernel_cache.record_checksums(tmp_path)
+    kernel_cache.record_checksums(tmp_path, since=0.0)
     kernel_cache.remove_damaged(tmp_path)
     assert library.exists()
 

@@ -334,6 +334,6 @@ class Experiment:
             **result,
             "stopped_by": self.stopped_by or "epochs",
         })  # fmt: skip
-        self.run.log(f"{title}: {format_score('valid', valid)} | {format_score('test', test)}")
         for line in (*unknown_warning("valid", valid), *unknown_warning("test", test)):
             self.run.log(line)
+        self.run.log(f"{title}: {format_score('valid', valid)} | {format_score('test', test)}")

@@ -53,7 +53,7 @@ class Corpus:
 
     def is_unknown(self, split: str) -> torch.Tensor:
         """Returns a mask (tokens,) of the words of a split that became `<unk>`."""
-        return torch.zeros(len(getattr(self, split)), dtype=torch.bool).index_fill(0, self.unknown[split], True)
+        return _mask(len(getattr(self, split)), self.unknown[split])
 
     def unknown_share(self, split: str) -> float:
         """Returns the share of the tokens of a split that became `<unk>`."""
@@ -111,7 +111,7 @@ def read_split(
             f"{name}: {len(unknown):,} words of {split} are not in the vocabulary given, and it has no {UNK};"
             " use the corpus that it was made from"
         )
-    return ids, torch.zeros(len(ids), dtype=torch.bool).index_fill(0, unknown, True), sha256[split]
+    return ids, _mask(len(ids), unknown), sha256[split]
 
 
 # --- text to ids ---
@@ -130,6 +130,11 @@ def _encode(text: str, index: dict[str, int]) -> tuple[torch.Tensor, torch.Tenso
     unknown = np.flatnonzero(ids < 0)
     ids[unknown] = index.get(UNK, len(index))
     return torch.from_numpy(ids), torch.from_numpy(unknown)
+
+
+def _mask(n: int, positions: torch.Tensor) -> torch.Tensor:
+    """Returns a mask (n,) that is true at these positions."""
+    return torch.zeros(n, dtype=torch.bool).index_fill(0, positions, True)
 
 
 def _vocabulary(counts: dict[str, int], min_count: int, vocab_size: int) -> list[str]:

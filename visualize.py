@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-import experiment  # noqa: F401 - refuses a system that is not supported
+from experiment import print_any_letters  # importing it refuses a system that is not supported
 from genotypes import GenotypeError, resolve
 from plots.animation import draw_formation
 from plots.cell_graph import cell_dot, cell_figure
@@ -111,6 +111,7 @@ def report(args: argparse.Namespace) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_any_letters()
     parser, commands = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] not in commands and not argv[0].startswith("-"):
@@ -131,8 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         command.error(f"cannot write {args.out or error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         return 130
-    letters = sys.stdout.encoding or "utf-8"
-    print(f"wrote {out}".encode(letters, "backslashreplace").decode(letters))  # The terminal may not have all letters.
+    print(f"wrote {out}")
     return 0
 
 

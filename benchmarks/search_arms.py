@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment import metrics
 from genotypes import PRIMITIVES, from_json, resolve_cell, to_json
+from study.features import depths
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (
@@ -226,10 +227,7 @@ def numbers(signal: Sequence[dict], name: str) -> list[float]:
 
 def mean_depth(cell: dict) -> float:
     """How many nodes lie between s_0 and a node's output, itself included, in the mean over the nodes."""
-    depth = [0]
-    for _, predecessor in cell["recurrent"]:
-        depth.append(1 + depth[predecessor])
-    return mean(depth[1:])
+    return mean(depths(cell["recurrent"]))
 
 
 def correlations(cells: Sequence[dict], ppl: Sequence[float]) -> str:

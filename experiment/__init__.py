@@ -3,6 +3,7 @@
 Importing this package ends a script on a system that is not supported; each door imports it before the algorithm.
 """
 
+import io
 import sys
 
 
@@ -13,6 +14,12 @@ def unsupported(version: tuple[int, ...], platform: str) -> str | None:
     if platform == "win32":
         return "Windows is not supported; use the Windows Subsystem for Linux (WSL)"
     return None
+
+
+def print_any_letters() -> None:
+    """Makes stdout print an escape for a letter that the terminal lacks, such as one of a path."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 if fault := unsupported(sys.version_info, sys.platform):

@@ -1,12 +1,11 @@
 """Handles how a script ends: on a signal, out of memory, on a fault of its environment, or when it is done."""
 
-import io
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiment import checkpoint
+from experiment import checkpoint, print_any_letters
 from experiment.distributed import exit_process
 from utils import RunError
 
@@ -40,8 +39,7 @@ def run_script(main: Callable[[], int]) -> int:
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that cannot print the letters of a path
+    print_any_letters()
     code = 1
     try:
         code = main()

@@ -1,14 +1,16 @@
 """Describes a cell by a few numbers, to find out which of them explain its perplexity."""
 
+from collections.abc import Iterable
 from statistics import mean
 
 from genotypes import PRIMITIVES, Genotype
 
 
-def depths(genotype: Genotype) -> list[int]:
-    """Returns the depth of each node: the number of nodes from s_0 to its output, itself included."""
+def depths(recurrent: Iterable[tuple[str, int]]) -> list[int]:
+    """Returns the depth of each node of a genotype's `recurrent`: the number of nodes from s_0 to its output, itself
+    included."""
     found = [0]
-    for _, predecessor in genotype.recurrent:
+    for _, predecessor in recurrent:
         found.append(1 + found[predecessor])
     return found[1:]
 
@@ -16,7 +18,7 @@ def depths(genotype: Genotype) -> list[int]:
 def features(genotype: Genotype) -> dict[str, float]:
     """Returns the mean and the largest depth of the nodes, the largest number of nodes at one depth (width), the number
     of nodes on s_0, and how many nodes have each primitive."""
-    depth = depths(genotype)
+    depth = depths(genotype.recurrent)
     primitives = [primitive for primitive, _ in genotype.recurrent]
     return {
         "mean depth": mean(depth),

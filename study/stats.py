@@ -23,6 +23,14 @@ class Estimate(NamedTuple):
     high: float
 
 
+def estimate(value: float, resampled: Sequence[float] | np.ndarray) -> Estimate:
+    """Returns a value with the interval of its bootstrap; resamples for which it is NaN are left out."""
+    found = np.asarray(resampled, dtype=float)
+    found = found[~np.isnan(found)]
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(found) else (math.nan, math.nan)
+    return Estimate(value, float(low), float(high))
+
+
 def kendall(x: Sequence[float], y: Sequence[float]) -> float:
     """Returns Kendall's tau-b of two samples, or NaN if either is constant."""
     return float(stats.kendalltau(x, y).statistic) if varied(x, y) else math.nan
@@ -57,9 +65,7 @@ def agreement(
         cells = rng.integers(len(x), size=len(x))
         means = [[np.mean(rng.choice(values, size=len(values))) for values in side] for side in (x, y)]
         found.append(statistic(*([side[i] for i in cells] for side in means)))
-    found = [value for value in found if not math.isnan(value)]
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if found else (math.nan, math.nan)
-    return Estimate(statistic([np.mean(v) for v in x], [np.mean(v) for v in y]), float(low), float(high))
+    return estimate(statistic([np.mean(v) for v in x], [np.mean(v) for v in y]), found)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -106,8 +112,7 @@ def minus_best(
         np.mean(rng.choice(found, len(found))) - expected_best(rng.choice(drawn, len(drawn)).tolist(), draws)
         for _ in range(resamples)
     ]
-    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(mean(found) - expected_best(drawn, draws), float(low), float(high))
+    return estimate(mean(found) - expected_best(drawn, draws), differences)
 
 
 def correlation(x: Sequence[float], y: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
@@ -116,9 +121,7 @@ def correlation(x: Sequence[float], y: Sequence[float], seed: int = 0, resamples
     ranks = [stats.rankdata(np.asarray(side)[pairs], axis=1) for side in (x, y)]  # (resamples, len(x)) each
     a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
     scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
-    found = ((a * b).sum(axis=1) / np.where(scale > 0, scale, np.nan))[scale > 0]
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(found) else (math.nan, math.nan)
-    return Estimate(spearman(x, y), float(low), float(high))
+    return estimate(spearman(x, y), (a * b).sum(axis=1) / np.where(scale > 0, scale, np.nan))
 
 
 def seed_spread(values: Sequence[Sequence[float]]) -> float:

@@ -1,5 +1,7 @@
-"""Helpers of several tests: a synthetic corpus, readers of a run's files and synthetic records of metrics.jsonl."""
+"""Helpers of several tests: a synthetic corpus, calls of a script, readers of a run's files and synthetic records."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -9,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from experiment.checkpoint import CheckpointError
 from genotypes import PRIMITIVES
 from training.diagnostics import Signal
+from utils import RunError
 
 ROOT = Path(__file__).parent.parent
 FULL = os.environ.get("FULL_TESTS") == "1"  # scripts/test_all.sh: property tests and kills at full length
@@ -134,3 +138,17 @@ def wait_for(holds, process, seconds=120):
         assert time.monotonic() < until
         time.sleep(0.01)
     return value
+
+
+def call(script, *flags):
+    """Returns the exit code, stdout and stderr of a script; an exception that it does not handle fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = script.main([str(flag) for flag in flags])
+        except SystemExit as end:
+            code = end.code
+        except (CheckpointError, RunError) as error:  # run_script prints these errors as one line and returns 1.
+            code = 1
+            print(error, file=err)
+    return code, out.getvalue(), err.getvalue()

@@ -237,7 +237,7 @@ def compiled(monkeypatch):
     inductor_errors.TritonMissing(None),
     dynamo_errors.BackendCompilerFailed(print, Refused("OutOfResources: shared memory"), None),
     dynamo_errors.FailOnRecompileLimitHit("recompile_limit reached"),
-    PermissionError(13, "Permission denied", "/root/.triton"),
+    PermissionError(13, "Permission denied", "/home/someone/.triton"),
 ], ids=lambda error: type(getattr(error, "inner_exception", error)).__name__)  # fmt: skip
 def test_error_of_compiling_for_cuda_makes_all_kernels_run_uncompiled(error, compiled, caplog):
     add, multiply = compiled(error)

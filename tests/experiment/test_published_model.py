@@ -23,7 +23,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import write_corpus
+from helpers import call, write_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -168,17 +168,6 @@ def published(request, ntoken, tmp_path_factory):
         model = look_alike(made, ntoken)
         save(model, path, request.param)
     return path, {name: weight.detach() for name, weight in model.state_dict().items()}
-
-
-def call(script, *flags):
-    """Returns the exit code, stdout and stderr of a script."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = script.main([str(flag) for flag in flags])
-        except SystemExit as end:
-            code = end.code
-    return code, out.getvalue(), err.getvalue()
 
 
 def expected_loss(corpus, weights, split, batch_size):

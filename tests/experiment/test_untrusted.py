@@ -3,8 +3,6 @@
 FULL_TESTS=1 pytest tests/experiment/test_untrusted.py        # 2,000 cases; 260 without
 """
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -13,14 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import FULL
+from helpers import FULL, call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import evaluate
 import train
 import train_search
-import utils
 from experiment import checkpoint
 
 SIZES = "--emsize 6 --batch_size 2 --bptt 4 --lr 1 --epochs 1 --device cpu --engine eager --log_interval 9".split()
@@ -59,23 +56,6 @@ def fresh_copy(home, folder):
     """Makes a fresh copy of the runs and the corpus, whose files a test can damage."""
     shutil.rmtree(folder, ignore_errors=True)
     return shutil.copytree(home, folder, ignore=shutil.ignore_patterns("*.npz"))
-
-
-def call(script, *flags):
-    """Returns the exit code, stdout and stderr of a script; an exception that it does not handle fails the test."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = script.main([str(flag) for flag in flags])
-        except SystemExit as end:
-            code = end.code
-        except (
-            checkpoint.CheckpointError,
-            utils.RunError,
-        ) as error:  # run_script prints these errors as one line and returns 1.
-            code = 1
-            print(error, file=err)
-    return code, out.getvalue(), err.getvalue()
 
 
 def assert_handled(code, out, err, before, folder):

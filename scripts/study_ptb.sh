@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The study of docs/study.md: five methods of searching against random cells, on the first 300,000 tokens of Penn Treebank.
-#   scripts/study_ptb.sh                    every stage that docs/study/penn-64 lacks: about 12 hours on 2 CPU cores
+# The study of docs/study.md: six methods of searching against random cells, on the first 300,000 tokens of Penn Treebank.
+#   scripts/study_ptb.sh                    every stage that docs/study/penn-64 lacks: about 13 hours on 2 CPU cores
 #   scripts/study_ptb.sh proxy --dry_run    one stage; further flags are those of trials.py
 #   WIDTH=128 scripts/study_ptb.sh proxy    which short training is a good judge at 128 hidden units: 7 hours
 # It may be stopped at any time; each trial adds a line to trials.jsonl as it ends. Penn Treebank is downloaded if missing.
@@ -23,7 +23,7 @@ exec .venv/bin/python trials.py "$stage" --study "$study" --data penn --gpus_per
   --train_flags "$sizes --precision bf16 --log_interval 100" \
   --baselines DARTS DARTS_V1 LSTM --full_epochs 60 \
   --proxy_cells DARTS DARTS_V1 "$tanh8" "$identity8" random:{101..108} --proxy_epochs 3 6 12 20 --proxy_reference 60 \
-  --methods none-first="--norm none $moves" \
+  --methods none-first="--norm none $moves" none-unrolled="--norm none --unrolled $moves" \
   batch-first="--norm batch $moves" batch-unrolled="--norm batch --unrolled $moves" \
   layer-first="--norm layer $moves" layer-unrolled="--norm layer --unrolled $moves" random \
   --seeds 8 --random_cells 16 --search_epochs 3 \

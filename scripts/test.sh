@@ -7,6 +7,6 @@ source scripts/common.sh
 python_with requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# a worker for each core, and a core for each worker: small tensors gain nothing from a second one; a worker that has
-# nothing left takes tests from the other
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n auto --dist worksteal "$@"
+# a worker for each core, and a core for each worker: small tensors gain nothing from a second one; files in their order,
+# since by default those with the fewest tests, which are the longest ones, run last and alone
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder "$@"

@@ -1,12 +1,12 @@
 """How a run fares on a machine that it shares: the pace of a small search alone, and beside others like it.
 
-    python benchmarks/shared_machine.py                            # 6 minutes on 2 otherwise idle CPU cores
+    python benchmarks/shared_machine.py                            # 15 minutes on 2 otherwise idle CPU cores
     python benchmarks/shared_machine.py --threads 2 --others 0 1 2 --spin default 0 1000 10000
 
-A thread of OpenMP that waits at a barrier spins, and only sleeps after GOMP_SPINCOUNT turns (libgomp).
-Where there are more busy threads than cores, it spins in the place of the thread that it waits for. Prints, for each
-spin count, the median milliseconds a step over the rounds, taken in turn, and the ratio to the run alone. The spin
-count `own` is what the scripts set themselves, and `default` is libgomp's.
+A thread of OpenMP that waits at a barrier spins, and only sleeps after GOMP_SPINCOUNT turns (libgomp). Where there are
+more busy threads than cores, it spins in the place of the thread that it waits for. Prints, for each spin count, the
+median milliseconds a step over the rounds, taken in turn, and the ratio to the run alone. The spin count `default` is
+libgomp's own.
 """
 
 import argparse
@@ -27,16 +27,16 @@ SEARCH = (
     "--data builtin --emsize 64 --batch_size 32 --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0"
     " --epochs 50 --log_interval 5 --device cpu --test skip"
 ).split()
-LIBGOMP_DEFAULT = "300000"  # what libgomp takes where neither GOMP_SPINCOUNT nor OMP_WAIT_POLICY is set
 
 
 def milliseconds(threads: int, spin: str, others: int, steps: int) -> float:
     """Returns the milliseconds a step of a search beside `others` searches with as many threads and the same spin
-    count. All are started together, and the first one's intervals between the first 10 steps and `steps` count."""
+    count. All are started together, and `steps` steps of the first one are
+    timed, once all have done ten."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     environment["OMP_NUM_THREADS"] = str(threads)
-    if spin != "own":
-        environment["GOMP_SPINCOUNT"] = LIBGOMP_DEFAULT if spin == "default" else spin
+    if spin != "default":
+        environment["GOMP_SPINCOUNT"] = spin
     with tempfile.TemporaryDirectory() as folder:
         saves = [Path(folder, str(i)) for i in range(1 + others)]
         searches = [
@@ -75,8 +75,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="threads of each search")
     parser.add_argument("--others", type=int, nargs="+", default=[0, 1, 2], help="searches beside the timed one")
-    parser.add_argument("--spin", nargs="+", default=["default", "own"], help="spin counts; `own` is the scripts'")
-    parser.add_argument("--steps", type=int, default=40, help="steps that are timed")
+    parser.add_argument("--spin", nargs="+", default=["default", "0", "1000"], help="spin counts")
+    parser.add_argument("--steps", type=int, default=40, help="steps that are timed, a multiple of 5")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     found: dict[tuple[str, int], list[float]] = {}

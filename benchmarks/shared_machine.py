@@ -31,8 +31,8 @@ SEARCH = (
 
 def milliseconds(threads: int, spin: str, others: int, steps: int) -> float:
     """Returns the milliseconds a step of a search beside `others` searches with as many threads and the same spin
-    count. All are started together, and `steps` steps of the first one are
-    timed, once all have done ten."""
+    count. All are started together, and `steps` steps of the first one are timed, once all have done
+    ten."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     environment["OMP_NUM_THREADS"] = str(threads)
     if spin != "default":

@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps that are timed, a multiple of 5")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    if args.steps % 5:
+        parser.error(f"--steps {args.steps}: must be a multiple of 5, the steps of a log interval")
     found: dict[tuple[str, int], list[float]] = {}
     for _ in range(args.rounds):
         for others in args.others:

@@ -5,8 +5,8 @@
 
 A thread of OpenMP that waits at a barrier spins, and only sleeps after GOMP_SPINCOUNT turns (libgomp). Where there are
 more busy threads than cores, it spins in the place of the thread that it waits for. Prints, for each spin count, the
-median milliseconds a step over the rounds, taken in turn, and the ratio to the run alone. The spin count `default` is
-libgomp's own.
+median milliseconds a step over the rounds, taken in turn, and the ratio to that beside the first number of --others.
+The spin count `default` is libgomp's own.
 """
 
 import argparse
@@ -20,19 +20,16 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from search_arms import ROOT, SIZES
+
 from experiment import metrics
 
-ROOT = Path(__file__).resolve().parent.parent
-SEARCH = (
-    "--data builtin --emsize 64 --batch_size 32 --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0"
-    " --epochs 50 --log_interval 5 --device cpu --test skip"
-).split()
+SEARCH = f"--data builtin {SIZES} --epochs 50 --log_interval 5".split()
 
 
 def milliseconds(threads: int, spin: str, others: int, steps: int) -> float:
     """Returns the milliseconds a step of a search beside `others` searches with as many threads and the same spin
-    count. All are started together, and `steps` steps of the first one are timed, once all have done
-    ten."""
+    count. All are started together, and `steps` steps of the first one are timed, once all have done ten."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     environment["OMP_NUM_THREADS"] = str(threads)
     if spin != "default":
@@ -87,12 +84,11 @@ def main() -> None:
             for spin in args.spin:
                 found.setdefault((spin, others), []).append(milliseconds(args.threads, spin, others, args.steps))
     for spin in args.spin:
-        alone = median(found[spin, args.others[0]])
+        reference = median(found[spin, args.others[0]])
         for others in args.others:
             ms = median(found[spin, others])
-            print(
-                f"spin {spin:>8}, {args.threads} threads, beside {others}: {ms:7.1f} ms a step, {ms / alone:.2f} times"
-            )
+            ratio = ms / reference
+            print(f"spin {spin:>8}, {args.threads} threads, beside {others}: {ms:7.1f} ms a step, {ratio:.2f} times")
 
 
 if __name__ == "__main__":

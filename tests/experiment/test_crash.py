@@ -84,7 +84,7 @@ def test_killed_and_resumed_run_is_bit_identical(kill, uninterrupted, corpus, tm
     assert [key for key in expected if resumed[key] != expected[key]] == []
 
 
-@pytest.mark.parametrize("name", ["unrolled", "retraining"])
+@pytest.mark.parametrize("name", [pytest.param("unrolled", marks=pytest.mark.slow), "retraining"])
 def test_run_with_damaged_last_checkpoint_resumes_from_previous(name, uninterrupted, corpus, tmp_path):
     folder = tmp_path / "run"
     process = start(name, corpus, folder)
@@ -112,7 +112,11 @@ def test_killed_retraining_has_epochs_before_and_after_the_switch(uninterrupted)
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("retraining", signal.SIGTERM), ("retraining", signal.SIGINT), ("unrolled", signal.SIGUSR1)],
+    [
+        ("retraining", signal.SIGTERM),
+        ("retraining", signal.SIGUSR1),
+        pytest.param("unrolled", signal.SIGINT, marks=pytest.mark.slow),  # below, two of it stop a retraining
+    ],
 )
 def test_signal_saves_a_checkpoint_and_exits_130(name, number, uninterrupted, corpus, tmp_path):
     folder = tmp_path / "run"
@@ -201,9 +205,10 @@ def test_second_process_on_a_run_exits_2_and_names_the_first_pid(corpus, tmp_pat
     third.communicate()
 
 
-def test_deterministic_flag_changes_nothing_on_a_cpu(uninterrupted, corpus, tmp_path):
-    finish(start("unrolled", corpus, tmp_path / "run", "--deterministic"))
-    deterministic, expected = outcome(tmp_path / "run"), uninterrupted("unrolled")[0]
+@pytest.mark.parametrize("name", ["first order", pytest.param("unrolled", marks=pytest.mark.slow)])
+def test_deterministic_flag_changes_nothing_on_a_cpu(name, uninterrupted, corpus, tmp_path):
+    finish(start(name, corpus, tmp_path / "run", "--deterministic"))
+    deterministic, expected = outcome(tmp_path / "run"), uninterrupted(name)[0]
     for name in ("result.json", "metrics.jsonl", "genotype.json"):  # Checkpoints differ because they contain the flags.
         assert deterministic[name] == expected[name]
 

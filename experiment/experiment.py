@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiment import arguments, checkpoint, resume, startup
+from experiment import arguments, checkpoint, processor, resume, startup
 from architect import WeightUpdate
 from engine import Engine
 from engine.dropout import DropoutRates
@@ -201,11 +201,11 @@ class Experiment:
         self.run.configure(
             self.parser.prog, self.args, self.device, self.corpus.sha256, self.is_finished(), self.ranks.size
         )
-        if self.saved:
-            self.run.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}")
-            return
-        for line in first_lines:
+        resumed = [f"resumed at epoch {self.progress.epoch}, step {self.progress.step}"] if self.saved else []
+        for line in [*(resumed or first_lines), *processor.sharing_note(self.device)]:
             self.run.log(line)
+        if resumed:
+            return
         if self.best < float("inf"):  # The weights were trained by another run.
             self.save(state, "best.pt")
         self.save_last(state)

@@ -1,0 +1,100 @@
+"""A run that shares its cores says so, and how many threads to use there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, SIZES
+
+from experiment import processor
+
+STAT = """\
+cpu  300 40 50 900 60 0 7 0 0 0
+cpu0 100 20 30 400 30 1 2 3 5 6
+cpu1 200 20 20 500 30 0 5 0 0 0
+cpu10 9 9 9 9 9 9 9 9 9 9
+intr 5 4
+"""
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_busy_ticks_are_those_of_the_given_cores_without_idle_and_nice_ones():
+    assert processor.busy_ticks(STAT, {0}) == 100 + 30 + 1 + 2 + 3
+    assert processor.busy_ticks(STAT, {0, 1}) == 136 + 200 + 20 + 5
+    assert processor.busy_ticks(STAT, {7}) == 0
+
+
+@pytest.mark.skipif(not processor.STAT.exists(), reason="this system does not say how busy its cores are")
+def test_cores_taken_counts_other_processes_and_not_this_one():
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other:
+        try:
+            other.stdout.read(1)
+            assert 0.5 < processor.cores_taken({core}, seconds=0.5) < 1.2
+        finally:
+            other.kill()
+
+
+def test_cores_taken_is_none_where_the_system_does_not_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(processor, "STAT", tmp_path / "missing")
+    assert processor.cores_taken({0}, seconds=0) is None
+    assert processor.sharing_note(CPU) == []
+
+
+@pytest.fixture
+def two_threads_on_two_cores(monkeypatch, tmp_path):
+    (tmp_path / "stat").write_text(STAT)
+    monkeypatch.setattr(processor, "STAT", tmp_path / "stat")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_threads_on_two_cores")
+@pytest.mark.parametrize(("taken", "device", "noted"), [
+    (1.0, CPU, True), (2.0, CPU, True), (0.6, CPU, True), (0.4, CPU, False), (0.0, CPU, False), (None, CPU, False),
+    (2.0, CUDA, False),
+])  # fmt: skip
+def test_note_names_the_threads_to_use_where_too_few_cores_are_free(monkeypatch, taken, device, noted):
+    monkeypatch.setattr(processor, "cores_taken", lambda cores: taken)
+    lines = processor.sharing_note(device)
+    assert len(lines) == noted
+    if noted:
+        assert f"keep {taken:.1f} of the 2 CPU cores busy" in lines[0]
+        assert "OMP_NUM_THREADS=1" in lines[0]
+
+
+@pytest.mark.usefixtures("two_threads_on_two_cores")
+def test_no_note_where_the_user_has_chosen_the_threads_or_there_is_one(monkeypatch):
+    monkeypatch.setattr(processor, "cores_taken", lambda cores: 2.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert processor.sharing_note(CPU) == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert processor.sharing_note(CPU) == []
+
+
+@pytest.mark.skipif(not processor.STAT.exists(), reason="this system does not say how busy its cores are")
+def test_run_beside_a_busy_process_logs_the_note(corpus, tmp_path):
+    """The run is held to one core, which the other process keeps busy, and asks for two threads there."""
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
+    flags = [*SIZES, "--arch", "DARTS", "--epochs", "1", "--data", str(corpus), "--save", str(tmp_path / "run")]
+    code = (
+        f"import os, torch; os.sched_setaffinity(0, {{{core}}}); torch.set_num_threads(2)\n"
+        f"import train; train.main({flags})"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other:
+        try:
+            other.stdout.read(1)
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+            )
+        finally:
+            other.kill()
+    assert "of the 1 CPU cores busy; 2 threads" in done.stdout
+    assert "of the 1 CPU cores busy; 2 threads" in (tmp_path / "run" / "log.txt").read_text()

@@ -104,8 +104,10 @@ def chosen_facts(folder: Path, summary: dict[str, Any], link: Link) -> list[dict
     if not isinstance(chosen, dict) or not isinstance(chosen.get("run"), str) or not name_parts(chosen["run"]):
         return []
     href = link(folder / chosen["run"])
-    named = (("chosen", str(chosen.get("cell"))), ("validation perplexity", number(chosen.get("valid_ppl"))),
-             ("test perplexity", number(chosen.get("test_ppl"))))  # fmt: skip
+    named = [("chosen", str(chosen.get("cell"))), ("validation perplexity", number(chosen.get("valid_ppl"))),
+             ("test perplexity", number(chosen.get("test_ppl")))]  # fmt: skip
+    for split, share in metrics.unknown_shares({"unknown_share": chosen.get("unknown")}).items():
+        named.append((f"unknown words of {split}, counted as <unk>", f"{share:.1%}"))
     return [{"name": name, "value": value, "href": href} for name, value in named]
 
 

@@ -23,6 +23,14 @@ DAMAGED = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(("found", "shares"), [
+    ({"valid": 0.5, "test": 0.0}, {"valid": 0.5}), ({"valid": None, "test": 0.01}, {"test": 0.01}), ({}, {}),
+    ({"valid": "0.5", "test": True, "train": 0.5}, {}), ([0.5], {}), (None, {}),
+])  # fmt: skip
+def test_unknown_shares_are_the_valid_ones_above_zero(found, shares):
+    assert metrics.unknown_shares({"unknown_share": found}) == shares
+
+
 @pytest.mark.parametrize("text", DAMAGED)
 def test_damaged_result_is_read_as_none(text, tmp_path):
     (tmp_path / "result.json").write_text(text)

@@ -329,6 +329,17 @@ def test_cache_folder_is_below_home_without_an_absolute_xdg_cache_home(tmp_path,
     assert len(list((tmp_path / ".cache" / data.CACHES).iterdir())) == 1
 
 
+@pytest.mark.parametrize("home", ["", "/proc/nowhere"])
+def test_corpus_is_read_without_a_home_folder_that_can_hold_its_cache(tmp_path, monkeypatch, home):
+    """A container may set HOME to a folder that does not exist, or none for a user without an entry in passwd."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", home)
+    if not home:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)  # a user that passwd does not know
+    assert len(data.load_corpus(str(write_folder(tmp_path / "mine", **TEXTS))).words) > 1
+
+
 @pytest.fixture
 def cached(tmp_path, monkeypatch) -> SimpleNamespace:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

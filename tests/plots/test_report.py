@@ -68,7 +68,8 @@ def study(tmp_path_factory):
     write_json(folder / "study.json", {"flags": {}})
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     write_json(folder / "leaderboard.json", {
-        "cells": [], "chosen": {"cell": "random-2", "run": "retrain/random-2/3", "valid_ppl": 70.5, "test_ppl": 69.25},
+        "cells": [], "chosen": {"cell": "random-2", "run": "retrain/random-2/3", "valid_ppl": 70.5, "test_ppl": 69.25,
+                                "unknown": {"valid": 0.082, "test": 0.0604}},
         "methods": [{"method": "random", "n": 2, "mean": 55.0, "sd": 63.6, "best": 10.0},
                     {"method": "first", "n": 2, "mean": 91.0, "p": 0.0625, "minus_rival": [36.0, -1.0, 40.5]}],
         "cost": [{"stage": "select", "runs": 8, "core_hours": 1.25}],
@@ -115,6 +116,16 @@ def test_run_page_is_one_file_with_every_picture(run):
     assert "<img" not in page.text and "&lt;img" in page.text
 
 
+def test_run_page_states_the_shares_of_unknown_words(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    write_json(tmp_path / "run" / "result.json", {**result, "unknown_share": {"valid": 0.25, "test": 0.0}})
+    assert main(["report", str(tmp_path / "run")]) == 0
+    words = Page(tmp_path / "run" / "report.html").words
+    assert words[words.index("unknown words of valid, counted as <unk>") + 1] == "25.0%"
+    assert not any(word.startswith("unknown words of test") for word in words)
+
+
 def test_flags_with_invalid_unicode_are_replaced_and_escaped(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     write_records(tmp_path / "run", search_records(2, nodes=3))
@@ -153,6 +164,8 @@ def test_study_page_has_each_cell_once_with_its_means(study):
         assert link in page.links
     assert "<img" not in page.text
     assert {"0.0625", "36.00 (-1.00 to 40.50)"} <= set(page.words) and "1.25" in page.words
+    for split, share in (("valid", "8.2%"), ("test", "6.0%")):
+        assert page.words[page.words.index(f"unknown words of {split}, counted as <unk>") + 1] == share
 
 
 def test_page_of_a_new_study_reports_no_leaderboard_yet(tmp_path):

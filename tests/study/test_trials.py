@@ -25,6 +25,7 @@ from genotypes import random_genotype
 from study import arguments, cost, ray_backend, summary
 from study.design import Study, distinct
 from study.jobs import Job
+from study.leaderboard import as_markdown
 from study.records import ARCHIVE
 from study.stats import expected_best, holm, kendall, permutation_test
 from utils import RunError, segments
@@ -160,6 +161,14 @@ def test_selection_runs_differ_in_the_genotype_only(whole):
     alike = [{k: v for k, v in budget.items() if k not in ("arch", "save")} for budget in budgets]
     assert all(other == alike[0] for other in alike)
     assert len({budget["arch"] for budget in budgets}) == 6
+
+
+def test_leaderboard_states_the_shares_of_unknown_words(whole):
+    found = json.loads((whole / "leaderboard.json").read_text())
+    assert found["chosen"]["unknown"] == {}  # the made-up language has no unknown words
+    assert "unknown" not in as_markdown(found)
+    found["chosen"]["unknown"] = {"valid": 0.082, "test": 0.0604}
+    assert "8.2% of valid and 6.0% of test are unknown words, which count as `<unk>`" in as_markdown(found)
 
 
 def test_leaderboard_csv_and_markdown_match_the_json(whole):

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import stat
+import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -104,14 +105,22 @@ def read_split(
     words outside it, which become `<unk>`, and the text's sha256. Raises DataError if it has no `<unk>` for them, or if
     the split cannot be read."""
     texts, sha256 = _read(name, [split], root)
-    index = {word: i for i, word in enumerate(words)}
-    ids, unknown = _encode(texts[split], index)
-    if len(unknown) and UNK not in index:
+    return *_encode_all(texts[split], words, f"{name} {split}"), sha256[split]
+
+
+def read_lines(file: str, words: Sequence[str]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Returns the lines of a text file (`-` for standard input), and as `read_split` their ids (tokens,) and a mask
+    (tokens,) of the words outside the vocabulary. Raises DataError."""
+    try:
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
         raise DataError(
-            f"{name}: {len(unknown):,} words of {split} are not in the vocabulary given, and it has no {UNK};"
-            " use the corpus that it was made from"
-        )
-    return ids, _mask(len(ids), unknown), sha256[split]
+            f"{file}: cannot be read ({error.strerror}); name a text file, or - for standard input"
+        ) from error
+    text = _decode(raw, Path(file))
+    if not text or text.isspace():
+        raise DataError(f"{file}: empty; put the text there")
+    return list(io.StringIO(text, newline=None)), *_encode_all(text, words, file)
 
 
 # --- text to ids ---
@@ -130,6 +139,19 @@ def _encode(text: str, index: dict[str, int]) -> tuple[torch.Tensor, torch.Tenso
     unknown = np.flatnonzero(ids < 0)
     ids[unknown] = index.get(UNK, len(index))
     return torch.from_numpy(ids), torch.from_numpy(unknown)
+
+
+def _encode_all(text: str, words: Sequence[str], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the ids (tokens,) of `text` and a mask (tokens,) of the words outside the vocabulary, which become
+    `<unk>`. Raises DataError, which calls the text `name`, if the vocabulary has no `<unk>` for them."""
+    index = {word: i for i, word in enumerate(words)}
+    ids, unknown = _encode(text, index)
+    if len(unknown) and UNK not in index:
+        raise DataError(
+            f"{name}: {len(unknown):,} of its words are not in the vocabulary given, and it has no {UNK};"
+            " use the corpus that it was made from"
+        )
+    return ids, _mask(len(ids), unknown)
 
 
 def _mask(n: int, positions: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ the embedding's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 
@@ -93,11 +93,22 @@ class RNNModel(nn.Module):
         """Returns the loss and the mean negative log-likelihood of the words y (T, B), both in nats per word. `passes`
         are the outputs (T, B, H) of one or two passes after dropout, and `rdrop` is the coefficient of R-Drop, which
         compares two of them (see `softmax_losses.losses`). A second derivative raises RuntimeError."""
+        log_probs, weights = self.decoder()
+        return softmax_losses.losses(log_probs, weights, passes, y, rdrop)
+
+    def log_probs(self, hiddens: Tensor) -> Tensor:
+        """Returns the log-probabilities of the next word (T, B, V), for the hidden states (T, B, H) of `forward`. They
+        take V numbers for each token, unlike the losses above."""
+        log_probs, weights = self.decoder()
+        return log_probs(hiddens.flatten(0, 1), *weights).unflatten(0, hiddens.shape[:2])
+
+    def decoder(self) -> tuple[Callable[..., Tensor], list[Tensor]]:
+        """Returns the function of `softmax_losses` that maps outputs (n, H) to log-probabilities (n, V), in the
+        precision of the engine, and the weights that it takes."""
         log_probs, weights = softmax_losses.tied, [self.embedding, self.bias]
         if self.mixture is not None:
             log_probs, weights = softmax_losses.mixed, [*weights, *self.mixture.parameters()]
-        log_probs = partial(log_probs, compute_dtype=self.engine.compute_dtype)
-        return softmax_losses.losses(log_probs, weights, passes, y, rdrop)
+        return partial(log_probs, compute_dtype=self.engine.compute_dtype), weights
 
     def sample_masks(self, batch_size: int) -> Masks:
         """Returns new dropout masks for a batch of `batch_size` elements, sampled from torch's global generator."""

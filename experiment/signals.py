@@ -1,5 +1,6 @@
 """Handles how a script ends: on a signal, out of memory, on a fault of its environment, or when it is done."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -34,8 +35,9 @@ class StopSignal:
 def run_script(main: Callable[[], int]) -> int:
     """Runs a script and returns its exit code; faults of its environment print one line instead of a traceback.
 
-    The code is that of `main`, 130 if it is interrupted, and 1 for a `RunError`, a `CheckpointError`, an OSError or a
-    lack of memory. Other errors propagate. One of several ranks exits here and does not return.
+    The code is that of `main`, 130 if it is interrupted, 141 if nothing reads its output any more, and 1 for a
+    `RunError`, a `CheckpointError`, an OSError or a lack of memory. Other errors propagate. One of several ranks exits
+    here and does not return.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
@@ -49,6 +51,9 @@ def run_script(main: Callable[[], int]) -> int:
         if not checkpoint.out_of_memory(error):
             raise
         print("error: out of memory; take a smaller --emsize, --n_experts or --small_batch_size", file=sys.stderr)
+    except BrokenPipeError:  # such as that of `| head`; what is left to write goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141  # that of a process that SIGPIPE ends
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -21,14 +21,16 @@ HOLDS_FILES = "--save {}: holds files already; add --resume to continue a run, o
 # Maps the words of a range to whether a number is in it, and to the flags that must be.
 RANGES = {
     "at least 1": (lambda x: x >= 1, "epochs batch_size small_batch_size arch_batch_size bptt emsize nhid nhidlast"
-                   " log_interval nonmono n_experts"),
-    "above 0": (lambda x: x > 0, "lr arch_lr power init_range"),
-    "above 0 and below 1": (lambda x: 0 < x < 1, "gamma"),
+                   " log_interval nonmono n_experts dynamic_bptt words samples"),
+    "above 0": (lambda x: x > 0, "lr arch_lr power init_range dynamic_lr"),
+    "above 0 and below 1": (lambda x: 0 < x < 1, "gamma cache_lambda"),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
     "at least 0.01": (lambda x: x >= 0.01, "step_size"),
     "at least 0": (lambda x: x >= 0, "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes"
                    " clip clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop"
-                   " fraternal stop_stable max_identity diagnose_every arch_start min_count vocab_size"),
-    "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start"),
+                   " fraternal stop_stable max_identity diagnose_every arch_start min_count vocab_size"
+                   " cache_size cache_theta tune_tokens temperature top_k"),
+    "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start dynamic_decay"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "dropout dropouth dropoutx dropouti dropoute momentum"),
 }  # fmt: skip
 
@@ -108,6 +110,11 @@ INEFFECTIVE_FLAGS = {
     "cycle": ("--schedule cosine or polynomial", lambda a: a.schedule in ("cosine", "polynomial")),
     "plateau_patience": ("--schedule plateau", lambda a: a.schedule == "plateau"),
     "hessian": ("--unrolled", lambda a: a.unrolled),
+    **dict.fromkeys(("fresh", "json"), ("--text", lambda a: a.text is not None)),
+    **dict.fromkeys(("dynamic_lr", "dynamic_decay", "dynamic_bptt"), ("--dynamic", lambda a: a.dynamic)),
+    **dict.fromkeys(("cache_theta", "cache_lambda"), ("--cache_size", lambda a: a.cache_size > 0)),
+    "tune": ("--dynamic or --cache_size", lambda a: a.dynamic or a.cache_size > 0),
+    "tune_tokens": ("--tune", lambda a: a.tune),
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-SCRIPTS = {"train_search", "train", "evaluate", "visualize", "trials"}
+SCRIPTS = {"train_search", "train", "evaluate", "generate", "visualize", "trials"}
 ALGORITHM = {"architect", "model_search", "model"}
 GROUND = {"data", "download", "genotypes", "utils"}
 PACKAGES = ("plots", "study", "experiment", "training", "engine")

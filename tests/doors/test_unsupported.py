@@ -10,7 +10,7 @@ from helpers import ROOT, SIZES, write_corpus
 
 from experiment import unsupported
 
-DOORS = ("train_search.py", "train.py", "evaluate.py", "visualize.py", "trials.py")
+DOORS = ("train_search.py", "train.py", "evaluate.py", "generate.py", "visualize.py", "trials.py")
 
 
 def test_old_python_and_windows_are_unsupported():

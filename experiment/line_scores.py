@@ -1,0 +1,55 @@
+"""Scores the lines of a text by a trained model: how likely each is, and how many of its words the model knows."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from training.evaluation import perplexity
+
+
+class LineScore(NamedTuple):
+    """How likely a line is, its end included."""
+
+    line: int  # its number, from 1
+    tokens: int  # the predicted ones: the words and the line's end
+    unknown: int  # how many of these are outside the vocabulary, and count as <unk>
+    log_prob: float  # in nats, the sum over the tokens
+    text: str
+
+    @property
+    def perplexity(self) -> float | None:
+        """Returns the perplexity of the line; None if no token of it was predicted."""
+        return perplexity(-self.log_prob / self.tokens) if self.tokens else None
+
+
+def line_scores(lines: Sequence[str], losses: Iterable[Tensor], unknown: Sequence[Tensor]) -> Iterator[LineScore]:
+    """Yields the score of each line, for the losses of its predicted tokens in nats, and the marks of those of them
+    that are outside the vocabulary; both have the shape (tokens,) for each line."""
+    for i, (line, nats, marks) in enumerate(zip(lines, losses, unknown, strict=True), start=1):
+        yield LineScore(i, len(nats), int(marks.sum()), -nats.sum().item(), line.strip())
+
+
+def total(scores: Sequence[LineScore]) -> LineScore:
+    """Returns the score of all lines together, whose number is how many they are."""
+    tokens, unknown, log_prob = (sum(each) for each in zip(*(score[1:4] for score in scores), strict=True))
+    return LineScore(len(scores), tokens, unknown, log_prob, "all lines")
+
+
+def as_json(score: LineScore) -> str:
+    """Returns a JSON object with the fields of a score and its perplexity, null if that is infinite or undefined."""
+    *numbers, text = score
+    ppl = score.perplexity if score.perplexity is not None and math.isfinite(score.perplexity) else None
+    return json.dumps({**dict(zip(score._fields, numbers, strict=False)), "perplexity": ppl, "text": text})
+
+
+HEAD = f"{'line':>6} {'tokens':>7} {'unknown':>8} {'log-prob':>11} {'perplexity':>11}  text"
+
+
+def as_row(score: LineScore, width: int = 60) -> str:
+    """Returns a row below `HEAD`, with the first `width` letters of the line."""
+    ppl = "-" if score.perplexity is None else f"{score.perplexity:.2f}"
+    text = score.text if len(score.text) <= width else score.text[: width - 1] + "…"
+    return f"{score.line:>6} {score.tokens:>7} {score.unknown:>8} {score.log_prob:>11.3f} {ppl:>11}  {text}".rstrip()

@@ -1,0 +1,97 @@
+"""Loads the model of a finished or running training, from a checkpoint of either script or from the published code."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from experiment import published_model
+from data import EOS, load_corpus
+from engine.dropout import DropoutRates
+from engine.reference import NORMS
+from experiment.checkpoint import UNREADABLE, CheckpointError, load
+from experiment.retrain_arguments import EVAL_BATCH_SIZES
+from genotypes import Genotype, cell_from_json, cell_to_json
+from model import RNNModel, retrain_model
+from model_search import RNNModelSearch
+from training.optimizers import saved_average
+
+
+class TrainedModel(NamedTuple):
+    """A model with the weights that its run evaluated, and how its run read its corpus."""
+
+    model: RNNModel
+    words: list[str]  # the word of each id
+    data: str  # the corpus, as of --data
+    bptt: int  # the time steps of a segment
+    batch_sizes: dict[str, int]  # by split, of an evaluation
+    sha256: dict[str, str]  # by split, the checksum of its text
+
+    @property
+    def needs_batch(self) -> bool:
+        """Returns whether the model normalises over a batch, so that it cannot read one text alone."""
+        return getattr(self.model.cell, "norm", None) == "batch"
+
+
+def load_trained(path: str, cell: Genotype | str | None = None, data: str | None = None) -> TrainedModel:
+    """Returns the model of best.pt or last.pt of a run, or of a model.pt that the published code pickled; that one has
+    `cell` where the file does not name its own, and the vocabulary of the corpus `data` (penn by default).
+
+    Raises `CheckpointError` if the file holds no such model, or one with another cell than `cell`, and `DataError` with
+    every fault of the corpus.
+    """
+    saved = published_checkpoint(path, cell, data or "penn") if published_model.is_pickled(path) else load(path)
+    try:
+        if cell and cell != (its := cell_from_json(saved["genotype"])):
+            raise CheckpointError(f"--arch: {path} has another cell, {its}; leave the flag out")
+        flags, words = saved["flags"], saved["words"]
+        batch_sizes = {split: int(saved["eval_batch_sizes"][split]) for split in EVAL_BATCH_SIZES}
+        found = TrainedModel(
+            build_model(saved), words, flags["data"], int(flags["bptt"]), batch_sizes, dict(saved["sha256"])
+        )
+        if not isinstance(found.data, str) or not all(isinstance(word, str) for word in words) or EOS not in words:
+            raise ValueError("not what a run writes")
+        if min(found.bptt, *batch_sizes.values()) < 1:
+            raise ValueError("not what a run writes")
+    except UNREADABLE as error:  # The file is a dict with other content.
+        raise CheckpointError(f"{path}: holds no model of this project") from error
+    return found
+
+
+def build_model(saved: dict[str, Any]) -> RNNModel:
+    """Returns the model of a checkpoint with the weights that its run evaluated: the averaged ones if it has any. The
+    model is built on the meta device and takes the checkpoint's own tensors, so that no memory is allocated for a size
+    which the file merely claims. Raises `ValueError` or `TypeError` for a norm or a dtype that no run has."""
+    vocabulary, flags = len(saved["words"]), saved["flags"]
+    with torch.device("meta"):
+        if saved["kind"] == "search":
+            norm = flags.get("norm", "batch")  # Older checkpoints lack the flag.
+            if norm not in NORMS:
+                raise ValueError("a norm that no run has")
+            model = RNNModelSearch(vocabulary, flags["emsize"], DropoutRates(), norm=norm)
+        else:
+            cell = cell_from_json(saved["genotype"])
+            model = retrain_model(vocabulary, flags["emsize"], DropoutRates(), cell, flags["n_experts"])
+    if any(weight.dtype != torch.float32 for weight in saved["model"].values()):
+        raise TypeError("weights that no run has")
+    model.load_state_dict(saved["model"], assign=True)
+    if average := saved_average(saved["optimizer"]):
+        for w, ax in zip(model.weights(), average, strict=True):
+            w.data.copy_(ax)
+    return model
+
+
+def published_checkpoint(path: str, cell: Genotype | str | None, data: str) -> dict[str, Any]:
+    """Returns a model of the published code as a checkpoint of a run on the corpus `data`, with `cell` where the file
+    does not name its own. Raises `CheckpointError`, and `DataError` with every fault of the corpus."""
+    model = published_model.load(path)
+    cell = model.genotype or cell
+    if cell is None:
+        raise CheckpointError(f"{path}: does not name its cell; add --arch")
+    corpus = load_corpus(data)
+    if fault := published_model.vocabulary_fault(data, len(corpus.words), path, model.ntoken):
+        raise CheckpointError(fault)
+    return {
+        "kind": "train", "model": model.weights, "optimizer": {"state": {}}, "genotype": cell_to_json(cell),
+        "flags": {"emsize": model.nhid, "n_experts": 1, "data": data, "bptt": 35}, "words": corpus.words,
+        "eval_batch_sizes": EVAL_BATCH_SIZES, "sha256": corpus.sha256,
+    }  # fmt: skip

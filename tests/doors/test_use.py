@@ -1,0 +1,298 @@
+"""What a trained model is used for: generate.py lets it write, evaluate.py scores lines and adapts to a text."""
+
+import hashlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, SIZES, call, write_corpus
+
+import evaluate
+import generate
+import train
+import train_search
+from data import read_split
+from experiment.adapted_evaluation import Adapter, Setting
+from experiment.evaluation_arguments import DECAY_FACTORS, LR_FACTORS, build_parser, complete
+from experiment.trained_model import load_trained
+
+FLAGS = [*SIZES, "--epochs", "1", "--lr", "1", "--engine", "eager"]
+RUNS = {
+    "cell": (train, "--arch DARTS"),
+    "averaged mixture": (train, "--arch LSTM --optimizer asgd --n_experts 2"),
+    "GRU": (train, "--arch GRU"),
+    "relaxed": (train_search, "--arch_start 0 --norm layer"),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Returns the folder of a corpus whose valid and test texts have words that its training text lacks."""
+    folder = write_corpus(tmp_path_factory.mktemp("corpus"), train=40, valid=16, test=16)
+    (folder / "train.txt").write_text((folder / "train.txt").read_text() + "<unk> a b\n" * 3)
+    for split in ("valid", "test"):
+        text = (folder / f"{split}.txt").read_text()
+        (folder / f"{split}.txt").write_text(text.replace("h", "horse", 3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(corpus, tmp_path_factory):
+    """A function that returns the path of best.pt of a run by its name; each run is started once, at first use."""
+    cache = {}
+
+    def get(name="cell"):
+        if name not in cache:
+            script, flags = RUNS[name]
+            folder = tmp_path_factory.mktemp("runs") / "run"
+            code, _, err = call(script, *FLAGS, *flags.split(), "--data", corpus, "--save", folder)
+            assert code == 0, err
+            cache[name] = folder / "best.pt"
+        return cache[name]
+
+    return get
+
+
+def done(script, *flags):
+    code, out, err = call(script, *flags, "--device", "cpu")
+    assert code == 0, err
+    return out
+
+
+def refused(script, *flags):
+    code, out, err = call(script, *flags)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1, (code, out, err)
+    return err
+
+
+# --- generate.py ---
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_words_follow_the_prompt_and_are_the_same_for_the_same_seed(name, checkpoints):
+    flags = (checkpoints(name), "--prompt", "a  b c", "--words", 30)
+    text = done(generate, *flags)
+    assert text.startswith("a b c ")
+    ends = text[:-1].count("\n")  # the last one is not sampled
+    assert len(text.split()) - 3 + ends == 30
+    assert set(text.split()) <= {*"abcdefgh", "<unk>"}
+    assert done(generate, *flags) == text != done(generate, *flags, "--seed", 2)
+
+
+def test_samples_are_printed_one_after_another(checkpoints):
+    text = done(generate, checkpoints(), "--samples", 3, "--words", 20, "--prompt", "a")
+    assert re.findall("^== (.*)$", text, re.MULTILINE) == ["1", "2", "3"]
+    assert len(set(re.split("== .\n", text)[1:])) == 3
+
+
+def test_most_likely_words_are_the_same_for_every_seed(checkpoints):
+    flags = (checkpoints(), "--words", 12, "--temperature", 0)
+    assert done(generate, *flags) == done(generate, *flags, "--seed", 2) == done(generate, *flags[:-1], 3, "--top_k", 1)
+
+
+def test_unknown_words_of_the_prompt_are_named(checkpoints):
+    code, out, err = call(generate, checkpoints(), "--prompt", "a horse and a horse", "--words", 3, "--device", "cpu")
+    assert code == 0 and out.startswith("a horse and a horse")
+    assert err == "note: the model does not know horse, and, and reads <unk> instead\n"
+
+
+def test_prompt_of_unknown_words_is_refused_without_unk(corpus, tmp_path):
+    other = write_corpus(tmp_path, train=30, valid=16, test=16)
+    assert call(train, *FLAGS, "--arch", "DARTS", "--data", other, "--save", tmp_path / "run")[0] == 0
+    assert "--prompt: the model does not know horse" in refused(
+        generate, tmp_path / "run" / "best.pt", "--prompt", "a horse"
+    )
+    (tmp_path / "lines.txt").write_text("a horse\n")
+    err = refused(evaluate, tmp_path / "run" / "best.pt", "--text", tmp_path / "lines.txt")
+    assert "1 of its words are not in the vocabulary" in err
+
+
+# --- lines of a text ---
+
+
+def line_records(*flags):
+    return [json.loads(line) for line in done(evaluate, *flags, "--json").splitlines()]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_line_scores_sum_to_the_evaluation_of_the_split(name, checkpoints, corpus):
+    checkpoint = checkpoints(name)
+    records = line_records(checkpoint, "--text", corpus / "test.txt")
+    line = done(evaluate, checkpoint)
+    assert [record["line"] for record in records] == list(range(1, 17))
+    tokens = sum(record["tokens"] for record in records)
+    assert tokens == 16 * 10 - 1 and f"{tokens + 1} tokens" in line  # the first of all is not predicted
+    loss = -sum(record["log_prob"] for record in records) / tokens
+    assert loss == pytest.approx(float(re.search("loss ([0-9.]+)", line).group(1)), abs=1e-6)
+    text = (corpus / "test.txt").read_text()
+    assert sum(record["unknown"] for record in records) == text.split()[1:].count("horse") > 0
+    first = records[0]
+    assert first["text"] == text.splitlines()[0]
+    assert first["perplexity"] == pytest.approx(math.exp(-first["log_prob"] / first["tokens"]))
+
+
+def test_fresh_lines_have_the_same_score_in_any_order_and_all_their_words(checkpoints, tmp_path):
+    lines = ["a b c", "", "d d d d", "a b c"]
+    for name, order in (("one", lines), ("other", lines[::-1])):
+        (tmp_path / name).write_text("\n".join(order) + "\n")
+    one, other = (line_records(checkpoints(), "--text", tmp_path / name, "--fresh") for name in ("one", "other"))
+    assert [record["tokens"] for record in one] == [4, 1, 5, 4]
+    assert one[0]["log_prob"] == one[3]["log_prob"]
+    assert [record["log_prob"] for record in one] == [record["log_prob"] for record in other][::-1]
+
+
+def test_fresh_line_is_scored_as_a_text_that_begins_after_a_line_end(checkpoints, tmp_path):
+    """With an empty line before it, the hidden state has read one <eos>, as with --fresh."""
+    for name, text in (("alone", "a b c d\n"), ("after", "\na b c d\n")):
+        (tmp_path / name).write_text(text)
+    (alone,) = line_records(checkpoints(), "--text", tmp_path / "alone", "--fresh")
+    _, after = line_records(checkpoints(), "--text", tmp_path / "after")
+    assert alone["log_prob"] == pytest.approx(after["log_prob"], rel=1e-6)
+
+
+def test_table_has_a_row_for_each_line_and_one_for_all(checkpoints, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b horse\nc d\n")))
+    head, first, second, total = done(evaluate, checkpoints(), "--text", "-", "--fresh").splitlines()
+    assert head.split() == ["line", "tokens", "unknown", "log-prob", "perplexity", "text"]
+    assert first.split()[:3] == ["1", "4", "1"] and first.endswith("  a b horse")
+    assert second.split()[:3] == ["2", "3", "0"] and total.split()[:3] == ["2", "7", "1"]
+    assert total.endswith("  all lines")
+    assert float(total.split()[3]) == pytest.approx(float(first.split()[3]) + float(second.split()[3]), abs=2e-3)
+
+
+# --- a model that adapts ---
+
+ADAPTING = "--dynamic sgd --dynamic_lr 0.5 --cache_size 20 --cache_theta 0.5"
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("rule", ["sgd", "rms"])
+def test_adapted_evaluation_prints_a_line_without_and_with_the_cache(name, rule, checkpoints):
+    checkpoint = checkpoints(name)
+    before = hashlib.sha256(checkpoint.read_bytes()).digest()
+    out = done(evaluate, checkpoint, "--dynamic", rule, "--cache_size", 20, "--split", "valid")
+    dynamic, both = out.splitlines()
+    assert f"valid --dynamic {rule} --dynamic_lr " in dynamic and "--cache_size" not in dynamic
+    assert "--cache_size 20 --cache_theta " in both
+    assert "unknown words, without them perplexity" in dynamic and "160 tokens" in both
+    assert hashlib.sha256(checkpoint.read_bytes()).digest() == before
+
+
+def test_cache_alone_prints_the_plain_perplexity_first(checkpoints):
+    plain, with_cache = done(evaluate, checkpoints(), "--cache_size", 20).splitlines()
+    assert plain.split(": ")[1] == done(evaluate, checkpoints()).splitlines()[0].split(": ")[1]
+    assert "--cache_size 20" in with_cache
+
+
+def test_tuning_chooses_flags_that_give_the_same_line_again(checkpoints):
+    checkpoint = checkpoints()
+    flags = ["--dynamic", "sgd", "--dynamic_lr", "0.2", "--cache_size", "20"]
+    *_, tuned = done(evaluate, checkpoint, *flags, "--tune", "--tune_tokens", "100").splitlines()
+    chosen = tuned.split(": ")[0].split(" test ")[1]
+    assert done(evaluate, checkpoint, *chosen.split()).splitlines()[-1] == tuned
+
+
+def test_tuning_reads_valid_alone_and_finds_the_best_of_its_grid(checkpoints, corpus, tmp_path):
+    """The setting that is chosen has the lowest loss on valid of all that the grid names; test.txt is not needed for
+    the choice."""
+    args = build_parser().parse_args([str(checkpoints()), "--dynamic", "sgd", "--dynamic_lr", "0.2"])
+    complete(args)
+    adapter = Adapter(load_trained(args.checkpoint), args)
+    ids, _, _ = read_split(str(corpus), "valid", load_trained(args.checkpoint).words)
+    found = {
+        (lr, decay): adapter.losses(ids, Setting(lr, decay, None), [], "valid").mean().item()
+        for lr in (0.2 * factor for factor in LR_FACTORS)
+        for decay in (args.dynamic_decay * factor for factor in DECAY_FACTORS)
+    }
+    assert adapter.tune(ids, Setting.of_flags(args))[:2] == min(found, key=found.get)
+
+
+def test_lines_are_scored_by_the_model_that_adapts(checkpoints, corpus):
+    flags = ADAPTING.split()
+    records = line_records(checkpoints(), "--text", corpus / "test.txt", *flags)
+    *_, both = done(evaluate, checkpoints(), *flags).splitlines()
+    loss = -sum(record["log_prob"] for record in records) / sum(record["tokens"] for record in records)
+    assert loss == pytest.approx(float(re.search("loss ([0-9.]+)", both).group(1)), abs=1e-6)
+
+
+def test_rate_that_diverges_ends_with_the_flag_to_change(checkpoints):
+    code, out, err = call(evaluate, checkpoints(), "--dynamic", "sgd", "--dynamic_lr", "1e30", "--device", "cpu")
+    assert (code, out) == (1, "") and "--dynamic_lr 1e+30; take a smaller one" in err
+
+
+# --- what is refused ---
+
+BAD_FLAGS = [
+    (generate, "--words 0", "--words 0: must be at least 1"),
+    (generate, "--samples -1", "--samples -1"),
+    (generate, "--temperature -1", "--temperature -1.0: must be at least 0"),
+    (generate, "--temperature nan", "--temperature nan"),
+    (generate, "--top_p 0", "--top_p 0.0: must be above 0 and at most 1"),
+    (generate, "--top_k -2", "--top_k -2"),
+    (generate, "--device tpu", "--device tpu"),
+    (generate, "--colour red", "--colour"),
+    (evaluate, "--fresh", "--fresh True: is for --text"),
+    (evaluate, "--json", "--json True: is for --text"),
+    (evaluate, "--text nowhere.txt", "nowhere.txt: cannot be read"),
+    (evaluate, "--text . ", "cannot be read"),
+    (evaluate, "--text x --split valid", "--split valid: has no effect with --text"),
+    (evaluate, "--text x --fresh --cache_size 5", "--fresh: begins each line anew"),
+    (evaluate, "--dynamic adam", "--dynamic"),
+    (evaluate, "--dynamic_lr 1", "--dynamic_lr 1.0: is for --dynamic"),
+    (evaluate, "--dynamic sgd --dynamic_lr 0", "--dynamic_lr 0.0: must be above 0"),
+    (evaluate, "--dynamic sgd --dynamic_decay 2", "--dynamic_decay 2.0: must be at least 0 and at most 1"),
+    (evaluate, "--dynamic sgd --dynamic_bptt 0", "--dynamic_bptt 0"),
+    (evaluate, "--cache_theta 2", "--cache_theta 2.0: is for --cache_size"),
+    (evaluate, "--cache_size -1", "--cache_size -1"),
+    (evaluate, "--cache_size 9 --cache_lambda 1", "--cache_lambda 1.0: must be above 0 and below 1"),
+    (evaluate, "--tune", "--tune True: is for --dynamic or --cache_size"),
+    (evaluate, "--cache_size 9 --tune_tokens 9", "--tune_tokens 9: is for --tune"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), BAD_FLAGS)
+def test_bad_flag_exits_2_with_one_line(script, flags, message, checkpoints):
+    assert message in refused(script, checkpoints(), *flags.split())
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "empty"), (b"\n \n", "empty"), (b"a\xff b\n", "not UTF-8"), (b"a\0b\n", "not UTF-8"),
+])  # fmt: skip
+def test_unreadable_text_exits_2_with_one_line(content, message, checkpoints, tmp_path):
+    (tmp_path / "text").write_bytes(content)
+    assert message in refused(evaluate, checkpoints(), "--text", tmp_path / "text")
+
+
+@pytest.mark.parametrize("script", [generate, evaluate])
+def test_file_that_is_no_checkpoint_exits_2_with_one_line(script, tmp_path):
+    (tmp_path / "file.pt").write_bytes(b"no checkpoint")
+    assert "file.pt" in refused(script, tmp_path / "file.pt")
+    assert "nowhere.pt" in refused(script, tmp_path / "nowhere.pt")
+
+
+def test_relaxed_model_with_batch_norm_reads_no_single_text(corpus, tmp_path):
+    code, _, err = call(
+        train_search, *FLAGS, "--arch_start", "0", "--norm", "batch", "--data", corpus, "--save", tmp_path / "run"
+    )
+    assert code == 0, err
+    (tmp_path / "text").write_text("a b\n")
+    assert "normalises over a batch" in refused(generate, tmp_path / "run" / "best.pt")
+    assert "normalises over a batch" in refused(evaluate, tmp_path / "run" / "best.pt", "--text", tmp_path / "text")
+    assert (
+        done(evaluate, tmp_path / "run" / "best.pt", "--dynamic", "sgd").count("perplexity") == 2
+    )  # it reads two texts
+
+
+def test_words_are_printed_as_they_are_sampled_and_a_closed_pipe_ends_quietly(checkpoints):
+    with subprocess.Popen(
+        [sys.executable, ROOT / "generate.py", checkpoints(), "--words", "1000000", "--device", "cpu"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout.read(20)  # long before the last word
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141
+        assert process.stderr.read() == b""

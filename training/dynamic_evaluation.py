@@ -1,0 +1,76 @@
+"""Dynamic evaluation: a model that learns from each segment of a text after it has predicted it (Krause et al. 2018).
+
+Shapes: T time steps, B batch, n time steps of a whole text.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import RNNModel
+from utils import get_batch
+
+RULES = ("sgd", "rms")
+EPSILON = 0.1  # of `rms`, in units of the mean root mean square of the gradients over all weights
+
+
+class DynamicEvaluation:
+    """Moves the weights of a model along the gradient of each segment's loss and back towards their trained values.
+
+    With g the gradient, w_0 the trained weights and w the present ones, the rule `sgd` is
+
+        w <- w - lr g + decay (w_0 - w),                                                     (section 4)
+
+    and the rule `rms`, with r the root mean square of each weight's gradient over the training text, is
+
+        w <- w - lr g / (r + epsilon) + min(1, decay r / mean(r)) (w_0 - w).                 (section 5)
+
+    `rms` has r for each of the weights, None for the rule `sgd`. Both differences are taken at the same w.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], lr: float, decay: float, rms: Sequence[Tensor] | None = None):
+        self.weights, self.lr = list(weights), lr
+        self.trained = [w.detach().clone() for w in self.weights]
+        if rms is None:
+            self.divisors, self.decays = None, [torch.full_like(w, decay) for w in self.trained]
+        else:
+            mean = sum(r.sum() for r in rms) / sum(r.numel() for r in rms)
+            self.divisors = [r + EPSILON * mean for r in rms]
+            self.decays = [(decay * r / mean).clamp(max=1.0) for r in rms]
+
+    def step(self, loss: Tensor) -> None:
+        """Moves the weights by the gradient of `loss`, the mean over the words of a segment in nats."""
+        gradients = torch.autograd.grad(loss, self.weights)
+        with torch.no_grad():
+            for i, (w, g) in enumerate(zip(self.weights, gradients, strict=True)):
+                back = self.decays[i] * (self.trained[i] - w)
+                w.sub_(g if self.divisors is None else g / self.divisors[i], alpha=self.lr).add_(back)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Gives the weights their trained values again at the end of the block."""
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for w, trained in zip(self.weights, self.trained, strict=True):
+                    w.copy_(trained)
+
+
+def gradient_rms(model: RNNModel, source: Tensor, bptt: int) -> list[Tensor]:
+    """Returns the root mean square of the gradient of each of the model's weights over the segments of `bptt` time
+    steps of a training text `source` (n, B) (section 5). Each gradient is that of a segment's mean loss. Shows a
+    progress bar."""
+    weights = model.weights()
+    squares = [torch.zeros_like(w) for w in weights]
+    state = model.initial_hidden(source.size(1))
+    starts = range(0, len(source) - 1, bptt)
+    for i in tqdm(starts, desc="gradients of train", unit="segment", leave=False, disable=None, dynamic_ncols=True):
+        x, y = get_batch(source, i, bptt)  # (T, B)
+        hiddens, state = model(x, state.detach())
+        for square, g in zip(squares, torch.autograd.grad(model.nll(hiddens, y), weights), strict=True):
+            square.addcmul_(g, g)
+    return [square.div_(len(starts)).sqrt_() for square in squares]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment import checkpoint, signals
+from experiment import checkpoint, metrics, signals
 from architect import RADIUS, Architect, Product, WeightUpdate
 from data import load_corpus
 from engine import PRECISIONS, Engine
@@ -60,11 +60,13 @@ class Agreement:
         saved = checkpoint.load(folder / "last.pt")
         if saved["kind"] != "search":
             raise checkpoint.CheckpointError(f"{folder}: not a search run")
+        # A checkpoint does not have the engine, with which a run may be resumed otherwise than it began.
+        engine = metrics.read_json(folder / "config.json")["flags"]["engine"]
         self.flags = flags = argparse.Namespace(**saved["flags"])
         rates = DropoutRates(*(getattr(flags, name) for name in DropoutRates._fields))
         model = RNNModelSearch(len(saved["words"]), flags.emsize, rates, norm=flags.norm)
         model.load_state_dict(saved["model"])
-        self.model = model.with_engine(Engine(flags.engine, precision or flags.precision))
+        self.model = model.with_engine(Engine(engine, precision or flags.precision))
         corpus = load_corpus(flags.data)
         texts = search_texts(corpus, flags.search_split, flags.limit_tokens)
         self.cursors = [Cursor(batchify(ids, flags.batch_size)) for ids in texts]

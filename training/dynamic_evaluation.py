@@ -35,7 +35,7 @@ class DynamicEvaluation:
         self.weights, self.lr = list(weights), lr
         self.trained = [w.detach().clone() for w in self.weights]
         if rms is None:
-            self.divisors, self.decays = None, [torch.full_like(w, decay) for w in self.trained]
+            self.divisors, self.decays = [None] * len(self.weights), [decay] * len(self.weights)
         else:
             mean = sum(r.sum() for r in rms) / sum(r.numel() for r in rms)
             self.divisors = [r + EPSILON * mean for r in rms]
@@ -45,9 +45,13 @@ class DynamicEvaluation:
         """Moves the weights by the gradient of `loss`, the mean over the words of a segment in nats."""
         gradients = torch.autograd.grad(loss, self.weights)
         with torch.no_grad():
-            for i, (w, g) in enumerate(zip(self.weights, gradients, strict=True)):
-                back = self.decays[i] * (self.trained[i] - w)
-                w.sub_(g if self.divisors is None else g / self.divisors[i], alpha=self.lr).add_(back)
+            parts = zip(self.weights, gradients, self.trained, self.decays, self.divisors, strict=True)
+            for w, g, trained, decay, divisor in parts:
+                w.lerp_(trained, decay)
+                if divisor is None:
+                    w.sub_(g, alpha=self.lr)
+                else:
+                    w.addcdiv_(g, divisor, value=-self.lr)
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -1,16 +1,17 @@
 """The optimizers of the weights, and the average of the weights that some of them keep.
 
-All are torch's. Weight decay is added to the gradient, except in adamw, which multiplies the weights by 1 - lr * wdecay
-at each step (Loshchilov & Hutter 2019). NT-ASGD goes from sgd to asgd when `NonMonotonicTrigger` fires (Merity et al.
-2017, section 4).
+All but `ASGD` are torch's. Weight decay is added to the gradient, except in adamw, which multiplies the weights by
+1 - lr * wdecay at each step (Loshchilov & Hutter 2019). NT-ASGD goes from sgd to asgd when `NonMonotonicTrigger` fires
+(Merity et al. 2017, section 4).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, optim
 
-from architect import WeightUpdate, keep_capturable
+from architect import WeightUpdate
 
 OPTIMIZERS = ("sgd", "asgd", "momentum", "adam", "adamw")
 LIKE_SGD = ("sgd", "asgd", "momentum")  # those whose step is that of `WeightUpdate.deltas`
@@ -53,21 +54,27 @@ class NonMonotonicTrigger:
         self.losses = state["losses"]
 
 
-class ASGD(optim.ASGD):
-    """SGD that averages the weights from its first step on, each step at the present rate of its parameter group.
-    torch's ASGD computes the step size at the end of the previous step, so that a rate that was scaled for one segment
-    of text would be applied to the next one. Without decay of the step size (lambd = 0) it equals lr."""
+class ASGD(optim.SGD):
+    """SGD that also keeps the mean of each weight over its steps, without the first, as torch's ASGD does without decay
+    of the step size (t0 = 0, lambd = 0). That one reads a number on the host for each weight and step, and computes the
+    step size at the end of the previous step, so that a rate scaled for one segment of text would be applied to the
+    next one."""
 
     def __init__(self, weights: list[Tensor], lr: float, weight_decay: float = 0.0):
-        on_gpu = weights[0].is_cuda  # torch then keeps its step counters on the GPU, which avoids synchronisation
-        super().__init__(weights, lr=lr, t0=0, lambd=0, weight_decay=weight_decay, capturable=on_gpu)
-        self.register_load_state_dict_pre_hook(keep_capturable)
+        super().__init__(weights, lr=lr, weight_decay=weight_decay)
 
+    @torch.no_grad()
     def step(self, closure=None):
+        loss = super().step(closure)
         [group] = self.param_groups
-        for state in self.state.values():  # none before the first step, which has the right rate
-            state["eta"].fill_(group["lr"])
-        return super().step(closure)
+        for w in group["params"]:
+            state = self.state[w]
+            if not state:
+                # not "step", which torch would leave on the CPU when it loads the state
+                state.update(ax=torch.zeros_like(w), steps=torch.zeros((), device=w.device))
+            state["steps"] += 1
+            state["ax"].lerp_(w, 1 / (state["steps"] - 1).clamp(min=1).to(w.dtype))
+        return loss
 
 
 @contextmanager

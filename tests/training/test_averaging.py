@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from architect import AveragedAdam
+from architect import AveragedAdam, keep_capturable
 from training.optimizers import ASGD, NonMonotonicTrigger, averaged, saved_average, scaled_lr
 
 
@@ -56,16 +56,45 @@ def test_averaged_weights_are_swapped_in_and_restored():
     torch.testing.assert_close(saved_average(optimizer.state_dict())[0], mean)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_asgd_equals_that_of_torch_at_a_constant_rate(dtype):
+    gradients = torch.randn(200, 5, 3, generator=torch.Generator().manual_seed(2), dtype=dtype).unbind()
+    ours, theirs = (torch.nn.Parameter(torch.ones(5, 3, dtype=dtype)) for _ in range(2))
+    ours_optimizer = ASGD([ours], lr=0.3, weight_decay=0.01)
+    theirs_optimizer = torch.optim.ASGD([theirs], lr=0.3, t0=0, lambd=0, weight_decay=0.01)
+    for _ in zip(
+        descend(ours_optimizer, ours, gradients, [1.0] * 200),
+        descend(theirs_optimizer, theirs, gradients, [1.0] * 200), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
+        means = [optimizer.state[w]["ax"] for optimizer, w in ((ours_optimizer, ours), (theirs_optimizer, theirs))]
+        torch.testing.assert_close(*means, rtol=1e-6 if dtype == torch.float32 else 1e-7, atol=1e-7)
+
+
+def test_asgd_continues_from_its_saved_state():
+    gradients = torch.randn(9, 3, generator=torch.Generator().manual_seed(3)).unbind()
+    w = torch.nn.Parameter(torch.zeros(3))
+    optimizer = ASGD([w], lr=0.5)
+    list(descend(optimizer, w, gradients[:4], [1.0] * 4))
+    other = torch.nn.Parameter(w.detach().clone())
+    resumed = ASGD([other], lr=0.5)
+    resumed.load_state_dict(optimizer.state_dict())
+    ends = [list(descend(o, p, gradients[4:], [1.0] * 5))[-1] for o, p in ((optimizer, w), (resumed, other))]
+    assert torch.equal(*ends)
+    assert torch.equal(optimizer.state[w]["ax"], resumed.state[other]["ax"])
+
+
 def test_capturable_state_of_a_gpu_run_resumes_on_cpu():
-    """On a GPU torch keeps its step counters on the device ("capturable"), which is not allowed on a CPU."""
+    """On a GPU torch keeps the step counters of Adam on the device ("capturable"), which is not allowed on a CPU."""
     ends = []
     for capturable in (False, True):
         w = torch.nn.Parameter(torch.ones(2))
-        optimizer = ASGD([w], lr=0.5)
+        optimizer = AveragedAdam([w], lr=0.5)
         list(descend(optimizer, w, torch.ones(3, 2).unbind(), [1.0] * 3))
         state = optimizer.state_dict()
         state["param_groups"][0]["capturable"] = capturable
-        other = ASGD([w], lr=0.5)
+        other = AveragedAdam([w], lr=0.5)
+        other.register_load_state_dict_pre_hook(keep_capturable)
         other.load_state_dict(state)
         ends.append(list(descend(other, w, torch.ones(3, 2).unbind(), [1.0] * 3))[-1])
         assert other.state[w]["step"] == 6
@@ -80,13 +109,6 @@ def test_plain_sgd_has_no_average():
     with averaged(optimizer):
         assert torch.equal(w.detach(), torch.zeros(2))
     assert saved_average(optimizer.state_dict()) is None
-
-
-def test_asgd_accepts_no_decay_of_the_step_size():
-    w = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(TypeError, match="lambd"):
-        ASGD([w], lr=1.0, lambd=1e-4)
-    assert [group["lambd"] for group in ASGD([w], lr=1.0).param_groups] == [0]
 
 
 def test_averaged_adam_matches_adam_and_averages_by_polynomial_decay():

@@ -1,0 +1,108 @@
+"""No step of a search or a retraining reads a tensor on the host, or mixes devices.
+
+The steps run on torch's `meta` device, whose tensors have shapes and no values: reading one raises an error, as mixing
+it with a tensor of another device does. What passes here needs no synchronisation of host and GPU.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+import train_search
+from experiment import arguments
+from architect import WeightUpdate
+from engine.dropout import DropoutRates
+from experiment.distributed import Distributed
+from training.early_stopping import Patience
+from training.optimizers import averaged, scaled_lr
+
+META = torch.device("meta")
+V, SIZES = 30, "--emsize 16 --batch_size 4 --bptt 3 --device cpu"
+
+
+def state_on_meta(script, state_class, flags):
+    """Returns what a script trains, with every tensor on the `meta` device."""
+    args = script.build_parser().parse_args([*SIZES.split(), *flags.split()])
+    arguments.complete(args, "search" if script is train_search else "train")
+    experiment = SimpleNamespace(
+        args=args, ranks=Distributed(), run=None, patience=Patience(args.patience, args.min_delta), device=META,
+        update=WeightUpdate(args.clip, args.clip_value, args.wdecay, args.momentum),
+        local_batch_size=args.batch_size, micro_batch_size=args.small_batch_size,
+        corpus=SimpleNamespace(words=[str(i) for i in range(V)]),
+        dropout_rates=lambda: DropoutRates(**{name: getattr(args, name) for name in DropoutRates._fields}),
+        texts={name: torch.zeros(50, args.batch_size, dtype=torch.long, device=META)
+               for name in ("train", "valid", "the alphas")},
+    )  # fmt: skip
+    return state_class(experiment)
+
+
+def segment(state, start, length):
+    text = state.train_text
+    return text[start : start + length], text[start + 1 : start + 1 + length]
+
+
+SEARCH = [
+    f"{order} --engine {engine} --norm {norm} {more}"
+    for order in ("", "--unrolled --hessian finite", "--unrolled --hessian exact")
+    for engine in ("fused", "eager")
+    for norm in ("batch", "layer", "none")
+    for more in ("--precision fp32", "--precision bf16")
+    if not (engine == "eager" and "bf16" in more)
+] + [
+    "--unrolled --small_batch_size 2 --alpha 0.1",
+    "--unrolled --optimizer momentum --momentum 0.9",
+    "--unrolled --clip_value 0.1",
+    "--optimizer asgd",
+    "--optimizer adam",
+]
+
+
+# Every combination takes a minute; these have each order, engine, norm and precision.
+SHORT = [
+    flags
+    for flags in SEARCH
+    if "--engine" not in flags or ("--norm none" in flags and "fp32" in flags)
+    or flags.startswith((" --engine fused", "--unrolled --hessian exact --engine fused --norm layer"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags", [flags if flags in SHORT else pytest.param(flags, marks=pytest.mark.slow) for flags in SEARCH]
+)
+def test_search_step_reads_no_tensor(flags):
+    state = state_on_meta(train_search, train_search.SearchState, flags)
+    for start, length in ((0, 3), (3, 2)):
+        x, y = segment(state, start, length)
+        with scaled_lr(state.optimizer, len(x) / 3) as lr:
+            state.alpha_step(lr, x, y)
+            nll, norm = state.weight_gradient(x, y)
+            state.optimizer.step()
+    assert nll.device == norm.device == META
+    assert all(w.grad is not None for w in state.weights)
+
+
+RETRAINING = [
+    f"--arch {arch} --engine {engine} {more}"
+    for arch in ("DARTS", "LSTM")
+    for engine in ("fused", "eager")
+    for more in (
+        "--optimizer sgd", "--optimizer asgd", "--optimizer momentum --momentum 0.9", "--optimizer adam",
+        "--optimizer adamw", "--rdrop 0.5", "--fraternal 0.5", "--n_experts 2", "--small_batch_size 2 --alpha 0.5",
+    )
+] + ["--arch GRU", "--arch ENAS --precision bf16", "--arch LSTM --precision bf16"]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", RETRAINING)
+def test_retraining_step_reads_no_tensor(flags):
+    state = state_on_meta(train, train.RetrainState, flags)
+    for start, length in ((0, 3), (3, 2)):
+        x, y = segment(state, start, length)
+        with scaled_lr(state.optimizer, len(x) / 3):
+            nll, norm = state.weight_gradient(x, y)
+            state.optimizer.step()
+    with averaged(state.optimizer):
+        hiddens, _ = state.model(*segment(state, 9, 6)[:1], state.hidden)
+        assert state.model.nll(hiddens, segment(state, 9, 6)[1]).device == META
+    assert nll.device == norm.device == META

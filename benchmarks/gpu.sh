@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU is asked once: the CUDA tests, the steps at the published sizes in every precision, two epochs of the
 # search and three of the retraining on Penn Treebank (the first compiles and captures; metrics.jsonl has the seconds
-# of each). Everything it prints, and JSON, go to OUT.
+# of each). Everything it prints, and JSON, go to OUT; gpu_report.py makes a table of it and says which targets are met.
 # Cost: written to end within 9 minutes on an H100 with torch 2.11; no GPU has run it yet.
 #   OUT=results bash benchmarks/gpu.sh      needs corpora/penn, and no network; PYTHON names the interpreter
 set -uo pipefail
@@ -34,5 +34,6 @@ stage search 130 "$python" train_search.py --data penn --unrolled --precision bf
 stage train 90 "$python" train.py --data penn --arch DARTS --precision bf16 --epochs 3 --device cuda \
   --test skip --save "$OUT/train"
 rm -f "$OUT"/*/*.pt
+"$python" benchmarks/gpu_report.py "$OUT" | tee "$OUT/report.md"
 tar czf "$OUT/all.tgz" -C "$OUT" --exclude all.tgz .
 exit "$failed"

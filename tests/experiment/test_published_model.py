@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.backends import thnn
 
 import evaluate
+import generate
 import train
 from experiment import published_model
 from data import load_corpus
@@ -239,6 +240,15 @@ def test_finetuning_starts_from_its_weights(published, corpus, tmp_path):
     )
     code, _, err = call(train, "--resume", "--save", tmp_path / "run", "--epochs", "2")
     assert code == 0, err
+
+
+def test_it_writes_text_and_scores_lines(published, corpus, tmp_path):
+    path, _ = published
+    code, out, err = call(generate, path, "--data", corpus, "--prompt", "a b", "--words", 5, "--device", "cpu")
+    assert code == 0 and out.startswith("a b"), err
+    (tmp_path / "text").write_text("a b c\n")
+    code, out, err = call(evaluate, path, "--data", corpus, "--text", tmp_path / "text", "--fresh", "--json")
+    assert code == 0 and '"tokens": 4' in out, err
 
 
 def test_state_dict_needs_arch(ntoken, corpus, tmp_path):

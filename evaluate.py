@@ -76,12 +76,19 @@ def score_split(args: Namespace, trained: TrainedModel) -> None:
     report(name, "", score(trained.model, source, trained.bptt, args.split, marked), source.numel())
 
 
-def score_adapted_split(args: Namespace, trained: TrainedModel) -> None:
-    """Prints the perplexity of a split by the model that adapts to it: for the cache without and with it. With --tune,
-    valid.txt chooses the setting before the split is read."""
+def adapter_and_setting(args: Namespace, trained: TrainedModel) -> tuple[Adapter, Setting]:
+    """Returns what predicts a text, and the numbers that it takes: those of the flags, or with --tune those that
+    predict valid.txt best."""
     adapter, setting = Adapter(trained, args), Setting.of_flags(args)
     if args.tune:
-        setting = adapter.tune(read(args, trained, "valid")[1][: args.tune_tokens or None], setting)
+        _, ids, _ = read(args, trained, "valid")
+        setting = adapter.tune(ids[: args.tune_tokens or None], setting)
+    return adapter, setting
+
+
+def score_adapted_split(args: Namespace, trained: TrainedModel) -> None:
+    """Prints the perplexity of a split by the model that adapts to it: with a cache, without it first."""
+    adapter, setting = adapter_and_setting(args, trained)
     name, ids, unknown = read(args, trained, args.split)
     mixes = [setting.mix] if setting.mix else []
     losses = adapter.losses(ids, setting, mixes, args.split)  # (1 + len(mixes), n - 1, B)
@@ -103,9 +110,7 @@ def score_lines(args: Namespace, trained: TrainedModel) -> None:
     else:
         if len(ids) < 2:
             raise DataError(f"--text {args.text}: has one token, which nothing precedes; add --fresh")
-        adapter, setting = Adapter(trained, args), Setting.of_flags(args)
-        if args.tune:
-            setting = adapter.tune(read(args, trained, "valid")[1][: args.tune_tokens or None], setting)
+        adapter, setting = adapter_and_setting(args, trained)
         lengths[0] -= 1  # The first word is not predicted.
         mixes = [setting.mix] if setting.mix else []
         losses = adapter.losses(ids, setting, mixes, "text")[-1, :, 0].split(lengths)  # (tokens,) for each line

@@ -22,13 +22,14 @@ class DynamicEvaluation:
 
     With g the gradient, w_0 the trained weights and w the present ones, the rule `sgd` is
 
-        w <- w - lr g + decay (w_0 - w),                                                     (section 4)
+        w <- w - lr g + decay (w_0 - w),
 
     and the rule `rms`, with r the root mean square of each weight's gradient over the training text, is
 
-        w <- w - lr g / (r + epsilon) + min(1, decay r / mean(r)) (w_0 - w).                 (section 5)
+        w <- w - lr g / (r + epsilon) + min(1, decay r / mean(r)) (w_0 - w)
 
-    `rms` has r for each of the weights, None for the rule `sgd`. Both differences are taken at the same w.
+    (section 5 of the paper). `rms` has r for each of the weights, None for the rule `sgd`. The gradient and the step
+    back are those at the same w.
     """
 
     def __init__(self, weights: Sequence[Tensor], lr: float, decay: float, rms: Sequence[Tensor] | None = None):
@@ -66,7 +67,7 @@ class DynamicEvaluation:
 
 def gradient_rms(model: RNNModel, source: Tensor, bptt: int) -> list[Tensor]:
     """Returns the root mean square of the gradient of each of the model's weights over the segments of `bptt` time
-    steps of a training text `source` (n, B) (section 5). Each gradient is that of a segment's mean loss. Shows a
+    steps of a training text `source` (n, B). Each gradient is that of a segment's mean loss. Shows a
     progress bar."""
     weights = model.weights()
     squares = [torch.zeros_like(w) for w in weights]

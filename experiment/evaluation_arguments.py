@@ -17,8 +17,8 @@ LIKE_TRAINING = (
 # Settings that were the best on Penn Treebank (docs/evaluation.md), and about them those that --tune tries.
 DYNAMIC = {"sgd": (0.3, 0.001), "rms": (1e-4, 0.02)}  # by rule: learning rate, decay
 LR_FACTORS, DECAY_FACTORS = (0.3, 1.0, 3.0), (0.0, 1.0, 5.0)
-MIX = Mix(theta=0.3, share=0.1)
-THETAS, SHARES = (0.1, 0.2, 0.3, 0.5, 0.8), (0.05, 0.1, 0.15, 0.2)
+MIX = Mix(theta=0.8, share=0.1)
+THETAS, SHARES = (0.2, 0.5, 0.8, 1.2, 1.8, 2.5), (0.05, 0.1, 0.15, 0.2)
 
 
 def build_parser() -> arguments.Parser:

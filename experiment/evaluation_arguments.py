@@ -14,7 +14,7 @@ LIKE_TRAINING = (
     "emsize nhid nhidlast lr clip epochs batch_size bptt dropout dropouth dropouti dropoute seed nonmono log_interval"
     " save alpha beta wdecay continue_train n_experts max_seq_len_delta"
 ).split()
-# Settings that were the best on Penn Treebank (docs/evaluation.md), and about them those that --tune tries.
+# Settings near the best on Penn Treebank (docs/evaluation.md), and about them those that --tune tries.
 DYNAMIC = {"sgd": (0.3, 0.001), "rms": (1e-4, 0.02)}  # by rule: learning rate, decay
 LR_FACTORS, DECAY_FACTORS = (0.3, 1.0, 3.0), (0.0, 1.0, 5.0)
 MIX = Mix(theta=0.8, share=0.1)

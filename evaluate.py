@@ -22,10 +22,9 @@ from tqdm import tqdm
 from experiment import evaluation_arguments, signals
 from data import EOS, read_lines, read_split
 from experiment.adapted_evaluation import Adapter, Setting, flags_of
-from experiment.checkpoint import CheckpointError
 from experiment.line_scores import HEAD, LineScore, as_json, as_row, line_scores, total
-from experiment.trained_model import TrainedModel, load_trained
-from genotypes import GenotypeError, resolve_cell
+from experiment.trained_model import TrainedModel, load_trained, refusing
+from genotypes import resolve_cell
 from training.evaluation import Score, format_share, perplexity, score, unknown_warning
 from training.token_losses import token_losses, total_score
 from utils import DataError, batchify, choose_device
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluation_arguments.complete(args)
     if faults := evaluation_arguments.faults(args, parser.get_default):
         parser.refuse(faults)
-    try:
+    with refusing(parser):
         cell = args.arch and resolve_cell(args.arch, note=partial(print, "note:", file=sys.stderr))
         trained = load_trained(args.checkpoint, cell, args.data)
         trained.model.to(choose_device(args.device))
@@ -47,12 +46,6 @@ def main(argv: list[str] | None = None) -> int:
             score_adapted_split(args, trained)
         else:
             score_split(args, trained)
-    except GenotypeError as error:
-        parser.refuse([f"--arch: {error}"])
-    except CheckpointError as error:
-        parser.refuse([str(error)])
-    except DataError as error:
-        parser.refuse(error.faults)
     return 0
 
 

@@ -13,10 +13,9 @@ import torch
 
 from experiment import arguments, signals
 from data import EOS, UNK
-from experiment.checkpoint import CheckpointError
-from experiment.trained_model import TrainedModel, load_trained
+from experiment.trained_model import TrainedModel, load_trained, refusing
 from experiment.validate_arguments import device_faults, number_faults
-from genotypes import GenotypeError, resolve_cell
+from genotypes import resolve_cell
 from training.sampling import generate
 from utils import DataError, choose_device
 
@@ -51,15 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if faults := [*number_faults(args), *device_faults(args.device)]:
         parser.refuse(faults)
-    try:
+    with refusing(parser):
         trained = load_trained(args.checkpoint, args.arch and resolve_cell(args.arch), args.data)
         prompt = encode_prompt(args.prompt, trained)
-    except GenotypeError as error:
-        parser.refuse([f"--arch: {error}"])
-    except CheckpointError as error:
-        parser.refuse([str(error)])
-    except DataError as error:
-        parser.refuse(error.faults)
     write(args, trained, prompt)
     return 0
 

@@ -47,8 +47,8 @@ def build_parser() -> arguments.Parser:
         ("dynamic", RULES, None, "rule of the update; rms reads train first, for the size of each weight's gradient"),
         ("dynamic_lr", float, None,
          f"learning rate (default: {DYNAMIC['sgd'][0]} for sgd, {DYNAMIC['rms'][0]} for rms)"),
-        ("dynamic_decay", float, None, "share of the way back to the trained weights that each update goes (default: "
-         f"{DYNAMIC['sgd'][1]} for sgd, {DYNAMIC['rms'][1]} for rms)"),
+        ("dynamic_decay", float, None, "share of the distance to the trained weights that each update takes back "
+         f"(default: {DYNAMIC['sgd'][1]} for sgd, {DYNAMIC['rms'][1]} for rms)"),
         ("dynamic_bptt", int, 5, "time steps of a segment, and of those of train that rms reads"),
     ])  # fmt: skip
     parser.add_flags("neural cache: words that followed similar states become likely again", [

@@ -1,19 +1,22 @@
 """Loads the model of a finished or running training, from a checkpoint of either script or from the published code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
-from experiment import published_model
+from experiment import arguments, published_model
 from data import EOS, load_corpus
 from engine.dropout import DropoutRates
 from engine.reference import NORMS
 from experiment.checkpoint import UNREADABLE, CheckpointError, load
 from experiment.retrain_arguments import EVAL_BATCH_SIZES
-from genotypes import Genotype, cell_from_json, cell_to_json
+from genotypes import Genotype, GenotypeError, cell_from_json, cell_to_json
 from model import RNNModel, retrain_model
 from model_search import RNNModelSearch
 from training.optimizers import saved_average
+from utils import DataError
 
 
 class TrainedModel(NamedTuple):
@@ -30,6 +33,19 @@ class TrainedModel(NamedTuple):
     def needs_batch(self) -> bool:
         """Returns whether the model normalises over a batch, so that it cannot read one text alone."""
         return getattr(self.model.cell, "norm", None) == "batch"
+
+
+@contextmanager
+def refusing(parser: arguments.Parser) -> Iterator[None]:
+    """Ends the script with exit code 2 and one line for each fault of a cell, a checkpoint or a text in the block."""
+    try:
+        yield
+    except GenotypeError as error:
+        parser.refuse([f"--arch: {error}"])
+    except CheckpointError as error:
+        parser.refuse([str(error)])
+    except DataError as error:
+        parser.refuse(error.faults)
 
 
 def load_trained(path: str, cell: Genotype | str | None = None, data: str | None = None) -> TrainedModel:

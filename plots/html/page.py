@@ -72,6 +72,12 @@ def number(value: Any, digits: int = 2) -> str:
     return f"{value:,}" if type(value) is int else f"{value:,.{digits}f}"
 
 
+def unknown_words(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the name and the text of the share of unknown words of each split that has some, for a result.json."""
+    shares = metrics.unknown_shares(result).items()
+    return [(f"unknown words of {split}, counted as <unk>", f"{share:.1%}") for split, share in shares]
+
+
 def since(path: Path) -> str:
     """Returns how long ago a file was last written, in words, or "never" if it cannot be read."""
     try:

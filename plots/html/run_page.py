@@ -11,7 +11,7 @@ from experiment import metrics
 from genotypes import Genotype, GenotypeError, cell_from_json, parse
 from plots import animation, search_curves, train_curves
 from plots.cell_graph import cell_figure
-from plots.html.page import Link, number, picture, since
+from plots.html.page import Link, number, picture, since, unknown_words
 from plots.run_history import History
 from plots.style import PictureError
 
@@ -46,8 +46,8 @@ def facts(history: History, link: Link) -> list[dict[str, str]]:
         add("best", number(min(valid)), "metrics.jsonl")
     if result is not None:
         add("test perplexity", number(result.get("test_ppl")), "result.json")
-        for split, share in metrics.unknown_shares(result).items():
-            add(f"unknown words of {split}, counted as <unk>", f"{share:.1%}", "result.json")
+        for name, share in unknown_words(result):
+            add(name, share, "result.json")
         if "params" in result:
             add("weights", number(result["params"]), "result.json")
     add("epoch", f"{last['epoch']} of {flags['epochs']}" if "epochs" in flags else str(last["epoch"]), "metrics.jsonl")

@@ -12,7 +12,7 @@ from experiment import metrics
 from genotypes import Genotype, cell_from_json
 from plots import study_curves, train_curves
 from plots.cell_graph import cell_figure
-from plots.html.page import Field, Link, inline, is_over, number, picture, since
+from plots.html.page import Field, Link, inline, is_over, number, picture, since, unknown_words
 from plots.run_history import History
 from plots.style import PictureError
 from study.jobs import STAGES, name_parts
@@ -106,8 +106,7 @@ def chosen_facts(folder: Path, summary: dict[str, Any], link: Link) -> list[dict
     href = link(folder / chosen["run"])
     named = [("chosen", str(chosen.get("cell"))), ("validation perplexity", number(chosen.get("valid_ppl"))),
              ("test perplexity", number(chosen.get("test_ppl")))]  # fmt: skip
-    for split, share in metrics.unknown_shares({"unknown_share": chosen.get("unknown")}).items():
-        named.append((f"unknown words of {split}, counted as <unk>", f"{share:.1%}"))
+    named += unknown_words({"unknown_share": chosen.get("unknown")})
     return [{"name": name, "value": value, "href": href} for name, value in named]
 
 

@@ -584,6 +584,18 @@ def test_unreachable_ray_address_raises_run_error(address):
         pass
 
 
+def test_ray_that_does_not_start_raises_run_error(monkeypatch):
+    def init(**options):
+        raise Exception("The current node timed out during startup.\nThe GCS has become overloaded.")
+
+    monkeypatch.setattr(ray_backend.ray, "init", init)
+    with (
+        pytest.raises(RunError, match=r"Ray does not start .*timed out during startup. The GCS"),
+        ray_backend.connected(None),
+    ):
+        pass
+
+
 # --- Studies with Ray ---
 
 

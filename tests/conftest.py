@@ -11,7 +11,7 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=8 if FULL else 2, help="how many runs test_crash.py kills")
+    parser.addoption("--kills", type=int, default=8 if FULL else 1, help="how many runs test_crash.py kills")
 
 
 @pytest.fixture(scope="session", autouse=True)

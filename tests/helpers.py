@@ -18,9 +18,15 @@ from utils import RunError
 
 ROOT = Path(__file__).parent.parent
 FULL = os.environ.get("FULL_TESTS") == "1"  # scripts/test_all.sh: property tests and kills at full length
+
 # These flags give a model so small that a run of either script takes a second.
 SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu".split()
 TIMINGS = {"seconds", "tokens_per_s"}  # equal runs may differ in these values alone
+
+
+def examples(count):
+    """Returns how many examples a property test takes: `count` at full length, and a third of it by default."""
+    return count if FULL else count // 3
 
 
 def run_compiling(code, prefix=(), **environment):

@@ -43,7 +43,7 @@ def cell_problem(N):
 
 def compare():
     for cell, norm in NORMED_CELLS if full else [("relaxed", "none"), ("discrete", "batch")]:
-        frozen, (leaves, masks, R) = cell == "relaxed", cell_problem(3 if cell == "relaxed" else 4)
+        frozen, (leaves, masks, R) = cell == "relaxed", cell_problem(3 if full else 2)
         check(*(
             values_and_gradients(m, cell, leaves, masks, R, 3, FrozenReLU() if frozen else None, norm).values()
             for m in (fused, reference)

@@ -1,6 +1,6 @@
 """Tests that a run resumes bit-identically after a SIGKILL at a random moment, another signal or a full disk.
 
-pytest tests/experiment/test_crash.py                 # 2 kills
+pytest tests/experiment/test_crash.py                 # 1 kill
 pytest tests/experiment/test_crash.py --kills 200     # an hour on one core
 """
 

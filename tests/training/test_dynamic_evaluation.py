@@ -4,6 +4,7 @@ the model as it was."""
 import pytest
 import tiny
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -81,7 +82,7 @@ def test_gradient_rms_matches_a_plain_loop():
         torch.testing.assert_close(r, (square / len(starts)).sqrt())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     seed=st.integers(0, 999), bptt=st.integers(1, 7), cut=st.integers(1, 21), size=st.integers(0, 8),
     rule=st.sampled_from([None, "sgd", "rms"]),

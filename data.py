@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ class Corpus:
 
     def is_unknown(self, split: str) -> torch.Tensor:
         """Returns a mask (tokens,) of the words of a split that became `<unk>`."""
-        return _mask(len(getattr(self, split)), self.unknown[split])
+        return torch.zeros(len(getattr(self, split)), dtype=torch.bool).index_fill(0, self.unknown[split], True)
 
     def unknown_share(self, split: str) -> float:
         """Returns the share of the tokens of a split that became `<unk>`."""
@@ -105,7 +105,7 @@ def read_split(
     words outside it, which become `<unk>`, and the text's sha256. Raises DataError if it has no `<unk>` for them, or if
     the split cannot be read."""
     texts, sha256 = _read(name, [split], root)
-    return *_encode_all(texts[split], words, f"{name} {split}"), sha256[split]
+    return *encode_text(texts[split], words, f"{name} {split}", "use the corpus that it was made from"), sha256[split]
 
 
 def read_lines(file: str, words: Sequence[str]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
@@ -114,13 +114,11 @@ def read_lines(file: str, words: Sequence[str]) -> tuple[list[str], torch.Tensor
     try:
         raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror}); name a text file, or - for standard input"
-        ) from error
+        raise DataError(f"{file}: cannot be read ({error.strerror}); name a text file, or - for stdin") from error
     text = _decode(raw, Path(file))
     if not text or text.isspace():
         raise DataError(f"{file}: empty; put the text there")
-    return list(io.StringIO(text, newline=None)), *_encode_all(text, words, file)
+    return list(io.StringIO(text, newline=None)), *encode_text(text, words, file, "leave these out")
 
 
 # --- text to ids ---
@@ -141,22 +139,22 @@ def _encode(text: str, index: dict[str, int]) -> tuple[torch.Tensor, torch.Tenso
     return torch.from_numpy(ids), torch.from_numpy(unknown)
 
 
-def _encode_all(text: str, words: Sequence[str], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_text(text: str, words: Sequence[str], name: str, remedy: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the ids (tokens,) of `text` and a mask (tokens,) of the words outside the vocabulary, which become
-    `<unk>`. Raises DataError, which calls the text `name`, if the vocabulary has no `<unk>` for them."""
+    `<unk>`. Raises DataError, which calls the text `name` and ends with `remedy`, if the vocabulary has no `<unk>`."""
     index = {word: i for i, word in enumerate(words)}
     ids, unknown = _encode(text, index)
+    mask = torch.zeros(len(ids), dtype=torch.bool).index_fill(0, unknown, True)
     if len(unknown) and UNK not in index:
-        raise DataError(
-            f"{name}: {len(unknown):,} of its words are not in the vocabulary given, and it has no {UNK};"
-            " use the corpus that it was made from"
-        )
-    return ids, _mask(len(ids), unknown)
+        named = f"{len(unknown):,} of its words ({unknown_words(text, mask)})"
+        raise DataError(f"{name}: the vocabulary given lacks {named} and has no {UNK}; {remedy}")
+    return ids, mask
 
 
-def _mask(n: int, positions: torch.Tensor) -> torch.Tensor:
-    """Returns a mask (n,) that is true at these positions."""
-    return torch.zeros(n, dtype=torch.bool).index_fill(0, positions, True)
+def unknown_words(text: str, mask: torch.Tensor, at_most: int = 5) -> str:
+    """Returns the words of `text` that are marked in `mask` (tokens,), quoted and each once, the first few of them."""
+    named = list(dict.fromkeys(repr(word) for word in compress(tokens(text), mask.tolist())))
+    return ", ".join([*named[:at_most], *(["…"] if len(named) > at_most else [])])
 
 
 def _vocabulary(counts: dict[str, int], min_count: int, vocab_size: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Prints the perplexity of a checkpoint on a split of a corpus, equal to the one that its own run reported.
+"""Prints the perplexity of a checkpoint on a split of a corpus: in fp32, the one that its own run reported.
 
     python evaluate.py runs/train-.../best.pt                 # reads test.txt of its training corpus
     python evaluate.py runs/train-.../best.pt --data wikitext-2 --split valid
@@ -23,7 +23,7 @@ from experiment import evaluation_arguments, signals
 from data import EOS, read_lines, read_split
 from experiment.adapted_evaluation import Adapter, Setting, flags_of
 from experiment.line_scores import HEAD, LineScore, as_json, as_row, line_scores, total
-from experiment.trained_model import TrainedModel, load_trained, refusing
+from experiment.trained_model import TrainedModel, load_trained, refuse_unread_data, refusing
 from genotypes import resolve_cell
 from training.evaluation import Score, format_share, perplexity, score, unknown_warning
 from training.token_losses import token_losses, total_score
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     if faults := evaluation_arguments.faults(args, parser.get_default):
         parser.refuse(faults)
     with refusing(parser):
+        if args.text is not None and not args.tune and args.dynamic != "rms":
+            refuse_unread_data(args.checkpoint, args.data)
         cell = args.arch and resolve_cell(args.arch, note=partial(print, "note:", file=sys.stderr))
         trained = load_trained(args.checkpoint, cell, args.data)
         trained.model.to(choose_device(args.device))
@@ -66,7 +68,9 @@ def score_split(args: Namespace, trained: TrainedModel) -> None:
     batch_size, device = trained.batch_sizes[args.split], trained.model.bias.device
     source = batchify(ids, batch_size).to(device)
     marked = None if unknown is None else batchify(unknown, batch_size).to(device)
-    report(name, "", score(trained.model, source, trained.bptt, args.split, marked), source.numel())
+    result = score(trained.model, source, trained.bptt, args.split, marked)
+    report(name, result, source)
+    warn_of_unknown(name, result)
 
 
 def adapter_and_setting(args: Namespace, trained: TrainedModel) -> tuple[Adapter, Setting]:
@@ -83,18 +87,19 @@ def score_adapted_split(args: Namespace, trained: TrainedModel) -> None:
     """Prints the perplexity of a split by the model that adapts to it: with a cache, without it first."""
     adapter, setting = adapter_and_setting(args, trained)
     name, ids, unknown = read(args, trained, args.split)
-    mixes = [setting.mix] if setting.mix else []
-    losses = adapter.losses(ids, setting, mixes, args.split)  # (1 + len(mixes), n - 1, B)
+    losses = adapter.losses_of(ids, setting, args.split)  # (1 or 2, n - 1, B)
+    source = batchify(ids, adapter.batch_size)
     marked = None if unknown is None else batchify(unknown, adapter.batch_size)
+    scores = [total_score(each, marked) for each in losses]
     dynamic, cache = flags_of(setting, args)
-    for flags, each in zip((dynamic, dynamic + cache), losses, strict=False):
-        report(name, flags, total_score(each, marked), each.numel() + each.size(1))
+    for flags, result in zip((dynamic, dynamic + cache), scores, strict=False):
+        report(name + flags, result, source)
+    warn_of_unknown(name, scores[-1])
 
 
 def score_lines(args: Namespace, trained: TrainedModel) -> None:
     """Prints the score of each line of a file, and of all. Raises `DataError` for a file that cannot be scored."""
-    if trained.needs_batch:
-        raise DataError(f"{args.checkpoint}: normalises over a batch of texts, so it cannot score one")
+    trained.require_single_text(args.checkpoint)
     lines, ids, unknown = read_lines(args.text, trained.words)
     lengths = [len(line.split()) + 1 for line in lines]  # with the line's end
     if args.fresh:
@@ -104,9 +109,10 @@ def score_lines(args: Namespace, trained: TrainedModel) -> None:
         if len(ids) < 2:
             raise DataError(f"--text {args.text}: has one token, which nothing precedes; add --fresh")
         adapter, setting = adapter_and_setting(args, trained)
+        if args.tune:
+            print(f"note: chosen on valid:{''.join(flags_of(setting, args))}", file=sys.stderr)
         lengths[0] -= 1  # The first word is not predicted.
-        mixes = [setting.mix] if setting.mix else []
-        losses = adapter.losses(ids, setting, mixes, "text")[-1, :, 0].split(lengths)  # (tokens,) for each line
+        losses = adapter.losses_of(ids, setting, "text")[-1, :, 0].split(lengths)  # (tokens,) for each line
         unknown = unknown[1:]
     print_scores(line_scores(lines, losses, unknown.split(lengths)), args.json)
 
@@ -130,18 +136,21 @@ def print_scores(scores: Iterable[LineScore], as_json_lines: bool) -> None:
         print(as_row(total(seen)))
 
 
-def report(name: str, flags: str, result: Score, tokens: int) -> None:
-    """Prints a line with the score of a text of so many tokens and the flags of the adaptation that gave it; on stderr
-    a warning, if many of the tokens are unknown words."""
-    line = f"{name}{flags}: loss {result.loss:.6f}, perplexity {perplexity(result.loss):.4f}, "
-    line += f"bits per token {result.bits:.4f}, {tokens:,} tokens"
+def report(name: str, result: Score, source: Tensor) -> None:
+    """Prints a line with the score of a text, which was read as `source` (n, B)."""
+    line = f"{name}: loss {result.loss:.6f}, perplexity {perplexity(result.loss):.4f}, "
+    line += f"bits per token {result.bits:.4f}, {source.numel():,} tokens in batches of {source.size(1)}"
     if result.unknown:
         line += f", {format_share(result.unknown)} unknown words"
         line += "" if result.known_ppl is None else f", without them perplexity {result.known_ppl:.4f}"
     print(line)
+
+
+def warn_of_unknown(name: str, result: Score) -> None:
+    """Prints a warning on stderr if many tokens of a text are unknown words."""
     for warning in unknown_warning(name, result):
         print(warning, file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(signals.run_script(main))
+    sys.exit(signals.run_script(main, smaller="--cache_size"))

@@ -8,25 +8,27 @@ A word takes milliseconds on a CPU. The same seed gives the same words on the sa
 
 import sys
 from argparse import Namespace
+from functools import partial
+from itertools import islice
 
 import torch
 
 from experiment import arguments, signals
-from data import EOS, UNK
-from experiment.trained_model import TrainedModel, load_trained, refusing
+from data import EOS, UNK, encode_text, tokens, unknown_words
+from experiment.evaluation_arguments import add_model_flags
+from experiment.trained_model import TrainedModel, load_trained, refuse_unread_data, refusing
 from experiment.validate_arguments import device_faults, number_faults
 from genotypes import resolve_cell
 from training.sampling import generate
-from utils import DataError, choose_device
+from utils import choose_device
 
 
 def build_parser() -> arguments.Parser:
     parser = arguments.Parser("generate.py", "Text sampled from a trained model.")
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run, or a model.pt of the published code"
-    )
+    add_model_flags(parser)
     parser.add_flags("text", [
-        ("prompt", "TEXT", "", "the beginning of the text; the model reads it after a line's end"),
+        ("prompt", "TEXT", "", "the beginning of the text, of one line or several; the model reads it after a line's "
+         "end"),
         ("words", int, 100, "number of words to sample, line ends included"),
         ("samples", int, 1, "number of texts; a single one is printed word by word as it is sampled"),
         ("seed", int, 1, "the same seed gives the same words on one machine"),
@@ -36,12 +38,12 @@ def build_parser() -> arguments.Parser:
          "most likely word"),
         ("top_k", int, 0, "sample only from the K most likely words, 0 for all"),
         ("top_p", float, 1.0, "sample only from the most likely words whose probabilities add up to P"),
+        ("no_unk", bool, False, "never sample <unk>"),
     ])  # fmt: skip
-    parser.add_argument("--arch", help="the cell of a model of the published code whose file does not name it")
     parser.add_argument(
-        "--data", metavar="NAME|DIR", help="the corpus of a model of the published code (default: penn)"
-    )
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is some), cpu, cuda or cuda:N")
+        "--data", metavar="NAME|DIR", help="the corpus of a model of the published code, whose words are those of its"
+        " train.txt (default: penn)",
+    )  # fmt: skip
     return parser
 
 
@@ -51,35 +53,39 @@ def main(argv: list[str] | None = None) -> int:
     if faults := [*number_faults(args), *device_faults(args.device)]:
         parser.refuse(faults)
     with refusing(parser):
-        trained = load_trained(args.checkpoint, args.arch and resolve_cell(args.arch), args.data)
-        prompt = encode_prompt(args.prompt, trained)
+        refuse_unread_data(args.checkpoint, args.data)
+        cell = args.arch and resolve_cell(args.arch, note=partial(print, "note:", file=sys.stderr))
+        trained = load_trained(args.checkpoint, cell, args.data)
+        trained.require_single_text(args.checkpoint)
+        prompt = encode_prompt(args.prompt, trained.words)
     write(args, trained, prompt)
     return 0
 
 
-def encode_prompt(prompt: str, trained: TrainedModel) -> torch.Tensor:
+def encode_prompt(prompt: str, words: list[str]) -> torch.Tensor:
     """Returns the ids (n,) of a line's end and the words of a prompt; a note names those that become `<unk>`. Raises
-    `DataError` if the vocabulary has no `<unk>` for them, or if the model cannot read one text alone."""
-    if trained.needs_batch:
-        raise DataError("--norm batch: this search's model normalises over a batch of texts, so it cannot read one")
-    index = {word: i for i, word in enumerate(trained.words)}
-    if unknown := [word for word in prompt.split() if word not in index]:
-        named = ", ".join(dict.fromkeys(unknown))
-        if UNK not in index:
-            raise DataError(f"--prompt: the model does not know {named}, and has no {UNK} for it; leave it out")
+    `DataError` if the vocabulary has no `<unk>` for them."""
+    ids, unknown = encode_text(prompt, words, "--prompt", "leave these out")
+    if unknown.any():
+        named = unknown_words(prompt, unknown)
         print(f"note: the model does not know {named}, and reads {UNK} instead", file=sys.stderr)
-    return torch.tensor([index[EOS], *(index.get(word, index.get(UNK)) for word in prompt.split())])
+    within_line = prompt != "" and not prompt.endswith("\n")  # whose end is not in the prompt
+    return torch.cat([torch.tensor([words.index(EOS)]), ids[: len(ids) - within_line]])
 
 
 def write(args: Namespace, trained: TrainedModel, prompt: torch.Tensor) -> None:
     """Prints the sampled texts: one as its words come, several one after another in the end."""
     device = choose_device(args.device)
-    words = generate(
+    excluded = [i for i, word in enumerate(trained.words) if args.no_unk and word == UNK]
+    sampled = generate(
         trained.model.to(device), prompt.to(device), args.words, args.samples,
-        torch.Generator().manual_seed(args.seed), args.temperature, args.top_k, args.top_p,
+        torch.Generator().manual_seed(args.seed), args.temperature, args.top_k, args.top_p, excluded,
     )  # fmt: skip
-    texts = [Text(args.prompt) for _ in range(args.samples)]
-    for ids in words:  # (B,)
+    texts = [Text() for _ in range(args.samples)]
+    for text in texts:
+        for word in islice(tokens(args.prompt), len(prompt) - 1):
+            text.add(word)
+    for ids in sampled:  # (B,)
         for text, i in zip(texts, ids.tolist(), strict=True):
             text.add(trained.words[i])
         if args.samples == 1:
@@ -93,15 +99,12 @@ def write(args: Namespace, trained: TrainedModel, prompt: torch.Tensor) -> None:
 class Text:
     """A text that grows by words; `<eos>` ends a line."""
 
-    def __init__(self, prompt: str):
-        self.new = self.line = " ".join(prompt.split())
+    def __init__(self):
+        self.new, self.line_begun = "", False
 
     def add(self, word: str) -> None:
-        if word == EOS:
-            self.new, self.line = self.new + "\n", ""
-        else:
-            self.new += f" {word}" if self.line else word
-            self.line = word
+        self.new += "\n" if word == EOS else f" {word}" if self.line_begun else word
+        self.line_begun = word != EOS
 
     def take(self) -> str:
         """Returns what was added since the last call."""
@@ -110,4 +113,4 @@ class Text:
 
 
 if __name__ == "__main__":
-    sys.exit(signals.run_script(main))
+    sys.exit(signals.run_script(main, smaller="--samples"))

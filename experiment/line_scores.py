@@ -17,6 +17,7 @@ class LineScore(NamedTuple):
     tokens: int  # the predicted ones: the words and the line's end
     unknown: int  # how many of these are outside the vocabulary, and count as <unk>
     log_prob: float  # in nats, the sum over the tokens
+    log_probs: tuple[float, ...]  # of each token
     text: str
 
     @property
@@ -26,23 +27,23 @@ class LineScore(NamedTuple):
 
 
 def line_scores(lines: Sequence[str], losses: Iterable[Tensor], unknown: Sequence[Tensor]) -> Iterator[LineScore]:
-    """Yields the score of each line, for the losses of its predicted tokens in nats, and the marks of those of them
-    that are outside the vocabulary; both have the shape (tokens,) for each line."""
+    """Yields the score of each line. For each, `losses` has the losses (tokens,) of its predicted tokens in nats, and
+    `unknown` (tokens,) marks those tokens that are outside the vocabulary."""
     for i, (line, nats, marks) in enumerate(zip(lines, losses, unknown, strict=True), start=1):
-        yield LineScore(i, len(nats), int(marks.sum()), -nats.sum().item(), line.strip())
+        log_probs = tuple((0.0 - nats).tolist())  # 0.0 - 0.0 is 0.0, without a sign
+        yield LineScore(i, len(nats), int(marks.sum()), 0.0 - nats.sum().item(), log_probs, line.strip())
 
 
 def total(scores: Sequence[LineScore]) -> LineScore:
     """Returns the score of all lines together, whose number is how many they are."""
     tokens, unknown, log_prob = (sum(each) for each in zip(*(score[1:4] for score in scores), strict=True))
-    return LineScore(len(scores), tokens, unknown, log_prob, "all lines")
+    return LineScore(len(scores), tokens, unknown, log_prob, (), "all lines")
 
 
 def as_json(score: LineScore) -> str:
     """Returns a JSON object with the fields of a score and its perplexity, null if that is infinite or undefined."""
-    *numbers, text = score
     ppl = score.perplexity if score.perplexity is not None and math.isfinite(score.perplexity) else None
-    return json.dumps({**dict(zip(score._fields, numbers, strict=False)), "perplexity": ppl, "text": text})
+    return json.dumps({**score._asdict(), "perplexity": ppl})
 
 
 HEAD = f"{'line':>6} {'tokens':>7} {'unknown':>8} {'log-prob':>11} {'perplexity':>11}  text"

@@ -32,11 +32,12 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def run_script(main: Callable[[], int]) -> int:
+def run_script(main: Callable[[], int], smaller: str = "--emsize, --n_experts or --small_batch_size") -> int:
     """Runs a script and returns its exit code; faults of its environment print one line instead of a traceback.
 
     The code is that of `main`, 130 if it is interrupted, 141 if nothing reads its output any more, and 1 for a
-    `RunError`, a `CheckpointError`, an OSError or a lack of memory. Other errors propagate. One of several ranks exits
+    `RunError`, a `CheckpointError`, an OSError or a lack of memory, of which the line says to take a smaller value of
+    the flags `smaller`. Other errors propagate. One of several ranks exits
     here and does not return.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -50,7 +51,7 @@ def run_script(main: Callable[[], int]) -> int:
     except (RuntimeError, MemoryError) as error:  # raised before the first step, when the weights are created
         if not checkpoint.out_of_memory(error):
             raise
-        print("error: out of memory; take a smaller --emsize, --n_experts or --small_batch_size", file=sys.stderr)
+        print(f"error: out of memory; take a smaller {smaller}", file=sys.stderr)
     except BrokenPipeError:  # such as that of `| head`; what is left to write goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141  # that of a process that SIGPIPE ends

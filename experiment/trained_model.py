@@ -1,4 +1,5 @@
-"""Loads the model of a finished or running training, from a checkpoint of either script or from the published code."""
+"""Loads the model of a finished or running training, from a checkpoint of train.py or train_search.py, or from the
+published code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,13 +27,17 @@ class TrainedModel(NamedTuple):
     words: list[str]  # the word of each id
     data: str  # the corpus, as of --data
     bptt: int  # the time steps of a segment
+    limit_tokens: int  # how many tokens of train it read, 0 for all
     batch_sizes: dict[str, int]  # by split, of an evaluation
     sha256: dict[str, str]  # by split, the checksum of its text
 
-    @property
-    def needs_batch(self) -> bool:
-        """Returns whether the model normalises over a batch, so that it cannot read one text alone."""
-        return getattr(self.model.cell, "norm", None) == "batch"
+    def require_single_text(self, path: str) -> None:
+        """Raises `DataError`, which names the checkpoint, if the model cannot read one text alone."""
+        if getattr(self.model.cell, "norm", None) == "batch":
+            raise DataError(
+                f"{path}: the model of a search with batch normalisation, which reads several texts at a time and not"
+                " one; take a search with --norm none or layer, or a run of train.py"
+            )
 
 
 @contextmanager
@@ -46,6 +51,12 @@ def refusing(parser: arguments.Parser) -> Iterator[None]:
         parser.refuse([str(error)])
     except DataError as error:
         parser.refuse(error.faults)
+
+
+def refuse_unread_data(path: str, data: str | None) -> None:
+    """Raises `DataError` if `--data` is given for a checkpoint that has its vocabulary itself."""
+    if data is not None and not published_model.is_pickled(path):
+        raise DataError(f"--data {data}: is for a model.pt of the published code, and {path} is none; leave it out")
 
 
 def load_trained(path: str, cell: Genotype | str | None = None, data: str | None = None) -> TrainedModel:
@@ -62,8 +73,9 @@ def load_trained(path: str, cell: Genotype | str | None = None, data: str | None
         flags, words = saved["flags"], saved["words"]
         batch_sizes = {split: int(saved["eval_batch_sizes"][split]) for split in EVAL_BATCH_SIZES}
         found = TrainedModel(
-            build_model(saved), words, flags["data"], int(flags["bptt"]), batch_sizes, dict(saved["sha256"])
-        )
+            build_model(saved), words, flags["data"], int(flags["bptt"]), int(flags.get("limit_tokens", 0)),
+            batch_sizes, dict(saved["sha256"]),
+        )  # fmt: skip
         if not isinstance(found.data, str) or not all(isinstance(word, str) for word in words) or EOS not in words:
             raise ValueError("not what a run writes")
         if min(found.bptt, *batch_sizes.values()) < 1:

@@ -47,7 +47,7 @@ def number_faults(args: Namespace) -> list[str]:
     """Returns a fault for each number that is out of its range."""
     numbers = {name: value for name, value in vars(args).items() if type(value) in (int, float)}
     out_of_range = [
-        f"--{name} {numbers[name]}: must be {words}"
+        f"--{name} {numbers[name]}: must be {words}{'' if abs(numbers[name]) < math.inf else ', and a finite number'}"
         for words, (holds, names) in RANGES.items()
         for name in names.split()
         if name in numbers and not (holds(numbers[name]) and abs(numbers[name]) < math.inf)
@@ -121,7 +121,8 @@ INEFFECTIVE_FLAGS = {
 def idle_faults(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
     """Returns a fault for each flag that differs from its default and would have no effect."""
     return [
-        f"--{name} {getattr(args, name)}: is for {needs}; add that or leave it out"
+        f"--{name}{'' if getattr(args, name) is True else f' {getattr(args, name)}'}: is for {needs}; add that or"
+        " leave it out"
         for name, (needs, is_given) in INEFFECTIVE_FLAGS.items()
         if name in vars(args) and getattr(args, name) != defaults(name) and not is_given(args)
     ]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Retrain the cell that search_recommended.sh found on the whole of Penn Treebank, at a size that a CPU carries: 256 hidden
 # units, 3.9M weights. 30 epochs, then 8 in which the weights are averaged (--finetune). docs/evaluation.md has the result.
-# Cost: an hour on one core of a Xeon with AMX. The second argument is another cell: scripts/train_small.sh RUN LSTM
+# Cost: 80 minutes on one core of a Xeon with AMX. The second argument is another cell: scripts/train_small.sh RUN LSTM
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh

@@ -28,11 +28,11 @@ class DynamicEvaluation:
 
         w <- w - lr g / (r + epsilon) + min(1, decay r / mean(r)) (w_0 - w)
 
-    (section 5 of the paper). `rms` has r for each of the weights, None for the rule `sgd`. The gradient and the step
-    back are those at the same w.
+    (section 5 of the paper). The gradient and the step back are those at the same w.
     """
 
     def __init__(self, weights: Sequence[Tensor], lr: float, decay: float, rms: Sequence[Tensor] | None = None):
+        """Takes the rule `rms` if the r of each weight is given, as `gradient_rms` returns it, and `sgd` otherwise."""
         self.weights, self.lr = list(weights), lr
         self.trained = [w.detach().clone() for w in self.weights]
         if rms is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Mix(NamedTuple):
-    """How a cache is mixed with a model: the flatness of its distribution, and its share."""
+    """How a cache is mixed with a model: how sharply it prefers similar states, and its share."""
 
     theta: float  # the factor of the products of two states (eq. 3)
     share: float  # the probability with which the cache, not the model, gives the next word (lambda of eq. 4)

@@ -3,7 +3,7 @@
 Shapes: n words of a prompt, B samples, V words.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ def next_word_probs(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0,
     """
     if temperature == 0:
         top_k = 1
-    logits, words = (log_probs.double() / (temperature or 1.0)).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    ordered, words = log_probs.double().sort(dim=-1, descending=True, stable=True)  # (B, V)
+    logits = (ordered - ordered[:, :1]) / (temperature or 1.0)  # at most 0, so that no temperature is too low
     if top_k:
         logits[:, top_k:] = -torch.inf
     probs = logits.softmax(dim=-1)
@@ -32,14 +33,17 @@ def next_word_probs(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0,
 @torch.no_grad()
 def generate(
     model: RNNModel, prompt: Tensor, n_words: int, samples: int, generator: torch.Generator, temperature: float = 1.0,
-    top_k: int = 0, top_p: float = 1.0,
+    top_k: int = 0, top_p: float = 1.0, excluded: Sequence[int] = (),
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yields `n_words` times the ids (B,) of the next word of each of B = `samples` texts that begin with the word ids
-    `prompt` (n,), n > 0. Words are drawn on the CPU by `generator`, with the probabilities of `next_word_probs`."""
+    `prompt` (n,), n > 0. Words are drawn on the CPU by `generator`, with the probabilities of `next_word_probs`, and
+    never those with an id in `excluded`."""
     state = model.initial_hidden(samples)
     x = prompt[:, None].expand(-1, samples)  # (n, B)
     for _ in range(n_words):
         hiddens, state = model(x, state)
-        probs = next_word_probs(model.log_probs(hiddens[-1:])[0], temperature, top_k, top_p)  # (B, V)
+        log_probs = model.log_probs(hiddens[-1:])[0]  # (B, V)
+        log_probs[:, list(excluded)] = -torch.inf
+        probs = next_word_probs(log_probs, temperature, top_k, top_p)  # (B, V)
         x = torch.multinomial(probs.cpu(), 1, generator=generator).t().to(prompt.device)  # (1, B)
         yield x[0]

@@ -13,7 +13,7 @@ from model import RNNModel
 from training.dynamic_evaluation import DynamicEvaluation
 from training.evaluation import Score
 from training.neural_cache import NeuralCache
-from utils import get_batch
+from utils import Diverged, get_batch
 
 
 def token_losses(
@@ -24,8 +24,9 @@ def token_losses(
     without dropout: by the model, and by it and each of the M mixes of `cache`.
 
     The text is read in segments of `bptt` time steps, and the hidden state is carried from each to the next. With
-    `dynamic` the weights move after each segment, and are the trained ones again in the end. A word's loss depends on
-    no later word. The result is float64, on the CPU. A progress bar shows `name`, unless `show` is false.
+    `dynamic` the weights move after each segment, and are the trained ones again in the end; raises `Diverged` once a
+    loss is not finite. A word's loss depends on no later word. The result is float64, on the CPU. A progress bar shows
+    `name`, unless `show` is false.
     """
     state = model.initial_hidden(source.size(1))
     losses = torch.empty(1 + (len(cache.mixes) if cache else 0), len(source) - 1, source.size(1), dtype=torch.float64)
@@ -42,6 +43,8 @@ def token_losses(
             if cache:
                 losses[1:, i : i + len(y)] = -cache.log_probs(own.detach(), hiddens.detach(), y)
             if dynamic:
+                if not losses[0, i : i + len(y)].isfinite().all():
+                    raise Diverged(f"the loss on {name} is not finite any more")
                 dynamic.step(-own.mean())
     return losses
 

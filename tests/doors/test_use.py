@@ -5,10 +5,12 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT, SIZES, call, write_corpus
 
 import evaluate
@@ -16,8 +18,15 @@ import generate
 import train
 import train_search
 from data import read_split
-from experiment.adapted_evaluation import Adapter, Setting
-from experiment.evaluation_arguments import DECAY_FACTORS, LR_FACTORS, build_parser, complete
+from experiment.adapted_evaluation import Adapter, Setting, flags_of, grid, training_text
+from experiment.evaluation_arguments import (
+    DECAY_FACTORS,
+    LR_FACTORS,
+    SHARE_FACTORS,
+    THETA_FACTORS,
+    build_parser,
+    complete,
+)
 from experiment.trained_model import load_trained
 
 FLAGS = [*SIZES, "--epochs", "1", "--lr", "1", "--engine", "eager"]
@@ -97,18 +106,38 @@ def test_most_likely_words_are_the_same_for_every_seed(checkpoints):
 def test_unknown_words_of_the_prompt_are_named(checkpoints):
     code, out, err = call(generate, checkpoints(), "--prompt", "a horse and a horse", "--words", 3, "--device", "cpu")
     assert code == 0 and out.startswith("a horse and a horse")
-    assert err == "note: the model does not know horse, and, and reads <unk> instead\n"
+    assert err == "note: the model does not know 'horse', 'and', and reads <unk> instead\n"
 
 
 def test_prompt_of_unknown_words_is_refused_without_unk(corpus, tmp_path):
     other = write_corpus(tmp_path, train=30, valid=16, test=16)
     assert call(train, *FLAGS, "--arch", "DARTS", "--data", other, "--save", tmp_path / "run")[0] == 0
-    assert "--prompt: the model does not know horse" in refused(
-        generate, tmp_path / "run" / "best.pt", "--prompt", "a horse"
-    )
     (tmp_path / "lines.txt").write_text("a horse\n")
-    err = refused(evaluate, tmp_path / "run" / "best.pt", "--text", tmp_path / "lines.txt")
-    assert "1 of its words are not in the vocabulary" in err
+    message = "the vocabulary given lacks 1 of its words ('horse') and has no <unk>; leave these out"
+    for script, flag, text, name in (
+        (generate, "--prompt", "a horse", "--prompt"),
+        (evaluate, "--text", tmp_path / "lines.txt", str(tmp_path / "lines.txt")),
+    ):
+        assert refused(script, tmp_path / "run" / "best.pt", flag, text).endswith(f"error: {name}: {message}\n")
+
+
+@pytest.mark.parametrize(("prompt", "shown"), [("a b\n\n c", "a b\n\nc "), ("a <eos> b", "a\nb "), ("a\n", "a\n")])
+def test_prompt_of_several_lines_is_read_with_their_ends(prompt, shown, checkpoints):
+    words = load_trained(str(checkpoints())).words
+    ids = generate.encode_prompt(prompt, words)
+    assert [words[i] for i in ids] == ["<eos>", *shown.replace("\n", " <eos> ").split()]
+    text = done(generate, checkpoints(), "--prompt", prompt, "--words", 5, "--temperature", 0)
+    assert text.startswith(shown)
+
+
+def test_sampling_flags_reach_the_sampler(checkpoints):
+    """With a tiny --top_p only the most likely word remains, as at temperature 0, and with --no_unk no <unk>."""
+    flags = (checkpoints(), "--words", 40)
+    certain = done(generate, *flags, "--temperature", 0)
+    assert done(generate, *flags, "--top_p", 1e-6) == certain == done(generate, *flags, "--temperature", 1e-308)
+    flags = (checkpoints(), "--words", 300, "--temperature", 100)
+    assert "<unk>" in done(generate, *flags)
+    assert "<unk>" not in done(generate, *flags, "--no_unk")
 
 
 # --- lines of a text ---
@@ -125,7 +154,7 @@ def test_line_scores_sum_to_the_evaluation_of_the_split(name, checkpoints, corpu
     line = done(evaluate, checkpoint)
     assert [record["line"] for record in records] == list(range(1, 17))
     tokens = sum(record["tokens"] for record in records)
-    assert tokens == 16 * 10 - 1 and f"{tokens + 1} tokens" in line  # the first of all is not predicted
+    assert tokens == 16 * 10 - 1 and f"{tokens + 1} tokens in batches of 1" in line  # the first of all is not predicted
     loss = -sum(record["log_prob"] for record in records) / tokens
     assert loss == pytest.approx(float(re.search("loss ([0-9.]+)", line).group(1)), abs=1e-6)
     text = (corpus / "test.txt").read_text()
@@ -133,6 +162,9 @@ def test_line_scores_sum_to_the_evaluation_of_the_split(name, checkpoints, corpu
     first = records[0]
     assert first["text"] == text.splitlines()[0]
     assert first["perplexity"] == pytest.approx(math.exp(-first["log_prob"] / first["tokens"]))
+    for record in records:
+        assert len(record["log_probs"]) == record["tokens"]
+        assert sum(record["log_probs"]) == pytest.approx(record["log_prob"])
 
 
 def test_fresh_lines_have_the_same_score_in_any_order_and_all_their_words(checkpoints, tmp_path):
@@ -178,7 +210,7 @@ def test_adapted_evaluation_prints_a_line_without_and_with_the_cache(name, rule,
     dynamic, both = out.splitlines()
     assert f"valid --dynamic {rule} --dynamic_lr " in dynamic and "--cache_size" not in dynamic
     assert "--cache_size 20 --cache_theta " in both
-    assert "unknown words, without them perplexity" in dynamic and "160 tokens" in both
+    assert "unknown words, without them perplexity" in dynamic and "160 tokens in batches of 1" in both
     assert hashlib.sha256(checkpoint.read_bytes()).digest() == before
 
 
@@ -196,19 +228,91 @@ def test_tuning_chooses_flags_that_give_the_same_line_again(checkpoints):
     assert done(evaluate, checkpoint, *chosen.split()).splitlines()[-1] == tuned
 
 
-def test_tuning_reads_valid_alone_and_finds_the_best_of_its_grid(checkpoints, corpus, tmp_path):
-    """The setting that is chosen has the lowest loss on valid of all that the grid names; test.txt is not needed for
-    the choice."""
-    args = build_parser().parse_args([str(checkpoints()), "--dynamic", "sgd", "--dynamic_lr", "0.2"])
+def reported_loss(*flags):
+    return float(re.search("loss ([0-9.]+)", done(evaluate, *flags).splitlines()[-1]).group(1))
+
+
+@pytest.mark.parametrize(("flags", "n_rules", "n_mixes"), [
+    ("--dynamic sgd --dynamic_lr 0.5 --dynamic_decay 0.02", len(LR_FACTORS) * len(DECAY_FACTORS), 0),
+    ("--cache_size 20 --cache_theta 0.1 --cache_lambda 0.2", 1, len(THETA_FACTORS) * len(SHARE_FACTORS)),
+])  # fmt: skip
+def test_tuning_finds_the_best_of_its_grid_on_valid(flags, n_rules, n_mixes, checkpoints, corpus):
+    """Each setting of the grid is evaluated on valid by itself; evaluate.py then reads test with the best one."""
+    flags = f"{checkpoints()} {flags}"
+    args = build_parser().parse_args(flags.split())
+    rules, mixes = grid(Setting.of_flags(args))
+    assert (len(rules), len(mixes)) == (n_rules, n_mixes)
+    ids, _, _ = read_split(str(corpus), "valid", load_trained(args.checkpoint).words)
+    adapter = Adapter(load_trained(args.checkpoint), args)
+    found = {
+        Setting(*rule, mix): adapter.losses_of(ids, Setting(*rule, mix), "valid")[-1].mean().item()
+        for rule in rules
+        for mix in mixes or [None]
+    }
+    best = min(found, key=found.get)
+    line = done(evaluate, *flags.split(), "--tune", "--tune_tokens", 0).splitlines()[-1]
+    assert line.startswith(f"{corpus} test{''.join(flags_of(best, args))}: ")
+
+
+def test_tuning_reads_as_many_tokens_of_valid_as_its_flag_says(checkpoints, monkeypatch):
+    read = []
+    monkeypatch.setattr(Adapter, "tune", lambda self, ids, start: read.append(len(ids)) or start)
+    for flags in ("", "--tune_tokens 0", "--tune_tokens 120"):
+        done(evaluate, checkpoints(), "--cache_size", 20, "--tune", *flags.split())
+    assert read == [160, 160, 120]
+
+
+def test_tuning_compares_settings_by_the_losses_with_the_cache(checkpoints, monkeypatch):
+    """One rate is better without the cache and worse with it; the text is read with it."""
+    args = build_parser().parse_args([str(checkpoints()), *"--dynamic sgd --dynamic_lr 1 --cache_size 9".split()])
     complete(args)
     adapter = Adapter(load_trained(args.checkpoint), args)
-    ids, _, _ = read_split(str(corpus), "valid", load_trained(args.checkpoint).words)
-    found = {
-        (lr, decay): adapter.losses(ids, Setting(lr, decay, None), [], "valid").mean().item()
-        for lr in (0.2 * factor for factor in LR_FACTORS)
-        for decay in (args.dynamic_decay * factor for factor in DECAY_FACTORS)
-    }
-    assert adapter.tune(ids, Setting.of_flags(args))[:2] == min(found, key=found.get)
+
+    def losses(self, ids, setting, mixes, name):
+        plain, cached = (5.1, 5.02) if setting.lr == 3 else (5.0, 5.3)
+        return torch.tensor([plain] + [cached] * len(mixes))[:, None, None]
+
+    monkeypatch.setattr(Adapter, "losses", losses)
+    assert adapter.tune(torch.zeros(9), Setting.of_flags(args)).lr == 3
+
+
+def test_choice_at_the_edge_of_the_grid_is_noted(checkpoints):
+    """These rates are all too small, and the best of them is the largest."""
+    flags = "--dynamic sgd --dynamic_lr 1e-4 --dynamic_decay 0 --tune".split()
+    code, _, err = call(evaluate, checkpoints(), *flags, "--device", "cpu")
+    assert code == 0 and "note: --dynamic_lr 0.0003 is the largest that was tried; a --tune about" in err
+
+
+def test_tuning_for_lines_names_the_chosen_flags(checkpoints, corpus):
+    flags = (checkpoints(), "--text", corpus / "test.txt", "--cache_size", 20, "--json", "--device", "cpu")
+    code, tuned, err = call(evaluate, *flags, "--tune")
+    assert code == 0
+    chosen = re.search("note: chosen on valid:(.*)", err).group(1)
+    assert call(evaluate, *flags, *chosen.split())[1] == tuned
+
+
+def test_segment_length_and_training_text_reach_dynamic_evaluation(checkpoints, corpus):
+    """`rms` averages over the text that the run trained on, of which a run's --limit_tokens leaves the beginning."""
+    flags = (checkpoints(), "--dynamic", "rms", "--split", "valid")
+    assert reported_loss(*flags, "--dynamic_bptt", 3) != reported_loss(*flags, "--dynamic_bptt", 11)
+    trained = load_trained(str(checkpoints()))
+    ids, _, _ = read_split(str(corpus), "train", trained.words)
+    assert torch.equal(training_text(trained, None), ids)
+    assert torch.equal(training_text(trained._replace(limit_tokens=90), None), ids[:90])
+
+
+def test_rms_finds_the_training_text_of_a_moved_corpus(corpus, tmp_path):
+    folder, run = tmp_path / "corpus", tmp_path / "run"
+    shutil.copytree(corpus, folder)
+    assert call(train, *FLAGS, "--arch", "DARTS", "--data", folder, "--save", run)[0] == 0
+    folder.rename(tmp_path / "moved")
+    (tmp_path / "text").write_text("a b c\n")
+    flags = (run / "best.pt", "--dynamic", "rms", "--text", tmp_path / "text")
+    message = f"--dynamic rms: reads the text that the model was trained on, which {folder} does not hold any more"
+    assert message in refused(evaluate, *flags)
+    assert done(evaluate, *flags, "--data", tmp_path / "moved")
+    (tmp_path / "moved" / "train.txt").write_text("another text " * 50)
+    assert message in refused(evaluate, *flags, "--data", tmp_path / "moved")
 
 
 def test_lines_are_scored_by_the_model_that_adapts(checkpoints, corpus):
@@ -230,13 +334,17 @@ BAD_FLAGS = [
     (generate, "--words 0", "--words 0: must be at least 1"),
     (generate, "--samples -1", "--samples -1"),
     (generate, "--temperature -1", "--temperature -1.0: must be at least 0"),
-    (generate, "--temperature nan", "--temperature nan"),
+    (generate, "--temperature nan", "--temperature nan: must be at least 0, and a finite number"),
+    (generate, "--temperature inf", "--temperature inf: must be at least 0, and a finite number"),
+    (generate, "--data penn", "--data penn: is for a model.pt of the published code"),
+    (evaluate, "--text x --data penn", "--data penn: is for a model.pt of the published code"),
+    (evaluate, "--cache_size 9 --tune --tune_tokens 9", "--tune_tokens 9: too few to choose by; take at least 100"),
     (generate, "--top_p 0", "--top_p 0.0: must be above 0 and at most 1"),
     (generate, "--top_k -2", "--top_k -2"),
     (generate, "--device tpu", "--device tpu"),
     (generate, "--colour red", "--colour"),
-    (evaluate, "--fresh", "--fresh True: is for --text"),
-    (evaluate, "--json", "--json True: is for --text"),
+    (evaluate, "--fresh", "--fresh: is for --text"),
+    (evaluate, "--json", "--json: is for --text"),
     (evaluate, "--text nowhere.txt", "nowhere.txt: cannot be read"),
     (evaluate, "--text . ", "cannot be read"),
     (evaluate, "--text x --split valid", "--split valid: has no effect with --text"),
@@ -249,8 +357,8 @@ BAD_FLAGS = [
     (evaluate, "--cache_theta 2", "--cache_theta 2.0: is for --cache_size"),
     (evaluate, "--cache_size -1", "--cache_size -1"),
     (evaluate, "--cache_size 9 --cache_lambda 1", "--cache_lambda 1.0: must be above 0 and below 1"),
-    (evaluate, "--tune", "--tune True: is for --dynamic or --cache_size"),
-    (evaluate, "--cache_size 9 --tune_tokens 9", "--tune_tokens 9: is for --tune"),
+    (evaluate, "--tune", "--tune: is for --dynamic or --cache_size"),
+    (evaluate, "--cache_size 9 --tune_tokens 900", "--tune_tokens 900: is for --tune"),
 ]
 
 
@@ -280,11 +388,11 @@ def test_relaxed_model_with_batch_norm_reads_no_single_text(corpus, tmp_path):
     )
     assert code == 0, err
     (tmp_path / "text").write_text("a b\n")
-    assert "normalises over a batch" in refused(generate, tmp_path / "run" / "best.pt")
-    assert "normalises over a batch" in refused(evaluate, tmp_path / "run" / "best.pt", "--text", tmp_path / "text")
-    assert (
-        done(evaluate, tmp_path / "run" / "best.pt", "--dynamic", "sgd").count("perplexity") == 2
-    )  # it reads two texts
+    checkpoint = tmp_path / "run" / "best.pt"
+    message = f"{checkpoint}: the model of a search with batch normalisation"
+    assert message in refused(generate, checkpoint)
+    assert message in refused(evaluate, checkpoint, "--text", tmp_path / "text")
+    assert "in batches of 10" in done(evaluate, checkpoint, "--dynamic", "sgd")
 
 
 def test_words_are_printed_as_they_are_sampled_and_a_closed_pipe_ends_quietly(checkpoints):

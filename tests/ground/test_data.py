@@ -183,7 +183,7 @@ def test_read_split_reads_no_other_split(tmp_path):
 
 def test_read_split_rejects_unknown_words_without_unk(tmp_path):
     folder = write_folder(tmp_path, **TEXTS)
-    with pytest.raises(data.DataError, match="test: 2 of its words"):
+    with pytest.raises(data.DataError, match="test: the vocabulary given lacks 2 of its words"):
         data.read_split(str(folder), "test", ["<eos>", "the"])
 
 

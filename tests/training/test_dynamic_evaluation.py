@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from engine.dropout import DropoutRates
 from genotypes import DARTS
-from training.dynamic_evaluation import EPSILON, DynamicEvaluation, gradient_rms
+from training.dynamic_evaluation import DynamicEvaluation, gradient_rms
 from training.evaluation import score
 from training.neural_cache import Mix, NeuralCache
 from training.token_losses import token_losses, total_score
@@ -52,7 +52,7 @@ def expected_losses(model, text, bptt, lr, decay, rms=None):
                     w[j] += -lr * g[j] + decay * (w0[j] - w[j])
                 else:
                     r = rms[i].view(-1)[j]
-                    w[j] += -lr * g[j] / (r + EPSILON * mean) + min(1.0, decay * r / mean) * (w0[j] - w[j])
+                    w[j] += -lr * g[j] / (r + 0.1 * mean) + min(1.0, decay * r / mean) * (w0[j] - w[j])
     return torch.cat(found)
 
 

@@ -67,7 +67,7 @@ def score_split(args: Namespace, trained: TrainedModel) -> None:
     name, ids, unknown = read(args, trained, args.split)
     batch_size, device = trained.batch_sizes[args.split], trained.model.bias.device
     source = batchify(ids, batch_size).to(device)
-    marked = None if unknown is None else batchify(unknown, batch_size).to(device)
+    marked = None if unknown is None else batchify(unknown, batch_size)
     result = score(trained.model, source, trained.bptt, args.split, marked)
     report(name, result, source)
     warn_of_unknown(name, result)

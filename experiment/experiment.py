@@ -322,7 +322,7 @@ class Experiment:
         """Returns the score of the split "valid" or "test", measured by this process alone."""
         text, unknown = self.texts[split], None
         if len(self.corpus.unknown[split]):
-            unknown = batchify(self.corpus.is_unknown(split), text.size(1)).to(self.device)
+            unknown = batchify(self.corpus.is_unknown(split), text.size(1))
         return score(model, text, self.args.bptt, split, unknown)
 
     def write_result(self, title: str, state: TrainingState, valid: Score, test: Score | None, **result: Any) -> None:

@@ -34,9 +34,10 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def score(model, source: Tensor, bptt: int, name: str = "text", unknown: Tensor | None = None) -> Score:
-    """Returns the `Score` of a model on `source` (n, B), without dropout; `unknown` (n, B) marks the words that became
-    `<unk>`, None if there are none. It is computed in the precision of the model's engine, in segments of `bptt` time
-    steps, from each of which the hidden state is carried to the next. The progress bar shows `name`."""
+    """Returns the `Score` of a model on `source` (n, B), without dropout. `unknown` (n, B), on the CPU, marks the words
+    that became `<unk>`; it is None if there are none. The score is computed in the precision of the model's engine, in
+    segments of `bptt` time steps, from each of which the hidden state is carried to the next. The progress bar shows
+    `name`. The host waits for the model's device only at the end."""
 
     def segment(x: Tensor, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hiddens, hidden = model(x, hidden)  # (T, B, H), (B, S)
@@ -56,8 +57,10 @@ def score(model, source: Tensor, bptt: int, name: str = "text", unknown: Tensor 
             nll, hidden, hiddens = quick_segment(x, y, hidden)
             total += nll.double() * y.numel()
             count += y.numel()
-            if unknown is not None and (n := int((marked := get_batch(unknown, i, bptt)[1]).sum())):
-                of_unknown += plain.nll(hiddens[marked][:, None], y[marked][:, None]).double() * n  # (n, 1, H), (n, 1)
+            if unknown is not None and (n := len(places := get_batch(unknown, i, bptt)[1].flatten().nonzero())):
+                places = places[:, 0].to(source.device)
+                at_places = hiddens.flatten(0, 1)[places, None], y.flatten()[places, None]  # (n, 1, H), (n, 1)
+                of_unknown += plain.nll(*at_places).double() * n
                 n_unknown += n
     known = (total - of_unknown).item() / (count - n_unknown) if n_unknown < count else None
     return Score(total.item() / count, n_unknown / count, known)

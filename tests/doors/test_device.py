@@ -1,4 +1,4 @@
-"""No step of a search or a retraining reads a tensor on the host, or mixes devices.
+"""No step of a search or a retraining reads a tensor on the host, or mixes devices; an evaluation does so at its end.
 
 The steps run on torch's `meta` device, whose tensors have shapes and no values: reading one raises an error, as mixing
 it with a tensor of another device does. What passes here needs no synchronisation of host and GPU.
@@ -15,6 +15,7 @@ from experiment import arguments
 from architect import WeightUpdate
 from engine.dropout import DropoutRates
 from experiment.distributed import Distributed
+from training import evaluation
 from training.early_stopping import Patience
 from training.optimizers import averaged, scaled_lr
 
@@ -107,3 +108,31 @@ def test_retraining_step_reads_no_tensor(flags):
         hiddens, _ = state.model(*segment(state, 9, 6)[:1], state.hidden)
         assert state.model.nll(hiddens, segment(state, 9, 6)[1]).device == META
     assert nll.device == norm.device == META
+
+
+@pytest.mark.parametrize(
+    "flags", ["--arch DARTS", "--arch DARTS --n_experts 2", "--arch LSTM", "search", "search --norm batch"]
+)
+@pytest.mark.parametrize("some_unknown", [False, True])
+def test_evaluation_reads_tensors_only_at_its_end(flags, some_unknown, monkeypatch):
+    """The sums are read once the last segment has been evaluated; the marks of unknown words lie on the CPU."""
+    is_search, flags = flags.startswith("search"), flags.removeprefix("search")
+    script, state_class = (train_search, train_search.SearchState) if is_search else (train, train.RetrainState)
+    state, unknown = state_on_meta(script, state_class, flags), torch.zeros(50, 4, dtype=torch.bool)
+    unknown[20:30] = True
+    reads, segments, get_batch = [], [], evaluation.get_batch
+
+    def counted(*given):
+        segments.append(given[1])
+        return get_batch(*given)
+
+    def read(tensor):
+        reads.append(len(segments))
+        return 1.0
+
+    monkeypatch.setattr(evaluation, "get_batch", counted)
+    monkeypatch.setattr(torch.Tensor, "item", read)
+    score = evaluation.score(state.model, state.train_text, 3, unknown=unknown if some_unknown else None)
+    assert score.unknown == (40 / 196 if some_unknown else 0)
+    assert len(segments) == 17 * (2 if some_unknown else 1)  # once for the words, once for their marks
+    assert set(reads) == {len(segments)} and len(reads) <= 2

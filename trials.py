@@ -54,11 +54,12 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
     corpus = None
     if stages and not found:  # A report needs no text.
         try:
-            corpus = load_corpus(args.data)
+            corpus = load_corpus(args.data, test="retrain" in stages)
         except DataError as error:
             parser.refuse(error.faults)
         found = job_faults(study, stages, corpus)
-        if config is not None and config["sha256"] != corpus.sha256:
+        begun_with = {} if config is None else config["sha256"]
+        if any(corpus.sha256.get(split, digest) != digest for split, digest in begun_with.items()):
             found.append(f"--data {args.data}: not the text that the study in {folder} began with")
     if found:
         parser.refuse(found)
@@ -72,7 +73,7 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
         parser.refuse([f"--study: {error}"])
     if corpus and not args.dry_run:
         flags = {name: value for name, value in vars(args).items() if name not in EPHEMERAL_FLAGS}
-        run.write(CONFIG, {"flags": flags, "sha256": corpus.sha256})
+        run.write(CONFIG, {"flags": flags, "sha256": begun_with | corpus.sha256})
     return args, corpus, run
 
 

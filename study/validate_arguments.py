@@ -160,7 +160,8 @@ def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None =
             script = cost.SCRIPTS[job.script]
             of_script = script.build_parser()
             of_script.prog = f"trials.py: --{flag}"
-            args = of_script.parse_args([*job.flags, "--save", str(study.folder / "new")])
+            test = "read" if stage == "retrain" else "skip"  # The chosen cell's run reads it after that stage.
+            args = of_script.parse_args([*job.flags, "--save", str(study.folder / "new"), "--test", test])
             arguments.complete(args, stage)
             if corpus is not None:
                 wrong = startup.length_faults(args, script.texts_to_read(corpus, args))

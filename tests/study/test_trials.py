@@ -537,6 +537,22 @@ def test_stage_without_its_preceding_stage_exits_2(stage, message, corpus, tmp_p
     assert message in capsys.readouterr().err
 
 
+def test_study_needs_a_test_text_only_to_retrain(corpus, tmp_path, serial, capsys):
+    text, study = tmp_path / "text", tmp_path / "study"
+    shutil.copytree(corpus, text)
+    test = (text / "test.txt").read_text()
+    (text / "test.txt").unlink()
+    assert trials.main(["select", *flags(text, study)]) == 0
+    resumed = ["retrain", "--resume", "--study", str(study), "--data", str(text)]
+    with pytest.raises(SystemExit) as end:
+        trials.main(resumed)
+    assert end.value.code == 2
+    assert "test.txt: missing" in capsys.readouterr().err
+    (text / "test.txt").write_text(test)
+    assert trials.main(resumed) == 0
+    assert set(json.loads((study / "study.json").read_text())["sha256"]) == {"train", "valid", "test"}
+
+
 def test_changed_corpus_of_an_existing_study_exits_2(whole, tmp_path, capsys):
     other = write_corpus(tmp_path, train=41, valid=16, test=16)
     study = shutil.copytree(whole, tmp_path / "study", ignore=shutil.ignore_patterns(*arguments.STAGE_FLAGS, ARCHIVE))

@@ -37,8 +37,7 @@ def run_script(main: Callable[[], int], smaller: str = "--emsize, --n_experts or
 
     The code is that of `main`, 130 if it is interrupted, 141 if nothing reads its output any more, and 1 for a
     `RunError`, a `CheckpointError`, an OSError or a lack of memory, of which the line says to take a smaller value of
-    the flags `smaller`. Other errors propagate. One of several ranks exits
-    here and does not return.
+    the flags `smaller`. Other errors propagate. One of several ranks exits here and does not return.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)

@@ -110,10 +110,10 @@ def test_retraining_step_reads_no_tensor(flags):
     assert nll.device == norm.device == META
 
 
-@pytest.mark.parametrize(
-    "flags", ["--arch DARTS", "--arch DARTS --n_experts 2", "--arch LSTM", "search", "search --norm batch"]
-)
-@pytest.mark.parametrize("some_unknown", [False, True])
+@pytest.mark.parametrize(("flags", "some_unknown"), [
+    ("--arch DARTS", True), ("--arch DARTS --n_experts 2", True), ("--arch LSTM", False), ("search", True),
+    ("search --norm batch", False),
+])  # fmt: skip
 def test_evaluation_reads_tensors_only_at_its_end(flags, some_unknown, monkeypatch):
     """The sums are read once the last segment has been evaluated; the marks of unknown words lie on the CPU."""
     is_search, flags = flags.startswith("search"), flags.removeprefix("search")

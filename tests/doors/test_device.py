@@ -118,8 +118,8 @@ def test_evaluation_reads_tensors_only_at_its_end(flags, some_unknown, monkeypat
     """The sums are read once the last segment has been evaluated; the marks of unknown words lie on the CPU."""
     is_search, flags = flags.startswith("search"), flags.removeprefix("search")
     script, state_class = (train_search, train_search.SearchState) if is_search else (train, train.RetrainState)
-    state, unknown = state_on_meta(script, state_class, flags), torch.zeros(50, 4, dtype=torch.bool)
-    unknown[20:30] = True
+    state, unknown = state_on_meta(script, state_class, flags), torch.zeros(14, 4, dtype=torch.bool)
+    unknown[4:6] = True
     reads, segments, get_batch = [], [], evaluation.get_batch
 
     def counted(*given):
@@ -132,7 +132,7 @@ def test_evaluation_reads_tensors_only_at_its_end(flags, some_unknown, monkeypat
 
     monkeypatch.setattr(evaluation, "get_batch", counted)
     monkeypatch.setattr(torch.Tensor, "item", read)
-    score = evaluation.score(state.model, state.train_text, 3, unknown=unknown if some_unknown else None)
-    assert score.unknown == (40 / 196 if some_unknown else 0)
-    assert len(segments) == 17 * (2 if some_unknown else 1)  # once for the words, once for their marks
+    score = evaluation.score(state.model, state.train_text[:14], 3, unknown=unknown if some_unknown else None)
+    assert score.unknown == (8 / 52 if some_unknown else 0)
+    assert len(segments) == 5 * (2 if some_unknown else 1)  # once for the words, once for their marks
     assert set(reads) == {len(segments)} and len(reads) <= 2

@@ -86,6 +86,10 @@ def as_markdown(found: dict[str, Any]) -> str:
         parts += [table(head, rows)]
         if not any(p["recommended"] for p in found["proxies"]):
             parts.append(f"None has a tau of {AGREES} with an interval above 0: train longer, or rank more cells.")
+    if found["proxy_cells"]:
+        head = " | ".join(found["proxy_cells"][0])
+        parts += ["## The cells of the proxies", "Perplexities after each short training, and after the long one."]
+        parts += [table(head, [row.values() for row in found["proxy_cells"]])]
     rows = [
         (c["stage"], c["runs"], f"{value:.2f} {key.replace('_', '-')}")
         for c in found["cost"] for key, value in c.items() if key.endswith("hours")

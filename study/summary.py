@@ -43,6 +43,7 @@ def summary(study: Study) -> dict[str, Any]:
         },
         "baselines": [baseline(study, job) for job in study.baseline()],
         "proxies": proxies(study),
+        "proxy_cells": proxy_cells(study),
         "cost": cost(study),
         "failures": [{"trial": name, "reason": reason} for name, reason in reasons(study, "failed").items()],
         "stopped": reasons(study, "stopped"),
@@ -168,27 +169,17 @@ def proxies(study: Study) -> list[dict[str, Any]]:
     """Returns how well each short training reproduces the ranking of the long training, cheapest first. The short
     trainings have every second seed and the long ones the others, so that no run is compared with itself and all short
     trainings are judged by the same number of seeds. `cost` is relative to one full training."""
-
-    def curves(proxy: Proxy, of: Sequence[Job]) -> dict[str, list[tuple[float, float]]]:
-        """Returns (best perplexity, seconds) by cell and seed after the proxy's epochs, or at an earlier end."""
-        found: dict[str, list[tuple[float, float]]] = {}
-        for job in of:
-            _, folder, cell, _ = job.name.split("/")
-            rows = metrics.epochs(study.folder / job.name)[: proxy.epochs]
-            if folder == proxy.folder and rows and (len(rows) == proxy.epochs or job.is_done(study.folder)):
-                found.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
-        return found
-
     reference, found = study.reference(), []
+    long = best_after(study, reference, study.long_trainings())
     for proxy in study.proxies():
-        short, long = curves(proxy, study.short_trainings()), curves(reference, study.long_trainings())
+        short = best_after(study, proxy, study.short_trainings())
         cells = [cell for cell in short if cell in long]
         if len(cells) < 2:
             continue
         x, y = ([[ppl for ppl, _ in side[cell]] for cell in cells] for side in (short, long))
         whole = mean(s for cell in cells for _, s in long[cell]) * study.args.full_epochs / reference.epochs
         tau, rho = stats.agreement(stats.kendall, x, y), stats.agreement(stats.spearman, x, y)
-        every = [[ppl for ppl, _ in of_cell] for of_cell in curves(proxy, study.proxy()).values()]
+        every = [[ppl for ppl, _ in of_cell] for of_cell in best_after(study, proxy, study.proxy()).values()]
         found.append({
             "proxy": str(proxy), "epochs": proxy.epochs, "flags": proxy.flags,
             "cost": mean(s for cell in cells for _, s in short[cell]) / whole,
@@ -201,6 +192,32 @@ def proxies(study: Study) -> list[dict[str, Any]]:
     for row in found:
         row["recommended"] = row is cheapest
     return found
+
+
+def best_after(study: Study, proxy: Proxy, jobs: Sequence[Job]) -> dict[str, list[tuple[float, float]]]:
+    """Returns (best perplexity, seconds) by cell and seed, after the proxy's epochs of those of the jobs that have its
+    flags, or at an earlier end."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for job in jobs:
+        _, folder, cell, _ = job.name.split("/")
+        rows = metrics.epochs(study.folder / job.name)[: proxy.epochs]
+        if folder == proxy.folder and rows and (len(rows) == proxy.epochs or job.is_done(study.folder)):
+            found.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
+    return found
+
+
+def proxy_cells(study: Study) -> list[dict[str, Any]]:
+    """Returns for each cell of the proxies its perplexity after each short training and the long one, the mean over
+    seeds, None where it is not known yet."""
+    trainings = [(proxy, study.short_trainings()) for proxy in study.proxies()]
+    trainings.append((study.reference(), study.long_trainings()))
+    known = {str(proxy): best_after(study, proxy, jobs) for proxy, jobs in trainings}
+    cells = dict.fromkeys(cell for found in known.values() for cell in found)
+    return [
+        {"cell": cell, **{name: mean(ppl for ppl, _ in found[cell]) if cell in found else None
+                          for name, found in known.items()}}
+        for cell in cells
+    ]  # fmt: skip
 
 
 def cost(study: Study) -> list[dict[str, Any]]:

@@ -450,6 +450,17 @@ def test_proxy_agreement_compares_runs_with_different_seeds(whole):
     long = [min(r["valid_ppl"] for r in metrics.epochs(whole / f"proxy/full/{c}/2")) for c in args.proxy_cells]
     assert proxy["tau"][0] == kendall(short, long)
     assert proxy["cells"] == 2
+    assert [list(row.values()) for row in summary.proxy_cells(Study(whole, args))] == [
+        [cell, *ppls] for cell, *ppls in zip(args.proxy_cells, short, long, strict=True)
+    ]
+
+
+def test_proxy_cells_without_a_long_training_are_shown(whole, tmp_path):
+    args = arguments.build_parser().parse_args(["run", *flags("penn", tmp_path)])
+    shutil.copytree(whole / "proxy/full/ENAS/1", tmp_path / "proxy/full/ENAS/1")
+    [row] = summary.proxy_cells(Study(tmp_path, args))
+    ppl = metrics.epochs(whole / "proxy/full/ENAS/1")[0]["valid_ppl"]
+    assert row == {"cell": "ENAS", "1 epoch": ppl, "2 epochs": None}
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Corpus:
 
     def is_unknown(self, split: str) -> torch.Tensor:
         """Returns a mask (tokens,) of the words of a split that became `<unk>`."""
-        return torch.zeros(len(getattr(self, split)), dtype=torch.bool).index_fill(0, self.unknown[split], True)
+        return _mask(len(getattr(self, split)), self.unknown[split])
 
     def unknown_share(self, split: str) -> float:
         """Returns the share of the tokens of a split that became `<unk>`."""
@@ -144,11 +144,16 @@ def encode_text(text: str, words: Sequence[str], name: str, remedy: str) -> tupl
     `<unk>`. Raises DataError, which calls the text `name` and ends with `remedy`, if the vocabulary has no `<unk>`."""
     index = {word: i for i, word in enumerate(words)}
     ids, unknown = _encode(text, index)
-    mask = torch.zeros(len(ids), dtype=torch.bool).index_fill(0, unknown, True)
+    mask = _mask(len(ids), unknown)
     if len(unknown) and UNK not in index:
         named = f"{len(unknown):,} of its words ({unknown_words(text, mask)})"
         raise DataError(f"{name}: the vocabulary given lacks {named} and has no {UNK}; {remedy}")
     return ids, mask
+
+
+def _mask(n: int, positions: torch.Tensor) -> torch.Tensor:
+    """Returns a mask (n,) that is true at these positions."""
+    return torch.zeros(n, dtype=torch.bool).index_fill(0, positions, True)
 
 
 def unknown_words(text: str, mask: torch.Tensor, at_most: int = 5) -> str:
@@ -245,10 +250,9 @@ def _read(name: str, splits: Sequence[str], root: Path) -> tuple[dict[str, str],
         texts = _builtin_texts()
         return texts, {split: hashlib.sha256(text.encode()).hexdigest() for split, text in texts.items()}
     if name not in CORPORA and not os.path.isdir(name):
-        choices = ", ".join([*CORPORA, "builtin"])
         raise DataError(
-            f"--data {name}: no such corpus or folder; choose {choices}, or a folder with train.txt,"
-            " valid.txt and test.txt"
+            f"--data {name}: no such corpus or folder; choose {', '.join(CORPORA)}, builtin, or a folder with"
+            " train.txt, valid.txt and test.txt"
         )
     texts, sha256, faults = {}, {}, []
     for split in splits:

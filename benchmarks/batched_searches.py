@@ -27,7 +27,6 @@ from benchmarks import step
 from engine import Engine, fused, inductor
 
 TOGETHER = (1, 2, 4, 8, 16)  # searches
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_")
 
 
 class Launch(NamedTuple):
@@ -72,10 +71,8 @@ def traffic(tensors: list[Tensor]) -> float:
 
 def flop(name: str, args: tuple) -> float:
     """Returns the floating-point operations of a matrix product; 0 for anything else, which its traffic bounds."""
-    if name not in PRODUCTS:
-        return 0.0
-    a, b = args[1:3] if "add" in name else args[:2]
-    return 2.0 * a.numel() * b.size(-1)
+    factors = step.factors(name, args)
+    return 2.0 * factors[0].numel() * factors[1].size(-1) if factors else 0.0
 
 
 def launches_of(name: str, precision: str, norm: str) -> list[Launch]:

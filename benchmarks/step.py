@@ -145,9 +145,8 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        adds = "add" in name
-        if name.rstrip("_") in ("mm", "bmm", "addmm", "baddbmm", "_linear_pointwise"):
-            a, b = args[1:3] if adds else args[:2]
+        if matrices := factors(name, args):
+            a, b = matrices
             out = (kwargs or {}).get("out", args[0] if name.endswith("_") else None)
             self.count[name, describe(a), describe(b), None if out is None else describe(out)] += 1
         return func(*args, **(kwargs or {}))
@@ -155,6 +154,13 @@ class Products(TorchDispatchMode):
     def floor(self, device: torch.device) -> float:
         """Milliseconds of all of them."""
         return sum(n * product_ms(*product, device) for product, n in self.count.items())
+
+
+def factors(name: str, args: tuple) -> tuple[Tensor, ...]:
+    """Returns the two factors of torch's operation `name` if it is a matrix product, and () if it is not."""
+    if name.rstrip("_") not in ("mm", "bmm", "addmm", "baddbmm", "_linear_pointwise"):
+        return ()
+    return args[1:3] if "add" in name else args[:2]
 
 
 def describe(tensor: Tensor) -> tuple:

@@ -23,12 +23,12 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from search_arms import ROOT, SIZES
+
 from experiment import metrics
 from engine import ENGINES
 from engine.reference import NORMS
 
-ROOT = Path(__file__).resolve().parent.parent
-SIZES = "--emsize 64 --batch_size 32 --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0"
 # By corpus: the flags of both scripts, those of the search, and those of the retraining.
 RECIPES = {
     "builtin": (f"--data builtin {SIZES}", "--epochs 4", "--epochs 8"),
@@ -43,7 +43,7 @@ FEW_STEPS = "--limit_tokens 5000 --epochs 1"
 
 def seconds(script: str, flags: str, threads: int, save: Path, **environment: str) -> float:
     """Returns the seconds of a whole run, from the start of its process to the end."""
-    command = [sys.executable, ROOT / script, *shlex.split(flags), "--device", "cpu", "--test", "skip", "--save", save]
+    command = [sys.executable, ROOT / script, *shlex.split(flags), "--save", save]
     clock = time.perf_counter()
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment}

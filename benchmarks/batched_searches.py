@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +39,8 @@ class Launch(NamedTuple):
 class Launches(TorchDispatchMode):
     """Lists the launches of what runs inside; views of a tensor need none."""
 
-    def __init__(self):
-        super().__init__()
-        self.found: list[Launch] = []
+    # All objects share the list, since a kernel keeps the first stand-in that it is given.
+    found: ClassVar[list[Launch]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -50,11 +49,12 @@ class Launches(TorchDispatchMode):
             self.found.append(Launch(flop(func.overloadpacket.__name__, args), traffic(tensors)))
         return out
 
-    def counted(self, function: Callable[..., None]) -> Callable[..., None]:
+    @classmethod
+    def counted(cls, function: Callable[..., None]) -> Callable[..., None]:
         """Returns what takes the place of `inductor.Compiled(function)`: it lists one launch, and computes nothing."""
 
         def call(*args: Any) -> None:
-            self.found.append(Launch(0.0, traffic(of_tensors(inductor.flattened(args)))))
+            cls.found.append(Launch(0.0, traffic(of_tensors(inductor.flattened(args)))))
 
         return call
 
@@ -78,13 +78,13 @@ def flop(name: str, args: tuple) -> float:
 def launches_of(name: str, precision: str, norm: str) -> list[Launch]:
     """Returns the launches of a step on CUDA, at the published sizes."""
     with Launches() as launches:
-        inductor.Compiled = launches.counted
+        inductor.Compiled = Launches.counted
         fused.sum_after_loop = lambda h: True  # as on CUDA
         variant = step.Variant(Engine("fused", precision), norm)
         once = step.build(name, variant, step.sizes_of(name, small=False), torch.device("meta")).plain
         launches.found.clear()
         once()
-    return launches.found
+    return list(launches.found)
 
 
 def milliseconds(launches: list[Launch], searches: int, args: argparse.Namespace) -> float:

@@ -13,6 +13,7 @@ from benchmarks import batched_searches as batched
 
 def test_launches_of_simple_operations():
     a, b, out = torch.empty(3, 4), torch.empty(4, 5), torch.empty(3, 5)
+    batched.Launches.found.clear()
     with batched.Launches() as launches:
         torch.mm(a, b, out=out)
         a.t()[1:].unbind(0)
@@ -23,12 +24,17 @@ def test_launches_of_simple_operations():
 SMALL_STEP = """
 from benchmarks import batched_searches, step
 step.sizes_of = lambda name, small: SIZES
-print(sum(each.flop for each in batched_searches.launches_of("search-first", "fp32", "none")))
+first, unrolled, again = (
+    batched_searches.launches_of(name, "fp32", "none") for name in ("search-first", "search-unrolled", "search-first")
+)
+assert first == again and len(unrolled) > len(first), (len(first), len(unrolled), len(again))
+print(sum(each.flop for each in first))
 """
 
 
 def test_arithmetic_of_a_first_order_step_matches_its_closed_form():
-    """Two passes forward and two backward, of which one computes the gradients of the weights."""
+    """Two passes forward and two backward, of which one computes the gradients of the weights. A step after another one
+    in the same process has all of its launches."""
     T, B, H, V, N = 3, 4, 32, 64, 2
     done = run_compiling(SMALL_STEP.replace("SIZES", str({"T": T, "B": B, "H": H, "V": V, "N": N})))
     recurrence = 2 * T * B * 2 * H * (2 * H + H * N * (N + 1) // 2)

@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial, wraps
+from importlib import import_module
 from pathlib import Path
 from threading import RLock
 from time import monotonic
@@ -33,6 +34,8 @@ ARGUMENTS = {"TENSOR_MATCH", "SHAPE_ENV", "CONSTANT_MATCH", "EQUALS_MATCH", "TYP
 SEARCHES = RLock()  # one compilation at a time, among all threads
 START = 64  # elements before a buffer's data: a kernel would be compiled again for views at offset 0 and elsewhere
 TIME_LIMIT = 300.0  # seconds for all calls of a compiler that one kernel takes, far more than on a busy machine
+COMPILER_CALLERS = ["torch._inductor.cpp_builder"]  # modules that call a compiler through `subprocess`
+TRITON_CALLERS = ["triton.knobs", "triton.backends.nvidia.compiler", "triton.runtime.build"]  # and ptxas
 LOG = logging.getLogger(__name__)  # prints to stderr where no handler is installed
 
 
@@ -119,12 +122,13 @@ class Compiled:
         if self.search is None:
             options = {"guard_filter_fn": lambda guards: [g.guard_type in ARGUMENTS for g in guards]}
             self.search = torch.compile(self.function, fullgraph=True, backend=inductor, options=options)
+        device_type = flattened(args)[-1].device.type
         # The settings are made here because since torch 2.13 each thread has its own, and on CUDA autograd runs the
         # backward pass in another thread than the one that defined the kernel.
         with (
             torch._dynamo.config.patch(recompile_limit=64),  # one variant for each operation and kind of shape
             torch.fx.experimental._config.patch(use_duck_shape=False),  # equal sizes do not make another variant
-            SEARCHES, kernel_cache.checked(), compiler_within(TIME_LIMIT), noted_calls(calls),
+            SEARCHES, kernel_cache.checked(), compiler_within(TIME_LIMIT, device_type), noted_calls(calls),
         ):  # fmt: skip
             self.search(*args)
 
@@ -148,7 +152,8 @@ def inductor(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     """Compiles a graph by Inductor with the settings of a kernel; a backend of torch.compile."""
     from torch._inductor.compile_fx import compile_fx  # takes a second to import
 
-    narrow = any(isinstance(given, Tensor) and given.dtype == torch.bfloat16 for given in inputs)
+    tensors = [given for given in inputs if isinstance(given, Tensor)]
+    narrow = any(given.dtype == torch.bfloat16 for given in tensors)
     patches = {
         **ONE_PASS,
         # Fused multiply-add: in fp32 it gains nothing and would change the last digit of every result.
@@ -156,6 +161,9 @@ def inductor(graph: torch.fx.GraphModule, inputs: list) -> Callable:
         # Inductor divides only the outer loop among threads if it has twice as many iterations as threads: 5
         # predecessors would be 3 for one core and 2 for the other. With more threads than there are it divides further.
         "cpp.threads": 2 * torch.get_num_threads(), "cpp.dynamic_threads": True,
+        # Triton compiles in this process, where `compiler_within` limits its time; a kernel is one to three launches,
+        # for which a pool of processes would save little. C++ compiles in this process anyway.
+        **({"compile_threads": 1} if any(given.device.type == "cuda" for given in tensors) else {}),
     }  # fmt: skip
     return compile_fx(graph, inputs, config_patches=patches)
 
@@ -184,20 +192,25 @@ def noted_calls(calls: list[Call]) -> Iterator[None]:
 
 
 @contextmanager
-def compiler_within(seconds: float) -> Iterator[None]:
-    """Ends a C++ compiler that Inductor calls inside the block and that has not ended after so many seconds, counted
-    from the block's beginning."""
-    from torch._inductor import cpp_builder
-
+def compiler_within(seconds: float, device_type: str = "cpu") -> Iterator[None]:
+    """Ends a compiler that Inductor or, on CUDA, Triton calls inside the block and that has not ended after so many
+    seconds, counted from the block's beginning. (What Triton does by itself before it calls ptxas has no limit.)"""
     run = partial(run_until, monotonic() + seconds)
-    cpp_builder.subprocess = SimpleNamespace(**{
+    limited = SimpleNamespace(**{
         **vars(subprocess), "run": run, "check_call": lambda *args, **options: run(*args, check=True, **options),
         "check_output": lambda *args, **options: run(*args, check=True, stdout=subprocess.PIPE, **options).stdout,
     })  # fmt: skip
+    callers = []
+    for name in COMPILER_CALLERS + (TRITON_CALLERS if device_type == "cuda" else []):
+        with suppress(ImportError):  # Triton may be missing, or of another version.
+            callers.append(import_module(name))
+    for module in callers:
+        module.subprocess = limited
     try:
         yield
     finally:
-        cpp_builder.subprocess = subprocess
+        for module in callers:
+            module.subprocess = subprocess
 
 
 def run_until(

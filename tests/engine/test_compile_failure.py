@@ -5,16 +5,19 @@ import random
 import re
 import shutil
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_compiling
+from helpers import ROOT, run_compiling
 from torch._dynamo import exc as dynamo_errors
 from torch._inductor import exc as inductor_errors
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine import kernel_cache
-from engine.inductor import LOG, Call, Compiled
+from engine.inductor import LOG, Call, Compiled, inductor
 from experiment.run_directory import LogHandler, NullRun
 
 CXX = shutil.which(os.environ.get("CXX", "g++"))
@@ -198,6 +201,59 @@ def test_file_that_another_process_had_not_finished_is_recorded_again(tmp_path):
     kernel_cache.record_checksums(tmp_path, since=0.0)
     kernel_cache.remove_damaged(tmp_path)
     assert library.exists()
+
+
+# --- on CUDA ---
+
+FOR_H100 = """
+import sys
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from engine.inductor import compiler_within
+
+@triton.jit
+def double(x, y, n: tl.constexpr):
+    at = tl.arange(0, n)
+    tl.store(y + at, 2 * tl.load(x + at))
+
+source = ASTSource(double, {"x": "*fp32", "y": "*fp32", "n": "constexpr"}, {"n": 64})
+try:
+    with compiler_within(float(sys.argv[1]), "cuda"):
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    print("compiled")
+except Exception as error:
+    print(type(error).__name__, error.cmd[0])
+"""
+SAYS_VERSION = 'case "$*" in *--version*) echo "Cuda compilation tools, release 12.8, V12.8.93"; exit;; esac; '
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("code", [SAYS_VERSION + "sleep 1000", pytest.param("sleep 1000", marks=pytest.mark.slow)])
+def test_triton_whose_ptxas_hangs_ends_at_the_time_limit(code, tmp_path):
+    """Triton itself compiles here for a GPU that is not there; a script stands for ptxas."""
+    script, ptxas = tmp_path / "double.py", tmp_path / "ptxas"
+    script.write_text(FOR_H100)
+    ptxas.write_text(f"#!/bin/sh\n{code}\n")
+    ptxas.chmod(0o755)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+
+    def compile_within(limit, **more):
+        command = [sys.executable, script, limit]
+        return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=100).stdout
+
+    assert compile_within("4", TRITON_PTXAS_PATH=str(ptxas)) == f"TimeoutExpired {ptxas}\n"
+    assert compile_within("100") == "compiled\n"
+
+
+@pytest.mark.parametrize(("device", "in_this_process"), [("cuda", True), ("cpu", False)])
+def test_triton_compiles_in_the_process_that_limits_its_time(device, in_this_process, monkeypatch):
+    given = {}
+    compile_fx = "torch._inductor.compile_fx.compile_fx"
+    monkeypatch.setattr(compile_fx, lambda *_, config_patches: given.update(config_patches))
+    with FakeTensorMode():
+        inductor(None, [torch.empty(2, device=device), 3])
+    assert (given.get("compile_threads") == 1) == in_this_process
 
 
 # --- errors, in the place of a compiler ---

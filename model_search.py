@@ -50,7 +50,7 @@ class RNNModelSearch(RNNModel):
 
     def genotype(self) -> Genotype:
         """Returns the discrete cell that `derive` makes of the softmax of the alphas."""
-        return derive(self.alphas.detach().softmax(dim=-1))
+        return derive(self.alphas.detach().softmax(dim=-1).cpu())
 
 
 def derive(probs: Tensor) -> Genotype:

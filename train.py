@@ -55,7 +55,7 @@ class RetrainState(TrainingState):
 
     # --- at an epoch's end ---
 
-    def epoch_record(self) -> dict[str, Any]:
+    def epoch_record(self, *logged: Tensor) -> dict[str, Any]:
         return {"note": " (averaged)" if self.phase == "asgd" else "", "phase": self.phase}
 
     def reason_to_stop(self, valid_loss: float) -> str:

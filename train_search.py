@@ -22,7 +22,7 @@ from engine.dropout import FrozenReLU
 from experiment.experiment import Experiment, TrainingState
 from experiment.search_arguments import build_parser, eval_batch_sizes, texts_to_read
 from genotypes import Genotype, from_json, to_json
-from model_search import RNNModelSearch
+from model_search import RNNModelSearch, derive
 from training.diagnostics import Diagnosis
 from training.early_stopping import check_history, identities, is_stable
 from training.evaluation import perplexity
@@ -102,17 +102,25 @@ class SearchState(TrainingState):
 
     # --- the result so far ---
 
+    def probabilities(self) -> Tensor:
+        """Returns the probabilities (N(N+1)/2, K) that the present genotype is derived from, on the device."""
+        with averaged(self.architect.optimizer):
+            return self.model.alphas.detach().softmax(-1)
+
     def derived(self) -> tuple[Genotype, list[list[float]]]:
         """Returns the present genotype and the probabilities (N(N+1)/2, K) that it is derived from."""
-        with averaged(self.architect.optimizer):
-            return self.model.genotype(), self.model.alphas.softmax(-1).tolist()
+        probs = self.probabilities().cpu()
+        return derive(probs), probs.tolist()
 
-    def interval_record(self) -> dict[str, Any]:
-        genotype, probabilities = self.derived()
-        return {"genotype": to_json(genotype), "probabilities": [[round(p, 5) for p in edge] for edge in probabilities]}
+    def logged_tensors(self) -> tuple[Tensor, ...]:
+        return (self.probabilities(),)
 
-    def log_summary(self) -> None:
-        self.run.log(str(self.derived()[0]))
+    def interval_record(self, probs: Tensor) -> dict[str, Any]:
+        rounded = [[round(p, 5) for p in edge] for edge in probs.tolist()]
+        return {"genotype": to_json(derive(probs)), "probabilities": rounded}
+
+    def log_summary(self, probs: Tensor) -> None:
+        self.run.log(str(derive(probs)))
 
     def diagnose(self, progress: Any) -> None:
         """Measures the alphas' gradient (docs/signal.md) every --diagnose_every steps."""

@@ -47,6 +47,13 @@ def choose_device(name: str, deterministic: bool = False) -> torch.device:
     return device
 
 
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """Returns copies of tensors on the CPU, in float64, for which the host waits for their device only once."""
+    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def keep_memory() -> None:
     """Makes glibc's malloc, if it is in use, keep freed memory for this process. By default it returns large blocks to
     the system at once, and torch allocates them again at every step: on a CPU the page faults of new memory then cost

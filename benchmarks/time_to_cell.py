@@ -5,9 +5,8 @@
     python benchmarks/time_to_cell.py --start                    # compiling alone: 5 minutes
 
 Each combination searches and retrains with the flags of scripts/quickstart.sh or scripts/search_recommended.sh, one
-process at a time, with the compiled kernels of earlier runs at hand. With --start, runs of a few steps show what
-compiling costs: the seconds of a search and of a retraining with an empty cache of kernels, with a full one, and
-uncompiled.
+process at a time, after runs of a few steps have compiled the kernels. With --start, such runs show what compiling
+costs: the seconds of a search and of a retraining with an empty cache of kernels, with a full one, and uncompiled.
 """
 
 import argparse
@@ -53,12 +52,19 @@ def seconds(script: str, flags: str, threads: int, save: Path, **environment: st
     return time.perf_counter() - clock
 
 
+def starts(norm: str) -> tuple[tuple[str, str], ...]:
+    """Returns the scripts, with flags for which a few steps call every kernel. DARTS has all four activations."""
+    return ("train_search.py", f"--arch_start 0 --norm {norm}"), ("train.py", "--arch DARTS")
+
+
 def to_cell(data: str, engine: str, norm: str, threads: int) -> dict:
     """Returns the seconds of a search and of the retraining of its cell, and the perplexity that this reaches."""
     both, of_search, of_training = RECIPES[data]
     with TemporaryDirectory() as folder:
         search, train = Path(folder, "search"), Path(folder, "train")
         flags = f"{both} --engine {engine}"
+        for script, more in starts(norm) if engine == "fused" else ():
+            seconds(script, f"{flags} {FEW_STEPS} {more}", threads, Path(folder, f"compiling-{script}"))
         search_s = seconds("train_search.py", f"{flags} {of_search} --norm {norm}", threads, search)
         train_s = seconds("train.py", f"{flags} {of_training} --arch {search}", threads, train)
         ppl = metrics.read_json(train / "result.json")["valid_ppl"]
@@ -70,7 +76,7 @@ def to_first_steps(data: str, norm: str, threads: int) -> list[dict]:
     """Returns the seconds of a search and of a retraining of a few steps, by the state of the cache of kernels."""
     both = RECIPES[data][0]
     found = []
-    for script, more in (("train_search.py", f"--arch_start 0 --norm {norm}"), ("train.py", "--arch DARTS")):
+    for script, more in starts(norm):
         with TemporaryDirectory() as folder:
             cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "kernels"))}
             for state, engine in (("empty", "fused"), ("full", "fused"), ("uncompiled", "eager")):

@@ -40,6 +40,10 @@ from engine.relaxed_buffers import (
 )
 from engine.second_derivative import r_backward, r_forward
 
+# A CPU needs longer to call a product of bf16 than to compute one of fewer multiplications than this in fp32
+# (benchmarks/NOTES.md).
+ROUND_FROM = 1 << 19
+
 
 def relaxed(
     x: Tensor, h0: Tensor, W0: Tensor, Ws: Sequence[Tensor], probs: Tensor, x_mask: Tensor | None = None,
@@ -67,9 +71,12 @@ def discrete(
     """Returns the hidden states (T, B, H) of the cell of one genotype, as defined by `reference.discrete`.
 
     The shapes are x (T, B, E), h0 (B, H), W0 (E + H, 2H), Ws N times (H, 2H), x_mask (B, E) and h_mask (B, H).
-    `compute_dtype` is the dtype of products, by default that of h0. A second derivative raises RuntimeError.
+    `compute_dtype` is the dtype of products, by default that of h0, as it always is for small products on a CPU. A
+    second derivative raises RuntimeError.
     """
-    H, compute_dtype, keep = h0.size(-1), compute_dtype or h0.dtype, wants_gradient(x, h0, W0, *Ws)
+    H, keep = h0.size(-1), wants_gradient(x, h0, W0, *Ws)
+    small = h0.device.type == "cpu" and 2 * h0.numel() * H < ROUND_FROM
+    compute_dtype = h0.dtype if small else compute_dtype or h0.dtype
     # In an evaluation on a CPU, the products have too few rows to make up for the time that padding the weights takes.
     more = padding(h0, compute_dtype) if keep or h0.is_cuda else 0
     xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, compute_dtype, more)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import Diverged, RunError
+from utils import Diverged, RunError, to_host
 
 SPIKE_FACTOR = 3.0  # The loss has diverged when it is above this many times its running mean.
 MEMORY, RECENT = 100, 5  # The number of steps of the running mean, and of the mean that is compared with it.
@@ -40,13 +40,18 @@ class DivergenceMonitor:
         self.steps = min(self.steps + 1, MEMORY)
         self.mean += (nll - self.mean) / self.steps
         self.last = nll, norm
-        if self.mean.device.type == "cpu":
-            self.check()
+        if self.mean.device.type == "cpu" and self.diverged:
+            self.check(self.verdict())
 
-    def check(self) -> None:
-        """Raises `Diverged` if a recorded step has diverged."""
-        if self.diverged.item():
-            nll, norm = (number.item() for number in self.last)
+    def verdict(self) -> Tensor:
+        """Returns what `check` needs (3,), on the device: whether a recorded step has diverged, and the loss and the
+        gradient norm of the last step."""
+        return torch.stack([number.double() for number in (self.diverged, *self.last)])
+
+    def check(self, verdict: Tensor) -> None:
+        """Raises `Diverged` if a recorded step has diverged, by a `verdict` on the CPU."""
+        diverged, nll, norm = verdict.tolist()
+        if diverged:
             raise Diverged(f"the training loss is {nll:.4g}, the norm of its gradient {norm:.4g}")
 
     def check_weights(self, loss: float) -> None:
@@ -54,8 +59,9 @@ class DivergenceMonitor:
 
         The loss of a step is that of the weights before it, and does not show whether the present ones may be saved.
         """
-        self.check()
-        if not math.isfinite(loss) or loss > max(SPIKE_FACTOR * self.mean.item(), self.even):
+        verdict, mean = to_host(self.verdict(), self.mean)
+        self.check(verdict)
+        if not math.isfinite(loss) or loss > max(SPIKE_FACTOR * mean.item(), self.even):
             raise Diverged(f"the loss is {loss:.4g} with the weights of the last step")
 
     def count(self, fault: Diverged, step: int, lr: float, optimizer: str) -> int:

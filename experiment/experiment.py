@@ -31,7 +31,7 @@ from training.evaluation import (
     unknown_warning,
 )
 from training.overfit import overfit
-from utils import Diverged, batchify, choose_device, get_batch, segments
+from utils import Diverged, batchify, choose_device, get_batch, segments, to_host
 
 
 class TrainingState:
@@ -69,15 +69,19 @@ class TrainingState:
         nll, self.hidden, norm = self.replayed_gradient(x, y, self.hidden)
         return nll, norm
 
-    def interval_record(self) -> dict[str, Any]:
+    def logged_tensors(self) -> tuple[Tensor, ...]:
+        """Returns the tensors that the three methods below take, as copies on the CPU."""
+        return ()
+
+    def interval_record(self, *logged: Tensor) -> dict[str, Any]:
         """Returns what the record of a log interval in metrics.jsonl has besides the loss."""
         return {}
 
-    def epoch_record(self) -> dict[str, Any]:
+    def epoch_record(self, *logged: Tensor) -> dict[str, Any]:
         """Returns what the record of an epoch in metrics.jsonl has besides the losses."""
-        return self.interval_record()
+        return self.interval_record(*logged)
 
-    def log_summary(self) -> None:
+    def log_summary(self, *logged: Tensor) -> None:
         """Logs more than the losses at each interval and epoch, if there is more."""
 
     def parts(self) -> dict[str, Any]:
@@ -246,9 +250,12 @@ class Experiment:
         self.progress.advance(nll, norm, (seq_len, self.args.batch_size), lr)
         self.monitor.add(nll, norm)
         if self.progress.step % self.args.log_interval == 0:
-            self.monitor.check()
-            self.progress.close_interval(lr, rate=state.optimizer.param_groups[0]["lr"], **state.interval_record())
-            state.log_summary()
+            tensors = self.monitor.verdict(), self.progress.interval_means(), *state.logged_tensors()
+            verdict, means, *logged = to_host(*tensors)
+            self.monitor.check(verdict)
+            rate = state.optimizer.param_groups[0]["lr"]
+            self.progress.close_interval(means, lr, rate=rate, **state.interval_record(*logged))
+            state.log_summary(*logged)
 
     def save_if_due(self, state: TrainingState) -> None:
         """Saves the state after --checkpoint_minutes, and when the run is asked to stop, then raising `Interrupted`.
@@ -272,12 +279,13 @@ class Experiment:
 
     def close_epoch(self, state: TrainingState, valid_loss: float) -> None:
         """Logs the epoch, and saves best.pt if its validation loss (nats per word) is the lowest so far."""
-        self.progress.close_epoch(valid_loss, state.optimizer.param_groups[0]["lr"], **state.epoch_record())
+        logged = [tensor.cpu() for tensor in state.logged_tensors()]
+        self.progress.close_epoch(valid_loss, state.optimizer.param_groups[0]["lr"], **state.epoch_record(*logged))
         state.start_epoch()
         if valid_loss < self.best:
             self.best = valid_loss
             self.save(state, "best.pt")
-        state.log_summary()
+        state.log_summary(*logged)
 
     def end_epoch(self, state: TrainingState, valid_loss: float, reason: str) -> None:
         """Saves the state, and ends the run if `reason` is not empty. Raises `Interrupted` if it is asked to stop."""

@@ -55,12 +55,17 @@ class Progress:
         self.bar.update(tokens)
         if not self.bar.disable and time.perf_counter() - self.shown > 1:
             self.shown = time.perf_counter()
-            loss = self.interval.mean()
+            loss = self.interval.mean().item()
             self.bar.set_postfix_str(f"loss {loss:.3f}, ppl {perplexity(loss):.1f}, lr {lr:.3g}")
 
-    def close_interval(self, lr: float, **extra: Any) -> None:
-        """Logs and records the mean loss and gradient norm since the last call; `extra` is added to the record."""
-        loss, norm, seconds = self.interval.mean(), self.norm.mean(), self.elapsed()
+    def interval_means(self) -> Tensor:
+        """Returns the mean loss and the mean gradient norm since the last log interval (2,), on the device."""
+        return torch.stack([self.interval.mean(), self.norm.mean()])
+
+    def close_interval(self, means: Tensor, lr: float, **extra: Any) -> None:
+        """Logs and records `interval_means`, which have been read, and begins the next interval; `extra` is added to
+        the record."""
+        (loss, norm), seconds = means.tolist(), self.elapsed()
         since, tokens = self.tick
         speed = (self.interval.tokens - tokens) / (time.perf_counter() - since)
         self.run.log(
@@ -91,7 +96,7 @@ class Progress:
     def close_epoch(self, valid_loss: float, lr: float, note: str = "", **extra: Any) -> None:
         """Logs and records the training loss and the validation loss (nats per word) of an epoch, and begins the next.
         Raises `Diverged` if the validation perplexity is not finite."""
-        loss, valid_ppl = self.whole.mean(), perplexity(valid_loss)
+        loss, valid_ppl = self.whole.mean().item(), perplexity(valid_loss)
         if not math.isfinite(valid_ppl):
             raise Diverged(f"the validation loss is {valid_loss:.4g}")
         seconds = self.elapsed()
@@ -135,7 +140,7 @@ class Progress:
 
 
 class Sum:
-    """Sums a loss over tokens, or a norm over steps; the sum stays on the device until `mean` reads it."""
+    """Sums a loss over tokens, or a norm over steps, on the device."""
 
     def __init__(self, device: torch.device):
         self.total, self.tokens = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -145,9 +150,9 @@ class Sum:
         self.total += nll.double() * tokens
         self.tokens += tokens
 
-    def mean(self) -> float:
-        """Returns the mean per token; 0 before the first."""
-        return self.total.item() / max(self.tokens, 1)
+    def mean(self) -> Tensor:
+        """Returns the mean per token, a scalar on the device; 0 before the first."""
+        return self.total / max(self.tokens, 1)
 
     def reset(self) -> None:
         self.total.zero_()

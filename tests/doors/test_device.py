@@ -1,4 +1,5 @@
-"""No step of a search or a retraining reads a tensor on the host, or mixes devices; an evaluation does so at its end.
+"""No step of a search or a retraining reads a tensor on the host, or mixes devices; an evaluation does so at its end,
+and a log interval once.
 
 The steps run on torch's `meta` device, whose tensors have shapes and no values: reading one raises an error, as mixing
 it with a tensor of another device does. What passes here needs no synchronisation of host and GPU.
@@ -15,6 +16,9 @@ from experiment import arguments
 from architect import WeightUpdate
 from engine.dropout import DropoutRates
 from experiment.distributed import Distributed
+from experiment.divergence import DivergenceMonitor
+from experiment.experiment import Experiment
+from experiment.progress import Progress
 from training import evaluation
 from training.early_stopping import Patience
 from training.optimizers import averaged, scaled_lr
@@ -108,6 +112,32 @@ def test_retraining_step_reads_no_tensor(flags):
         hiddens, _ = state.model(*segment(state, 9, 6)[:1], state.hidden)
         assert state.model.nll(hiddens, segment(state, 9, 6)[1]).device == META
     assert nll.device == norm.device == META
+
+
+@pytest.mark.parametrize(("script", "state_class", "flags"), [
+    (train_search, train_search.SearchState, "--optimizer sgd"), (train, train.RetrainState, "--arch DARTS"),
+])  # fmt: skip
+def test_log_interval_reads_all_it_needs_in_one_transfer(script, state_class, flags, monkeypatch):
+    state, records, lines, transfers = state_on_meta(script, state_class, f"{flags} --log_interval 2"), [], [], []
+    run = state.run = SimpleNamespace(
+        disable_progress_bar=True, record=lambda **record: records.append(record), log=lines.append, n_records=0
+    )
+    experiment = SimpleNamespace(
+        args=state.args, device=META, monitor=DivergenceMonitor(META, V), progress=Progress(run, META, 1, 50)
+    )
+
+    def read(tensor):
+        transfers.append(tensor.numel())
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", read)
+    for _ in experiment.progress.track([(0, 3), (3, 3), (6, 3), (9, 3)], columns=4):
+        nll, norm = state.weight_gradient(*segment(state, 0, 3))
+        Experiment.after_step(experiment, state, nll, norm, 20.0, 3)
+    assert len(transfers) == len(records) == 2
+    assert [record["step"] for record in records] == [2, 4]
+    if script is train_search:
+        assert records[0]["genotype"] and sum(line.startswith("Genotype(") for line in lines) == 2
 
 
 @pytest.mark.parametrize(("flags", "some_unknown"), [

@@ -63,13 +63,13 @@ def test_lasting_or_very_large_increase_is_a_spike():
 def test_check_reports_divergence_of_earlier_steps(monkeypatch):
     monitor = DivergenceMonitor(CPU, V)
     with monkeypatch.context() as patch:  # On a GPU `add` does not call `check` either.
-        patch.setattr(monitor, "check", lambda: None)
+        patch.setattr(monitor, "check", lambda verdict: None)
         for loss in (4.0, math.nan, 4.0):
             monitor.add(torch.tensor(loss), torch.tensor(1.0))
     with pytest.raises(Diverged):
-        monitor.check()
+        monitor.check(monitor.verdict())
     monitor.load_state_dict(DivergenceMonitor(CPU, V).state_dict())
-    monitor.check()
+    monitor.check(monitor.verdict())
 
 
 def test_state_dict_restores_the_monitor():

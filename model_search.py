@@ -48,10 +48,6 @@ class RNNModelSearch(RNNModel):
         """Returns every parameter except the alphas."""
         return [parameter for parameter in self.parameters() if parameter is not self.alphas]
 
-    def genotype(self) -> Genotype:
-        """Returns the discrete cell that `derive` makes of the softmax of the alphas."""
-        return derive(self.alphas.detach().softmax(dim=-1).cpu())
-
 
 def derive(probs: Tensor) -> Genotype:
     """Returns the most likely discrete cell (DARTS, section 2.4). Each node gets the predecessor whose strongest

@@ -18,8 +18,8 @@ class Engine(NamedTuple):
     """An implementation of the recurrence and the loss, one of `ENGINES`, with its precision, one of `PRECISIONS`.
 
     `eager` is the definition, which autograd differentiates to any order; `fused` is fast. In bf16, products and what
-    is saved for backward are rounded, whereas sums, normalisation and softmax are not. tf32 is a setting of CUDA's
-    products (see `matmul_precision`).
+    is saved for backward are rounded (but see `fused.ROUND_FROM`), whereas sums, normalisation and softmax are not.
+    tf32 is a setting of CUDA's products (see `matmul_precision`).
     """
 
     name: str = "eager"

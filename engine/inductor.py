@@ -34,8 +34,8 @@ ARGUMENTS = {"TENSOR_MATCH", "SHAPE_ENV", "CONSTANT_MATCH", "EQUALS_MATCH", "TYP
 SEARCHES = RLock()  # one compilation at a time, among all threads
 START = 64  # elements before a buffer's data: a kernel would be compiled again for views at offset 0 and elsewhere
 TIME_LIMIT = 300.0  # seconds for all calls of a compiler that one kernel takes, far more than on a busy machine
-COMPILER_CALLERS = ["torch._inductor.cpp_builder"]  # modules that call a compiler through `subprocess`
-TRITON_CALLERS = ["triton.knobs", "triton.backends.nvidia.compiler", "triton.runtime.build"]  # and ptxas
+# The modules of Triton that call ptxas or a C compiler through `subprocess`.
+TRITON_CALLERS = ("triton.knobs", "triton.backends.nvidia.compiler", "triton.runtime.build")
 LOG = logging.getLogger(__name__)  # prints to stderr where no handler is installed
 
 
@@ -192,7 +192,7 @@ def noted_calls(calls: list[Call]) -> Iterator[None]:
 
 
 @contextmanager
-def compiler_within(seconds: float, device_type: str = "cpu") -> Iterator[None]:
+def compiler_within(seconds: float, device_type: str) -> Iterator[None]:
     """Ends a compiler that Inductor or, on CUDA, Triton calls inside the block and that has not ended after so many
     seconds, counted from the block's beginning. (What Triton does by itself before it calls ptxas has no limit.)"""
     run = partial(run_until, monotonic() + seconds)
@@ -200,8 +200,8 @@ def compiler_within(seconds: float, device_type: str = "cpu") -> Iterator[None]:
         **vars(subprocess), "run": run, "check_call": lambda *args, **options: run(*args, check=True, **options),
         "check_output": lambda *args, **options: run(*args, check=True, stdout=subprocess.PIPE, **options).stdout,
     })  # fmt: skip
-    callers = []
-    for name in COMPILER_CALLERS + (TRITON_CALLERS if device_type == "cuda" else []):
+    callers = [import_module("torch._inductor.cpp_builder")]
+    for name in TRITON_CALLERS if device_type == "cuda" else ():
         with suppress(ImportError):  # Triton may be missing, or of another version.
             callers.append(import_module(name))
     for module in callers:

@@ -50,7 +50,8 @@ class TrainingState:
         self.batch_size, self.micro_batch_size = experiment.local_batch_size, experiment.micro_batch_size
         self.train_text = self.ranks.shard(experiment.texts["train"], dim=1)  # (n, B), the batch elements of this rank
         self.valid_text = experiment.texts["valid"]  # (n, B)
-        self.model = model.to(experiment.device).with_engine(Engine(args.engine, args.precision))
+        precision = processor.usable_precision(args.precision, experiment.device)
+        self.model = model.to(experiment.device).with_engine(Engine(args.engine, precision))
         self.ranks.seed(args.seed)
         self.weights = self.model.weights()
         self.n_weights = sum(w.numel() for w in self.weights)
@@ -206,7 +207,7 @@ class Experiment:
             self.parser.prog, self.args, self.device, self.corpus.sha256, self.is_finished(), self.ranks.size
         )
         resumed = [f"resumed at epoch {self.progress.epoch}, step {self.progress.step}"] if self.saved else []
-        for line in [*(resumed or first_lines), *processor.sharing_note(self.device)]:
+        for line in [*(resumed or first_lines), *processor.notes(self.args.precision, self.device)]:
             self.run.log(line)
         if resumed:
             return

@@ -1,4 +1,5 @@
-"""Says when a run shares its CPU cores with other processes, beside which several threads are slower than one.
+"""Says what a run should know of the processor that it is on: that it lacks fast products in bf16, or that other
+processes keep its cores busy, beside which several threads are slower than one.
 
 A thread of OpenMP that waits for the others spins. Where there are more busy threads than cores, it spins in the place
 of the thread that it waits for, and a step takes several times as long (benchmarks/NOTES.md has the measurement).
@@ -10,8 +11,23 @@ from pathlib import Path
 
 import torch
 
+from engine.matmul import has_fast_bf16
+
 STAT = Path("/proc/stat")  # Linux has it; elsewhere nothing is said.
 SECONDS = 0.2  # how long the cores are watched
+
+
+def usable_precision(precision: str, device: torch.device) -> str:
+    """Returns the `precision` that was asked for, or "fp32" in the place of a "bf16" that would be slower there."""
+    return "fp32" if precision == "bf16" and not has_fast_bf16(device) else precision
+
+
+def notes(precision: str, device: torch.device) -> list[str]:
+    """Returns the lines that a run which asks for this `precision` should log about its processor."""
+    lines = sharing_note(device)
+    if usable_precision(precision, device) != precision:
+        lines.insert(0, "note: --precision bf16: computed in fp32, since this processor has no fast products in bf16")
+    return lines
 
 
 def busy_ticks(stat: str, cores: set[int]) -> int:

@@ -1,4 +1,4 @@
-"""A run that shares its cores says so, and how many threads to use there."""
+"""A run says that it shares its cores, and how many threads to use there, or that its processor is slow in bf16."""
 
 import os
 import subprocess
@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, SIZES
+from helpers import ROOT, SIZES, read_records, without_timings
 
+import train
 from experiment import processor
+from engine import PRECISIONS
 
 STAT = """\
 cpu  300 40 50 900 60 0 7 0 0 0
@@ -18,6 +20,34 @@ cpu10 9 9 9 9 9 9 9 9 9 9
 intr 5 4
 """
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_only_bf16_on_a_cpu_without_products_of_it_is_replaced(monkeypatch, fast):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for precision in PRECISIONS:
+        assert processor.usable_precision(precision, CUDA) == precision
+        expected = "fp32" if precision == "bf16" and not fast else precision
+        assert processor.usable_precision(precision, CPU) == expected
+
+
+def test_without_onednn_no_cpu_has_fast_products_in_bf16(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert processor.usable_precision("bf16", CPU) == "fp32"
+
+
+def test_run_in_bf16_without_fast_products_of_it_equals_one_in_fp32_and_says_so(corpus, tmp_path, monkeypatch):
+    """The decoder alone would be rounded at these sizes; with fast products it is, and the run differs."""
+    runs = {}
+    for name, precision, fast in (("fp32", "fp32", False), ("replaced", "bf16", False), ("rounded", "bf16", True)):
+        monkeypatch.setattr(processor, "has_fast_bf16", lambda device, fast=fast: fast)
+        flags = ["--arch", "DARTS", "--epochs", "1", "--data", str(corpus), "--precision", precision]
+        assert train.main([*SIZES, *flags, "--save", str(tmp_path / name)]) == 0
+        runs[name] = list(map(without_timings, read_records(tmp_path / name)))
+        said = "--precision bf16: computed in fp32" in (tmp_path / name / "log.txt").read_text()
+        assert said == (name == "replaced")
+    assert runs["fp32"] == runs["replaced"] != runs["rounded"]
 
 
 def test_busy_ticks_are_those_of_the_given_cores_without_idle_and_nice_ones():

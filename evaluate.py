@@ -17,7 +17,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from experiment import evaluation_arguments, signals
 from data import EOS, read_lines, read_split
@@ -27,7 +26,7 @@ from experiment.trained_model import TrainedModel, load_trained, refuse_unread_d
 from genotypes import resolve_cell
 from training.evaluation import Score, format_share, perplexity, score, unknown_warning
 from training.token_losses import token_losses, total_score
-from utils import DataError, batchify, choose_device
+from utils import DataError, batchify, choose_device, progress_bar
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,7 +118,7 @@ def score_lines(args: Namespace, trained: TrainedModel) -> None:
 
 def fresh_losses(trained: TrainedModel, lines: list[Tensor]) -> Iterator[Tensor]:
     """Yields the losses (n - 1,) in nats of the words of each line (n,) but the first, from the initial state."""
-    for ids in tqdm(lines, desc="scoring", unit="line", leave=False, disable=None, dynamic_ncols=True):
+    for ids in progress_bar(lines, "scoring", "line"):
         source = ids[:, None].to(trained.model.bias.device)  # (n, 1)
         yield token_losses(trained.model, source, trained.bptt, show=False)[0, :, 0]
 

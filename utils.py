@@ -1,4 +1,4 @@
-"""What every part needs: errors for people, the device, whole files, and texts cut into batches.
+"""What every part needs: errors for people, the device, whole files, progress bars, and texts cut into batches.
 
 Shapes: T time steps, B batch, n time steps of a whole text.
 """
@@ -7,13 +7,14 @@ import ctypes
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 
 class RunError(Exception):
@@ -97,6 +98,11 @@ def with_filename(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, error.strerror, str(path))
 
 
+def progress_bar(items: Iterable, title: str, unit: str, show: bool = True) -> tqdm:
+    """Returns the items with a progress bar, which only a terminal shows, and only until the last of them."""
+    return tqdm(items, desc=title, unit=unit, leave=False, disable=None if show else True, dynamic_ncols=True)
+
+
 def batchify(ids: Tensor, batch_size: int) -> Tensor:
     """Cuts `ids` (tokens,) into B columns of consecutive words: (tokens // B, B), contiguous.
 
@@ -123,6 +129,15 @@ def get_batch(source: Tensor, i: int, seq_len: int) -> tuple[Tensor, Tensor]:
     """Returns inputs and targets, both (T, B), from time step `i` of `source` (n, B); T < seq_len at its end."""
     seq_len = min(seq_len, len(source) - 1 - i)
     return source[i : i + seq_len], source[i + 1 : i + 1 + seq_len]
+
+
+def equal_segments(
+    source: Tensor, bptt: int, title: str, show: bool = True
+) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
+    """Yields (i, inputs, targets) of each segment of `bptt` time steps of `source` (n, B), inputs and targets (T, B)
+    from time step i on. A progress bar shows `title`, unless `show` is false."""
+    for i in progress_bar(range(0, len(source) - 1, bptt), title, "segment", show):
+        yield i, *get_batch(source, i, bptt)
 
 
 def segments(

@@ -10,7 +10,6 @@ from itertools import product
 from typing import NamedTuple
 
 from torch import Tensor
-from tqdm import tqdm
 
 from data import read_split
 from experiment.evaluation_arguments import DECAY_FACTORS, LR_FACTORS, MAX_SHARE, SHARE_FACTORS, THETA_FACTORS
@@ -18,7 +17,7 @@ from experiment.trained_model import TrainedModel
 from training.dynamic_evaluation import DynamicEvaluation, gradient_rms
 from training.neural_cache import Mix, NeuralCache
 from training.token_losses import token_losses
-from utils import DataError, Diverged, RunError, batchify
+from utils import DataError, Diverged, RunError, batchify, progress_bar
 
 STATISTICS_BATCH_SIZE = 100  # of the batches of train whose gradients `rms` averages: the default of the paper's code
 
@@ -73,7 +72,7 @@ class Adapter:
         stderr names the flags whose chosen value is the largest or the smallest that was tried."""
         rules, mixes = grid(start)
         best, lowest = start, float("inf")
-        for lr, decay in tqdm(rules, desc="tuning", unit="pass", leave=False, disable=None, dynamic_ncols=True):
+        for lr, decay in progress_bar(rules, "tuning", "pass"):
             try:
                 means = self.losses(ids, Setting(lr, decay, None), mixes, "valid").flatten(1).mean(1)  # (1 + M,)
             except RunError:  # it diverges with this rate

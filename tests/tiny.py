@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.dropout import DropoutRates
+from genotypes import DARTS
 from model import retrain_model
 from model_search import RNNModelSearch
 from training.losses import Batch
@@ -22,6 +23,10 @@ def search_model(rates=RATES, seed=0, norm="batch"):
 def discrete_model(genotype, rates=RATES, seed=0, n_experts=1):
     torch.manual_seed(seed)
     return randomize(retrain_model(V, H, rates, genotype, n_experts))
+
+
+def model_without_dropout(cell=DARTS, n_experts=1):
+    return discrete_model(cell, DropoutRates(), n_experts=n_experts)
 
 
 def randomize(model):

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from model import RNNModel
-from utils import get_batch
+from utils import equal_segments
 
 RULES = ("sgd", "rms")
 EPSILON = 0.1  # of `rms`, in units of the mean root mean square of the gradients over all weights
@@ -71,11 +70,10 @@ def gradient_rms(model: RNNModel, source: Tensor, bptt: int) -> list[Tensor]:
     progress bar."""
     weights = model.weights()
     squares = [torch.zeros_like(w) for w in weights]
-    state = model.initial_hidden(source.size(1))
-    starts = range(0, len(source) - 1, bptt)
-    for i in tqdm(starts, desc="gradients of train", unit="segment", leave=False, disable=None, dynamic_ncols=True):
-        x, y = get_batch(source, i, bptt)  # (T, B)
+    state, count = model.initial_hidden(source.size(1)), 0
+    for _, x, y in equal_segments(source, bptt, "gradients of train"):  # (T, B) each
         hiddens, state = model(x, state.detach())
         for square, g in zip(squares, torch.autograd.grad(model.nll(hiddens, y), weights), strict=True):
             square.addcmul_(g, g)
-    return [square.div_(len(starts)).sqrt_() for square in squares]
+        count += 1
+    return [square.div_(count).sqrt_() for square in squares]

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.matmul import matmul_precision
-from utils import get_batch
+from utils import equal_segments, get_batch
 
 VALID_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # These are the published batch sizes of evaluation.
 NOTABLE = 0.01  # From this share of unknown words on, a warning says what they do to the perplexity.
@@ -49,11 +48,8 @@ def score(model, source: Tensor, bptt: int, name: str = "text", unknown: Tensor 
     plain = model.with_engine(model.engine._replace(name="eager"))  # no kernel is compiled for each number of words
     total, count = torch.zeros((), dtype=torch.float64, device=source.device), 0
     of_unknown, n_unknown = torch.zeros_like(total), 0
-    starts = range(0, len(source) - 1, bptt)
-    segments = tqdm(starts, desc=f"evaluating on {name}", unit="segment", leave=False, disable=None, dynamic_ncols=True)
     with matmul_precision(model.engine.precision):
-        for i in segments:
-            x, y = get_batch(source, i, bptt)  # (T, B)
+        for i, x, y in equal_segments(source, bptt, f"evaluating on {name}"):  # (T, B) each
             nll, hidden, hiddens = quick_segment(x, y, hidden)
             total += nll.double() * y.numel()
             count += y.numel()

@@ -4,13 +4,12 @@ import math
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from architect import WeightUpdate
 from engine.dropout import Masks
 from training.evaluation import perplexity
 from training.losses import Batch, MicroBatches, clipped_gradient
-from utils import RunError, get_batch
+from utils import RunError, get_batch, progress_bar
 
 KNOWN = 1.5  # A model overfits a batch if its perplexity is below this.
 STEPS = 2000  # This is the largest number of steps.
@@ -24,7 +23,7 @@ def overfit(
     `STEPS` steps, or as soon as it is not finite. `update` clips the gradient."""
     batch = Batch(*get_batch(text, 0, bptt), model.initial_hidden(text.size(1)), Masks())
     weights, ppl = model.weights(), math.inf
-    with tqdm(range(STEPS + 1), desc="one batch", unit="step", leave=False, disable=None, dynamic_ncols=True) as bar:
+    with progress_bar(range(STEPS + 1), "one batch", "step") as bar:
         for step in bar:
             nll, _, _ = clipped_gradient(MicroBatches(model, batch, small_batch_size), weights, update)
             ppl = perplexity(nll.item())

@@ -7,13 +7,12 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from model import RNNModel
 from training.dynamic_evaluation import DynamicEvaluation
 from training.evaluation import Score
 from training.neural_cache import NeuralCache
-from utils import Diverged, get_batch
+from utils import Diverged, equal_segments
 
 
 def token_losses(
@@ -30,13 +29,8 @@ def token_losses(
     """
     state = model.initial_hidden(source.size(1))
     losses = torch.empty(1 + (len(cache.mixes) if cache else 0), len(source) - 1, source.size(1), dtype=torch.float64)
-    segments = tqdm(
-        range(0, len(source) - 1, bptt), desc=f"evaluating on {name}", unit="segment", leave=False,
-        disable=None if show else True, dynamic_ncols=True,
-    )  # fmt: skip
     with dynamic.restored() if dynamic else nullcontext(), torch.set_grad_enabled(dynamic is not None):
-        for i in segments:
-            x, y = get_batch(source, i, bptt)  # (T, B)
+        for i, x, y in equal_segments(source, bptt, f"evaluating on {name}", show):  # (T, B) each
             hiddens, state = model(x, state.detach())  # (T, B, H), (B, S)
             own = model.log_probs(hiddens).gather(-1, y[..., None])[..., 0]  # (T, B)
             losses[0, i : i + len(y)] = -own.detach()

@@ -20,10 +20,6 @@ CELLS = [(DARTS, 1), (DARTS, 3), ("LSTM", 1), ("GRU", 2)]
 CELL_IDS = ["DARTS", "DARTS, 3 softmaxes", "LSTM", "GRU, 2 softmaxes"]
 
 
-def small_model(cell=DARTS, n_experts=1):
-    return tiny.discrete_model(cell, DropoutRates(), n_experts=n_experts)
-
-
 def random_text(seed, length=23, batch_size=1):
     return torch.randint(tiny.V, (length, batch_size), generator=torch.Generator().manual_seed(seed))
 
@@ -59,17 +55,17 @@ def expected_losses(model, text, bptt, lr, decay, rms=None):
 @pytest.mark.parametrize(("cell", "n_experts"), CELLS, ids=CELL_IDS)
 @pytest.mark.parametrize("rule", ["sgd", "rms"])
 def test_losses_match_a_plain_loop(cell, n_experts, rule):
-    model, text = small_model(cell, n_experts), random_text(1, batch_size=2)
+    model, text = tiny.model_without_dropout(cell, n_experts), random_text(1, batch_size=2)
     rms = gradient_rms(model, random_text(2, 17, 3), 5) if rule == "rms" else None
     lr, decay = (0.3, 0.2) if rule == "sgd" else (0.05, 0.9)
     dynamic = DynamicEvaluation(model.weights(), lr, decay, rms)
     actual = token_losses(model, text, 4, dynamic=dynamic)
-    expected = expected_losses(small_model(cell, n_experts), text, 4, lr, decay, rms)
+    expected = expected_losses(tiny.model_without_dropout(cell, n_experts), text, 4, lr, decay, rms)
     torch.testing.assert_close(actual[0], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_gradient_rms_matches_a_plain_loop():
-    model, text = small_model(), random_text(3, 18, 4)
+    model, text = tiny.model_without_dropout(), random_text(3, 18, 4)
     actual = gradient_rms(model, text, 5)
     squares, state = [torch.zeros_like(w) for w in model.weights()], model.initial_hidden(4)
     starts = (0, 5, 10, 15)
@@ -89,7 +85,7 @@ def test_gradient_rms_matches_a_plain_loop():
 )  # fmt: skip
 def test_a_loss_depends_on_no_later_word(seed, bptt, cut, rule, size):
     """The words after `cut` are replaced, and no loss up to there changes; nor do the weights in the end."""
-    model = small_model()
+    model = tiny.model_without_dropout()
     before = [w.detach().clone() for w in model.weights()]
     text, other = random_text(seed), random_text(seed)
     other[cut + 1 :] = random_text(seed + 1000)[cut + 1 :]
@@ -105,7 +101,7 @@ def test_a_loss_depends_on_no_later_word(seed, bptt, cut, rule, size):
 
 
 def test_weights_are_restored_after_an_error():
-    model = small_model()
+    model = tiny.model_without_dropout()
     before = [w.detach().clone() for w in model.weights()]
     text = random_text(1)
     text[20] = tiny.V  # no word has this id
@@ -123,7 +119,7 @@ def test_alphas_of_a_relaxed_model_do_not_move():
 
 def test_a_repeated_text_becomes_likelier():
     """A period of five words is repeated, of which the trained model knows nothing."""
-    model, text = small_model(), random_text(4, 5).repeat(40, 1)
+    model, text = tiny.model_without_dropout(), random_text(4, 5).repeat(40, 1)
     plain = token_losses(model, text, 5)[0]
     dynamic = token_losses(model, text, 5, dynamic=DynamicEvaluation(model.weights(), 0.5, 0.0))[0]
     assert dynamic[-5:].mean() < plain[-5:].mean() - 0.5
@@ -131,7 +127,7 @@ def test_a_repeated_text_becomes_likelier():
 
 @pytest.mark.parametrize(("cell", "n_experts"), CELLS, ids=CELL_IDS)
 def test_plain_losses_are_those_of_the_evaluation(cell, n_experts):
-    model, text = small_model(cell, n_experts), random_text(6, 40, 3)
+    model, text = tiny.model_without_dropout(cell, n_experts), random_text(6, 40, 3)
     marks = torch.rand(text.shape, generator=torch.Generator().manual_seed(1)) < 0.3
     losses = token_losses(model, text, 7)
     expected = score(model, text, 7, unknown=marks)

@@ -19,10 +19,6 @@ CELL_IDS = ["DARTS", "ENAS, 3 softmaxes", "LSTM", "GRU, 2 softmaxes"]
 PROMPT = torch.tensor([3, 1, 4])
 
 
-def small_model(cell, n_experts=1):
-    return tiny.discrete_model(cell, DropoutRates(), n_experts=n_experts)
-
-
 def expected_probs(log_probs, temperature, top_k, top_p):
     """Returns what `next_word_probs` should, for one sample, as a plain loop over the words by rank."""
     if temperature == 0:
@@ -62,7 +58,7 @@ def test_low_temperature_approaches_the_most_likely_word():
 @pytest.mark.parametrize(("cell", "n_experts"), CELLS, ids=CELL_IDS)
 def test_sampled_frequencies_match_the_probabilities_of_the_model(cell, n_experts):
     """Chi-squared test of 20,000 samples of the second word after a prompt, given the first."""
-    model, samples = small_model(cell, n_experts), 20_000
+    model, samples = tiny.model_without_dropout(cell, n_experts), 20_000
     first, second = generate(model, PROMPT, 2, samples, torch.Generator().manual_seed(5))
     word = first.bincount().argmax().item()
     seen = second[first == word].bincount(minlength=tiny.V)
@@ -77,7 +73,7 @@ def test_sampled_frequencies_match_the_probabilities_of_the_model(cell, n_expert
 
 @pytest.mark.parametrize(("cell", "n_experts"), CELLS, ids=CELL_IDS)
 def test_most_likely_words_are_those_of_a_model_that_reads_the_whole_text_anew(cell, n_experts):
-    model, text = small_model(cell, n_experts), PROMPT
+    model, text = tiny.model_without_dropout(cell, n_experts), PROMPT
     words = [ids.item() for ids in generate(model, PROMPT, 12, 1, torch.Generator(), temperature=0)]
     for word in words:
         with torch.no_grad():
@@ -95,7 +91,7 @@ def test_relaxed_model_generates(norm):
 
 
 def test_words_depend_on_the_seed_alone():
-    model = small_model(DARTS)
+    model = tiny.model_without_dropout(DARTS)
 
     def sample(seed):
         return torch.stack(list(generate(model, PROMPT, 20, 4, torch.Generator().manual_seed(seed)))).tolist()

@@ -58,7 +58,8 @@ def add_stage_flags(parser: arguments.Parser) -> None:
     add("--proxy_cells", nargs="+", default=cells, metavar="ARCH", help="cells to rank")
     add("--proxy_epochs", nargs="+", type=int, default=[50, 100, 300], metavar="N", help="to try")
     add("--proxy_flags", nargs="*", default=[], metavar="FLAGS",
-        help="other settings to try beside --train_flags, each in quotes, such as '--emsize 300'")  # fmt: skip
+        help="other settings to try beside --train_flags, each in quotes, such as '--emsize 300'; one with --epochs "
+        "has this length alone, the others each of --proxy_epochs")  # fmt: skip
     add("--proxy_reference", type=int, default=0, metavar="N",
         help="epochs of the long training (default: full_epochs)")  # fmt: skip
     add("--proxy_seeds", type=int, default=2, help="trainings of each cell")

@@ -48,15 +48,22 @@ class Proxy(NamedTuple):
         """Returns the directory name of its runs. Settings that differ only in epochs share the longest run if it
         begins like the shorter ones."""
         name = label(self.flags) or "full"
-        return name if self.is_beginning else f"{name}-{self.epochs}"
+        return name if self.is_beginning or own_epochs(self.flags) else f"{name}-{self.epochs}"
 
     def __str__(self) -> str:
+        if own_epochs(self.flags):
+            return self.flags
         return f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}{f', {self.flags}' if self.flags else ''}"
 
 
 def falls_with_epochs(flags: str) -> bool:
     """Returns whether these flags of train.py select a schedule whose learning rates depend on the number of epochs."""
     return re.search(r"--schedule[ =](cosine|polynomial)", flags) is not None
+
+
+def own_epochs(flags: str) -> list[int]:
+    """Returns the number of epochs among these flags of a proxy, in a list; it is empty if there is none."""
+    return [int(number) for number in re.findall(r"--epochs[ =](\d+)", flags)][-1:]
 
 
 class Study:
@@ -85,7 +92,10 @@ class Study:
     def proxies(self) -> list[Proxy]:
         """Returns the short trainings to try; those of full size must have fewer epochs than the reference training."""
         a = self.args
-        found = [Proxy(epochs, flags) for flags in (*a.proxy_flags, "") for epochs in sorted(a.proxy_epochs)]
+        found = [
+            Proxy(epochs, flags)
+            for flags in (*a.proxy_flags, "") for epochs in own_epochs(flags) or sorted(a.proxy_epochs)
+        ]  # fmt: skip
         return [proxy for proxy in found if proxy.folder != "full" or proxy.epochs < self.reference().epochs]
 
     def reference(self) -> Proxy:

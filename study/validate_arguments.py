@@ -24,7 +24,7 @@ EPHEMERAL_FLAGS = {"help", "stage", "study", "resume", "dry_run", "address"}
 RESERVED_FLAGS = "save resume data arch epochs seed test overfit finetune search_split".split()
 METHOD_NAME = re.compile(r"(?!random-)[A-Za-z][A-Za-z0-9-]*")
 # These may grow after their stage has begun: what was run before remains part of the study.
-GROWING_FLAGS = {"methods", "seeds", "random_cells", "baselines", "proxy_cells", "proxy_seeds"}
+GROWING_FLAGS = {"methods", "seeds", "random_cells", "baselines", "proxy_cells", "proxy_flags", "proxy_seeds"}
 
 
 def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def quoted_flags(args: Namespace) -> Iterator[tuple[str, str, list[str]]]:
     for name in ("train_flags", "search_flags", "select_flags"):
         yield f"--{name}", getattr(args, name), [*RESERVED_FLAGS, "unrolled"]
     for flags in args.proxy_flags:
-        yield "--proxy_flags", flags, RESERVED_FLAGS
+        yield "--proxy_flags", flags, [name for name in RESERVED_FLAGS if name != "epochs"]
     for name, flags in map(named_method, args.methods):
         yield f"--methods {name}", flags, RESERVED_FLAGS
 

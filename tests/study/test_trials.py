@@ -28,6 +28,7 @@ from study.jobs import Job
 from study.leaderboard import as_markdown
 from study.records import ARCHIVE
 from study.stats import expected_best, holm, kendall, permutation_test
+from study.validate_arguments import continues
 from utils import RunError, segments
 
 SCRIPTS = {"train.py": train, "train_search.py": train_search}
@@ -297,6 +298,26 @@ def test_proxies_with_a_schedule_have_a_training_for_each_length(whole):
     assert found["proxy/schedule-cosine-2"][-4:-2] == ("--schedule", "cosine")
 
 
+def test_proxy_with_epochs_of_its_own_has_no_other_length(whole):
+    own = ["--schedule cosine --epochs 3", "--emsize 4 --epochs 1"]
+    args = arguments.build_parser().parse_args(
+        ["proxy", *flags("penn", whole), "--proxy_epochs", "1", "2", "--proxy_flags", *own, "--emsize 4"]
+    )
+    found = {job.name.rsplit("/", 2)[0]: job.flags for job in Study(whole, args).short_trainings()}
+    epochs = {name: train.build_parser().parse_args(given).epochs for name, given in found.items()}
+    assert epochs == {
+        "proxy/schedule-cosine---epochs-3": 3, "proxy/emsize-4---epochs-1": 1, "proxy/emsize-4": 2, "proxy/full": 1
+    }  # fmt: skip
+    assert [str(proxy) for proxy in Study(whole, args).proxies()] == [
+        *own, "1 epoch, --emsize 4", "2 epochs, --emsize 4", "1 epoch"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("now", "kept"), [(["a"], True), (["b", "a"], True), (["b"], False), ([], False)])
+def test_proxy_settings_may_join_a_stage_that_has_begun_but_not_leave_it(now, kept):
+    assert continues("proxy_flags", now, ["a"]) == kept
+
+
 def test_short_trainings_of_proxies_have_other_seeds_than_long_ones(whole):
     args = arguments.build_parser().parse_args(
         ["proxy", *flags("penn", whole), "--proxy_flags", "--emsize 4", "--proxy_seeds", "4"]
@@ -498,7 +519,8 @@ def test_number_of_trials_that_fit_on_a_machine(available, cpus, gpus, fit):
         (["--methods", "x=--save y"], "--methods x: --save is the study's to set; leave it out"),
         (["--methods", "x=--norm y"], "--methods: error: argument --norm: invalid choice: 'y'"),
         (["--methods", "x=--patience 3"], "--methods x: --patience looks at valid.txt"),
-        (["--proxy_flags", "--epochs 3"], "--proxy_flags: --epochs is the study's to set; leave it out"),
+        (["--proxy_flags", "--seed 3"], "--proxy_flags: --seed is the study's to set; leave it out"),
+        (["--train_flags", "--epochs 3"], "--train_flags: --epochs is the study's to set; leave it out"),
         (["--baselines", "LSTM", "DARTS", "LSTM"], "--baselines: LSTM is named twice"),
         (["--proxy_seeds", "1"], "--proxy_seeds 1: at least 2, since no run is to be compared with itself"),
         (["--methods", "random", "--random_cells", "0"], "--random_cells 0: as many as are found"),

@@ -131,9 +131,7 @@ def get_batch(source: Tensor, i: int, seq_len: int) -> tuple[Tensor, Tensor]:
     return source[i : i + seq_len], source[i + 1 : i + 1 + seq_len]
 
 
-def equal_segments(
-    source: Tensor, bptt: int, title: str, show: bool = True
-) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
+def equal_segments(source: Tensor, bptt: int, title: str, show: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yields (i, inputs, targets) of each segment of `bptt` time steps of `source` (n, B), inputs and targets (T, B)
     from time step i on. A progress bar shows `title`, unless `show` is false."""
     for i in progress_bar(range(0, len(source) - 1, bptt), title, "segment", show):

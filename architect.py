@@ -217,7 +217,7 @@ class AveragedAdam(torch.optim.Adam):
     mean has polynomial decay (Shamir & Zhang, ICML 2013, section 4): the weight of step t grows like t^DECAY, so that
     the first steps are forgotten while the last oscillations are averaged out."""
 
-    DECAY = 3  # measured in docs/signal.md
+    DECAY = 3  # docs/signal.md says why
 
     @torch.no_grad()
     def step(self, closure=None):

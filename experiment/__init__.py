@@ -1,6 +1,6 @@
 """One run: its flags, its start, its directory, its checkpoints.
 
-Importing this package ends a script on a system that is not supported; each door imports it before the algorithm.
+Importing this package ends a script on a system that is not supported; each script imports it first.
 """
 
 import io

@@ -1,4 +1,5 @@
-"""Defines the flags that both scripts have; validate_arguments.py checks their values."""
+"""Defines the parser of all scripts and the flags that train_search.py and train.py share (validate_arguments.py checks
+their values)."""
 
 import argparse
 import difflib

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Search a cell on Penn Treebank with the settings that docs/signal.md found to be better than a random draw.
-# Cost: 2 minutes on one CPU core. The cell is then retrained at any size: scripts/train_ptb.sh --arch RUN
+# Cost: 3 minutes on one CPU core. The cell is then retrained at any size: scripts/train_ptb.sh --arch RUN
 # Extra flags are passed on: scripts/search_recommended.sh --seed 0 --save runs/search-0
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."

@@ -14,7 +14,7 @@
 #   sbatch scripts/slurm.sh train.py --arch runs/search --save runs/train
 #
 # The same command again resumes what it left. The nodes must see this folder under the same path; PYTHON names a
-# Python that has what requirements-cluster.txt lists (torch alone is enough for torchrun).
+# Python that has what requirements-cluster.txt lists (requirements.txt is enough for torchrun).
 # Cost: what the lines above ask for. Two minutes before its time is up Slurm sends SIGTERM, and a run saves and ends.
 set -euo pipefail
 cd -- "${SLURM_SUBMIT_DIR:-.}"

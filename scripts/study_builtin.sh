@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A whole study in small, on the text that every Python carries: two methods and two seeds each, two random cells, a
-# baseline, proxies, selection, retraining, leaderboard. It shows the workflow; so little text ranks no cells.
+# A whole study in small, on the text that every Python carries: two methods and two seeds each, two random cells, two
+# baselines, proxies, selection, retraining, leaderboard. It shows the workflow; so little text ranks no cells.
 # Extra flags are passed on: scripts/study_builtin.sh --dry_run; to resume: scripts/study_builtin.sh --resume --study DIR
 # Cost: 8 minutes on 2 CPU cores after the install.
 set -euo pipefail

@@ -85,7 +85,7 @@ def onednn_is_quicker() -> bool:
 
 def has_fast_bf16(device: torch.device) -> bool:
     """Returns whether products in bf16 are fast on this device. On a CPU they are where oneDNN computes them, which it
-    does with AVX-512; elsewhere torch takes 20 to 45 times as long as in fp32 (benchmarks/NOTES.md)."""
+    does with AVX-512; elsewhere torch takes 25 times as long as in fp32 (benchmarks/NOTES.md)."""
     if device.type != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

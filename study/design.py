@@ -39,16 +39,11 @@ class Proxy(NamedTuple):
     flags: str = ""  # These flags of train.py are added to --train_flags.
 
     @property
-    def is_beginning(self) -> bool:
-        """Returns whether a training with fewer epochs is the beginning of one with more epochs."""
-        return not falls_with_epochs(self.flags)
-
-    @property
     def folder(self) -> str:
-        """Returns the directory name of its runs. Settings that differ only in epochs share the longest run if it
-        begins like the shorter ones."""
+        """Returns the directory name of its runs. Settings that differ only in --proxy_epochs share the longest run if
+        it begins like the shorter ones."""
         name = label(self.flags) or "full"
-        return name if self.is_beginning or own_epochs(self.flags) else f"{name}-{self.epochs}"
+        return f"{name}-{self.epochs}" if falls_with_epochs(self.flags) and not own_epochs(self.flags) else name
 
     def __str__(self) -> str:
         if own_epochs(self.flags):

@@ -1,6 +1,6 @@
 """One run: its flags, its start, its directory, its checkpoints.
 
-Importing this package ends a script on a system that is not supported; each script imports it first.
+Importing this package ends a script on a system that is not supported; each script imports it before the algorithm.
 """
 
 import io

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The studies of docs/signal.md: kinds of search against random cells, on the text that every Python carries and on the
 # first 300,000 tokens of Penn Treebank. What docs/signal/*.jsonl holds already is not run again.
-# Cost: 4 hours on 2 CPU cores for the studies on both (one alone: scripts/signal_study.sh builtin). Penn Treebank is downloaded.
+# Cost: 4 hours on 2 CPU cores for the studies on both (one alone: scripts/signal_study.sh builtin). Penn Treebank is
+# downloaded.
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh

@@ -22,6 +22,15 @@ def caches(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=not FULL)
+def fsync_does_not_wait():
+    """Leaves out fsync, which matters only where a machine loses its power, and no test turns one off. Many tests save
+    a checkpoint at every step, and would wait for the disk a fifth of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Returns the folder of a corpus of a made-up language, on which a run takes a second; no test may write to it."""

@@ -1,6 +1,6 @@
 """Computes the gradients of a search step on one or more ranks, for test_distributed.py, which also calls torchrun.
 
-python tests/gradients.py FILE MICRO_BATCH_SIZE NORM
+python tests/gradients.py FILE MICRO_BATCH_SIZE
 """
 
 import sys
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from architect import Architect, WeightUpdate
 from engine import Engine
 from engine.dropout import DropoutRates, FrozenReLU, Masks
+from engine.reference import NORMS
 from experiment.distributed import Distributed, exit_process
 from model_search import RNNModelSearch
 from training.losses import Batch, MicroBatches, clipped_gradient
@@ -60,7 +61,7 @@ def gradients(ranks, micro_batch_size, norm):
 
 if __name__ == "__main__":
     here = Distributed()
-    result = gradients(here, int(sys.argv[2]), sys.argv[3])
+    result = {norm: gradients(here, int(sys.argv[2]), norm) for norm in NORMS}
     if here.is_main:
         torch.save(result, sys.argv[1])
     exit_process(0)

@@ -26,6 +26,7 @@ from utils import batchify
 OPTIMIZERS = ("ntasgd", *SEARCH_OPTIMIZERS)
 SCRIPTS = {"train": train, "search": train_search}
 RATE = {"momentum": 0.3, "adam": 0.01, "adamw": 0.01}  # learning rates for a model of this size; that of SGD is 3
+CELL = "Genotype(recurrent=[('tanh',0),('relu',1)],concat=[1,2])"  # trained unless the flags have an --arch
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,9 @@ def first_stage(corpus, tmp_path_factory):
     return run("train", corpus, tmp_path_factory.mktemp("first") / "run", "--epochs 3 --lr 3 --arch random:4")
 
 
-def run(kind, corpus, save, flags, code=0):
-    assert SCRIPTS[kind].main([*SIZES, "--data", str(corpus), "--save", str(save), *flags.split()]) == code
+def run(kind, corpus, save, flags):
+    arch = ["--arch", CELL] if kind == "train" and "--finetune" not in flags else []
+    assert SCRIPTS[kind].main([*SIZES, *arch, "--data", str(corpus), "--save", str(save), *flags.split()]) == 0
     return save
 
 
@@ -46,17 +48,16 @@ def result(folder):
 # --- killed and resumed ---
 
 TRAIN = [
-    *(f"--optimizer {name} --lr {RATE.get(name, 3)}" for name in OPTIMIZERS),
-    "--optimizer momentum --momentum 0.5 --lr 1", "--optimizer ntasgd --nonmono 1 --lr 20 --epochs 5",
-    *(f"--warmup 17 --warmup_shape {shape} --warmup_start 0.01 --lr 3" for shape in SHAPES),
-    "--schedule exponential --lr 3",
-    "--schedule step --step_size 0.5 --gamma 0.3", "--schedule cosine --final_lr 0.5 --cycle 1 --warmup 5",
-    "--schedule polynomial --final_lr 0.5 --power 2", "--schedule plateau --plateau_patience 0 --gamma 0.1 --lr 20",
-    "--schedule cosine --warmup 20 --nonmono 1 --lr 20 --epochs 5",
-    "--clip 0 --lr 0.3", "--clip_value 0.01 --clip 0.1",
-    "--patience 1 --min_delta 0.01 --lr 20 --epochs 6", "--limit_tokens 100",
-    "--rdrop 0.7 --small_batch_size 2", "--fraternal 0.7", "--rdrop 0.7 --fraternal 2 --n_experts 3",
-    "--n_experts 3", "--arch LSTM", "--arch GRU", "--arch random:5", "--finetune FIRST --nonmono 1 --epochs 4",
+    "--optimizer sgd --warmup 17 --warmup_shape linear --warmup_start 0.01 --schedule exponential --lr 3",
+    "--optimizer asgd --warmup 17 --warmup_shape exponential --warmup_start 0.01 --schedule constant --lr 3",
+    "--optimizer adam --lr 0.01 --schedule step --step_size 0.5 --gamma 0.3 --clip_value 0.01 --clip 0.1",
+    "--optimizer adamw --lr 0.01 --schedule cosine --final_lr 0.001 --cycle 1 --warmup 5",
+    "--optimizer momentum --momentum 0.5 --lr 1 --schedule polynomial --final_lr 0.5 --power 2",
+    "--schedule plateau --plateau_patience 0 --gamma 0.1 --lr 20 --arch DARTS_V1",
+    "--optimizer ntasgd --schedule cosine --warmup 20 --nonmono 1 --lr 20 --epochs 5",
+    "--clip 0 --lr 0.3 --limit_tokens 100", "--patience 2 --min_delta 0.01 --lr 20 --epochs 6",
+    "--rdrop 0.7 --fraternal 2 --n_experts 3 --small_batch_size 2", "--rdrop 0.7 --arch LSTM",
+    "--fraternal 0.7 --arch GRU", "--finetune FIRST --nonmono 1 --epochs 4",
 ]  # fmt: skip
 SEARCH = [
     *(f"--optimizer {name} --lr {RATE.get(name, 3)}" for name in ("asgd", "adam", "adamw")),
@@ -67,6 +68,12 @@ SEARCH = [
     *(f"--norm {norm} --unrolled --arch_start 1 --epochs 3 --stop_stable 1" for norm in NORMS),
 ]  # fmt: skip
 SHORT = SEARCH[:1] + SEARCH[3:4] + SEARCH[7:8]  # the searches that scripts/test.sh kills
+
+
+def test_killed_retrainings_have_every_optimizer_and_schedule():
+    flags = " ".join(TRAIN)
+    names = {"optimizer": OPTIMIZERS, "schedule": DECAYS, "warmup_shape": SHAPES}
+    assert [name for flag, all_of_it in names.items() for name in all_of_it if f"--{flag} {name}" not in flags] == []
 
 
 class Kill(BaseException):
@@ -83,13 +90,10 @@ class Kill(BaseException):
 def test_killed_and_resumed_run_is_bit_identical(kind, flags, corpus, first_stage, tmp_path, monkeypatch):
     """The first kill comes in a step of the second epoch, just after a checkpoint; the second one in that epoch's
     validation."""
-    script, base = SCRIPTS[kind], "--checkpoint_minutes 0 --epochs 3 --arch DARTS_V1 --lr 3"
-    if kind == "search":
-        base = base.replace("--arch DARTS_V1", "").replace("--epochs 3", "--epochs 2")
-    flags = flags.replace("FIRST", str(first_stage))
-    if "FIRST" in flags or "--finetune" in flags:
-        base = base.replace("--arch DARTS_V1 --lr 3", "")
-    flags = f"{base} {flags}"
+    script, base = SCRIPTS[kind], f"--checkpoint_minutes 0 --epochs {2 if kind == 'search' else 3}"
+    if "--finetune" not in flags:
+        base += " --lr 3"
+    flags = f"{base} {flags.replace('FIRST', str(first_stage))}"
     expected = outcome(run(kind, corpus, tmp_path / "whole", flags))
 
     clipped_gradient = script.clipped_gradient

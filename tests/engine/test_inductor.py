@@ -93,17 +93,16 @@ def both(x, factor, product, total):
     product.copy_(x * factor)
     total.copy_(total + x.sum(0))
 
-kinds = [torch.rand(4, 6), torch.rand(5, 6), torch.rand(6, 5).t(), torch.rand(5, 6).double()]
+of_x = [torch.rand(4, 6), torch.rand(5, 6), torch.rand(6, 5).t(), torch.rand(5, 6).double()]
 for _ in range(3):
-    for x in kinds:
-        for factor in (2.0, 3.0):
-            x.copy_(torch.rand(x.shape))
-            product, total = torch.empty_like(x), torch.ones(6, dtype=x.dtype)
-            both(x, factor, product, total)
-            torch.testing.assert_close(product, x * factor)
-            torch.testing.assert_close(total, 1 + x.sum(0))
+    for x, factor in zip([*of_x, of_x[0]], [2.0, 2.0, 2.0, 2.0, 3.0]):
+        x.copy_(torch.rand(x.shape))
+        product, total = torch.empty_like(x), torch.ones(6, dtype=x.dtype)
+        both(x, factor, product, total)
+        torch.testing.assert_close(product, x * factor)
+        torch.testing.assert_close(total, 1 + x.sum(0))
 code = both.compiled()
-assert len(code.found) == 8, code.found
+assert len(code.found) == 5, code.found
 assert not any(isinstance(n, torch.Tensor) and n.dim() for _, _, numbers in code.found.values() for n in numbers)
 searched, code.search = code.search, None
 both(x, 3.0, product, total)
@@ -153,7 +152,7 @@ from engine.inductor import kernel
 def doubled(x, out):
     out.copy_(2 * x)
 
-for n in range(3):
+for n in range(2):
     x, out = torch.full((3, 4, 10), float(n)).chunk(2, -1)
     doubled(x, out)
     print((out == 2 * n).all().item(), (x == n).all().item(), len(doubled.compiled().found))
@@ -164,7 +163,7 @@ for n in range(3):
 def test_code_is_not_cached_for_views_of_one_storage():
     """Its code takes a tensor that is not an argument, and the next call has another storage, so no code is cached."""
     done = run_compiling(VIEWS)
-    assert done.stdout.split("\n")[:3] == ["True True 0"] * 3, done.stdout + done.stderr
+    assert done.stdout.split("\n")[:3] == ["True True 0", "True True 0", ""], done.stdout + done.stderr
 
 
 THREADS = """
@@ -180,19 +179,24 @@ def call(n):
     named(x, "a" * n, out)
     found.append(out[0].item())
 
+def call_more():
+    torch._dynamo.config.recompile_limit = 2
+    for n in range(2, 6):
+        call(n)
+
 x, out, found = torch.ones(4), torch.empty(4), []
 call(1)
-thread = threading.Thread(target=lambda: [call(n) for n in range(2, 12)])
+thread = threading.Thread(target=call_more)
 thread.start()
 thread.join()
-print(found == list(range(1, 12)))
+print(found == list(range(1, 6)), len(named.compiled().found))
 """
 
 
 @needs_compiler
 def test_kernel_compiles_in_a_second_thread():
-    done = run_compiling(THREADS)  # the code compiles more variants than the limit of torch.compile
-    assert done.stdout.strip() == "True", done.stderr
+    done = run_compiling(THREADS)  # the code compiles more variants than torch.compile is allowed to
+    assert done.stdout.strip() == "True 5", done.stderr
 
 
 def test_missing_compiler_warns_once_and_runs_uncompiled():

@@ -114,7 +114,7 @@ def test_killed_retraining_has_epochs_before_and_after_the_switch(uninterrupted)
     ("name", "number"),
     [
         ("retraining", signal.SIGTERM),
-        ("retraining", signal.SIGUSR1),
+        pytest.param("retraining", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("unrolled", signal.SIGINT, marks=pytest.mark.slow),  # below, two of it stop a retraining
     ],
 )

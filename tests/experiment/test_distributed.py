@@ -33,13 +33,20 @@ def torchrun(*command):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    """The gradients on two ranks, by norm and name."""
+    path = tmp_path_factory.mktemp("gradients") / "two.pt"
+    finish(torchrun("tests/gradients.py", path, B // 2))
+    return torch.load(path, weights_only=True)
+
+
 @pytest.mark.parametrize("norm", NORMS)
-def test_two_ranks_match_the_gradients_of_two_micro_batches(norm, tmp_path):
+def test_two_ranks_match_the_gradients_of_two_micro_batches(norm, of_two_ranks):
     """The test compares the gradients of the weights and of the alphas (first and second order) on both engines in
     float64; those by central differences must agree to a millionth. Without batch normalisation they must also equal
     the gradients of one process with the whole batch."""
-    finish(torchrun("tests/gradients.py", tmp_path / "two.pt", B // 2, norm))
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    two = of_two_ranks[norm]
     parts, whole = (gradients(Distributed(), micro_batch_size, norm) for micro_batch_size in (B // 2, B))
     for one in (parts,) if norm == "batch" else (parts, whole):
         assert two.keys() == one.keys()

@@ -39,6 +39,11 @@ def git_commit() -> str | None:
     return run[0] + ("+" if run[1] else "")
 
 
+def cpu_name() -> str:
+    """Returns the architecture of the processor, and the widest vector instructions that torch uses on it."""
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 class Run:
     """A run directory, created and locked for this process alone. Raises `Locked` if another one holds the lock."""
 
@@ -66,7 +71,7 @@ class Run:
         cuda = device.type == "cuda"
         surroundings = {
             "versions": {"python": platform.python_version(), "torch": torch.__version__}, "device": str(device),
-            "hardware": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+            "hardware": torch.cuda.get_device_name(device) if cuda else cpu_name(),
             "threads": torch.get_num_threads(), "ranks": ranks, "git_commit": git_commit(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }  # fmt: skip

@@ -19,6 +19,9 @@ from study.jobs import Job
 
 METHODS = {"first": "", "unrolled": "--unrolled"}  # These methods need no flags from the user.
 RANDOM = "random"  # This method does not search.
+# The seeds of these stages begin so far above --seed that no two stages share one, however many searches join: a cell
+# that a lucky seed selected loses its luck when it is retrained.
+SEEDS_FROM = {"select": 1000, "retrain": 2000}
 
 
 class Cell(NamedTuple):
@@ -70,12 +73,14 @@ class Study:
     def training(
         self, stage: str, label: str, arch: str, epochs: int, seeds: int, *more: str, after: int = 0
     ) -> list[Job]:
-        """Returns the trainings of one cell, one for each of `seeds` seeds after the first `after` seeds."""
+        """Returns the trainings of one cell, one for each of `seeds` seeds after the first `after` seeds of the
+        stage."""
         a = self.args
         flags = ("--data", a.data, "--arch", arch, "--epochs", str(epochs), *shlex.split(a.train_flags), *more)
+        first = a.seed + SEEDS_FROM.get(stage, 0) + after
         return [
             Job(f"{stage}/{label}/{seed}", "train.py", (*flags, "--seed", str(seed)))
-            for seed in range(a.seed + after, a.seed + after + seeds)
+            for seed in range(first, first + seeds)
         ]
 
     def baseline(self) -> list[Job]:
@@ -149,43 +154,56 @@ class Study:
         return [cell for pair in zip_longest(searched, drawn) for cell in pair if cell]
 
     def select(self, cells: Sequence[Cell] | None = None) -> list[Job]:
-        """Returns the short trainings of the given cells; the default is all that the method `cells` returns."""
+        """Returns the short trainings of the given cells; the default is all that the method `cells` returns.
+
+        A cell that several searches found has --select_seeds trainings for each of them. If they shared one, its luck
+        would count as often as the cell was found, and a method that always finds one cell would have no variance.
+        """
         a = self.args
         more = shlex.split(a.select_flags)
         each = [
-            self.training("select", cell.label, str(cell.genotype), a.select_epochs, a.select_seeds, *more)
+            self.training("select", cell.label, str(cell.genotype), a.select_epochs,
+                          a.select_seeds * len(cell.found_by), *more)
             for cell in (self.cells() if cells is None else cells)
-        ]
+        ]  # fmt: skip
         # All cells are trained with one seed before any is trained with the next.
-        return [job for round_ in zip(*each, strict=True) for job in round_]
+        return [job for round_ in zip_longest(*each) for job in round_ if job]
+
+    def by_name(self, cell: Cell) -> dict[str, float]:
+        """Returns the mean validation perplexity of the short trainings that belong to each name of a cell, for those
+        names whose trainings have all ended."""
+        jobs, n = self.select([cell]), self.args.select_seeds
+        found = {name: self.values(jobs[k * n : (k + 1) * n]) for k, name in enumerate(cell.found_by)}
+        return {name: mean(values) for name, values in found.items() if len(values) == n}
 
     def selected(self) -> list[tuple[float, Cell]]:
         """Returns (mean validation perplexity, cell), best first, of the cells whose short trainings are all done."""
-        trained = [(self.values(self.select([cell])), cell) for cell in self.cells()]
-        ranked = [(mean(values), cell) for values, cell in trained if len(values) == self.args.select_seeds]
+        trained = [(self.by_name(cell), cell) for cell in self.cells()]
+        ranked = [(mean(found.values()), cell) for found, cell in trained if len(found) == len(cell.found_by)]
         return sorted(ranked, key=lambda pair: (pair[0], pair[1].label))
 
     def retrain(self, cells: Sequence[Cell] | None = None) -> list[Job]:
-        """Returns the full trainings of the given cells; the default is the --top best of the selection. Their seeds
-        differ from those of the selection, so that a cell which a lucky seed selected loses that advantage."""
+        """Returns the full trainings of the given cells; the default is the --top best of the selection."""
         a, found = self.args, []
         if cells is None:
             cells = [cell for _, cell in self.selected()[: a.top]]
         for cell in cells:
             text = str(cell.genotype)
-            found += self.training("retrain", cell.label, text, a.full_epochs, a.full_seeds, after=a.select_seeds)
+            found += self.training("retrain", cell.label, text, a.full_epochs, a.full_seeds)
         return found
 
     def chosen(self) -> tuple[Cell, Job] | None:
         """Returns the cell with the best mean validation perplexity after retraining, and the best of its runs. That
         run evaluates the test text. Once it has, it remains the choice, whatever is retrained later. Returns None if no
         cell has finished all of its retrainings."""
+        for cell in self.cells():
+            for job in self.retrain([cell]):
+                result = metrics.result(self.folder / job.name)
+                if result and result["test_ppl"] is not None:
+                    return cell, job._replace(test=True)
         ranked = []
         for _, cell in self.selected()[: self.args.top]:
             results = {job: metrics.result(self.folder / job.name) for job in self.retrain([cell])}
-            for job, result in results.items():
-                if result and result["test_ppl"] is not None:
-                    return cell, job._replace(test=True)
             done = {job: result["valid_ppl"] for job, result in results.items() if result}
             if len(done) == self.args.full_seeds:
                 ranked.append((mean(done.values()), cell, min(done, key=done.__getitem__)))

@@ -24,7 +24,8 @@ def as_csv(cells: Sequence[dict]) -> str:
     """Returns CSV text with a header and one line for each cell."""
     file = io.StringIO()
     if cells:
-        table = csv.DictWriter(file, cells[0].keys(), lineterminator="\n")
+        columns = [name for name in cells[0] if name != "by_name"]
+        table = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         table.writeheader()
         table.writerows({**row, "found_by": " ".join(row["found_by"])} for row in cells)
     return file.getvalue()
@@ -76,13 +77,15 @@ def as_markdown(found: dict[str, Any]) -> str:
         rows = [(b["cell"], b["seed"], b["valid_ppl"], len(b["curve"])) for b in found["baselines"]]
         parts += ["## Baselines, in full", table("cell | seed | valid ppl | epochs", rows)]
     if found["proxies"]:
-        head = "short training | cost, of one in full | cells | tau | rho | sd of seeds | of cells | recommended"
+        head = "short training | cost, of one in full | cells | tau | rho | tau of seeds | sd of seeds | of cells"
+        head += " | recommended"
         rows = [
             (p["proxy"], f"{100 * p['cost']:.1f}%", p["cells"], interval(p["tau"]), interval(p["rho"]),
-             p["seed_sd"], p["cell_sd"], "yes" if p["recommended"] else "")
+             p["tau_of_seeds"], p["seed_sd"], p["cell_sd"], "yes" if p["recommended"] else "")
             for p in found["proxies"]
         ]  # fmt: skip
-        parts += ["## Proxies", "tau and rho against the long training, with 90% intervals of the bootstrap."]
+        parts += ["## Proxies", "tau and rho against the long training, with 90% intervals of the bootstrap; tau of "
+                  "seeds against the same short training with other seeds."]  # fmt: skip
         parts += [table(head, rows)]
         if not any(p["recommended"] for p in found["proxies"]):
             parts.append(f"None has a tau of {AGREES} with an interval above 0: train longer, or rank more cells.")
@@ -105,7 +108,8 @@ def as_markdown(found: dict[str, Any]) -> str:
 def method_table(rows: Sequence[dict]) -> str:
     """Returns the table of the methods, with what compares each of them with the random cells."""
     note = (
-        "p: two-sided permutation test against the random cells; corrected: for the number of methods (Holm). Random "
+        "A cell that several searches found was trained anew for each of them. p: two-sided permutation test against "
+        "the random cells; corrected: for the number of methods (Holm). Random "
         "below: the share of the random cells that are better than the method's mean. Rival: the best of so many "
         "random cells, which take as long as one search and one short training; the method's mean minus the expected "
         "best of these, with the 90% interval of a bootstrap."
@@ -129,7 +133,10 @@ def feature_table(rows: Sequence[dict]) -> str:
         (name, *(interval(rho[name, cells, epochs]) for cells, _, epochs in columns))
         for name in dict.fromkeys(row["feature"] for row in rows)
     ]
-    note = "Spearman's rho of a feature and the perplexity, with the 90% interval of a bootstrap over the cells."
+    note = (
+        "Spearman's rho of a feature and the perplexity, with the 90% interval of a bootstrap over the cells, not "
+        "corrected for the number of features."
+    )
     return f"{note}\n\n{table(' | '.join(head), texts)}"
 
 

@@ -1,8 +1,8 @@
 """Writes the two files that a study adds lines to: events.jsonl, and trials.jsonl with the results of finished trials.
 
 trials.jsonl is all that must be kept of a study, beside study.json, to report it or to continue it on another machine.
-A line has the name, the flags, the result and the epochs of one trial. `restore` makes run directories of these lines,
-without checkpoints. The report and the remaining stages read those like the directories of real runs.
+A line has the name, the flags, the machine, the result and the epochs of one trial. `restore` makes run directories of
+these lines, without checkpoints. The report and the remaining stages read those like the directories of real runs.
 """
 
 import json
@@ -19,6 +19,7 @@ from study.jobs import Job, name_parts
 
 ARCHIVE = "trials.jsonl"
 KEPT = ("kind", "epoch", "step", "ppl", "valid_ppl", "seconds", "genotype")  # of the record of an epoch
+RAN_ON = ("versions", "hardware", "threads", "git_commit")  # of config.json
 SMALL_FILES = ("result", "halved")  # One of these JSON files shows that a trial is finished.
 
 
@@ -32,6 +33,8 @@ def archive(study: Path, job: Job) -> None:
     folder = study / job.name
     epochs = [{name: record[name] for name in KEPT if name in record} for record in metrics.epochs(folder)]
     line: dict[str, Any] = {"at": time.time(), "trial": job.name, "script": job.script, "flags": shlex.join(job.flags)}
+    config = metrics.read_json(folder / "config.json") or {}
+    line["ran_on"] = {name: config[name] for name in RAN_ON if name in config}
     line["epochs"] = epochs
     for name in SMALL_FILES:
         if (found := metrics.read_json(folder / f"{name}.json")) is not None:

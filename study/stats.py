@@ -47,25 +47,17 @@ def varied(*samples: Sequence[float]) -> bool:
 
 
 def agreement(
-    statistic: Callable[[Sequence[float], Sequence[float]], float], x: Sequence[Sequence[float]],
-    y: Sequence[Sequence[float]], seed: int = 0, resamples: int = RESAMPLES,
+    statistic: Callable[[Sequence[float], Sequence[float]], float], x: Sequence[float], y: Sequence[float],
+    seed: int = 0, resamples: int = RESAMPLES,
 ) -> Estimate:  # fmt: skip
-    """Returns a rank correlation of the cells' means over seeds, with its bootstrap interval.
+    """Returns a rank correlation, `kendall` or `spearman`, of the cells' values `x` and `y`, with its bootstrap
+    interval.
 
-    The bootstrap resamples the seeds of every cell, and then the cells; a cell that is sampled twice ties with itself.
-    Resamples for which the correlation is undefined are left out.
-
-    Args:
-        statistic: `kendall` or `spearman`.
-        x, y: for each cell, its values over seeds.
+    The bootstrap resamples the cells, whose values contain the noise between seeds already; a cell that is sampled
+    twice ties with itself. Resamples for which the correlation is undefined are left out.
     """
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(resamples):
-        cells = rng.integers(len(x), size=len(x))
-        means = [[np.mean(rng.choice(values, size=len(values))) for values in side] for side in (x, y)]
-        found.append(statistic(*([side[i] for i in cells] for side in means)))
-    return estimate(statistic([np.mean(v) for v in x], [np.mean(v) for v in y]), found)
+    samples = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
+    return estimate(statistic(x, y), [statistic([x[i] for i in cells], [y[i] for i in cells]) for cells in samples])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -106,13 +98,19 @@ def minus_best(
     found: Sequence[float], drawn: Sequence[float], draws: float, seed: int = 0, resamples: int = RESAMPLES
 ) -> Estimate:
     """Returns the mean of `found` minus the expected minimum of `draws` values of `drawn`, with the interval of a
-    bootstrap that resamples both. Values below 0 mean that `found` is better."""
+    bootstrap that resamples both. Values below 0 mean that `found` is better.
+
+    A sample that is drawn with replacement has repeated values, hence a larger expected minimum, and varies less than a
+    new sample of its size would: the resampled values are shifted to have the estimates as their means, and their
+    deviations are scaled by sqrt(n / (n - 1)).
+    """
     rng = np.random.default_rng(seed)
-    differences = [
-        np.mean(rng.choice(found, len(found))) - expected_best(rng.choice(drawn, len(drawn)).tolist(), draws)
-        for _ in range(resamples)
-    ]
-    return estimate(mean(found) - expected_best(drawn, draws), differences)
+    difference, spread = mean(found) - expected_best(drawn, draws), np.zeros(resamples)
+    statistics: tuple[Callable[[list[float]], float], ...] = (mean, lambda sample: -expected_best(sample, draws))
+    for sample, statistic in zip((found, drawn), statistics, strict=True):
+        resampled = np.array([statistic(rng.choice(sample, len(sample)).tolist()) for _ in range(resamples)])
+        spread += (resampled - resampled.mean()) * math.sqrt(len(sample) / max(1, len(sample) - 1))
+    return estimate(difference, difference + spread)
 
 
 def correlation(x: Sequence[float], y: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
@@ -140,7 +138,7 @@ def permutation_test(x: Sequence[float], y: Sequence[float]) -> float:
         (np.asarray(x), np.asarray(y)),
         lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),
         vectorized=True,
-        n_resamples=9999,
+        n_resamples=99_999,
         rng=np.random.default_rng(0),
     )
     return float(found.pvalue)

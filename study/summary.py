@@ -19,7 +19,7 @@ from study.jobs import STAGES, Job
 
 SHARE = "share.json"  # This file has the cores and GPUs of a trial.
 FEW_CELLS = 5  # A correlation over fewer cells says nothing.
-AGREES = 0.7  # A recommended proxy has at least this Kendall's tau, with an interval above 0.
+AGREES = 0.7  # A recommended proxy has at least this Kendall's tau, over `FEW_CELLS` or more.
 
 
 def summary(study: Study) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def summary(study: Study) -> dict[str, Any]:
         "methods": methods(study, cells) if fair else [],
         "features": feature_correlations(study, cells) if fair else [],
         "left_out": [row["cell"] for row in cells if row["select"] is None],
-        "agreement": stages(study, cells),
+        "agreement": stages(cells),
         "chosen": None if test is None else {
             "cell": chosen[0].label, "run": chosen[1].name,
             "valid_ppl": test["valid_ppl"], "test_ppl": test["test_ppl"], "unknown": metrics.unknown_shares(test),
@@ -57,6 +57,7 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
     begun = [metrics.epochs(study.folder / job.name)[: early_epochs(study)] for job in short]
     complete = all(len(records) == early_epochs(study) for records in begun)
     selected, retrained = study.values(short), study.values(full)
+    by_name = study.by_name(cell)
     halved = [metrics.read_json(study.folder / job.name / "halved.json") for job in short]
     return {
         "cell": cell.label,
@@ -65,6 +66,7 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
         "select": mean(selected) if selected else None,
         "select_sd": spread(selected),
         "select_n": len(selected),
+        "by_name": by_name,
         "halved": any(halved),
         "retrain": mean(retrained) if retrained else None,
         "retrain_sd": spread(retrained),
@@ -74,22 +76,23 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def methods(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
-    """Returns statistics of the short trainings by method, best mean first. A cell that two searches found counts
-    twice, since the searches are what is sampled.
+    """Returns statistics of the short trainings by method, best mean first. The searches are what is sampled: a cell
+    that two of them found has a training, and a value, for each.
 
     A method that searches is compared with the random cells: `p` is that of a permutation test, `p_corrected` is
-    corrected for the number of methods, `random_below` is the share of the random cells that are better than its mean,
-    and `minus_rival` is its mean minus the expected best of `rival_draws` random cells. So many can be trained in the
-    time of one search and the training of its cell.
+    corrected for the number of methods of the study, `random_below` is the share of the random cells that are better
+    than its mean, and `minus_rival` is its mean minus the expected best of `rival_draws` random cells. So many can be
+    trained in the time of one search and the training of its cell.
     """
     found: dict[str, list[float]] = {}
     for row in cells:
-        for name in row["found_by"] if row["select"] is not None else ():
-            found.setdefault(name.rpartition("-")[0], []).append(row["select"])
+        for name, ppl in row["by_name"].items():
+            found.setdefault(name.rpartition("-")[0], []).append(ppl)
     drawn = found.get(RANDOM, [])
     tests = {name: stats.permutation_test(found[name], drawn) for name in found if name != RANDOM}
     tests = {name: p for name, p in tests.items() if not math.isnan(p)}
-    corrected = dict(zip(tests, stats.holm(list(tests.values())), strict=True))
+    to_come = [1.0] * (len(study.search_methods()) - len(tests))
+    corrected = dict(zip(tests, stats.holm([*tests.values(), *to_come]), strict=False))
     rows = []
     for name, values in found.items():
         row = {"method": name, "n": len(values), "mean": mean(values), "sd": spread(values), "median": median(values)}
@@ -106,11 +109,12 @@ def methods(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
 
 def rival_draws(study: Study, method: str) -> float | None:
     """Returns how many random cells can be trained in the time of one search by this method and the training of its
-    cell. The times are medians over the study's runs; returns None if they are not known."""
+    cell. The times are those of the fastest runs of either kind, since what else a machine did can only make a run
+    longer; returns None if they are not known."""
     searches = [study.folder / job.name for job in study.search() if job.name.startswith(f"search/{method}/")]
     trainings = [study.folder / job.name for job in study.select()]
     search, training = (
-        median([seconds for run in runs if (seconds := metrics.seconds(run)) > 0] or [0.0])
+        min((seconds for run in runs if (seconds := metrics.seconds(run)) > 0), default=0.0)
         for runs in (searches, trainings)
     )
     return 1 + search / (training * study.args.select_seeds) if search and training else None
@@ -140,18 +144,14 @@ def feature_correlations(study: Study, cells: Sequence[dict]) -> list[dict[str, 
     return found
 
 
-def stages(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
-    """Returns the rank correlations (Kendall's tau, Spearman's rho) of the cells between consecutive stages."""
-    relaxed = {name: result["valid_ppl"] for name, result in study.searched().items()}
-    short = {name: row["select"] for row in cells for name in row["found_by"] if row["select"] is not None}
-    full = {row["cell"]: row["retrain"] for row in cells if row["retrain"] is not None}
-    found = []
-    for name, before, after in (("search, select", relaxed, short), ("select, retrain", short, full)):
-        both = sorted(before.keys() & after.keys())
-        x, y = [before[key] for key in both], [after[key] for key in both]
-        tau, rho = number(stats.kendall(x, y)), number(stats.spearman(x, y))
-        found.append({"between": name, "n": len(both), "tau": tau, "rho": rho})
-    return found
+def stages(cells: Sequence[dict]) -> list[dict[str, Any]]:
+    """Returns the rank correlation of the cells (Kendall's tau, Spearman's rho) between the selection and the
+    retraining. A search's own perplexity is left out: it is that of a relaxed cell, and tells norms apart, not
+    cells."""
+    both = [row for row in cells if row["select"] is not None and row["retrain"] is not None]
+    x, y = [row["select"] for row in both], [row["retrain"] for row in both]
+    tau, rho = number(stats.kendall(x, y)), number(stats.spearman(x, y))
+    return [{"between": "select, retrain", "n": len(both), "tau": tau, "rho": rho}]
 
 
 def baseline(study: Study, job: Job) -> dict[str, Any]:
@@ -167,8 +167,13 @@ def baseline(study: Study, job: Job) -> dict[str, Any]:
 
 def proxies(study: Study) -> list[dict[str, Any]]:
     """Returns how well each short training reproduces the ranking of the long training, cheapest first. The short
-    trainings have every second seed and the long ones the others, so that no run is compared with itself and all short
-    trainings are judged by the same number of seeds. `cost` is relative to one full training."""
+    trainings have every second seed and the long ones the others, so that no run is compared with itself; a cell counts
+    once it has all of its seeds.
+
+    `cost` is relative to one full training, by the fastest run of each. `tau_of_seeds` is the agreement of a short
+    training with the same one under the other seeds, of which the long training is the continuation; None for a
+    training with flags of its own. No judge can be expected to agree with another better than with itself.
+    """
     reference, found = study.reference(), []
     long = best_after(study, reference, study.long_trainings())
     for proxy in study.proxies():
@@ -176,19 +181,23 @@ def proxies(study: Study) -> list[dict[str, Any]]:
         cells = [cell for cell in short if cell in long]
         if len(cells) < 2:
             continue
-        x, y = ([[ppl for ppl, _ in side[cell]] for cell in cells] for side in (short, long))
-        whole = mean(s for cell in cells for _, s in long[cell]) * study.args.full_epochs / reference.epochs
-        tau, rho = stats.agreement(stats.kendall, x, y), stats.agreement(stats.spearman, x, y)
+        x, y = ([mean_ppl(side[cell]) for cell in cells] for side in (short, long))
+        whole = min(s for cell in cells for _, s in long[cell]) * study.args.full_epochs / reference.epochs
+        again = best_after(study, proxy, study.long_trainings())
+        pairs = [(mean_ppl(short[cell]), mean_ppl(again[cell])) for cell in short if cell in again]
         every = [[ppl for ppl, _ in of_cell] for of_cell in best_after(study, proxy, study.proxy()).values()]
         found.append({
             "proxy": str(proxy), "epochs": proxy.epochs, "flags": proxy.flags,
-            "cost": mean(s for cell in cells for _, s in short[cell]) / whole,
-            "tau": [number(v) for v in tau], "rho": [number(v) for v in rho],
+            "cost": min(s for cell in cells for _, s in short[cell]) / whole,
+            "tau": [number(v) for v in stats.agreement(stats.kendall, x, y)],
+            "rho": [number(v) for v in stats.agreement(stats.spearman, x, y)],
+            "tau_of_seeds": number(stats.kendall(*zip(*pairs, strict=True))) if len(pairs) > 1 else None,
             "seed_sd": number(stats.seed_spread(every)), "cell_sd": spread([mean(v) for v in every]),
             "cells": len(cells),
         })  # fmt: skip
     found.sort(key=lambda row: row["cost"])
-    cheapest = next((row for row in found if (row["tau"][0] or 0) >= AGREES and (row["tau"][1] or 0) > 0), None)
+    agree = (row for row in found if row["cells"] >= FEW_CELLS and (row["tau"][0] or 0) >= AGREES)
+    cheapest = next((row for row in agree if (row["tau"][1] or 0) > 0), None)
     for row in found:
         row["recommended"] = row is cheapest
     return found
@@ -196,14 +205,24 @@ def proxies(study: Study) -> list[dict[str, Any]]:
 
 def best_after(study: Study, proxy: Proxy, jobs: Sequence[Job]) -> dict[str, list[tuple[float, float]]]:
     """Returns (best perplexity, seconds) by cell and seed, after the proxy's epochs of those of the jobs that have its
-    flags, or at an earlier end."""
+    flags, or at an earlier end. A cell of which one such job is not so far is left out."""
     found: dict[str, list[tuple[float, float]]] = {}
+    behind = set()
     for job in jobs:
         _, folder, cell, _ = job.name.split("/")
+        if folder != proxy.folder:
+            continue
         rows = metrics.epochs(study.folder / job.name)[: proxy.epochs]
-        if folder == proxy.folder and rows and (len(rows) == proxy.epochs or job.is_done(study.folder)):
+        if rows and (len(rows) == proxy.epochs or job.is_done(study.folder)):
             found.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
-    return found
+        else:
+            behind.add(cell)
+    return {cell: runs for cell, runs in found.items() if cell not in behind}
+
+
+def mean_ppl(runs: Sequence[tuple[float, float]]) -> float:
+    """Returns the mean perplexity of what `best_after` returns for one cell."""
+    return mean(ppl for ppl, _ in runs)
 
 
 def proxy_cells(study: Study) -> list[dict[str, Any]]:
@@ -214,8 +233,7 @@ def proxy_cells(study: Study) -> list[dict[str, Any]]:
     known = {str(proxy): best_after(study, proxy, jobs) for proxy, jobs in trainings}
     cells = dict.fromkeys(cell for found in known.values() for cell in found)
     return [
-        {"cell": cell, **{name: mean(ppl for ppl, _ in found[cell]) if cell in found else None
-                          for name, found in known.items()}}
+        {"cell": cell, **{name: mean_ppl(found[cell]) if cell in found else None for name, found in known.items()}}
         for cell in cells
     ]  # fmt: skip
 

@@ -62,7 +62,7 @@ def number_faults(args: Namespace) -> list[str]:
         found.append(f"--select_seeds {args.select_seeds}: {rule} takes every short training for a cell; use 1 seed")
     if args.proxy_seeds < 2 and args.stage in ("run", "proxy"):
         found.append(f"--proxy_seeds {args.proxy_seeds}: at least 2, since no run is to be compared with itself")
-    if RANDOM in args.methods and not args.random_cells and not METHODS.keys() & set(args.methods):
+    if set(args.methods) == {RANDOM} and not args.random_cells:
         found.append("--random_cells 0: as many as are found, and no method finds any; say how many")
     if args.cpus_per_trial == 0:
         found.append("--cpus_per_trial 0: a trial needs a processor; take at least a part of one")
@@ -115,9 +115,8 @@ def text_faults(args: Namespace) -> list[str]:
             found.append(f"--methods {name}: has no flags; give them as {name}=FLAGS")
         elif sign and (not METHOD_NAME.fullmatch(name) or name in (*METHODS, RANDOM)):
             found.append(f"--methods {text}: another name, please: a letter, then letters, digits and -")
-    for name in ("methods", "baselines", "proxy_cells"):
-        names = [label(value.partition("=")[0] if name == "methods" else value) for value in getattr(args, name)]
-        found += [f"--{name}: {twice} is named twice" for twice in sorted({n for n in names if names.count(n) > 1})]
+    for name in ("methods", "baselines", "proxy_cells", "proxy_flags"):
+        found += naming_faults(name, getattr(args, name))
     for name in ("baselines", "proxy_cells"):
         for arch in getattr(args, name):
             try:
@@ -127,6 +126,21 @@ def text_faults(args: Namespace) -> list[str]:
     if len(args.proxy_cells) < 2:
         found.append("--proxy_cells: a ranking needs two cells at least")
     return found
+
+
+def naming_faults(flag: str, values: Sequence[str]) -> list[str]:
+    """Returns a fault for each value of the flag that is given twice, and for different values whose directories would
+    have one name (`label`)."""
+    alike: dict[str, list[str]] = {}
+    for value in values:
+        name = value.partition("=")[0] if flag == "methods" else value
+        alike.setdefault(label(name), []).append(name)
+    remedy = "begin them with what differs" if flag == "proxy_flags" else "save the cells as JSON and give the paths"
+    return [
+        f"--{flag}: {names[0]} is named twice; leave one out" if len(set(names)) == 1
+        else f"--{flag}: {' and '.join(names)} would have one directory, {directory}; {remedy}"
+        for directory, names in alike.items() if len(names) > 1
+    ]  # fmt: skip
 
 
 def quoted_flags(args: Namespace) -> Iterator[tuple[str, str, list[str]]]:

@@ -18,7 +18,10 @@ def test_restored_trial_has_the_result_and_the_epochs_and_is_done(tmp_path):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"kind": "interval", "seconds": 1.0}\n' + json.dumps(EPOCH) + "\n")
     (folder / "result.json").write_text(json.dumps(RESULT))
+    (folder / "config.json").write_text(json.dumps({"flags": {}, "threads": 1, "hardware": "x86_64, AVX2"}))
     archive(tmp_path / "a", job)
+    [line] = metrics.lines(tmp_path / "a" / ARCHIVE)
+    assert line["ran_on"] == {"threads": 1, "hardware": "x86_64, AVX2"}
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / ARCHIVE).rename(tmp_path / "b" / ARCHIVE)
     assert restore(tmp_path / "b") == [job.name]

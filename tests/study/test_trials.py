@@ -9,7 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import pytest
 import torch
@@ -21,14 +21,14 @@ import trials
 from experiment import metrics, startup, validate_arguments
 from data import load_corpus
 from experiment.metrics import EVENTS, events
-from genotypes import random_genotype
+from genotypes import random_genotype, to_json
 from study import arguments, cost, ray_backend, summary
 from study.design import Study, distinct
 from study.jobs import Job
 from study.leaderboard import as_markdown
 from study.records import ARCHIVE
-from study.stats import expected_best, holm, kendall, permutation_test
-from study.validate_arguments import continues
+from study.stats import Estimate, expected_best, holm, kendall, permutation_test
+from study.validate_arguments import continues, number_faults
 from utils import RunError, segments
 
 SCRIPTS = {"train.py": train, "train_search.py": train_search}
@@ -126,7 +126,7 @@ def test_study_writes_a_leaderboard_with_all_results(whole):
     assert [m["p"] is None for m in board["methods"]] == [m["method"] == "random" for m in board["methods"]]
     assert board["left_out"] == []
     assert {(row["cells"], row["epochs"]) for row in board["features"]} == {("all", 1), ("all", 2)}
-    assert [a["n"] for a in board["agreement"]] == [4, 2]
+    assert [a["n"] for a in board["agreement"]] == [2]
     assert [b["cell"] for b in board["baselines"]] == ["LSTM"]
     assert len(board["baselines"][0]["curve"]) == 3
     assert board["failures"] == []
@@ -227,7 +227,7 @@ def test_methods_are_compared_with_random_cells_and_with_as_many_as_take_the_sam
               for m in board["methods"]}  # fmt: skip
 
     def time(pattern):
-        return median(metrics.seconds(path.parent) for path in whole.glob(f"{pattern}/*/metrics.jsonl"))
+        return min(metrics.seconds(path.parent) for path in whole.glob(f"{pattern}/*/metrics.jsonl"))
 
     searched = [m for m in board["methods"] if m["method"] != "random"]
     assert [m["p"] for m in searched] == [permutation_test(values[m["method"]], values["random"]) for m in searched]
@@ -333,10 +333,10 @@ def test_short_trainings_of_proxies_have_other_seeds_than_long_ones(whole):
 
 
 def test_failed_trials_are_reported_and_left_out_until_rerun(whole, interrupted, serial):
-    serial.fails = {"select/random-1/1"}
+    serial.fails = {"select/random-1/1001"}
     assert trials.main(["run", "--resume", "--study", str(interrupted)]) == 0
     board = read_leaderboard(interrupted)
-    assert board["failures"] == [{"trial": "select/random-1/1", "reason": "error: it was to fail"}]
+    assert board["failures"] == [{"trial": "select/random-1/1001", "reason": "error: it was to fail"}]
     assert {m["method"]: m["n"] for m in board["methods"]} == {"first": 2, "unrolled": 2, "random": 1}
     assert board["left_out"] == ["random-1"]
     assert "Left out, as no short training of theirs ended: random-1." in (interrupted / "leaderboard.md").read_text()
@@ -347,6 +347,11 @@ def test_failed_trials_are_reported_and_left_out_until_rerun(whole, interrupted,
     board = read_leaderboard(interrupted)
     assert board["failures"] == []
     assert board["methods"] == read_leaderboard(whole)["methods"]
+
+
+def test_number_of_random_cells_may_be_that_of_cells_found_by_a_method_of_ones_own():
+    given = ["run", "--methods", "layer=--norm layer", "random"]
+    assert number_faults(arguments.build_parser().parse_args(given)) == []
 
 
 def test_too_many_failures_stop_a_study(corpus, tmp_path, serial, capsys):
@@ -427,10 +432,63 @@ def test_makespan_is_the_end_time_of_the_last_job():
 # --- Cells ---
 
 
-def test_cell_found_by_two_searches_is_trained_once():
+def test_cells_are_distinct_and_have_all_of_their_names():
     cell, other = random_genotype(1), random_genotype(2)
     cells = distinct([("first-1", cell), ("first-2", other), ("unrolled-1", cell)])
     assert [c.found_by for c in cells] == [("first-1", "unrolled-1"), ("first-2",)]
+
+
+def write_result(folder, cell, valid_ppl, test_ppl=None):
+    folder.mkdir(parents=True)
+    result = {"genotype": to_json(cell), "valid_ppl": valid_ppl, "test_ppl": test_ppl}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def study_of_four_searches(folder, *more):
+    """Returns a study in which three of four searches found one cell, named first-1, and no cell has been trained."""
+    cell, other = random_genotype(101), random_genotype(102)
+    for name, found in (("first/1", cell), ("unrolled/1", cell), ("first/2", cell), ("unrolled/2", other)):
+        write_result(folder / "search" / name, found, 99.0)
+    given = ["run", "--methods", "first", "unrolled", "random", "--seeds", "2", "--random_cells", "2", *more]
+    return Study(folder, arguments.build_parser().parse_args(given))
+
+
+def test_cell_found_by_three_searches_has_a_training_for_each(tmp_path):
+    study = study_of_four_searches(tmp_path)
+    names = [job.name.removeprefix("select/") for job in study.select()]
+    assert names == [
+        "first-1/1001",
+        "random-1/1001",
+        "unrolled-2/1001",
+        "random-2/1001",
+        "first-1/1002",
+        "first-1/1003",
+    ]
+    for seed, ppl in ((1001, 10.0), (1002, 20.0), (1003, 30.0)):
+        assert study.selected() == []
+        write_result(tmp_path / f"select/first-1/{seed}", random_genotype(101), ppl)
+    [(ppl, cell)] = study.selected()
+    assert (ppl, study.by_name(cell)) == (20.0, {"first-1": 10.0, "unrolled-1": 20.0, "first-2": 30.0})
+    found = {row["method"]: (row["n"], row["mean"]) for row in summary.summary(study)["methods"]}
+    assert found == {"first": (2, 20.0), "unrolled": (1, 20.0)}
+
+
+def test_each_search_of_a_repeated_cell_has_as_many_seeds(tmp_path):
+    study = study_of_four_searches(tmp_path, "--select_seeds", "2")
+    cell = study.cells()[0]
+    assert [job.name for job in study.select([cell])] == [f"select/first-1/{seed}" for seed in range(1001, 1007)]
+    for seed in (1001, 1002, 1003):
+        write_result(tmp_path / f"select/first-1/{seed}", cell.genotype, float(seed))
+    assert study.by_name(cell) == {"first-1": 1001.5}  # The second one of unrolled-1 is to come.
+
+
+def test_p_is_corrected_for_methods_without_values_too(tmp_path):
+    study = study_of_four_searches(tmp_path)
+    for label, seed, ppl in (("first-1", 1001, 1.0), ("first-1", 1003, 1.1), ("random-1", 1001, 5.0),
+                             ("random-2", 1001, 5.1)):  # fmt: skip
+        write_result(tmp_path / f"select/{label}/{seed}", random_genotype(101), ppl)
+    [first] = [row for row in summary.summary(study)["methods"] if row["method"] == "first"]
+    assert first["p_corrected"] == pytest.approx(min(1, 2 * first["p"]))
 
 
 def test_searched_and_random_cells_alternate(whole):
@@ -445,13 +503,13 @@ def test_selection_and_retraining_use_different_seeds(whole):
         stage: {json.loads(path.read_text())["flags"]["seed"] for path in whole.glob(f"{stage}/*/*/config.json")}
         for stage in ("select", "retrain")
     }
-    assert seeds == {"select": {1}, "retrain": {2}}
+    assert seeds == {"select": {1001}, "retrain": {2001}}
 
 
 def test_chosen_cell_is_fixed_once_evaluated_on_the_test_text(whole, interrupted, serial):
     """A changed choice would evaluate a second cell on the test text when a failed retraining is rerun later."""
     best = read_leaderboard(whole)["cells"][0]["cell"]
-    serial.fails = {f"retrain/{best}/2"}
+    serial.fails = {f"retrain/{best}/2001"}
     assert trials.main(["run", "--resume", "--study", str(interrupted), "--top", "4"]) == 0
     chosen = read_leaderboard(interrupted)["chosen"]
     assert chosen["cell"] != best
@@ -463,17 +521,42 @@ def test_chosen_cell_is_fixed_once_evaluated_on_the_test_text(whole, interrupted
     assert read == [interrupted / chosen["run"] / "result.json"]
 
 
+def test_tested_cell_remains_the_choice_though_a_better_one_joins(tmp_path):
+    """Random cells may join after the test text has been read; a second reading would be a choice by it."""
+    study = study_of_four_searches(tmp_path, "--methods", "first", "random")
+    for label, ppl in (("random-1", 9.0), ("random-2", 8.0)):
+        write_result(tmp_path / f"select/{label}/1001", random_genotype(1), ppl)
+    write_result(tmp_path / "retrain/random-1/2001", random_genotype(1), 7.0, test_ppl=6.0)
+    cell, job = study.chosen()
+    assert (cell.label, job.name, job.is_done(tmp_path)) == ("random-1", "retrain/random-1/2001", True)
+
+
 def test_proxy_agreement_compares_runs_with_different_seeds(whole):
     """The short training at full size is taken from one seed, and the long training from the other."""
     args = arguments.build_parser().parse_args(["run", *flags("penn", whole)])
     [proxy] = summary.proxies(Study(whole, args))
     short = [metrics.epochs(whole / f"proxy/full/{cell}/1")[0]["valid_ppl"] for cell in args.proxy_cells]
     long = [min(r["valid_ppl"] for r in metrics.epochs(whole / f"proxy/full/{c}/2")) for c in args.proxy_cells]
+    again = [metrics.epochs(whole / f"proxy/full/{cell}/2")[0]["valid_ppl"] for cell in args.proxy_cells]
     assert proxy["tau"][0] == kendall(short, long)
+    assert proxy["tau_of_seeds"] == kendall(short, again)
     assert proxy["cells"] == 2
     assert [list(row.values()) for row in summary.proxy_cells(Study(whole, args))] == [
         [cell, *ppls] for cell, *ppls in zip(args.proxy_cells, short, long, strict=True)
     ]
+
+
+def test_proxy_is_recommended_by_no_fewer_cells_than_tell_anything(whole, monkeypatch):
+    monkeypatch.setattr(summary.stats, "agreement", lambda *_: Estimate(1.0, 1.0, 1.0))
+    study = Study(whole, arguments.build_parser().parse_args(["run", *flags("penn", whole)]))
+    for few, recommended in ((3, False), (2, True)):
+        monkeypatch.setattr(summary, "FEW_CELLS", few)
+        assert [proxy["recommended"] for proxy in summary.proxies(study)] == [recommended]
+
+
+def test_cell_of_a_proxy_counts_once_all_of_its_seeds_are_done(whole):
+    args = arguments.build_parser().parse_args(["run", *flags("penn", whole), "--proxy_seeds", "4"])
+    assert summary.proxies(Study(whole, args)) == []
 
 
 def test_proxy_cells_without_a_long_training_are_shown(whole, tmp_path):
@@ -524,6 +607,7 @@ def test_number_of_trials_that_fit_on_a_machine(available, cpus, gpus, fit):
         (["--baselines", "LSTM", "DARTS", "LSTM"], "--baselines: LSTM is named twice"),
         (["--proxy_seeds", "1"], "--proxy_seeds 1: at least 2, since no run is to be compared with itself"),
         (["--methods", "random", "--random_cells", "0"], "--random_cells 0: as many as are found"),
+        (["--proxy_flags", *(f"{'--dropout 0.1 ' * 6}--lr {lr}" for lr in (5, 20))], "would have one directory"),
         (["--select_seeds", "2", "--converged", "3"], "--select_seeds 2: --converged takes every short training for a"),
         (["--select_seeds", "2", "--halving"], "--select_seeds 2: --halving takes every short training for a cell"),
         (["--search_flags=--no_such_flag"], "--search_flags: error: --no_such_flag: no such flag; "),
@@ -719,7 +803,7 @@ def test_halving_stops_some_cells_before_their_last_epoch(corpus, tmp_path):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     folder = tmp_path / "study" / "select"
-    halved, over = list(folder.glob("*/1/halved.json")), list(folder.glob("*/1/result.json"))
+    halved, over = list(folder.glob("*/*/halved.json")), list(folder.glob("*/*/result.json"))
     assert len(halved) + len(over) == 6
     assert len(halved) >= 2
     assert over

@@ -65,7 +65,7 @@ def score_split(args: Namespace, trained: TrainedModel) -> None:
     """Prints the perplexity of a split as the model's own run measures it."""
     name, ids, unknown = read(args, trained, args.split)
     batch_size, device = trained.batch_sizes[args.split], trained.model.bias.device
-    source = batchify(ids, batch_size).to(device)
+    source = batchify(ids, batch_size, name).to(device)
     marked = None if unknown is None else batchify(unknown, batch_size)
     result = score(trained.model, source, trained.bptt, args.split, marked)
     report(name, result, source)
@@ -86,8 +86,8 @@ def score_adapted_split(args: Namespace, trained: TrainedModel) -> None:
     """Prints the perplexity of a split by the model that adapts to it: with a cache, without it first."""
     adapter, setting = adapter_and_setting(args, trained)
     name, ids, unknown = read(args, trained, args.split)
+    source = batchify(ids, adapter.batch_size, name)
     losses = adapter.losses_of(ids, setting, args.split)  # (1 or 2, n - 1, B)
-    source = batchify(ids, adapter.batch_size)
     marked = None if unknown is None else batchify(unknown, adapter.batch_size)
     scores = [total_score(each, marked) for each in losses]
     dynamic, cache = flags_of(setting, args)

@@ -7,6 +7,7 @@ The paper gives 3 days on a 1080Ti for the first; the second takes a minute on a
 perplexity of the weights that did best on the validation text.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ class RetrainState(TrainingState):
         best = checkpoint.load(self.run.folder / "best.pt")
         self.model.load_state_dict(best["model"])
         again = (
-            experiment.score(self.model, "valid") if len(experiment.corpus.unknown["valid"]) else Score(best["best"])
+            experiment.score(self.model, "valid")
+            if len(experiment.corpus.unknown["valid"])
+            else Score(best["best"], known_loss=best["best"])
         )
         return again._replace(loss=best["best"])
 
@@ -143,7 +146,8 @@ def load_finetuned(experiment: Experiment, state: RetrainState) -> None:
         checkpoint.validate_state(first, {"model": state.model.state_dict()})
         state.model.load_state_dict(first["model"])
         experiment.best = experiment.evaluate(state.model, state.valid_text, "valid")
-        checkpoint.validate_state(experiment.best, 1.0, "its validation loss")  # raises if it is no number
+        if not math.isfinite(experiment.best):
+            raise ValueError("its validation loss is not finite")
 
 
 def main(argv: list[str] | None = None) -> int:

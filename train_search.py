@@ -49,7 +49,7 @@ class SearchState(TrainingState):
             self.model, self.architect_of, self.hessian, (self.train_text, self.valid_batches.source, self.valid_text),
             self.micro_batch_size, args.bptt, args.seed, self.ranks.seed,
         ) if args.diagnose_every else None  # fmt: skip
-        self.history: list[list[Any]] = []  # [epoch, genotype] at the end of each epoch
+        self.history: list[list[Any]] = []  # [epoch, genotype] at the end of each epoch after --arch_start
         self.hidden_valid = self.model.initial_hidden(self.arch_batch_size)  # (B, H)
         self.capture()
 
@@ -137,17 +137,21 @@ class SearchState(TrainingState):
         self.run.write("genotype.json", found)
 
     def reason_to_stop(self, epoch: int, valid_loss: float) -> str:
-        """Records the genotype of this epoch; returns the reason to stop the search, or "" to continue."""
-        args, genotype = self.args, self.derived()[0]
-        collapsed = epoch > args.arch_start and identities(genotype) > args.max_identity
+        """Records the genotype of this epoch; returns the reason to stop the search, or "" to continue. Until the
+        alphas have moved, the genotype is that of their random initial values, and nothing is recorded."""
+        args = self.args
+        if epoch <= args.arch_start:
+            return ""
+        genotype = self.derived()[0]
+        collapsed = identities(genotype) > args.max_identity
         if collapsed and self.history:
             return "identity"
         self.history.append([epoch, to_json(genotype)])
         self.write_genotype(epoch)
         if collapsed:
-            self.run.log("the genotype of the first epoch is over --max_identity; there is none before it to keep")
+            self.run.log("the first genotype is over --max_identity; there is none before it to keep")
             return "identity"
-        if is_stable(self.history[args.arch_start :], args.stop_stable):
+        if is_stable(self.history, args.stop_stable):
             return "stable"
         return "patience" if self.patience.step(valid_loss) else ""
 
@@ -176,7 +180,8 @@ class SearchState(TrainingState):
         }  # fmt: skip
 
     def validate(self, saved: dict[str, Any]) -> None:
-        check_history(saved["history"], saved["progress"]["epoch"] - 1, saved["stopped_by"] == "identity")
+        epochs = range(self.args.arch_start + 1, saved["progress"]["epoch"])
+        check_history(saved["history"], epochs, saved["stopped_by"] == "identity")
         if self.ranks.is_main and saved["stopped_by"] == "patience":  # the result is computed from best.pt
             best = checkpoint.load(self.run.folder / "best.pt")
             alphas = checkpoint.optimizer_template(self.architect.optimizer)
@@ -217,7 +222,7 @@ def search(experiment: Experiment, state: SearchState) -> None:
             experiment.check_weights(state)
             with averaged(state.optimizer):
                 valid_loss = experiment.evaluate(state.model, state.valid_text, "valid")
-                experiment.close_epoch(state, valid_loss)
+                experiment.close_epoch(state, valid_loss, may_be_best=epoch > args.arch_start)
             experiment.end_epoch(state, valid_loss, state.reason_to_stop(epoch, valid_loss))
 
 

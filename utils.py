@@ -103,7 +103,7 @@ def progress_bar(items: Iterable, title: str, unit: str, show: bool = True) -> t
     return tqdm(items, desc=title, unit=unit, leave=False, disable=None if show else True, dynamic_ncols=True)
 
 
-def batchify(ids: Tensor, batch_size: int) -> Tensor:
+def batchify(ids: Tensor, batch_size: int, name: str = "the text") -> Tensor:
     """Cuts `ids` (tokens,) into B columns of consecutive words: (tokens // B, B), contiguous.
 
         a g m s         the alphabet with B = 4
@@ -114,13 +114,14 @@ def batchify(ids: Tensor, batch_size: int) -> Tensor:
         f l r x         y and z are left over and dropped
 
     The columns are treated as independent texts: the model never sees that g follows f, and in return reads B words at
-    once. Raises DataError if that gives fewer than the two time steps that one prediction takes.
+    once. Raises DataError, with the name of the text, if that gives fewer than the two time steps that one prediction
+    takes.
     """
     length = len(ids) // batch_size
     if length < 2:
         raise DataError(
-            f"batch size {batch_size}: too large for a text of {len(ids):,} tokens, which must have at least"
-            f" {2 * batch_size:,}; use a longer text"
+            f"{name}: {len(ids):,} tokens are too few for a batch size of {batch_size} (at least {2 * batch_size:,});"
+            " use a longer text"
         )
     return ids[: length * batch_size].reshape(batch_size, length).t().contiguous()  # (tokens // B, B)
 

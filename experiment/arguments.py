@@ -231,7 +231,7 @@ def complete(args: argparse.Namespace, kind: str) -> None:
     if args.init_range is None and args.emsize >= 1:
         args.init_range = default_init_range(args.emsize)
     defaults = {
-        "lr": DEFAULT_LR[args.optimizer], "clip": 0.0 if args.clip_value else CLIP, "finetune": "",
+        "lr": DEFAULT_LR[args.optimizer], "clip": 0.0 if args.clip_value else CLIP, "finetune": "", "arch": "DARTS",
         "arch_start": max(0, min(ARCH_START, args.epochs - 1)), "arch_batch_size": args.batch_size,
         "nhid": args.emsize, "nhidlast": args.emsize, "small_batch_size": args.batch_size,
     }  # fmt: skip

@@ -62,7 +62,7 @@ class TrainingState:
         self.hidden = self.model.initial_hidden(self.batch_size)  # (B, S)
 
     def capture(self) -> None:
-        """Makes the gradient replay as a CUDA graph, on CUDA; to be called again when the optimizers' states change."""
+        """Makes the gradient replay as a CUDA graph, on CUDA; repeated when a tensor that it reads is replaced."""
         self.replayed_gradient = self.model.engine.with_cuda_graphs(self.gradient, self.train_text.device)
 
     def weight_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class TrainingState:
         return nll, norm
 
     def logged_tensors(self) -> tuple[Tensor, ...]:
-        """Returns the tensors that the three methods below take, as copies on the CPU."""
+        """Returns the tensors, on the device, of which the three methods below take copies on the CPU."""
         return ()
 
     def interval_record(self, *logged: Tensor) -> dict[str, Any]:
@@ -96,7 +96,8 @@ class TrainingState:
         """Restores what `state_dict` returned, before the `parts` are loaded."""
 
     def template(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Returns the entries of a checkpoint that have another form once training has begun."""
+        """Returns the form of those entries of the checkpoint `saved` that differ in form from what a run that has not
+        begun would save; it replaces theirs when the form of a checkpoint is checked."""
 
     def validate(self, saved: dict[str, Any]) -> None:
         """Raises ValueError for a state of the right form that no run can have."""
@@ -220,7 +221,8 @@ class Experiment:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Handles signals, sets the --precision of products and explains out-of-memory errors inside the block."""
-        with StopSignal() as self.signal, matmul_precision(self.args.precision), startup.memory_explained(self.args):
+        explained = startup.memory_explained(self.args, self.ranks.size)
+        with StopSignal() as self.signal, matmul_precision(self.args.precision), explained:
             yield
 
     def is_finished(self) -> bool:
@@ -278,12 +280,12 @@ class Experiment:
         """Returns the loss of a text (n, B), in nats per word, the same on every rank; the main rank evaluates it."""
         return self.ranks.broadcast_from_main(lambda: evaluate(model, text, self.args.bptt, name))
 
-    def close_epoch(self, state: TrainingState, valid_loss: float) -> None:
-        """Logs the epoch, and saves best.pt if its validation loss (nats per word) is the lowest so far."""
+    def close_epoch(self, state: TrainingState, valid_loss: float, may_be_best: bool = True) -> None:
+        """Logs the epoch, and saves best.pt if its loss (nats per word) is the lowest of those that `may_be_best`."""
         logged = [tensor.cpu() for tensor in state.logged_tensors()]
         self.progress.close_epoch(valid_loss, state.optimizer.param_groups[0]["lr"], **state.epoch_record(*logged))
         state.start_epoch()
-        if valid_loss < self.best:
+        if may_be_best and valid_loss < self.best:
             self.best = valid_loss
             self.save(state, "best.pt")
         state.log_summary(*logged)
@@ -322,7 +324,7 @@ class Experiment:
     def overfit(self, state: TrainingState) -> None:
         """Trains on a single batch and logs the result, for --overfit."""
         args = self.args
-        with matmul_precision(args.precision), startup.memory_explained(args):
+        with matmul_precision(args.precision), startup.memory_explained(args, self.ranks.size):
             self.run.log(
                 overfit(state.model, state.optimizer, state.train_text, args.bptt, self.micro_batch_size, self.update)
             )

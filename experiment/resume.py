@@ -109,7 +109,13 @@ def check_state(saved: dict[str, Any], form: dict[str, Any], reasons: Sequence[s
 def check_vocabulary(saved: dict[str, Any], words: list[str]) -> None:
     """Raises ValueError unless `words`, the vocabulary of this run, is that of a checkpoint: equal texts and flags may
     give another one in another version."""
-    if saved.get("words") != words:
+    before = saved.get("words")
+    if isinstance(before, list) and words == [*before, data.UNK]:
+        raise ValueError(
+            f"its vocabulary has no {data.UNK}, which words of a test.txt that was added later would become; take"
+            " test.txt away, with --test skip"
+        )
+    if before != words:
         raise ValueError(f"its vocabulary is not that of {len(words):,} word types which this text has")
 
 
@@ -128,7 +134,7 @@ def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[s
         if not isinstance(config.get("resumed", []), list):
             raise ValueError("resumed")
     except OSError:
-        parser.refuse([f"{flag}: there is no run in {save} ({path.name} cannot be read)"])
+        parser.refuse([f"{flag}: there is no run in {save} ({path.name} cannot be read); name a run directory"])
     except (ValueError, LookupError, TypeError, RecursionError):
         parser.refuse([f"{flag}: {path} is damaged; start a new run"])
     if script != parser.prog:
@@ -152,6 +158,8 @@ def read_finetuned(parser: arguments.Parser, args: Namespace) -> dict[str, Any]:
         return read_config(parser, args.finetune, "--finetune")
     try:
         model = published_model.load(args.finetune)
+        if model.genotype is None and args.arch is None:
+            parser.refuse([f"--finetune: {args.finetune} does not name its cell; add --arch"])
         cell = model.genotype or resolve_cell(args.arch)
     except checkpoint.CheckpointError as error:
         parser.refuse([f"--finetune: {error}"])

@@ -16,9 +16,9 @@ def build_parser() -> arguments.Parser:
     """Returns the parser of train.py."""
     parser = arguments.Parser("train.py", "Retrain a recurrent cell for language modelling, from scratch.")
     parser.add_flags("cell", [
-        ("arch", "ARCH", "DARTS", "the cell: a name in genotypes.py (DARTS, DARTS_V1, DARTS_V2, ENAS), a search's run "
+        ("arch", "ARCH", None, "the cell: a name in genotypes.py (DARTS, DARTS_V1, DARTS_V2, ENAS), a search's run "
          "directory, a genotype.json, a .txt, .py or log file that holds genotypes (the last is taken), the text of a "
-         "genotype, random:SEED, or LSTM or GRU, torch's own cells"),
+         "genotype, random:SEED, or LSTM or GRU, torch's own cells (default: DARTS)"),
         ("n_experts", int, 1, "number of softmaxes in the mixture of softmaxes"),
     ])  # fmt: skip
     arguments.add_shared_flags(

@@ -59,4 +59,6 @@ def run_script(main: Callable[[], int], smaller: str = "--emsize, --n_experts or
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except SystemExit as end:  # of refused flags, or of --help
+        code = int(end.code or 0)
     return exit_process(code)

@@ -27,7 +27,7 @@ from experiment.resume import (
     tuning_faults,
     with_younger,
 )
-from experiment.run_directory import NullRun, Run
+from experiment.run_directory import NullRun, Run, new_folder
 from genotypes import GenotypeError, resolve_cell
 from training.evaluation import format_share
 from utils import DataError, RunError
@@ -74,8 +74,9 @@ def start_run(
 def start_on_main_rank(
     kind: str, parser: arguments.Parser, argv: list[str] | None, texts: TextsToRead, ranks: Distributed
 ) -> Started:
-    """Returns what `start_run` does, on the main rank. Nothing is downloaded for flags that cannot be used, and the
-    directory of a new run is created last."""
+    """Returns the flags, the corpus, the run directory, and the state to resume from (None for a new run), on the main
+    rank. Exits with code 2 on faults. Nothing is downloaded for flags that cannot be used, and the directory of a new
+    run is created last."""
     args, earlier, found = read_flags(kind, parser, argv, ranks)
     run = saved = None
     if args.resume:
@@ -106,7 +107,7 @@ def start_on_main_rank(
             found.append(f"--data {args.data}: not the text that the run in {where} began with")
     if not found and run is None:
         try:
-            run = Run(args.save)
+            run = Run(args.save) if parser.parse_args(argv).save else unnamed_run(kind, args)
             if validate_arguments.holds_work(run.folder):  # written while the corpus was read
                 found.append(validate_arguments.HOLDS_FILES.format(args.save))
             else:
@@ -125,12 +126,23 @@ def start_on_main_rank(
     return args, corpus, run, saved
 
 
+def unnamed_run(kind: str, args: Namespace) -> Run:
+    """Returns the directory of a run without --save, under another name than `complete` found if a run that started in
+    the same second has taken that one."""
+    while True:
+        try:
+            return Run(args.save)
+        except Locked:
+            args.save = str(new_folder(kind))
+
+
 def read_flags(
     kind: str, parser: arguments.Parser, argv: list[str] | None, ranks: Distributed
 ) -> tuple[Namespace, dict[str, Any], list[str]]:
     """Returns the flags, config.json of the run that --resume or --finetune refers to ({} without), and their faults.
 
-    A resumed run has the flags in its config.json, except for those given again; a fine-tuning run has `TUNED_WITH`.
+    A resumed run has the flags in its config.json, except for those given again. A fine-tuning run takes the flags
+    `resume.TUNED_WITH` from the run that it starts from, unless they are given again.
     """
     args, earlier = parser.parse_args(argv), {}
     if args.resume:
@@ -162,20 +174,25 @@ def load_corpus(args: Namespace) -> data.Corpus:
 
 
 @contextmanager
-def memory_explained(args: Namespace) -> Iterator[None]:
-    """Turns an out-of-memory error inside the block into a `RunError` with the sizes and what needs less memory."""
+def memory_explained(args: Namespace, ranks: int) -> Iterator[None]:
+    """Turns an out-of-memory error inside the block into a `RunError` with the sizes that each of `ranks` ranks has,
+    and with what needs less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not checkpoint.out_of_memory(error):
             raise
-        batch_size = args.small_batch_size
+        local_batch_size = args.batch_size // ranks
+        at_once = min(args.small_batch_size, local_batch_size)
         least = 2 if validate_arguments.normalises_over_batch(args) else 1
-        smaller = max((n for n in range(least, batch_size // 2 + 1) if args.batch_size % n == 0), default=None)
+        sizes = local_batch_size, getattr(args, "arch_batch_size", args.batch_size) // ranks
+        divisors = (n for n in range(least, at_once // 2 + 1) if not any(size % n for size in sizes))
+        smaller = max(divisors, default=None)
         advice = f"--small_batch_size {smaller} needs about half" if smaller else "take a smaller --emsize or --bptt"
+        each = f" on each of {ranks} ranks" if ranks > 1 else ""
         raise RunError(
-            f"out of memory with --emsize {args.emsize}, --bptt {args.bptt} and {batch_size} of the {args.batch_size}"
-            f" batch elements at a time; {advice} (a new run), or --resume where more memory is free"
+            f"out of memory with --emsize {args.emsize}, --bptt {args.bptt} and {at_once} of the {local_batch_size}"
+            f" batch elements at a time{each}; {advice} (a new run), or --resume where more memory is free"
         ) from error
 
 
@@ -205,11 +222,12 @@ def vocabulary_note(args: Namespace, words: int) -> str:
 
 def length_faults(args: Namespace, texts: Texts) -> list[str]:
     """Returns a fault for each text with fewer than two tokens per batch element, one to read and one to predict."""
+    sizes = {"train": "batch_size", "the alphas": "arch_batch_size"}  # the texts whose batch size a flag says
+    limited = {"train", "the alphas"} if getattr(args, "search_split", "train") == "train" else {"train"}
     return [
-        (f"--limit_tokens {args.limit_tokens}" if 0 < args.limit_tokens < 2 * batch_size else f"--data {args.data}")
+        (f"--limit_tokens {args.limit_tokens}" if args.limit_tokens and name in limited else f"--data {args.data}")
         + f": {len(ids):,} tokens for {name} are too few for a batch size of {batch_size} (at least"
-        f" {2 * batch_size:,}); use a longer text"
-        + (" or a smaller --batch_size" if batch_size == args.batch_size else "")
+        f" {2 * batch_size:,}); use a longer text" + (f" or a smaller --{sizes[name]}" if name in sizes else "")
         for name, (ids, batch_size) in texts.items()
         if len(ids) < 2 * batch_size
     ]

@@ -3,6 +3,7 @@ published code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +55,9 @@ def refusing(parser: arguments.Parser) -> Iterator[None]:
 
 
 def refuse_unread_data(path: str, data: str | None) -> None:
-    """Raises `DataError` if `--data` is given for a checkpoint that has its vocabulary itself."""
-    if data is not None and not published_model.is_pickled(path):
+    """Raises `DataError` if `--data` is given for a checkpoint that has its vocabulary itself. A file that cannot be
+    read is left to `load_trained`."""
+    if data is not None and Path(path).is_file() and not published_model.is_pickled(path):
         raise DataError(f"--data {data}: is for a model.pt of the published code, and {path} is none; leave it out")
 
 

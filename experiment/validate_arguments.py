@@ -99,6 +99,7 @@ INEFFECTIVE_FLAGS = {
     "momentum": ("--optimizer momentum", lambda a: a.optimizer == "momentum"),
     "nonmono": ("--optimizer ntasgd or --finetune", lambda a: a.optimizer == "ntasgd" or a.finetune),
     "min_delta": ("--patience", lambda a: a.patience > 0),
+    "max_seq_len_delta": ("--bptt_std", lambda a: a.bptt_std > 0),
     "warmup_shape": ("--warmup", lambda a: a.warmup > 0),
     "warmup_start": ("--warmup", lambda a: a.warmup > 0),
     "step_size": ("--schedule step", lambda a: a.schedule == "step"),

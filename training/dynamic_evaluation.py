@@ -43,7 +43,7 @@ class DynamicEvaluation:
 
     def step(self, loss: Tensor) -> None:
         """Moves the weights by the gradient of `loss`, the mean over the words of a segment in nats."""
-        gradients = torch.autograd.grad(loss, self.weights)
+        gradients = torch.autograd.grad(loss, self.weights, materialize_grads=True)
         with torch.no_grad():
             parts = zip(self.weights, gradients, self.trained, self.decays, self.divisors, strict=True)
             for w, g, trained, decay, divisor in parts:
@@ -73,7 +73,8 @@ def gradient_rms(model: RNNModel, source: Tensor, bptt: int) -> list[Tensor]:
     state, count = model.initial_hidden(source.size(1)), 0
     for _, x, y in equal_segments(source, bptt, "gradients of train"):  # (T, B) each
         hiddens, state = model(x, state.detach())
-        for square, g in zip(squares, torch.autograd.grad(model.nll(hiddens, y), weights), strict=True):
+        gradients = torch.autograd.grad(model.nll(hiddens, y), weights, materialize_grads=True)
+        for square, g in zip(squares, gradients, strict=True):
             square.addcmul_(g, g)
         count += 1
     return [square.div_(count).sqrt_() for square in squares]

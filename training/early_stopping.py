@@ -35,10 +35,10 @@ def is_stable(history: list[tuple[int, Any]], epochs: int) -> bool:
     return 0 < epochs < len(history) and all(genotype == last[-1] for genotype in last)
 
 
-def check_history(history: list[tuple[int, Any]], epochs: int, collapsed: bool) -> None:
-    """Raises ValueError unless the history has a genotype for each epoch; a search that `collapsed` may lack the last
-    one."""
-    if [epoch for epoch, _ in history] not in (list(range(1, epochs + 1)), list(range(1, epochs + 1 - collapsed))):
+def check_history(history: list[tuple[int, Any]], epochs: range, collapsed: bool) -> None:
+    """Raises ValueError unless the history has a genotype for each of the epochs; a search that `collapsed` may lack
+    the last one."""
+    if [epoch for epoch, _ in history] not in (list(epochs), list(epochs)[: len(epochs) - collapsed]):
         raise ValueError("its history is of other epochs")
     for _, genotype in history:
         from_json(genotype)

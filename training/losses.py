@@ -105,6 +105,9 @@ def clipped_gradient(
         nll = nll + part.nll
         hidden.append(part.hidden)
         del part  # frees its graph before the next one is built
+    for w in weights:
+        if w.grad is None:  # of a node that no output depends on, which the eager engine leaves out of the graph
+            w.grad = torch.zeros_like(w)
     gradients = [w.grad for w in weights]
     if average is not None:
         average([nll, *gradients])

@@ -141,6 +141,7 @@ def test_retraining_switches_to_asgd_and_reports_the_best_epoch(trained):
     assert epochs[-1]["phase"] == "asgd"
     result = read(folder, "result.json")
     assert result["valid_ppl"] == min(record["valid_ppl"] for record in epochs)
+    assert result["known_ppl"]["valid"] == result["valid_ppl"]  # since every word is known
     assert f"test ppl {result['test_ppl']:.2f}" in done.stdout
 
 

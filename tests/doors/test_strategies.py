@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import SIZES, outcome, read_records
 
+import evaluate
 import train
 import train_search
 from experiment import arguments, checkpoint
@@ -299,7 +300,7 @@ def test_patience_in_search_reports_the_best_weights_and_their_cell(optimizer, c
     flags = f"--optimizer {optimizer} --patience 1 --lr 20 --epochs 40"
     folder = run("search", corpus, tmp_path / "run", flags)
     final, epochs = result(folder), read_records(folder, "epoch")
-    best = min(epochs, key=lambda record: record["valid_loss"])
+    best = min(epochs[2:], key=lambda record: record["valid_loss"])  # The alphas move from the third epoch on.
     assert final["stopped_by"] == "patience"
     assert best["epoch"] == len(epochs) - 1
     assert final["valid_ppl"] == pytest.approx(best["valid_ppl"])
@@ -308,9 +309,37 @@ def test_patience_in_search_reports_the_best_weights_and_their_cell(optimizer, c
     assert written["genotype"] == final["genotype"] == best["genotype"]
 
 
+def test_no_rule_and_no_file_takes_a_genotype_from_before_the_alphas_move(corpus, tmp_path, monkeypatch):
+    """The first epoch has the lowest loss, and the first two, in which the alphas rest, the genotype of noise."""
+    losses, written = iter([1.0, 2.0, 3.0, 2.5, 4.0]), []
+    monkeypatch.setattr(
+        "experiment.experiment.evaluate", lambda model, text, bptt, name: next(losses) if name == "valid" else 2.0
+    )
+    write_genotype = train_search.SearchState.write_genotype
+    monkeypatch.setattr(
+        train_search.SearchState, "write_genotype", lambda *args: written.append(args[1]) or write_genotype(*args)
+    )
+    flags = "--patience 1 --arch_start 2 --max_identity 8 --lr 1 --epochs 9"
+    folder = run("search", corpus, tmp_path / "run", flags)
+    assert (result(folder)["stopped_by"], result(folder)["epochs"]) == ("patience", 5)
+    assert json.loads((folder / "genotype.json").read_text())["epoch"] == 4
+    assert written == [3, 4, 5, 4]
+    assert result(folder)["best_valid_ppl"] == pytest.approx(math.exp(2.5))
+
+
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+def test_cell_with_a_node_that_nothing_reads_is_trained_and_evaluated(engine, corpus, tmp_path, capsys):
+    cell = "Genotype(recurrent=[('tanh',0),('relu',0)],concat=[2])"
+    folder = run("train", corpus, tmp_path / "run", f"--engine {engine} --arch {cell} --epochs 1 --lr 1")
+    assert math.isfinite(result(folder)["valid_ppl"])
+    assert evaluate.main([str(folder / "best.pt"), "--dynamic", "rms", "--device", "cpu"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_resuming_a_stopped_run_changes_nothing(kind, corpus, tmp_path, capsys):
-    folder = run(kind, corpus, tmp_path / "run", "--patience 1 --min_delta 9 --lr 1 --epochs 9")
+    start = " --arch_start 0" if kind == "search" else ""
+    folder = run(kind, corpus, tmp_path / "run", f"--patience 1 --min_delta 9 --lr 1 --epochs 9{start}")
     before = outcome(folder)
     assert "stopped by patience" in capsys.readouterr().out
     assert SCRIPTS[kind].main(["--resume", "--save", str(folder)]) == 0
@@ -542,6 +571,13 @@ REFUSED = [
     ("search", "--stop_stable -1", "--stop_stable -1: must be at least 0"),
     ("search", "--arch_start 3 --epochs 3", "--arch_start 3: the alphas would never move in --epochs 3"),
     ("search", "--norm group", "invalid choice"),
+    ("search", "--max_seq_len_delta 5", "--max_seq_len_delta 5: is for --bptt_std; add that or leave it out"),
+    (
+        "search",
+        "--search_split train --limit_tokens 60 --arch_batch_size 4",
+        "--limit_tokens 60: 6 tokens for the alphas are too few for a batch size of 4 (at least 8); use a longer text or a"
+        " smaller --arch_batch_size",
+    ),
     ("search", "--arch_batch_size 6", "--arch_batch_size 6: must be a multiple of --small_batch_size 4"),
     ("search", "--arch_batch_size 0", "--arch_batch_size 0: must be at least 1"),
     ("search", "--arch_batch_size 400", "tokens for the alphas are too few for a batch size of 400"),

@@ -286,3 +286,24 @@ def test_checkpoint_stays_readable_after_its_text_has_moved(rare, tmp_path):
     assert run(train, rare, tmp_path / "run") == 0
     shutil.copytree(rare, tmp_path / "copy", ignore=lambda *_: {"run"})
     assert resume_run(train, tmp_path / "run", "--data", tmp_path / "copy", "--epochs", 2) == 0
+
+
+def test_test_text_whose_unknown_words_have_no_id_in_the_run_is_named(tmp_path, capsys):
+    """No word of train and valid is unknown, so that the vocabulary of a run without a test text has no `<unk>`."""
+    folder, save = write_corpus(tmp_path, train=40, valid=20, test=20), tmp_path / "run"
+    test = (folder / "test.txt").read_text()
+    (folder / "test.txt").unlink()
+    assert run(train, folder, save, "--test", "skip") == 0
+    (folder / "test.txt").write_text(test + "new\n")
+    assert resume_run(train, save, "--epochs", 2) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "its vocabulary has no <unk>, which words of a test.txt that was added later would become" in line
+
+
+def test_split_that_is_too_short_to_evaluate_is_named(tmp_path, capsys):
+    folder = write_corpus(tmp_path, train=40, valid=20, test=20)
+    assert run(train, folder, tmp_path / "run") == 0
+    (folder / "valid.txt").write_text("a b\n")
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "run/best.pt"), "--split", "valid", "--device", "cpu"])
+    assert f"{folder} valid: 3 tokens are too few for a batch size of 10" in capsys.readouterr().err

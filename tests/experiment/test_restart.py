@@ -3,6 +3,7 @@ with the other engine."""
 
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
 from helpers import SIZES, outcome, run_compiling
@@ -11,11 +12,23 @@ import train
 import train_search
 from experiment import checkpoint
 from experiment.experiment import Experiment, TrainingState
+from experiment.run_directory import Run
+from experiment.startup import unnamed_run
 from experiment.validate_arguments import holds_work
 
 
 def flags(corpus, folder, *more):
     return ["--data", str(corpus), *SIZES, "--lr", "1", "--epochs", "1", "--save", str(folder), *more]
+
+
+def test_runs_without_names_that_start_in_one_second_have_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiment.run_directory.time.strftime", lambda _: "20261128-013000")
+    first, args = Run("runs/train-20261128-013000"), Namespace(save="runs/train-20261128-013000")
+    second = unnamed_run("train", args)
+    assert str(second.folder) == args.save == "runs/train-20261128-013000-2"
+    for run in (first, second):
+        run.release()
 
 
 def fail(*_):

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import sys
+from argparse import Namespace
 from unittest import mock
 
 import pytest
@@ -19,6 +21,8 @@ import evaluate
 import train
 import train_search
 from experiment import checkpoint
+from experiment.startup import memory_explained
+from utils import RunError
 
 SIZES = "--emsize 6 --batch_size 2 --bptt 4 --lr 1 --epochs 1 --device cpu --engine eager --log_interval 9".split()
 SCRIPTS = {"train": train, "search": train_search}
@@ -329,6 +333,26 @@ def test_out_of_memory_names_sizes_and_flags_that_need_less(kind, error, message
     last = capsys.readouterr().err.splitlines()[-1]
     assert message in last
     assert "--emsize 6, --bptt 4 and 4 of the 4 batch elements" in last
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "64 of the 64 batch elements at a time on each of 4 ranks; --small_batch_size 32 needs about half"),
+        ({"small_batch_size": 16}, "16 of the 64 batch elements at a time on each of 4 ranks; --small_batch_size 8 "),
+        ({"arch_batch_size": 4 * 36}, "--small_batch_size 4 needs about half"),
+        ({"small_batch_size": 1}, "take a smaller --emsize"),
+    ],
+)
+def test_out_of_memory_on_several_ranks_advises_a_size_that_each_can_have(changes, message):
+    flags = {"batch_size": 256, "small_batch_size": 256, "arch_batch_size": 256, "emsize": 8, "bptt": 5, "norm": "none"}
+    with pytest.raises(RunError, match=message), memory_explained(Namespace(**(flags | changes)), 4):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_refused_flags_end_a_script_with_their_exit_code():
+    assert train.signals.run_script(lambda: sys.exit(2)) == 2
+    assert train.signals.run_script(lambda: sys.exit()) == 0
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

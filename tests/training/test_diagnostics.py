@@ -264,6 +264,20 @@ def test_diagnosis_leaves_search_steps_bit_identical(flags, tmp_path):
     assert actual[0].keys() == {"kind", "epoch", "step", *Signal._fields}
 
 
+def test_seconds_of_a_run_that_rolls_back_are_those_of_all_its_work(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    here = progress.Progress(Run(tmp_path / "run"), torch.device("cpu"), 1, 100)
+    before = here.state_dict()
+    for _ in here.track([(0, 10), (10, 10)], columns=3):
+        clock[0] += 20
+        here.advance(torch.tensor(1.0), torch.tensor(1.0), (10, 3), 1.0)
+        here.close_interval(here.interval_means(), 1.0)
+    here.load_state_dict(before)
+    clock[0] += 5
+    assert (here.step, here.elapsed()) == (0, 45)
+
+
 def test_measurement_time_is_not_counted_as_step_time(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])

@@ -33,9 +33,10 @@ Average = Callable[[list[Tensor]], None]  # replaces tensors by their mean over 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """How a gradient moves the weights: it is clipped, weight decay and momentum are added, and lr times that is taken.
-    The weight step and the virtual step of the search both clip with `clip_`. The former then lets the optimizer that
-    `training.optimizers.new_optimizer` makes from the same object take its step, the latter adds `deltas`."""
+    """How a gradient moves the weights: it is clipped, and an optimizer with this weight decay and momentum takes its
+    step. The weight step and the virtual step of the search both clip with `clip_`. The former then lets the optimizer
+    that `training.optimizers.new_optimizer` makes from the same object take its step, the latter, which is of SGD with
+    or without momentum, adds `deltas`."""
 
     clip_norm: float = 0.0  # the largest norm of the whole gradient; 0 for no limit
     clip_value: float = 0.0  # the largest absolute value of an element of the gradient, applied first; 0 for no limit

@@ -63,7 +63,8 @@ class Adapter:
             raise RunError(f"the model diverges with --dynamic_lr {setting.lr:g}; take a smaller one") from error
 
     def losses_of(self, ids: Tensor, setting: Setting, name: str) -> Tensor:
-        """Returns the losses (1 or 2, n - 1, B) of `losses` without the cache and, if the setting has one, with it."""
+        """Returns the loss in nats of each word of a text (tokens,) but the first in each of its B columns, without the
+        cache and, if the setting has one, with it: (1 or 2, n - 1, B)."""
         return self.losses(ids, setting, [setting.mix] if setting.mix else [], name)
 
     def tune(self, ids: Tensor, start: Setting) -> Setting:

@@ -44,14 +44,15 @@ def is_same_text(before: Any, now: dict[str, str]) -> bool:
     )
 
 
-def tuned_with(first: dict[str, Any], args: Namespace) -> dict[str, Any]:
-    """Returns the flags that a fine-tuning run takes from `first`, those of the run whose weights it starts from."""
+def tuned_with(first: dict[str, Any], clips: bool) -> dict[str, Any]:
+    """Returns the flags that a fine-tuning run takes from `first`, those of the run whose weights it starts from; how
+    that run clipped is left out if the new one `clips` in a way of its own."""
     names = set(TUNED_WITH)
     if DEFAULT_LR[first["optimizer"]] == DEFAULT_LR["asgd"]:  # another optimizer's rate does not suit averaged SGD
         names.add("lr")
     if first["small_batch_size"] != first["batch_size"]:
         names.add("small_batch_size")
-    if args.clip is None and not args.clip_value:
+    if not clips:
         names |= {"clip", "clip_value"}
     return {name: first[name] for name in names}
 

@@ -6,8 +6,8 @@ Faults that a user can correct end the script here with exit code 2 and one line
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -36,13 +36,21 @@ from utils import DataError, RunError
 Texts = dict[str, tuple[Tensor, int]]
 TextsToRead = Callable[[data.Corpus, Namespace], Texts]
 MANY_WORDS = 50_000  # From so many word types on, a line says what they need in memory.
-Started = tuple[Namespace, data.Corpus, Run, dict[str, Any] | None]
+
+
+class Started(NamedTuple):
+    """What a run starts with."""
+
+    args: Namespace
+    corpus: data.Corpus
+    run: Run
+    saved: dict[str, Any] | None  # the state to resume from; None for a new run
 
 
 def start_run(
     kind: str, parser: arguments.Parser, argv: list[str] | None, texts: TextsToRead, ranks: Distributed
 ) -> Started:
-    """Returns the flags, the corpus, the run directory, and the state to resume from (None for a new run).
+    """Starts a run of this kind ("search" or "train") from its command line, or resumes one.
 
     The main rank decides for all ranks. Exits with code 2 on faults of the flags, the corpus or the saved state; raises
     `RunError` on another rank whose machine lacks the corpus or has a different one.
@@ -55,7 +63,7 @@ def start_run(
         except SystemExit as end:
             exit_code = end.code
     exit_code, shared = ranks.broadcast_from_main(
-        lambda: (exit_code, started and (started[0], started[3], started[1].sha256))
+        lambda: (exit_code, started and (started.args, started.saved, started.corpus.sha256))
     )
     if exit_code is not None:
         sys.exit(exit_code)
@@ -68,15 +76,14 @@ def start_run(
         raise RunError(f"on the machine of rank {ranks.rank}: {' '.join(error.faults)}") from error
     if corpus.sha256 != sha256:
         raise RunError(f"--data {args.data}: another text on the machine of rank {ranks.rank} than of the first rank")
-    return args, corpus, NullRun(args.save), saved
+    return Started(args, corpus, NullRun(args.save), saved)
 
 
 def start_on_main_rank(
     kind: str, parser: arguments.Parser, argv: list[str] | None, texts: TextsToRead, ranks: Distributed
 ) -> Started:
-    """Returns the flags, the corpus, the run directory, and the state to resume from (None for a new run), on the main
-    rank. Exits with code 2 on faults. Nothing is downloaded for flags that cannot be used, and the directory of a new
-    run is created last."""
+    """Does the work of `start_run`, on the main rank; exits with code 2 on faults. Nothing is downloaded for flags that
+    cannot be used, and the directory of a new run is created last."""
     args, earlier, found = read_flags(kind, parser, argv, ranks)
     run = saved = None
     if args.resume:
@@ -123,7 +130,7 @@ def start_on_main_rank(
         print(f"{parser.prog}: {vocabulary_note(args, len(corpus.words))}", file=sys.stderr)
     if args.resume and args.engine != (before := earlier["flags"]["engine"]):
         run.log(f"--engine {args.engine} from here on, {before} before: the digits differ by rounding")
-    return args, corpus, run, saved
+    return Started(args, corpus, run, saved)
 
 
 def unnamed_run(kind: str, args: Namespace) -> Run:
@@ -150,16 +157,19 @@ def read_flags(
         parser.set_defaults(**earlier["flags"])
     elif getattr(args, "finetune", None) is not None:
         earlier = read_finetuned(parser, args)
-        parser.set_defaults(**tuned_with(earlier["flags"], args), optimizer="asgd")
+        clips = args.clip is not None or args.clip_value > 0
+        parser.set_defaults(**tuned_with(earlier["flags"], clips), optimizer="asgd")
     args = parser.parse_args(argv)
     rate_given = args.lr is not None
     arguments.complete(args, kind)
-    found = validate_arguments.validate(args, parser.get_default)
+    found = validate_arguments.validate(kind, args, parser.get_default)
     found += validate_arguments.rank_faults(args, ranks.size, ranks.on_this_machine)
-    if "arch" in vars(args):
-        with suppress(GenotypeError):  # `validate` has reported it
-            # The text is the same when a search is resumed or its directory moves.
+    if kind == "train":
+        try:
+            # The text of the cell is the same when a search is resumed or its directory moves.
             args.arch = str(resolve_cell(args.arch, note=lambda line: print(f"{parser.prog}: {line}", file=sys.stderr)))
+        except GenotypeError as error:
+            found.append(f"--arch: {error}")
     if args.resume:
         found += changed_flags(args, earlier["flags"])
     elif earlier:

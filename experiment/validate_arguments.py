@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from experiment import checkpoint, lock
-from genotypes import GenotypeError, resolve_cell
 from training.optimizers import LIKE_SGD
 
 LARGEST = 2**31  # An integer flag must be below this.
@@ -35,10 +34,11 @@ RANGES = {
 }  # fmt: skip
 
 
-def validate(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
-    """Returns every fault of the flags, one line each; `defaults` returns the default of the flag with a name."""
+def validate(kind: str, args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
+    """Returns every fault of the flags of a run of this kind ("search" or "train"), one line each, but for those of
+    --arch; `defaults` returns the default of the flag with a name."""
     return [
-        *number_faults(args), *size_faults(args), *strategy_faults(args), *idle_faults(args, defaults),
+        *number_faults(args), *size_faults(args), *strategy_faults(kind, args), *idle_faults(args, defaults),
         *device_faults(args.device), *run_faults(args), *precision_faults(args),
     ]  # fmt: skip
 
@@ -129,8 +129,8 @@ def idle_faults(args: Namespace, defaults: Callable[[str], Any]) -> list[str]:
     ]
 
 
-def strategy_faults(args: Namespace) -> list[str]:
-    """Returns a fault for each combination of strategies that is not possible."""
+def strategy_faults(kind: str, args: Namespace) -> list[str]:
+    """Returns a fault for each combination of strategies that is not possible in a run of this kind."""
     rules = [
         (args.warmup and args.warmup_shape == "exponential" and args.warmup_start == 0,
          "--warmup_start 0: an exponential warm-up starts above 0; give one, or --warmup_shape linear"),
@@ -142,7 +142,7 @@ def strategy_faults(args: Namespace) -> list[str]:
         (args.cycle > args.epochs,
          f"--cycle {args.cycle}: longer than --epochs {args.epochs}; take a smaller one, or 0"),
     ]  # fmt: skip
-    if "unrolled" in vars(args):
+    if kind == "search":
         rules += [
             (0 < args.epochs <= args.arch_start,
              f"--arch_start {args.arch_start}: the alphas would never move in --epochs {args.epochs}; take a smaller "
@@ -221,7 +221,8 @@ def precision_faults(args: Namespace) -> list[str]:
 
 
 def holds_work(folder: Path) -> bool:
-    """Returns whether a folder holds more than what a run of this project leaves that ended before its first step."""
+    """Returns whether a folder holds work that a new run must not overwrite: anything but the files that a run of this
+    project has written when it ends before its first step."""
     left = {path.name for path in folder.iterdir() if path.name != lock.NAME and not path.name.endswith(".tmp")}
     if left <= {"log.txt", "tensorboard"}:  # to which a new run appends
         return False
@@ -235,7 +236,7 @@ def holds_work(folder: Path) -> bool:
 
 
 def run_faults(args: Namespace) -> list[str]:
-    """Returns a fault for --save, --arch and --tensorboard each, if the directory, cell or package cannot be used."""
+    """Returns a fault for --save and --tensorboard each, if the directory or a package cannot be used."""
     folder, faults = Path(args.save), []
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -249,11 +250,6 @@ def run_faults(args: Namespace) -> list[str]:
             faults.append(HOLDS_FILES.format(folder))
     except OSError as error:  # The folder cannot be read, or no folder can have this name.
         faults.append(f"--save {folder}: cannot be used ({error.strerror})")
-    if "arch" in vars(args):
-        try:
-            resolve_cell(args.arch)
-        except GenotypeError as error:
-            faults.append(f"--arch: {error}")
     if args.tensorboard:
         faults += [
             f"--tensorboard: needs {name}; pip install {name}, or go without (--no-tensorboard)"

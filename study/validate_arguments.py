@@ -180,7 +180,8 @@ def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None =
             if corpus is not None:
                 wrong = startup.length_faults(args, script.texts_to_read(corpus, args))
             else:
-                wrong = validate_arguments.validate(args, of_script.get_default)
+                kind = "search" if stage == "search" else "train"
+                wrong = validate_arguments.validate(kind, args, of_script.get_default)
                 if stage == "proxy" and falls_with_epochs(study.args.train_flags):
                     wrong.append(f"--schedule {args.schedule}: under it a short training is not the beginning of a long"
                                  " one, as proxy takes it to be; leave it out")  # fmt: skip

@@ -575,8 +575,8 @@ REFUSED = [
     (
         "search",
         "--search_split train --limit_tokens 60 --arch_batch_size 4",
-        "--limit_tokens 60: 6 tokens for the alphas are too few for a batch size of 4 (at least 8); use a longer text or a"
-        " smaller --arch_batch_size",
+        "--limit_tokens 60: 6 tokens for the alphas are too few for a batch size of 4 (at least 8); use a longer"
+        " text or a smaller --arch_batch_size",
     ),
     ("search", "--arch_batch_size 6", "--arch_batch_size 6: must be a multiple of --small_batch_size 4"),
     ("search", "--arch_batch_size 0", "--arch_batch_size 0: must be at least 1"),

@@ -419,7 +419,7 @@ def test_search_probe_has_enough_text_and_trains_the_alphas(tmp_path):
     flags = "--data builtin --batch_size 4 --arch_batch_size 400 --search_split train --arch_start 3 --bptt 2".split()
     job = cost.probe(Job("a", "train_search.py", tuple(flags)), "probe")
     args = cost.parse(job)
-    assert args.arch_start == 0 and validate_arguments.strategy_faults(args) == []
+    assert args.arch_start == 0 and validate_arguments.strategy_faults("search", args) == []
     assert startup.length_faults(args, train_search.texts_to_read(load_corpus("builtin"), args)) == []
 
 

@@ -19,7 +19,7 @@ LOOKS = ((BLUE, "o"), (RED, "s"), *zip(SERIES[3:], "DvP", strict=True), (INK, "X
 
 
 def selected(folder: Path) -> list[tuple[str, float]]:
-    """Returns (trial such as "first-1/1", validation perplexity) of each short training, in the order of their ends."""
+    """Returns (trial such as "first-1/1001", validation perplexity) of each short training, in the order of its end."""
     done = {}
     for event in metrics.events(folder):
         stage, _, cell = event["trial"].partition("/")

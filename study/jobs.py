@@ -47,7 +47,7 @@ class TrialFailed(Exception):
 
 
 class Job(NamedTuple):
-    """A job runs a script with these flags in the study's subdirectory `name` ("select/first-1/1"). Only a job with
+    """A job runs a script with these flags in the study's subdirectory `name` ("select/first-1/1001"). Only a job with
     `test` evaluates the test text."""
 
     name: str

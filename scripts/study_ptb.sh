@@ -16,6 +16,7 @@ fi
 sizes="--emsize ${WIDTH:-64} --batch_size 32 --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0"
 sizes+=" --limit_tokens 300000 --device cpu"
 moves="--arch_lr 0.03 --arch_start 2"
+low="--schedule step --step_size 2 --gamma 0.1" # a tenth of the rate in the third epoch
 tanh8="Genotype(recurrent=[('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0),"
 tanh8+=" ('tanh', 0)], concat=[1, 2, 3, 4, 5, 6, 7, 8])"
 identity8=${tanh8//tanh/identity}
@@ -26,7 +27,8 @@ exec .venv/bin/python trials.py "$stage" --study "$study" --data penn --gpus_per
   --proxy_flags "--schedule step --step_size 10 --gamma 0.1 --epochs 12" \
   --methods none-first="--norm none $moves" none-unrolled="--norm none --unrolled $moves" \
   batch-first="--norm batch $moves" batch-unrolled="--norm batch --unrolled $moves" \
-  layer-first="--norm layer $moves" layer-unrolled="--norm layer --unrolled $moves" random \
-  --seeds 8 --random_cells 16 --search_epochs 3 \
+  layer-first="--norm layer $moves" layer-unrolled="--norm layer --unrolled $moves" \
+  none-first-low="--norm none $moves $low" none-unrolled-low="--norm none --unrolled $moves $low" random \
+  --seeds 8 --random_cells 32 --search_epochs 3 \
   --search_flags "$sizes --arch_batch_size 64 --log_interval 20 --diagnose_every 100" \
   --select_epochs 20 "${@:2}"

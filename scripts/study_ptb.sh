@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The study of docs/study.md: six methods of searching against random cells, on the first 300,000 tokens of Penn Treebank.
-#   scripts/study_ptb.sh                    every stage that docs/study/penn-64 lacks: about 13 hours on 2 CPU cores
+# The study of docs/study.md: eight methods of searching against random cells, on the first 300,000 tokens of Penn Treebank.
+#   scripts/study_ptb.sh                    every stage that docs/study/penn-64 lacks: about 15 hours on 2 CPU cores
 #   scripts/study_ptb.sh proxy --dry_run    one stage; further flags are those of trials.py
 #   WIDTH=128 scripts/study_ptb.sh proxy    which short training is a good judge at 128 hidden units: 7 hours
 # It may be stopped at any time; each trial adds a line to trials.jsonl as it ends. Penn Treebank is downloaded if missing.
@@ -16,7 +16,7 @@ fi
 sizes="--emsize ${WIDTH:-64} --batch_size 32 --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0"
 sizes+=" --limit_tokens 300000 --device cpu"
 moves="--arch_lr 0.03 --arch_start 2"
-low="--schedule step --step_size 2 --gamma 0.1" # a tenth of the rate in the third epoch
+low="--schedule step --step_size 2 --gamma 0.1"  # a tenth of the rate in the third epoch
 tanh8="Genotype(recurrent=[('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0),"
 tanh8+=" ('tanh', 0)], concat=[1, 2, 3, 4, 5, 6, 7, 8])"
 identity8=${tanh8//tanh/identity}

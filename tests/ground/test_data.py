@@ -631,7 +631,7 @@ def test_read_split_of_builtin_matches_the_corpus(builtin, split):
 @given(st.integers(2, 200), st.integers(1, 20))
 def test_batchify_matches_a_plain_loop(n, batch_size):
     if n // batch_size < 2:
-        with pytest.raises(data.DataError, match=f"batch size {batch_size}"):
+        with pytest.raises(data.DataError, match=f"too few for a batch size of {batch_size}"):
             utils.batchify(torch.arange(n), batch_size)
         return
     n_steps = n // batch_size

@@ -123,8 +123,7 @@ class Experiment:
         self.args, self.corpus, self.run, self.saved = startup.start_run(kind, parser, argv, texts_to_read, self.ranks)
         args = self.args
         self.device = self.ranks.device(choose_device(args.device, args.deterministic))
-        self.local_batch_size = args.batch_size // self.ranks.size
-        self.micro_batch_size = min(args.small_batch_size, self.local_batch_size)
+        self.local_batch_size, self.micro_batch_size = startup.batch_sizes(args, self.ranks.size)
         torch.manual_seed(args.seed)
         self.bptt_rng = torch.Generator().manual_seed(args.seed)
         texts = texts_to_read(self.corpus, args).items()

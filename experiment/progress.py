@@ -136,7 +136,7 @@ class Progress:
         self.interval.load_state_dict(state["interval"])
         self.norm.load_state_dict(state["norm"])
         self.whole.load_state_dict(state["whole"])
-        # A resumed run goes on from its last record; one that rolls back has worked longer than the records kept say.
+        # A resumed run counts from its last record; one that rolls back has worked longer than the records kept say.
         self.seconds = max(self.elapsed(), self.run.cut_metrics(state["metrics_records"]))
 
 

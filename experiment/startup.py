@@ -183,6 +183,12 @@ def load_corpus(args: Namespace) -> data.Corpus:
     return data.load_corpus(args.data, **vocabulary, test=args.test == "read")
 
 
+def batch_sizes(args: Namespace, ranks: int) -> tuple[int, int]:
+    """Returns how many batch elements each of `ranks` ranks has, and how many of them it computes at a time."""
+    local_batch_size = args.batch_size // ranks
+    return local_batch_size, min(args.small_batch_size, local_batch_size)
+
+
 @contextmanager
 def memory_explained(args: Namespace, ranks: int) -> Iterator[None]:
     """Turns an out-of-memory error inside the block into a `RunError` with the sizes that each of `ranks` ranks has,
@@ -192,8 +198,7 @@ def memory_explained(args: Namespace, ranks: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not checkpoint.out_of_memory(error):
             raise
-        local_batch_size = args.batch_size // ranks
-        at_once = min(args.small_batch_size, local_batch_size)
+        local_batch_size, at_once = batch_sizes(args, ranks)
         least = 2 if validate_arguments.normalises_over_batch(args) else 1
         sizes = local_batch_size, getattr(args, "arch_batch_size", args.batch_size) // ranks
         divisors = (n for n in range(least, at_once // 2 + 1) if not any(size % n for size in sizes))

@@ -57,7 +57,6 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
     begun = [metrics.epochs(study.folder / job.name)[: early_epochs(study)] for job in short]
     complete = all(len(records) == early_epochs(study) for records in begun)
     selected, retrained = study.values(short), study.values(full)
-    by_name = study.by_name(cell)
     halved = [metrics.read_json(study.folder / job.name / "halved.json") for job in short]
     return {
         "cell": cell.label,
@@ -66,7 +65,7 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
         "select": mean(selected) if selected else None,
         "select_sd": spread(selected),
         "select_n": len(selected),
-        "by_name": by_name,
+        "by_name": study.by_name(cell),
         "halved": any(halved),
         "retrain": mean(retrained) if retrained else None,
         "retrain_sd": spread(retrained),

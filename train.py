@@ -66,11 +66,18 @@ class RetrainState(TrainingState):
             return "patience"
         return "nonmono" if self.args.finetune and self.trigger.step(valid_loss) else ""
 
-    def switch_to_averaging_if_due(self, valid_loss: float) -> None:
-        """Starts to average the weights, by NT-ASGD, if the validation loss has stopped falling."""
-        if self.phase == "sgd" and self.args.optimizer == "ntasgd" and self.trigger.step(valid_loss):
+    def switch_to_averaging_if_due(self, epoch: int, valid_loss: float) -> None:
+        """Starts to average the weights after an epoch with this loss: after --average_after epochs, or, by NT-ASGD, if
+        the validation loss has stopped falling."""
+        if self.phase != "sgd" or self.args.optimizer != "ntasgd":
+            return
+        has_stopped_falling = self.trigger.step(valid_loss)
+        if epoch == self.args.average_after or (has_stopped_falling and not self.args.average_after):
             self.phase, self.optimizer = "asgd", self.new_optimizer("asgd")
-            self.run.log("the validation loss has stopped falling: averaging the weights from here on")
+            reason = (
+                f"{epoch} epochs are over" if self.args.average_after else "the validation loss has stopped falling"
+            )
+            self.run.log(f"{reason}: averaging the weights from here on")
 
     # --- a checkpoint ---
 
@@ -111,12 +118,11 @@ class RetrainState(TrainingState):
 
 def retrain(experiment: Experiment, state: RetrainState) -> None:
     """Trains by SGD, and by averaged SGD after the validation loss has stopped falling (NT-ASGD)."""
-    args = experiment.args
-    for _ in experiment.epochs():
+    for epoch in experiment.epochs():
         with experiment.rollback_on_divergence(state):
             for x, y in experiment.segments(state.train_text):  # (T, B) each
                 experiment.set_lr(state.optimizer)
-                with scaled_lr(state.optimizer, len(x) / args.bptt) as lr:
+                with scaled_lr(state.optimizer, len(x) / experiment.args.bptt) as lr:
                     nll, norm = state.weight_gradient(x, y)
                     state.optimizer.step()
                 experiment.after_step(state, nll, norm, lr, len(x))
@@ -128,7 +134,7 @@ def retrain(experiment: Experiment, state: RetrainState) -> None:
                 experiment.close_epoch(state, valid_loss)
             reason = state.reason_to_stop(valid_loss)
             if not reason:
-                state.switch_to_averaging_if_due(valid_loss)
+                state.switch_to_averaging_if_due(epoch, valid_loss)
             experiment.end_epoch(state, valid_loss, reason)
 
 

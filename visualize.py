@@ -25,7 +25,7 @@ from plots.animation import draw_formation
 from plots.cell_graph import cell_dot, cell_figure
 from plots.run_history import History
 from plots.search_curves import whole_figure
-from plots.study_curves import cells_figure, selection_figure
+from plots.study_curves import cells_figure, proxies_figure, selection_figure
 from plots.style import FORMATS, PictureError, plain_style, save
 from plots.train_curves import train_figure
 
@@ -54,6 +54,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         ("train", "draw the validation curves of trainings", "RUN", "directories", "train.svg", ENDINGS),
         ("study", "draw what the selection of a study found, trial by trial", "STUDY", its, "study.svg", ENDINGS),
         ("cells", "draw which feature tells the cells of a study apart", "STUDY", its, "cells.svg", ENDINGS),
+        ("proxies", "draw how each short training of a study ranks the cells", "STUDY", its, "proxies.svg", ENDINGS),
         ("report", "write one page about a run or a study", "DIR", its, None,
          ".html; report.html in that directory if not given"),
     ):  # fmt: skip
@@ -82,6 +83,8 @@ def draw(args: argparse.Namespace) -> Path:
         save(train_figure([History(folder) for folder in args.what]), out, "retraining")
     elif args.command == "cells":
         save(cells_figure(Path(args.what)), out, "cells")
+    elif args.command == "proxies":
+        save(proxies_figure(Path(args.what)), out, "proxies")
     else:
         save(selection_figure(Path(args.what)), out, "selection")
     return out

@@ -4,7 +4,7 @@ import json
 import math
 import reprlib
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ TUNED_WITH = {
     "alpha", "beta", "rdrop", "fraternal", "wdecay", "nonmono", "seed", "engine", "precision",
 }  # fmt: skip
 # Flags that are younger than runs which can still be resumed, with the values that these runs had.
-YOUNGER = {"min_count": 0, "vocab_size": 0}
+YOUNGER = {"min_count": 0, "vocab_size": 0, "average_after": 0}
 MAX_CONFIG = 1_000_000  # bytes
 
 
-def with_younger(flags: Any) -> Any:
-    """Returns the flags of a run with those that are younger than the run; another value is returned as it is."""
-    return {**YOUNGER, **flags} if isinstance(flags, dict) else flags
+def with_younger(flags: Any, names: Container[str]) -> Any:
+    """Returns the flags of a run with those of `names`, its script's flags, that are younger than the run; another
+    value is returned as it is."""
+    added = {name: value for name, value in YOUNGER.items() if name in names}
+    return {**added, **flags} if isinstance(flags, dict) else flags
 
 
 def is_same_text(before: Any, now: dict[str, str]) -> bool:
@@ -126,11 +128,12 @@ def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[s
     if save is None:
         parser.refuse([f"{flag}: say which run to continue with --save DIR"])
     path = Path(save) / "config.json"
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "resume")}
     try:
         if path.stat().st_size > MAX_CONFIG:
             raise ValueError("too long")
         config = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
-        script, flags = config["script"], with_younger(dict(config["flags"]))
+        script, flags = config["script"], with_younger(dict(config["flags"]), actions)
         config["flags"] = flags
         if not isinstance(config.get("resumed", []), list):
             raise ValueError("resumed")
@@ -140,7 +143,6 @@ def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[s
         parser.refuse([f"{flag}: {path} is damaged; start a new run"])
     if script != parser.prog:
         parser.refuse([f"{flag}: {save} is a run of {script}"])
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "resume")}
     if lost := actions.keys() - flags.keys():
         parser.refuse([f"{flag}: {path} is damaged or of another version (no {min(lost)}); start a new run"])
     if unknown := flags.keys() - actions.keys():

@@ -28,6 +28,8 @@ def build_parser() -> arguments.Parser:
     parser.add_flags("averaging (NT-ASGD)", [
         ("nonmono", int, 5, "averaging starts when the validation loss is above the lowest of all earlier epochs but "
          "the last NONMONO"),
+        ("average_after", int, 0, "averaging starts after this many epochs, whatever the validation loss is, so that "
+         "all cells of a comparison are averaged over as many (0: as --nonmono says)"),
         ("finetune", "RUN", None, "start from the best weights of RUN and average from the first step on; text, sizes, "
          "dropout rates and regularisation are those of RUN unless given again; the condition of --nonmono ends this "
          "run. RUN may be a model.pt of the published code too, from which size and cell are taken"),

@@ -95,7 +95,7 @@ def start_on_main_rank(
         except (Locked, checkpoint.CheckpointError) as error:
             found.append(f"--save: {error}" if run is None else str(error))
         if saved is not None:
-            saved["flags"] = with_younger(saved.get("flags"))
+            saved["flags"] = with_younger(saved.get("flags"), earlier["flags"])
             found += state_faults(kind, args, earlier["flags"], saved, ranks.size)
 
     corpus = None

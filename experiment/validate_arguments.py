@@ -28,7 +28,7 @@ RANGES = {
     "at least 0": (lambda x: x >= 0, "alpha beta wdecay arch_wdecay bptt_std max_seq_len_delta seed checkpoint_minutes"
                    " clip clip_value patience min_delta warmup final_lr cycle plateau_patience limit_tokens rdrop"
                    " fraternal stop_stable max_identity diagnose_every arch_start min_count vocab_size"
-                   " cache_size cache_theta tune_tokens temperature top_k"),
+                   " cache_size cache_theta tune_tokens temperature top_k average_after"),
     "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "warmup_start dynamic_decay"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "dropout dropouth dropoutx dropouti dropoute momentum"),
 }  # fmt: skip
@@ -97,7 +97,11 @@ def size_faults(args: Namespace) -> list[str]:
 # Maps each flag that has an effect only with others to these, as the message names them, and to whether they are given.
 INEFFECTIVE_FLAGS = {
     "momentum": ("--optimizer momentum", lambda a: a.optimizer == "momentum"),
-    "nonmono": ("--optimizer ntasgd or --finetune", lambda a: a.optimizer == "ntasgd" or a.finetune),
+    "nonmono": (
+        "--optimizer ntasgd without --average_after, or --finetune",
+        lambda a: (a.optimizer == "ntasgd" and not a.average_after) or a.finetune,
+    ),
+    "average_after": ("--optimizer ntasgd", lambda a: a.optimizer == "ntasgd"),
     "min_delta": ("--patience", lambda a: a.patience > 0),
     "max_seq_len_delta": ("--bptt_std", lambda a: a.bptt_std > 0),
     "warmup_shape": ("--warmup", lambda a: a.warmup > 0),
@@ -157,6 +161,9 @@ def strategy_faults(kind: str, args: Namespace) -> list[str]:
             *((getattr(args, name) > 0 and not drops,
                f"--{name}: compares two passes with different dropout masks, but all dropout rates are 0; set one, or "
                "leave it out") for name in ("rdrop", "fraternal")),
+            (0 < args.epochs <= args.average_after,
+             f"--average_after {args.average_after}: averaging would never start in --epochs {args.epochs}; take a "
+             "smaller one, or more epochs"),
             (args.finetune and args.optimizer != "asgd",
              f"--finetune: averages from its first step on; leave out --optimizer {args.optimizer}"),
         ]  # fmt: skip

@@ -1,9 +1,13 @@
-"""Plots the short trainings of a study: in the order in which they ended, and against what tells the cells apart."""
+"""Plots the trainings of a study: the selection in the order in which its trials ended, the cells against the feature
+that tells them apart, and the ranks of the proxies' cells after each of their trainings.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -81,4 +85,38 @@ def cells_figure(folder: Path) -> Figure:
         axes.set(xlabel=f"{name} of the cell", ylabel="validation perplexity, per word")
         axes.set_title(f"after {epochs} epoch{'s' if epochs > 1 else ''}: Spearman's rho {r:.2f}")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def proxies_figure(folder: Path) -> Figure:
+    """Returns a figure of the rank of each cell of the proxies after every short training, those without flags of their
+    own first, and after the long one, by whose ranks the lines are coloured. A cell that lacks one of these trainings
+    is left out. Raises `PictureError` if leaderboard.json has fewer than two cells that lack none."""
+    board = metrics.read_json(folder / "leaderboard.json") or {}
+    try:
+        *short, long = board["proxy_cells"][0]["ppl"]
+        trainings = [*sorted(short, key=lambda name: name.startswith("--")), long]
+        cells = {row["cell"]: [float(row["ppl"][name]) for name in trainings]
+                 for row in board["proxy_cells"] if None not in row["ppl"].values()}  # fmt: skip
+        if len(cells) < 2:
+            raise ValueError("a ranking needs two cells")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        reason = "no two cells with all trainings of the proxies; python trials.py report --study lists what they have"
+        raise PictureError(f"{folder}: {reason}") from error
+    ranks = [
+        [1 + sum(other < ppl for other in column) for ppl in column] for column in zip(*cells.values(), strict=True)
+    ]
+    figure = new_figure(110 + 22 * len(cells))
+    axes = figure.subplots()
+    for label, ppls, of_cell in zip(cells, cells.values(), zip(*ranks, strict=True), strict=True):
+        colour = colormaps["viridis"](0.9 * (of_cell[-1] - 1) / (len(cells) - 1))
+        axes.plot(of_cell, "o-", color=colour, linewidth=2, markersize=6, gid=f"ranks-{label}")
+        name = label if len(label) <= 28 else f"{label[:27]}…"
+        axes.annotate(
+            f"{name}: {ppls[-1]:.2f}", (len(trainings) - 0.9, of_cell[-1]), va="center", annotation_clip=False
+        )
+    axes.invert_yaxis()
+    axes.set_xticks(range(len(trainings)), [fill(name, 16) for name in trainings])
+    axes.set(ylabel="rank of the cell", yticks=range(1, len(cells) + 1))
+    axes.set_title("Ranks after each short training and, last, after the long one")
     return figure

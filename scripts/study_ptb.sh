@@ -24,7 +24,7 @@ exec .venv/bin/python trials.py "$stage" --study "$study" --data penn --gpus_per
   --train_flags "$sizes --precision bf16 --log_interval 100" \
   --baselines DARTS DARTS_V1 LSTM --full_epochs 60 \
   --proxy_cells DARTS DARTS_V1 "$tanh8" "$identity8" random:{101..108} --proxy_epochs 3 6 12 20 --proxy_reference 60 \
-  --proxy_flags "--schedule step --step_size 10 --gamma 0.1 --epochs 12" \
+  --proxy_flags "--schedule step --step_size 10 --gamma 0.1 --epochs 12" "--average_after 20 --epochs 24" \
   --methods none-first="--norm none $moves" none-unrolled="--norm none --unrolled $moves" \
   batch-first="--norm batch $moves" batch-unrolled="--norm batch --unrolled $moves" \
   layer-first="--norm layer $moves" layer-unrolled="--norm layer --unrolled $moves" \

@@ -90,9 +90,9 @@ def as_markdown(found: dict[str, Any]) -> str:
         if not any(p["recommended"] for p in found["proxies"]):
             parts.append(f"None has a tau of {AGREES} with an interval above 0: train longer, or rank more cells.")
     if found["proxy_cells"]:
-        head = " | ".join(found["proxy_cells"][0])
+        head = " | ".join(["cell", *found["proxy_cells"][0]["ppl"]])
         parts += ["## The cells of the proxies", "Perplexities after each short training, and after the long one."]
-        parts += [table(head, [row.values() for row in found["proxy_cells"]])]
+        parts += [table(head, [(row["cell"], *row["ppl"].values()) for row in found["proxy_cells"]])]
     rows = [
         (c["stage"], c["runs"], f"{value:.2f} {key.replace('_', '-')}")
         for c in found["cost"] for key, value in c.items() if key.endswith("hours")
@@ -135,7 +135,8 @@ def feature_table(rows: Sequence[dict]) -> str:
     ]
     note = (
         "Spearman's rho of a feature and the perplexity, with the 90% interval of a bootstrap over the cells, not "
-        "corrected for the number of features."
+        "corrected for the number of features. Random and all cells: in the short trainings; proxy cells: in the "
+        "shortest proxy and in the long training."
     )
     return f"{note}\n\n{table(' | '.join(head), texts)}"
 

@@ -10,7 +10,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from experiment import metrics
-from genotypes import parse
+from genotypes import from_json, parse
 from study import stats
 from study.cost import Resources
 from study.design import RANDOM, Cell, Proxy, Study
@@ -31,10 +31,11 @@ def summary(study: Study) -> dict[str, Any]:
     chosen = study.chosen()
     test = metrics.result(study.folder / chosen[1].name) if chosen else None
     fair = not any(row["halved"] for row in cells)
+    judged = proxy_cells(study)
     return {
         "cells": cells,
         "methods": methods(study, cells) if fair else [],
-        "features": feature_correlations(study, cells) if fair else [],
+        "features": feature_correlations(study, cells, judged) if fair else [],
         "left_out": [row["cell"] for row in cells if row["select"] is None],
         "agreement": stages(cells),
         "chosen": None if test is None else {
@@ -43,7 +44,7 @@ def summary(study: Study) -> dict[str, Any]:
         },
         "baselines": [baseline(study, job) for job in study.baseline()],
         "proxies": proxies(study),
-        "proxy_cells": proxy_cells(study),
+        "proxy_cells": judged,
         "cost": cost(study),
         "failures": [{"trial": name, "reason": reason} for name, reason in reasons(study, "failed").items()],
         "stopped": reasons(study, "stopped"),
@@ -124,21 +125,30 @@ def early_epochs(study: Study) -> int:
     return min((n for n in study.args.proxy_epochs if n < study.args.select_epochs), default=1)
 
 
-def feature_correlations(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
-    """Returns how each feature of the cells is correlated with their perplexity early in the short training and at its
-    end, over the random cells and over all. A group of fewer than `FEW_CELLS` cells is left out."""
-    known = [row for row in cells if row["select"] is not None and row["early"] is not None]
-    times = ((early_epochs(study), "early"), (study.args.select_epochs, "select"))
+def feature_correlations(study: Study, cells: Sequence[dict], judged: Sequence[dict]) -> list[dict[str, Any]]:
+    """Returns how each feature of the cells is correlated with their perplexity early in a training and at its end:
+    over the random cells and over all `cells`, in the short trainings, and over the proxies' cells `judged`, from the
+    shortest proxy to the long training. A group of fewer than `FEW_CELLS` cells is left out."""
+    ends = early_epochs(study), study.args.select_epochs
+    first, long = Proxy(min(study.args.proxy_epochs)), study.reference()
+    known = [(row["cell"], row["genotype"], (row["early"], row["select"])) for row in cells]
+    groups = {
+        RANDOM: (ends, [row for row in known if row[0].startswith(f"{RANDOM}-")]),
+        "all": (ends, known),
+        "proxy": (
+            (first.epochs, long.epochs),
+            [(row["cell"], row["genotype"], (row["ppl"].get(str(first)), row["ppl"][str(long)])) for row in judged],
+        ),
+    }
     found = []
-    for group in (RANDOM, "all"):
-        members = [row for row in known if group == "all" or row["cell"].startswith(f"{RANDOM}-")]
+    for group, (times, rows) in groups.items():
+        members = [(features(parse(text)), ppls) for _, text, ppls in rows if None not in (text, *ppls)]
         if len(members) < FEW_CELLS:
             continue
-        described = [features(parse(row["genotype"])) for row in members]
-        for name in described[0]:
-            values = [of_cell[name] for of_cell in described]
-            for epochs, time in times:
-                rho = [number(value) for value in stats.correlation(values, [row[time] for row in members])]
+        for name in members[0][0]:
+            for k, epochs in enumerate(times):
+                pairs = zip(*((of_cell[name], ppls[k]) for of_cell, ppls in members), strict=True)
+                rho = [number(value) for value in stats.correlation(*map(list, pairs))]
                 found.append({"feature": name, "cells": group, "n": len(members), "epochs": epochs, "rho": rho})
     return found
 
@@ -225,15 +235,20 @@ def mean_ppl(runs: Sequence[tuple[float, float]]) -> float:
 
 
 def proxy_cells(study: Study) -> list[dict[str, Any]]:
-    """Returns for each cell of the proxies its perplexity after each short training and the long one, the mean over
-    seeds, None where it is not known yet."""
+    """Returns for each cell of the proxies its genotype (None for torch's own cells, and before a training of it has
+    ended) and its perplexity `ppl` after each short training and, last, the long one: the mean over seeds, None where
+    it is not known yet."""
     trainings = [(proxy, study.short_trainings()) for proxy in study.proxies()]
     trainings.append((study.reference(), study.long_trainings()))
     known = {str(proxy): best_after(study, proxy, jobs) for proxy, jobs in trainings}
-    cells = dict.fromkeys(cell for found in known.values() for cell in found)
+    genotypes: dict[str, str] = {}
+    for job in study.proxy():
+        if (result := metrics.result(study.folder / job.name)) and not isinstance(result["genotype"], str):
+            genotypes[job.name.split("/")[2]] = str(from_json(result["genotype"]))
     return [
-        {"cell": cell, **{name: mean_ppl(found[cell]) if cell in found else None for name, found in known.items()}}
-        for cell in cells
+        {"cell": cell, "genotype": genotypes.get(cell),
+         "ppl": {name: mean_ppl(found[cell]) if cell in found else None for name, found in known.items()}}
+        for cell in dict.fromkeys(cell for found in known.values() for cell in found)
     ]  # fmt: skip
 
 

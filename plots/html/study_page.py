@@ -31,6 +31,9 @@ def study_page(folder: Path, link: Link) -> dict[str, Any]:
     with suppress(PictureError):  # The leaderboard may have too few cells.
         note = "The feature of the cells that is correlated most with their perplexity."
         pictures.append(picture("cells", "What tells cells apart", note, study_curves.cells_figure(folder)))
+    with suppress(PictureError):
+        note = "How each short training ranks the cells of the proxies, and the long one."
+        pictures.append(picture("proxies", "Ranks of the proxies' cells", note, study_curves.proxies_figure(folder)))
     histories = []
     retrained, baselines = (sorted(folder.glob(f"{stage}/*/*/metrics.jsonl")) for stage in ("retrain", "baseline"))
     for path in retrained + baselines:

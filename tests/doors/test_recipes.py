@@ -27,8 +27,8 @@ SEARCH = {
 }  # fmt: skip
 RETRAIN = {
     **SHARED, "emsize": 850, "batch_size": 64, "epochs": 8000, "dropoute": 0.1, "wdecay": 8e-7, "seed": 1267,
-    "log_interval": 200, "bptt_std": 5.0, "nonmono": 5, "arch": "DARTS", "optimizer": "ntasgd", "rdrop": 0.0,
-    "fraternal": 0.0, "n_experts": 1, "finetune": "", "init_range": 0.04,
+    "log_interval": 200, "bptt_std": 5.0, "nonmono": 5, "average_after": 0, "arch": "DARTS", "optimizer": "ntasgd",
+    "rdrop": 0.0, "fraternal": 0.0, "n_experts": 1, "finetune": "", "init_range": 0.04,
 }  # fmt: skip
 WT2 = {"data": "wikitext-2", "emsize": 700, "dropouth": 0.15, "wdecay": 5e-7}
 

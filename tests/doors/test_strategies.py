@@ -58,7 +58,7 @@ TRAIN = [
     "--optimizer ntasgd --schedule cosine --warmup 20 --nonmono 1 --lr 20 --epochs 5",
     "--clip 0 --lr 0.3 --limit_tokens 100", "--patience 2 --min_delta 0.01 --lr 20 --epochs 6",
     "--rdrop 0.7 --fraternal 2 --n_experts 3 --small_batch_size 2", "--rdrop 0.7 --arch LSTM",
-    "--fraternal 0.7 --arch GRU", "--finetune FIRST --nonmono 1 --epochs 4",
+    "--fraternal 0.7 --arch GRU", "--average_after 1 --lr 3 --epochs 3", "--finetune FIRST --nonmono 1 --epochs 4",
 ]  # fmt: skip
 SEARCH = [
     *(f"--optimizer {name} --lr {RATE.get(name, 3)}" for name in ("asgd", "adam", "adamw")),
@@ -492,6 +492,22 @@ def test_finetune_averages_from_the_best_weights_and_stops_by_nonmono(corpus, fi
     assert result(still)["test_ppl"] == pytest.approx(before["test_ppl"])
 
 
+def test_average_after_averages_from_that_epoch_on(corpus, tmp_path):
+    """Averaging does not change the weights that it averages, so the training losses are those of plain SGD, and so are
+    the validation losses before it begins."""
+    flags = "--epochs 4 --lr 3 --bptt_std 0"
+    folder = run("train", corpus, tmp_path / "run", f"{flags} --average_after 2")
+    plain = run("train", corpus, tmp_path / "plain", f"{flags} --optimizer sgd")
+    epochs, raw = read_records(folder, "epoch"), read_records(plain, "epoch")
+    assert [record["phase"] for record in epochs] == ["sgd", "sgd", "asgd", "asgd"]
+    assert [record["valid_loss"] for record in epochs[:2]] == [record["valid_loss"] for record in raw[:2]]
+    assert [record["loss"] for record in epochs] == [record["loss"] for record in raw]
+    last = checkpoint.load(folder / "last.pt")
+    assert last["optimizer"]["state"][0]["steps"] == epochs[3]["step"] - epochs[1]["step"]
+    assert [record["valid_loss"] for record in epochs[2:]] != [record["valid_loss"] for record in raw[2:]]
+    assert "2 epochs are over: averaging the weights" in (folder / "log.txt").read_text()
+
+
 def test_limit_tokens_does_not_change_the_vocabulary(corpus, tmp_path):
     states = []
     for limit in (0, 100):
@@ -531,7 +547,10 @@ def test_recorded_lr_is_scheduled_rate_times_segment_length(corpus, tmp_path):
 
 REFUSED = [
     ("train", "--momentum 0.5", "--momentum 0.5: is for --optimizer momentum; add that or leave it out"),
-    ("train", "--optimizer adam --nonmono 3", "--nonmono 3: is for --optimizer ntasgd or --finetune"),
+    ("train", "--optimizer adam --nonmono 3", "--nonmono 3: is for --optimizer ntasgd without --average_after, or"),
+    ("train", "--average_after 1 --epochs 3 --nonmono 3", "--nonmono 3: is for --optimizer ntasgd without"),
+    ("train", "--optimizer sgd --average_after 1 --epochs 3", "--average_after 1: is for --optimizer ntasgd"),
+    ("train", "--average_after 3 --epochs 3", "--average_after 3: averaging would never start in --epochs 3"),
     ("train", "--min_delta 0.1", "--min_delta 0.1: is for --patience"),
     ("train", "--warmup_start 0.5", "--warmup_start 0.5: is for --warmup"),
     ("train", "--warmup_shape exponential", "--warmup_shape exponential: is for --warmup"),

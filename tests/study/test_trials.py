@@ -21,7 +21,7 @@ import trials
 from experiment import metrics, startup, validate_arguments
 from data import load_corpus
 from experiment.metrics import EVENTS, events
-from genotypes import random_genotype, to_json
+from genotypes import Genotype, random_genotype, resolve, to_json
 from study import arguments, cost, ray_backend, summary
 from study.design import Study, distinct
 from study.jobs import Job
@@ -541,8 +541,9 @@ def test_proxy_agreement_compares_runs_with_different_seeds(whole):
     assert proxy["tau"][0] == kendall(short, long)
     assert proxy["tau_of_seeds"] == kendall(short, again)
     assert proxy["cells"] == 2
-    assert [list(row.values()) for row in summary.proxy_cells(Study(whole, args))] == [
-        [cell, *ppls] for cell, *ppls in zip(args.proxy_cells, short, long, strict=True)
+    assert summary.proxy_cells(Study(whole, args)) == [
+        {"cell": cell, "genotype": str(resolve(cell)), "ppl": {"1 epoch": early, "2 epochs": late}}
+        for cell, early, late in zip(args.proxy_cells, short, long, strict=True)
     ]
 
 
@@ -564,7 +565,25 @@ def test_proxy_cells_without_a_long_training_are_shown(whole, tmp_path):
     shutil.copytree(whole / "proxy/full/ENAS/1", tmp_path / "proxy/full/ENAS/1")
     [row] = summary.proxy_cells(Study(tmp_path, args))
     ppl = metrics.epochs(whole / "proxy/full/ENAS/1")[0]["valid_ppl"]
-    assert row == {"cell": "ENAS", "1 epoch": ppl, "2 epochs": None}
+    assert row == {"cell": "ENAS", "genotype": str(resolve("ENAS")), "ppl": {"1 epoch": ppl, "2 epochs": None}}
+
+
+def test_features_of_the_proxies_cells_are_correlated_with_the_long_training(tmp_path):
+    """The cells are s_0 alone with 0 to 8 tanh: their long trainings are ranked by that number, the short against."""
+    cells = [Genotype([("tanh" if i < k else "relu", 0) for i in range(8)], list(range(1, 9))) for k in range(9)]
+    args = arguments.build_parser().parse_args(["run", *flags("penn", tmp_path)])
+    args.proxy_cells = list(map(str, cells))
+    study = Study(tmp_path, args)
+    for k, (short, long) in enumerate(zip(study.short_trainings(), study.long_trainings(), strict=True)):
+        for job, ppls in ((short, [100.0 + k]), (long, [100.0, 90.0 - k])):
+            write_result(tmp_path / job.name, cells[k], ppls[-1])
+            lines = [{"kind": "epoch", "epoch": i, "seconds": 1.0, "valid_ppl": ppl} for i, ppl in enumerate(ppls, 1)]
+            (tmp_path / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = summary.feature_correlations(study, [], summary.proxy_cells(study))
+    rhos = {(row["feature"], row["epochs"]): row["rho"][0] for row in found if row["cells"] == "proxy"}
+    assert rhos["tanh", 1] == pytest.approx(1) and rhos["tanh", 2] == pytest.approx(-1)
+    assert rhos["relu", 2] == pytest.approx(1) and rhos["width", 2] is None
+    assert {row["n"] for row in found} == {9}
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def probe(job: Job, name: str) -> Job:
     if held_out:  # The text held out for the alphas needs two time steps for each batch element.
         tokens = max(tokens, 2 * args.arch_batch_size / held_out)
     short = f"--epochs 1 --limit_tokens {int(tokens) + 1} --log_interval 1 --checkpoint_minutes 60 --cycle 0"
-    if job.script == "train_search.py":
-        short += " --arch_start 0"  # Every measured step also updates the alphas.
+    # Every measured step of a search also updates the alphas; a training must not average after more epochs than one.
+    short += " --arch_start 0" if job.script == "train_search.py" else " --average_after 0"
     return Job(name, job.script, (*job.flags, *short.split()))
 
 

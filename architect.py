@@ -12,7 +12,7 @@ Where each element of g is limited, v counts only for the elements below the lim
 
 The parts of a loss are computed one by one, so that only one part's graph is alive at a time. All passes over one batch
 use the dropout masks that the batch carries. For the central difference, relu is also held at the active set of the
-first pass, since the difference would otherwise measure masks and kinks instead of curvature.
+first pass in full precision, since the difference would otherwise measure masks and kinks instead of curvature.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -26,7 +26,7 @@ from torch.nn.utils import get_total_norm
 
 from engine.matmul import matmul_precision
 
-RADIUS = 1e-4
+RADIUS = 1e-4  # measured at H 100 with batch normalisation (docs/search.md)
 Product = Callable[[list[Tensor]], Tensor]  # v -> d/d alpha (d/dw L_train . v), shape of the alphas
 Average = Callable[[list[Tensor]], None]  # replaces tensors by their mean over all ranks (experiment/distributed.py)
 

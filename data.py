@@ -111,6 +111,8 @@ def read_split(
 def read_lines(file: str, words: Sequence[str]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Returns the lines of a text file (`-` for standard input), and as `read_split` their ids (tokens,) and a mask
     (tokens,) of the words outside the vocabulary. Raises DataError."""
+    if file == "-" and sys.stdin is None:
+        raise DataError("-: the standard input is closed; name a text file")
     try:
         raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
@@ -178,7 +180,8 @@ def _index(name: str, texts: dict[str, str], sha256: dict[str, str], min_count: 
     """Returns the corpus with the vocabulary that `load_corpus` describes. Raises DataError if no word is left."""
     words = _vocabulary(Counter(tokens(texts["train"])), min_count, vocab_size)
     if not set(words) - {EOS, UNK}:
-        raise DataError(f"--min_count {min_count}: no word of {name} train occurs so often; take a smaller one")
+        few = f"--min_count {min_count}: no word of {name} train occurs so often; take a smaller one"
+        raise DataError(few if min_count > 1 else f"--data {name}: train has no word but {UNK}; take another text")
     index = {word: i for i, word in enumerate(words)}
     texts = {split: texts.get(split, "") for split in SPLITS}
     encoded = {split: _encode(text, index) for split, text in texts.items()}
@@ -237,7 +240,7 @@ def _cache_folder(name: str, root: Path) -> Path | None:
     """Returns the folder of a corpus's cache: its own if it lies under `root`, not behind a link. Any other folder may
     be shared or part of someone's data: its cache is in the user's cache folder (None if the user has no home)."""
     root, folder = Path(root), _folder(name, root)
-    if folder.resolve().is_relative_to(root.parent.resolve() / root.name):
+    if Path(os.path.realpath(folder)).is_relative_to(root.parent.resolve() / root.name):
         return folder
     given = os.environ.get("XDG_CACHE_HOME", "")  # a relative one is to be ignored, by its specification
     home = Path(given if os.path.isabs(given) else os.path.expanduser("~/.cache"))
@@ -308,7 +311,7 @@ def _decode(raw: bytes, path: Path) -> str:
 def _bytes(path: Path) -> bytes:
     """Returns the bytes of a file of a corpus. Raises DataError for a link to another folder, a device, and a line of
     more than `MAX_LINE` bytes."""
-    if path.resolve().parent != path.parent.resolve():
+    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(path.parent):  # resolve() raises for a loop of links
         raise DataError(f"{path}: a link that leaves its folder; put the text itself there")
     if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(f"{path}: not a file; put a text file there")

@@ -64,7 +64,8 @@ def download(source: Source, path: Path) -> None:
                     raise ConnectionError(f"only {received:,} of {source.size:,} bytes came")
                 if digest.hexdigest() != source.sha256:
                     raise DataError(f"{path}: the server sent other bytes, not kept; {by_hand}")
-    except (OSError, HTTPException) as error:  # from the network (URLError is an OSError) or the disk
+    except (OSError, HTTPException, ValueError) as error:  # from the network (URLError is an OSError), the disk or a
+        # proxy's address
         if isinstance(error, HTTPError):
             error.close()  # an HTTPError is also the reply, and keeps the connection open
         reason = " ".join(str(error).split())  # on one line, even if it quotes the server

@@ -152,4 +152,4 @@ def warn_of_unknown(name: str, result: Score) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(signals.run_script(main, smaller="--cache_size"))
+    sys.exit(signals.run_script(main, advice="--device cpu, or a smaller --cache_size"))

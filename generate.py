@@ -113,4 +113,4 @@ class Text:
 
 
 if __name__ == "__main__":
-    sys.exit(signals.run_script(main, smaller="--samples"))
+    sys.exit(signals.run_script(main, advice="--device cpu, or fewer --samples"))

@@ -61,7 +61,7 @@ class RNNModel(nn.Module):
         self, ntoken: int, nhid: int, rates: DropoutRates, cell: nn.Module, init_range: float, n_experts: int = 1
     ):
         super().__init__()
-        self.ntoken, self.nhid, self.rates = ntoken, nhid, rates
+        self.nhid, self.rates = nhid, rates
         self.embedding = nn.Parameter(torch.empty(ntoken, nhid).uniform_(-init_range, init_range))  # (V, E)
         self.bias = nn.Parameter(torch.zeros(ntoken))  # (V,)
         self.cell = cell

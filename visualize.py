@@ -21,13 +21,18 @@ from typing import NoReturn
 
 from experiment import print_any_letters  # importing it refuses a system that is not supported
 from genotypes import GenotypeError, resolve
-from plots.animation import draw_formation
-from plots.cell_graph import cell_dot, cell_figure
-from plots.run_history import History
-from plots.search_curves import whole_figure
-from plots.study_curves import cells_figure, proxies_figure, selection_figure
-from plots.style import FORMATS, PictureError, plain_style, save
-from plots.train_curves import train_figure
+
+try:
+    from plots.animation import draw_formation
+    from plots.cell_graph import cell_dot, cell_figure
+    from plots.run_history import History
+    from plots.search_curves import whole_figure
+    from plots.study_curves import cells_figure, proxies_figure, selection_figure
+    from plots.style import FORMATS, PictureError, plain_style, save, whole
+    from plots.train_curves import train_figure
+except ImportError as missing:
+    print(f"visualize.py: needs {missing.name}; pip install -r requirements-plots.txt", file=sys.stderr)
+    sys.exit(2)
 
 REFRESH_SECONDS = 5  # The page of a live run is rewritten after this many seconds or more.
 ENDINGS = ", ".join(FORMATS)
@@ -72,7 +77,8 @@ def draw(args: argparse.Namespace) -> Path:
     if args.command == "cell":
         cell = resolve(args.what, note=lambda line: print(f"visualize.py: {line}", file=sys.stderr))
         if out.suffix.lower() == ".dot":
-            out.write_text(cell_dot(cell), encoding="utf-8")
+            with whole(out) as file:
+                file.write_text(cell_dot(cell), encoding="utf-8")
         else:
             save(cell_figure(cell), out, str(cell))
     elif args.command == "search":
@@ -81,12 +87,9 @@ def draw(args: argparse.Namespace) -> Path:
         draw_formation(args.what, out)
     elif args.command == "train":
         save(train_figure([History(folder) for folder in args.what]), out, "retraining")
-    elif args.command == "cells":
-        save(cells_figure(Path(args.what)), out, "cells")
-    elif args.command == "proxies":
-        save(proxies_figure(Path(args.what)), out, "proxies")
     else:
-        save(selection_figure(Path(args.what)), out, "selection")
+        figure = {"study": selection_figure, "cells": cells_figure, "proxies": proxies_figure}[args.command]
+        save(figure(Path(args.what)), out, args.command)
     return out
 
 
@@ -99,6 +102,7 @@ def report(args: argparse.Namespace) -> Path:
         return write(args.what, args.out)
     if not Path(args.what).is_dir():
         raise PictureError(f"{args.what}: no such directory")
+    shown = 0  # the length of the status on the terminal
     try:
         while not is_over(Path(args.what)):
             clock = time.monotonic()
@@ -106,10 +110,12 @@ def report(args: argparse.Namespace) -> Path:
                 status = f"wrote {write(args.what, args.out, refresh=REFRESH_SECONDS)}; Ctrl-C ends it"
             except PictureError as error:  # A new run may soon have a record.
                 status = str(error)
-            print(f"\r{time.strftime('%H:%M:%S')} {status}", end="", flush=True)
+            print(f"\r{time.strftime('%H:%M:%S')} {status:<{shown}}", end="", flush=True)
+            shown = len(status)
             time.sleep(max(REFRESH_SECONDS, 4 * (time.monotonic() - clock)))  # This uses at most a fifth of a core.
     except KeyboardInterrupt:
-        print()
+        pass
+    print()
     return write(args.what, args.out)  # The last version does not reload itself.
 
 

@@ -272,7 +272,7 @@ class RelaxedBack(torch.autograd.Function):
 
 
 def sum_after_loop(h: Tensor) -> bool:
-    """Returns whether to form the gradient of a weight after the loop, by one product over all time steps.
+    """Returns whether to form the gradient of a node's weight after the loop, by a batched product over all time steps.
 
     That is so on CUDA, and on a CPU for a cell with a small hidden state h (B, H), where calling a product costs more
     than the product itself.

@@ -18,7 +18,8 @@ from engine.elementwise import LOG2_E
 from engine.inductor import kernel
 from engine.matmul import Workspace, add_rows, addmm_, padding
 
-CHUNK = 1 << 25  # A `TimeChunk` of several time steps has at most so many bytes of logits; their tangents take as many.
+# These numbers were measured (benchmarks/NOTES.md).
+CHUNK = 1 << 25  # A chunk of several time steps or batch elements has at most so many bytes of logits.
 SKIP_FROM = 128  # From this number of hidden units on, skipping what dropout has set to zero can pay.
 COPY_FROM = 4096  # From this number of target words on, transposing the decoder in memory can pay.
 BLOCK = 512  # `in_rows` copies so many rows or columns of a matrix at once.
@@ -203,9 +204,9 @@ def chunks(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator[
             yield TimeChunk(slice(t, t + steps), decoder, min(steps, T - t) * B)
         return
     # The hidden units that are left differ between batch elements, but not between time steps. A chunk has one batch
-    # element for each thread. They are sorted so that those of one chunk have about as many units left; dropped units,
-    # whose outputs are 0, pad the others to the largest number.
-    together = torch.get_num_threads()
+    # element for each thread, or fewer if their logits are too many. They are sorted so that those of one chunk have
+    # about as many units left; dropped units, whose outputs are 0, pad the others to the largest number.
+    together = max(1, min(torch.get_num_threads(), CHUNK // (T * decoder.size(1) * decoder.itemsize)))
     counts, rows = (skipped != 0).sum(1).sort()
     kept = skipped[rows].topk(int(counts.max()), dim=1).indices  # (B, k)
     for b in range(0, B, together):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from math import prod
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
@@ -63,24 +64,49 @@ def onednn_is_quicker() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     name = f"quicker-product-torch-{torch.__version__}-{torch.get_num_threads()}-threads.json"
-    with suppress(OSError, ValueError):
-        return json.loads((kernel_cache.folder() / name).read_text()) == "onednn"
+    try:
+        path = kernel_cache.folder() / name
+    except OSError:  # Each process measures if nothing can be stored.
+        return quicker_library() == "onednn"
+    if (known := stored_library(path)) is None:
+        known = quicker_library()
+        try:
+            with open(path, "x") as file:
+                json.dump(known, file)
+        except FileExistsError:  # Another process has measured meanwhile: all make its choice.
+            known = stored_library(path) or known
+        except OSError:
+            pass
+    return known == "onednn"
+
+
+def stored_library(path: Path) -> str | None:
+    """Returns the choice in a file, or None if there is none; a file without one is removed."""
+    with suppress(OSError):
+        try:
+            if (found := json.loads(path.read_text())) in ("mkl", "onednn"):
+                return found
+        except ValueError:
+            pass
+        path.unlink()
+    return None
+
+
+def quicker_library() -> str:
+    """Returns "mkl" or "onednn", whichever multiplies faster in a short measurement."""
     a, weights = torch.ones(64, 512), torch.ones(32, 512, 1024)  # So many weights fill a cache if used in turn.
     out = torch.empty(64, 1024)
     seconds = {"mkl": [], "onednn": []}
     for _ in range(5):
-        for name, multiply in (
+        for library, multiply in (
             ("mkl", lambda b: torch.mm(a, b, out=out)),
             ("onednn", lambda b: out.copy_(onednn(a, b))),
         ):
             clock = perf_counter()
             for b in weights:
                 multiply(b)
-            seconds[name].append(perf_counter() - clock)
-    quicker = min(seconds, key=lambda name: median(seconds[name]))
-    with suppress(OSError):  # If the file cannot be written, the next process measures again.
-        (kernel_cache.folder() / name).write_text(json.dumps(quicker))
-    return quicker == "onednn"
+            seconds[library].append(perf_counter() - clock)
+    return min(seconds, key=lambda library: median(seconds[library]))
 
 
 def has_fast_bf16(device: torch.device) -> bool:

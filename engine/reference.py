@@ -7,7 +7,7 @@ Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives. The
 docs/engine.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ def normalise(s: Tensor, norm: str) -> Tensor:
     return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + NORM_EPS)
 
 
-def cell_inputs(x: Tensor, W0: Tensor, x_mask: Tensor | None) -> Iterator[Tensor]:
-    """Yields the input's term of the preactivations [c_0, u_0] (F1) of each time step, (B, 2H). One product over all
+def cell_inputs(x: Tensor, W0: Tensor, x_mask: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns the input's term of the preactivations [c_0, u_0] (F1) of each time step, (B, 2H). One product over all
     time steps computes them, from x (T, B, E), W0 (E + H, 2H) and x_mask (B, E)."""
     return (drop(x, x_mask) @ W0[: x.size(-1)]).unbind(0)
 

@@ -1,8 +1,8 @@
 """Log-probabilities of the next word over the whole vocabulary, and the losses that need all of them.
 
-A model with one softmax and one pass over a batch computes its loss faster by `Engine.nll`. The functions of this
-module hold the log-probabilities of only a few tokens at a time and form their gradient at once, since those of a whole
-batch would be the largest tensors of a step several times over.
+A model with one softmax and one pass over a batch computes its loss faster by `Engine.nll`. `losses` holds the
+log-probabilities of only a few tokens at a time and forms their gradient at once, since those of a whole batch would be
+the largest tensors of a step several times over.
 
 Shapes: T time steps, B batch, n tokens of a batch, H hidden, V words, K experts.
 """

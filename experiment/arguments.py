@@ -214,7 +214,7 @@ def add_run_flags(parser: Parser, seed: int, log_interval: int) -> None:
          "on CUDA, use only deterministic algorithms, which are slower; on a CPU all are"),
         ("seed", int, seed, "seed of the weights, the dropout masks and the segment lengths"),
         ("overfit", bool, False, "only check that the model overfits one batch (perplexity below 1.5), without dropout,"
-         " regularisation and schedule; exit code 1 if it does not"),
+         " AR, TAR and schedule; exit code 1 if it does not"),
         ("test", ("read", "skip"), "read", "skip does not read the test text at the end; resuming the finished run with"
          " read does, so that of many runs only the selected one is measured on it"),
         ("tensorboard", argparse.BooleanOptionalAction, False, "also write metrics for TensorBoard, to tensorboard/ in "

@@ -132,6 +132,7 @@ def vocabulary_fault(data: str, ntoken: int, path: str | Path, expected: int) ->
         return ""
     return (
         f"--data {data}: has {ntoken:,} word types, but {path} has {expected:,}; name the corpus that it was trained on"
+        " (not one whose valid.txt or test.txt has words that train.txt lacks, which the published code counts)"
     )
 
 

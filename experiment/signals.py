@@ -32,30 +32,42 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def run_script(main: Callable[[], int], smaller: str = "--emsize, --n_experts or --small_batch_size") -> int:
+def discard_unwritable_output() -> None:
+    """Writes what is left of the output. If that fails, it goes nowhere: Python would try again at its end, and say
+    so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_script(main: Callable[[], int], advice: str = "a smaller --emsize, --n_experts or --small_batch_size") -> int:
     """Runs a script and returns its exit code; faults of its environment print one line instead of a traceback.
 
     The code is that of `main`, 130 if it is interrupted, 141 if nothing reads its output any more, and 1 for a
-    `RunError`, a `CheckpointError`, an OSError or a lack of memory, of which the line says to take a smaller value of
-    the flags `smaller`. Other errors propagate. One of several ranks exits here and does not return.
+    `RunError`, a `CheckpointError`, an OSError or a lack of memory, against which the line gives
+    this advice. Other errors propagate. One of several ranks exits here and does not return.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
     print_any_letters()
     code = 1
     try:
-        code = main()
+        done = main()
+        sys.stdout.flush()
+        code = done
     except (RunError, checkpoint.CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:  # raised before the first step, when the weights are created
         if not checkpoint.out_of_memory(error):
             raise
-        print(f"error: out of memory; take a smaller {smaller}", file=sys.stderr)
-    except BrokenPipeError:  # such as that of `| head`; what is left to write goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: out of memory; take {advice}", file=sys.stderr)
+    except BrokenPipeError:  # such as that of `| head`
+        discard_unwritable_output()
         code = 141  # that of a process that SIGPIPE ends
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        discard_unwritable_output()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

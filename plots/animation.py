@@ -172,7 +172,7 @@ def write_mp4(images: Iterable[Image.Image], path: Path) -> None:
     raw = [frame.crop((0, 0, wide, high)).tobytes() for frame in [*frames, *[frames[-1]] * (REST * PER_SECOND)]]
     done = subprocess.run(command, input=b"".join(raw), capture_output=True)
     if done.returncode:
-        raise PictureError(f"{path}: ffmpeg failed ({done.stderr.decode(errors='replace').strip()[-200:]})")
+        raise PictureError(f"ffmpeg failed ({done.stderr.decode(errors='replace').strip()[-200:]})")
 
 
 WRITERS = {".gif": write_gif, ".mp4": write_mp4}

@@ -69,21 +69,23 @@ def cells_figure(folder: Path) -> Figure:
     that is correlated most with them at the end. Raises `PictureError` if leaderboard.json has no such correlations."""
     board = metrics.read_json(folder / "leaderboard.json") or {}
     try:
-        rows = [row for row in board["features"] if row["rho"][0] is not None]
-        name = max((row for row in rows if row["cells"] == "all"), key=lambda row: (row["epochs"], abs(row["rho"][0])))
-        name = name["feature"]
+        rows = [row for row in board["features"] if row["cells"] == "all"]
+        known = [row for row in rows if row["rho"][0] is not None]
+        name = max(known, key=lambda row: (row["epochs"], abs(row["rho"][0])))["feature"]
         cells = [(row["cell"], features(parse(row["genotype"]))[name], row["early"], row["select"])
                  for row in board["cells"] if None not in (row["early"], row["select"])]  # fmt: skip
-        rho = {row["epochs"]: row["rho"][0] for row in rows if (row["cells"], row["feature"]) == ("all", name)}
+        rho = {row["epochs"]: row["rho"][0] for row in rows if row["feature"] == name}
     except (KeyError, TypeError, ValueError) as error:
         reason = "no correlations of the cells' features; python trials.py report --study makes them for five cells"
         raise PictureError(f"{folder}: {reason}") from error
     figure = new_figure(345)
     labels, values, *perplexities = zip(*cells, strict=True)
-    for axes, (epochs, r), ppl in zip(figure.subplots(1, 2), sorted(rho.items()), perplexities, strict=False):
+    panels = figure.subplots(1, len(rho), squeeze=False)[0]  # one if the short trainings have a single epoch
+    for axes, (epochs, r), ppl in zip(panels, sorted(rho.items()), perplexities[-len(rho) :], strict=True):
         scatter(axes, labels, values, ppl)
         axes.set(xlabel=f"{name} of the cell", ylabel="validation perplexity, per word")
-        axes.set_title(f"after {epochs} epoch{'s' if epochs > 1 else ''}: Spearman's rho {r:.2f}")
+        known = "unknown" if r is None else f"{r:.2f}"
+        axes.set_title(f"after {epochs} epoch{'s' if epochs > 1 else ''}: Spearman's rho {known}")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 

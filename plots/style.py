@@ -55,7 +55,8 @@ def save(figure: Figure, path: str | Path, title: str) -> None:
     ending = Path(path).suffix.lower()
     if ending not in FORMATS:
         raise PictureError(f"a picture's name ends in {', '.join(FORMATS)}, unlike {str(path)!r}")
-    figure.savefig(path, format=ending[1:], dpi=192, metadata={"Title": title, **FORMATS[ending]})
+    with whole(path) as file:
+        figure.savefig(file, format=ending[1:], dpi=192, metadata={"Title": title, **FORMATS[ending]})
 
 
 @contextmanager

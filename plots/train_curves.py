@@ -27,10 +27,15 @@ def switch(history: History) -> float | None:
 def names(folders: Sequence[Path]) -> list[str]:
     """Returns distinct names for the folders: as few last parts of each path as distinguish them, or the full paths."""
     for depth in range(1, 6):
-        found = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
+        found = [printable("/".join(folder.resolve().parts[-depth:])) for folder in folders]
         if len(set(found)) == len(found):
             return found
-    return [str(folder) for folder in folders]
+    return [printable(str(folder)) for folder in folders]
+
+
+def printable(name: str) -> str:
+    """Returns the name of a file with "?" for each byte that is not UTF-8, which no font can draw."""
+    return name.encode(errors="replace").decode()
 
 
 def train_figure(histories: Sequence[History]) -> Figure:

@@ -31,11 +31,13 @@ retrain_others() { # retrain_others N: the cells that need no search, N at a tim
   printf '%s\n' "${cells[@]}" | xargs -P "$1" -I{} bash -c 'retrain "${1%%=*}" "${1#*=}"' _ {}
 }
 
-cores=$(.venv/bin/python -c "import os; print(os.cpu_count())")
+cores=$(.venv/bin/python -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
 beside=$((cores / OMP_NUM_THREADS - 1)) # processes that have a core for each of their threads, beside the search
 if ((beside > 0)); then
+  set -m # gives the trainings a process group, so that the trap ends all of it
   retrain_others "$beside" &
-  trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+  set +m
+  trap 'kill -- -$! 2>/dev/null || true' EXIT
 fi
 echo "== searching in $OUT/search"
 # shellcheck disable=SC2086

@@ -38,12 +38,13 @@ rates() { # the learning rate and the initial range: two cells, 8 epochs
 }
 
 diagnosis() { # diagnosis NAME FLAGS...: a search on Penn Treebank under each norm, measured as it runs
-  local norm save
+  local norm save flags
   for norm in none layer batch; do
     [ -s "docs/signal/$1-$norm.jsonl" ] && continue
     save=runs/$1-$norm
-    .venv/bin/python train_search.py --data penn --search_split train "${@:2}" --norm "$norm" --seed 1 --test skip \
-      --device cpu --save "$save"
+    flags=(--data penn --search_split train "${@:2}" --norm "$norm" --seed 1 --test skip --device cpu)
+    [ -e "$save/config.json" ] && flags=(--resume)
+    .venv/bin/python train_search.py "${flags[@]}" --save "$save"
     grep '"kind": "diagnosis"' "$save/metrics.jsonl" >"docs/signal/$1-$norm.jsonl"
   done
 }

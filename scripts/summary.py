@@ -13,9 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import load_corpus
+from data import DataError, load_corpus
 from experiment.signals import run_script
-from genotypes import from_json
+from genotypes import cell_from_json
 from training.evaluation import format_share, perplexity
 
 
@@ -33,7 +33,10 @@ def main() -> int:
     config = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
     flags = config["flags"]
     vocabulary = {name: flags.get(name, 0) for name in ("min_count", "vocab_size")}
-    corpus = load_corpus(flags["data"], **vocabulary, test=False)
+    try:
+        corpus = load_corpus(flags["data"], **vocabulary, test=False)
+    except DataError as error:
+        parser.error(f"{folders[0]}: {error}")
 
     print(f"\n{'cell':<12}{'valid ppl':>10}{'test ppl':>10}   run")
     for folder, result in results.items():
@@ -56,7 +59,7 @@ def main() -> int:
               f" (their median: {median(random):.2f}).")  # fmt: skip
     factor = unigram / result["test_ppl"]
     print(f"Its test perplexity is {factor:.1f} times lower than without context. It is")
-    print(from_json(result["genotype"]))
+    print(cell_from_json(result["genotype"]))
     return 0
 
 

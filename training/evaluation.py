@@ -45,7 +45,6 @@ def score(model, source: Tensor, bptt: int, name: str = "text", unknown: Tensor 
     hidden = model.initial_hidden(source.size(1))
     # Each evaluation captures new graphs, since the weights may have other addresses than in the last one.
     quick_segment = model.engine.with_cuda_graphs(segment, source.device)
-    plain = model.with_engine(model.engine._replace(name="eager"))  # no kernel is compiled for each number of words
     total, count = torch.zeros((), dtype=torch.float64, device=source.device), 0
     of_unknown, n_unknown = torch.zeros_like(total), 0
     with matmul_precision(model.engine.precision):
@@ -56,7 +55,8 @@ def score(model, source: Tensor, bptt: int, name: str = "text", unknown: Tensor 
             if unknown is not None and (n := len(places := get_batch(unknown, i, bptt)[1].flatten().nonzero())):
                 places = places[:, 0].to(source.device)
                 at_places = hiddens.flatten(0, 1)[places, None], y.flatten()[places, None]  # (n, 1, H), (n, 1)
-                of_unknown += plain.nll(*at_places).double() * n
+                # not by `model.nll`, which would compile kernels for each number of words
+                of_unknown += model.word_losses(at_places[:1], at_places[1])[1].double() * n
                 n_unknown += n
     known = (total - of_unknown).item() / (count - n_unknown) if n_unknown < count else None
     return Score(total.item() / count, n_unknown / count, known)

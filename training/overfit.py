@@ -12,7 +12,7 @@ from training.losses import Batch, MicroBatches, clipped_gradient
 from utils import RunError, get_batch, progress_bar
 
 KNOWN = 1.5  # A model overfits a batch if its perplexity is below this.
-STEPS = 2000  # This is the largest number of steps.
+MAX_STEPS = 2000
 
 
 def overfit(
@@ -20,10 +20,10 @@ def overfit(
 ) -> str:
     """Trains on the first segment of a text (n, B), without dropout, until its perplexity is below `KNOWN`. Returns a
     line with the perplexity and the number of steps. Raises `RunError` if the perplexity is not below `KNOWN` after
-    `STEPS` steps, or as soon as it is not finite. `update` clips the gradient."""
+    `MAX_STEPS` steps, or as soon as it is not finite. `update` clips the gradient."""
     batch = Batch(*get_batch(text, 0, bptt), model.initial_hidden(text.size(1)), Masks())
     weights, ppl = model.weights(), math.inf
-    with progress_bar(range(STEPS + 1), "one batch", "step") as bar:
+    with progress_bar(range(MAX_STEPS + 1), "one batch", "step") as bar:
         for step in bar:
             nll, _, _ = clipped_gradient(MicroBatches(model, batch, small_batch_size), weights, update)
             ppl = perplexity(nll.item())

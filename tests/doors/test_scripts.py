@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from helpers import ROOT, call, read_records, write_corpus
 
 import genotypes
+import train
 from experiment import experiment
 
 SIZES = "--emsize 12 --batch_size 4 --bptt 8 --lr 1 --log_interval 5 --device cpu"
@@ -327,6 +329,19 @@ def test_alpha_step_sees_as_many_time_steps_as_the_weight_step(monkeypatch, corp
     assert all(a == b for a, b in sizes)
     assert 2 < wraps < len(sizes) / 2  # the hidden state is zeroed only when the text starts again
     assert os.path.exists(tmp_path / "run" / "result.json")
+
+
+@pytest.mark.parametrize("arch", ["LSTM", "DARTS_V1"])
+def test_summary_of_runs_names_the_first_ones_cell(arch, corpus, tmp_path):
+    folder = tmp_path / "found"
+    shutil.copytree(corpus, tmp_path / "text")
+    call(train, "--data", tmp_path / "text", "--save", folder, *SIZES.split(), "--arch", arch, "--epochs", 1)
+    command = [sys.executable, ROOT / "scripts" / "summary.py", folder, folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.endswith(f"It is\n{genotypes.resolve_cell(arch)}\n"), done.stderr
+    shutil.rmtree(tmp_path / "text")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "no such corpus or folder" in done.stderr.splitlines()[-1]
 
 
 OTHER_PACKAGES = "matplotlib PIL scipy ray rich tensorboard pandas pyarrow pytest hypothesis selenium".split()

@@ -527,7 +527,7 @@ def test_overfit_learns_one_batch_or_exits_1(kind, corpus, tmp_path, monkeypatch
     flags = f"--data {corpus} --save {tmp_path / 'other'} --overfit --lr 1e-9 {start}"
     argv = [*SIZES, *flags.split()]
     monkeypatch.setattr("sys.argv", [kind, *argv])
-    monkeypatch.setattr("training.overfit.STEPS", 20)
+    monkeypatch.setattr("training.overfit.MAX_STEPS", 20)
     assert train.signals.run_script(SCRIPTS[kind].main) == 1
     assert "one batch is at perplexity 8" in capsys.readouterr().err
 

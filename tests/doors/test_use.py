@@ -375,6 +375,11 @@ def test_unreadable_text_exits_2_with_one_line(content, message, checkpoints, tm
     assert message in refused(evaluate, checkpoints(), "--text", tmp_path / "text")
 
 
+def test_closed_standard_input_exits_2_with_one_line(checkpoints, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert "standard input is closed" in refused(evaluate, checkpoints(), "--text", "-")
+
+
 @pytest.mark.parametrize("script", [generate, evaluate])
 def test_file_that_is_no_checkpoint_exits_2_with_one_line(script, tmp_path):
     (tmp_path / "file.pt").write_bytes(b"no checkpoint")

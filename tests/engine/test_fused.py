@@ -1,6 +1,7 @@
 """The fused engine matches the reference engine in every value and every gradient, for both cells and the loss."""
 
 from contextlib import contextmanager
+from math import prod
 
 import pytest
 import tiny
@@ -230,6 +231,22 @@ decoder_sizes = st.fixed_dictionaries(
         "seed": st.integers(0, 10**6), "p": st.sampled_from([None, 0.0, 0.3, 0.75, 1.0]),
     }
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 16])
+@pytest.mark.parametrize("skips", [True, False])
+def test_no_chunk_has_more_logits_than_the_bound(threads, skips, monkeypatch):
+    """The bound is that of the module, or the logits of one time step or one batch element."""
+    T, B, V, H = 35, 40, 20_000, 4
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    skipped = (torch.rand(B, H) < 0.5).float() if skips else None
+    sizes = [
+        prod(chunk.shape) * 4 for chunk in linear_cross_entropy.chunks(skipped, T, B, torch.empty(H, V, device="meta"))
+    ]
+    assert sum(sizes) == 4 * T * B * V
+    assert max(sizes) <= max(linear_cross_entropy.CHUNK, 4 * B * V, 4 * T * V)
+
+
 chunks = st.sampled_from([1, 160, 1 << 25])
 paddings = st.sampled_from([0, 3])
 

@@ -245,6 +245,46 @@ def test_matmul_is_correct_with_either_library(monkeypatch, quicker, transposed)
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def choice(monkeypatch, tmp_path):
+    """Returns a function that makes the choice as a new process does; its measurements give onednn, mkl and onednn."""
+    measured = iter(["onednn", "mkl", "onednn"])
+    monkeypatch.setattr(matmul, "quicker_library", lambda: next(measured))
+    monkeypatch.setattr(matmul.kernel_cache, "folder", lambda: tmp_path)
+    return matmul.onednn_is_quicker.__wrapped__
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@needs_onednn
+def test_all_processes_make_the_choice_that_was_measured_first(choice, tmp_path):
+    assert [choice() for _ in range(3)] == [True, True, True]
+    [file] = tmp_path.iterdir()
+    assert file.read_text() == '"onednn"'
+    for damaged, measured in (("", False), ("[]", True)):
+        file.write_text(damaged)
+        assert choice() == choice() == measured
+
+
+@needs_onednn
+def test_choice_of_a_process_that_measured_meanwhile_counts(choice, tmp_path, monkeypatch):
+    choice()
+    [file] = tmp_path.iterdir()
+    file.unlink()
+
+    def measure():
+        file.write_text('"onednn"')
+        return "mkl"
+
+    monkeypatch.setattr(matmul, "quicker_library", measure)
+    assert choice() is True and file.read_text() == '"onednn"'
+
+
+def test_measured_library_is_one_of_two():
+    assert matmul.quicker_library() in ("mkl", "onednn")
+
+
 def test_addmm_accumulates_bf16_products_in_fp32():
     a, b, total = torch.ones(2, 3).bfloat16(), torch.ones(3, 2).bfloat16(), torch.full((2, 2), 1000.0)
     addmm_(total, a, b)

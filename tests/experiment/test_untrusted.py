@@ -7,13 +7,14 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from unittest import mock
 
 import pytest
 import torch
-from helpers import FULL, call
+from helpers import FULL, ROOT, call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -348,6 +349,39 @@ def test_out_of_memory_on_several_ranks_advises_a_size_that_each_can_have(change
     flags = {"batch_size": 256, "small_batch_size": 256, "arch_batch_size": 256, "emsize": 8, "bptt": 5, "norm": "none"}
     with pytest.raises(RunError, match=message), memory_explained(Namespace(**(flags | changes)), 4):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    ("end", "code", "line"),
+    [
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("raise MemoryError", 1, "error: out of memory; take --device cpu, or fewer --samples"),
+        ("print('a')", 1, "error: a file: No space left on device"),
+    ],
+)
+def test_end_of_a_script_is_told_in_one_line(end, code, line):
+    """The output is a full disk."""
+    program = f"def main():\n {end}\n return 0\nfrom experiment.signals import run_script; import sys; "
+    program += "sys.exit(run_script(main, advice='--device cpu, or fewer --samples'))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (code, line + "\n")
+
+
+def test_output_that_nothing_reads_ends_with_141_and_no_line():
+    program = "from experiment.signals import run_script; import sys; sys.exit(run_script(lambda: print('a') or 0))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_refused_flags_end_a_script_with_their_exit_code():

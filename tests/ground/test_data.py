@@ -536,6 +536,29 @@ def test_interrupted_download_leaves_no_file(server, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("proxy", ["http:/proxy:3128", "http://.proxy:80"])
+def test_download_through_an_address_that_is_no_proxy_is_an_error(proxy, tmp_path, monkeypatch):
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(data.DataError, match="download failed"):
+        download.download(download.Source("https://nowhere.invalid/", "0" * 64, 10), tmp_path / "train.txt")
+
+
+def test_text_of_unk_alone_is_refused_for_what_it_is(tmp_path):
+    folder = write_folder(tmp_path / "text", train=b"<unk> <unk>\n", valid=b"a\n", test=b"a\n")
+    with pytest.raises(data.DataError, match="train has no word but <unk>; take another text"):
+        data.load_corpus(str(folder))
+
+
+@pytest.mark.parametrize("loop", ["text", "text/train.txt"])
+def test_link_to_itself_is_refused(loop, tmp_path):
+    if loop != "text":
+        write_folder(tmp_path / "text", valid=b"a\n", test=b"a\n")
+    (tmp_path / loop).symlink_to(tmp_path / loop)
+    with pytest.raises(data.DataError):
+        data.load_corpus(str(tmp_path / "text"))
+
+
 def test_download_to_an_unwritable_path_is_an_error(server, tmp_path):
     (tmp_path / "penn").write_text("a file where the folder should be")
     with pytest.raises(data.DataError, match="download failed"):

@@ -1,16 +1,19 @@
 """The pictures of runs show all that was recorded: curves end where the metrics end, colours are those of the
 primitives, and an incomplete run shows what can be drawn."""
 
+import errno
 import itertools
 import json
 import math
 import shutil
 import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import search_records, train_records, write_records
+from helpers import ROOT, search_records, train_records, write_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex, to_rgb
@@ -243,6 +246,31 @@ def test_mp4_has_a_frame_per_record_and_a_final_pause(run, tmp_path):
     assert int(count) == 3 * EPOCHS + animation.REST * animation.PER_SECOND
 
 
+def test_missing_matplotlib_exits_2_with_an_install_hint():
+    code = "import sys; sys.modules['matplotlib'] = None; sys.argv[1:] = ['cell', 'DARTS']; import runpy; "
+    code += "runpy.run_path('visualize.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "visualize.py: needs matplotlib; pip install -r requirements-plots.txt\n"
+
+
+@pytest.mark.parametrize("ending", ["svg", "dot"])
+def test_failed_write_leaves_the_earlier_picture(ending, tmp_path, monkeypatch):
+    out = tmp_path / f"cell.{ending}"
+    out.write_text("earlier")
+
+    def fail(path, *_, **__):
+        path.open("w").write("half of")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **more: fail(path))
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(SystemExit) as end:
+        main(["cell", "DARTS", "--out", str(out)])
+    assert end.value.code == 2 and out.read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_missing_ffmpeg_exits_2_with_the_reason(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(animation.shutil, "which", lambda name: None)
     with pytest.raises(SystemExit) as end:
@@ -305,6 +333,14 @@ def test_directory_names_with_special_characters_are_shown_unchanged(tmp_path):
         figure = train_figure(histories)
         figure.canvas.draw()
     assert [text.get_text().rsplit(":", 1)[0] for text in figure.axes[0].get_legend().get_texts()] == names
+
+
+def test_directory_name_that_is_not_utf8_is_drawn(tmp_path):
+    history = History(write_records(tmp_path / "run\udcff", train_records(3)))
+    with plain_style():
+        figure = train_figure([history])
+        figure.canvas.draw()
+    assert figure.axes[0].get_legend().get_texts()[0].get_text().startswith("run?:")
 
 
 def test_labels_of_nearby_anchors_are_merged(tmp_path):

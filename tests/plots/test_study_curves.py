@@ -42,6 +42,29 @@ def test_cells_are_drawn_against_the_feature_with_the_largest_correlation(study)
             assert drawn == sorted((features(parse(cell["genotype"]))["mean depth"], cell[time]) for cell in mine)
 
 
+@pytest.mark.parametrize(
+    ("rhos", "titles", "first"),
+    [
+        (
+            {3: None, 20: 0.5},
+            ["after 3 epochs: Spearman's rho unknown", "after 20 epochs: Spearman's rho 0.50"],
+            "early",
+        ),
+        ({1: 0.5}, ["after 1 epoch: Spearman's rho 0.50"], "select"),
+    ],
+)
+def test_each_panel_has_the_perplexities_of_its_title(rhos, titles, first, study):
+    folder, cells = study
+    found = [
+        {"feature": "width", "cells": "all", "n": 7, "epochs": epochs, "rho": [rho] * 3} for epochs, rho in rhos.items()
+    ]
+    (folder / "leaderboard.json").write_text(json.dumps({"cells": cells, "features": found}))
+    panels = cells_figure(folder).axes
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in panels] == titles
+    drawn = [value for line in panels[0].lines for value in line.get_ydata()]
+    assert sorted(drawn) == sorted(cell[first] for cell in cells if cell[first] is not None)
+
+
 def test_methods_of_a_selection_have_looks_of_their_own():
     names = [f"{method}-1/1" for method in ("a", "b", "c", "d", "e", "f", "random")]
     [axes] = study_figure([(name, 100.0 + i) for i, name in enumerate(names)]).axes

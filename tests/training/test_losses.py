@@ -23,7 +23,7 @@ def plain_nll(model, outputs, y):
     total = 0.0
     for t in range(y.size(0)):
         for b in range(y.size(1)):
-            scores = [(outputs[t, b] @ model.embedding[v] + model.bias[v]).item() for v in range(model.ntoken)]
+            scores = [(outputs[t, b] @ model.embedding[v] + model.bias[v]).item() for v in range(len(model.embedding))]
             total -= scores[y[t, b]] - math.log(sum(math.exp(s) for s in scores))
     return total / y.numel()
 

@@ -4,7 +4,7 @@
     python visualize.py search runs/search --out search.svg
     python visualize.py formation runs/search --out formation.gif
     python visualize.py train runs/train-one runs/train-another
-    python visualize.py study runs/study
+    python visualize.py study runs/study                 # also: cells, proxies
     python visualize.py cell DARTS_V2 --out cell.svg
 
 All pictures are made from metrics.jsonl and the other small files of a run directory, whether the run is live, finished

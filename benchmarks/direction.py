@@ -1,6 +1,7 @@
 """Where the two parts of an unrolled alpha gradient point, on a model that has learned.
 
-    python train_search.py --data builtin --unrolled --emsize 64 --batch_size 32 --epochs 3 --save runs/mine
+    python train_search.py --data builtin --unrolled --emsize 64 --batch_size 32 --dropout 0.3 --dropoutx 0.3 \\
+        --dropouth 0.1 --dropouti 0.1 --dropoute 0 --epochs 3 --save runs/mine
     python benchmarks/direction.py runs/mine                   # a minute on a CPU core
 
 The implicit part is eta c d/d alpha (g . v), for the training gradient g, clipped by the factor c, and the validation

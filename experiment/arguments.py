@@ -199,9 +199,9 @@ def add_run_flags(parser: Parser, seed: int, log_interval: int) -> None:
         ("engine", ENGINES, "fused",
          "fused is compiled at the first steps (cached), or runs uncompiled where that fails; eager is the readable "
          "definition; equal up to rounding"),
-        ("precision", PRECISIONS, "fp32", "precision of matrix products: fp32, tf32 (CUDA) or bf16 (fused), which also "
-         "halves the memory; sums, normalisation, softmax, the optimizer and --hessian finite stay in fp32, and so "
-         "does all on a CPU without fast bf16"),
+        ("precision", PRECISIONS, "fp32", "precision of matrix products: fp32, tf32 (CUDA) or bf16 (fused), in which "
+         "what is saved for backward is stored too; sums, normalisation, softmax, the optimizer and --hessian finite "
+         "stay in fp32, and on a CPU a narrow cell, or all if bf16 is not fast there"),
     ])  # fmt: skip
     parser.add_flags("run", [
         ("save", "DIR", None, "run directory (default: runs/KIND-YYYYMMDD-HHMMSS)"),

@@ -24,7 +24,7 @@ def build_parser() -> arguments.Parser:
         ("unrolled", bool, False, "second order: take the alphas' gradient at the weights that the next weight step "
          "would give, not at the present weights"),
         ("hessian", ("finite", "exact"), "finite", "with --unrolled, how the product with the mixed second derivative "
-         f"is computed, at the same cost: finite is a central difference at radius {RADIUS:g}, always in fp32 and with "
+         f"is computed, by two passes: finite is a central difference at radius {RADIUS:g}, always in fp32 and with "
          "relu's active set frozen; exact differentiates twice, in --precision (with --engine eager it needs that "
          "engine's memory). Over 20 batches of Penn Treebank, at --emsize 100 with --norm batch, the cosine between "
          "the two in fp32 has a median of 1.0000 and a minimum of 0.9999; in bf16 exact is faster, but far off in some "
@@ -48,7 +48,7 @@ def build_parser() -> arguments.Parser:
          "(docs/signal.md), or the last alphas, as published"),
         ("stop_stable", int, 0, "stop when the genotype has not changed for this many epochs; 0: never"),
         ("max_identity", int, STEPS, "stop when more than this many nodes of the genotype are identity, and keep the "
-         "genotype of the epoch before"),
+         "genotype of the epoch before; with the number of nodes, 8, that never happens"),
         ("diagnose_every", int, 0, "number of steps between two diagnoses of the alphas' gradient, for visualize.py "
          "search: the cosine between the gradients of independent batches, the largest eigenvalue of the loss's Hessian"
          " in alpha, the error of the finite product, the loss through discretisation. Each takes as long as several "

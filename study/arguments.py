@@ -26,18 +26,18 @@ def build_parser() -> arguments.Parser:
         help="continue a stage that has begun; flags of stages that have not begun may be given again")  # fmt: skip
     add("--dry_run", action="store_true", help="print what the study would run and cost, and stop")
     add("--data", default="penn", metavar="NAME|DIR", help="the text, as of train.py")
-    add("--seed", type=int, default=1, help="of the first trial of each kind; the others count on")
-    add("--train_flags", default="", metavar="FLAGS", help="of train.py, for every training of a cell, in quotes")
+    add("--seed", type=int, default=1, help="seed of the first trial of each kind; each further trial adds 1")
+    add("--train_flags", default="", metavar="FLAGS", help="flags of train.py for every training of a cell, in quotes")
 
     add_stage_flags(parser)
 
     add = parser.add_argument_group("run").add_argument
-    add("--parallel", type=int, default=0, help="trials at a time (default: as many as fit)")
+    add("--parallel", type=int, default=0, help="trials at a time; 0: as many as fit")
     add("--cpus_per_trial", type=float, default=1, help="processor cores, and threads, of one trial")
     add("--gpus_per_trial", type=float,
         help="GPUs of one trial; 0.25 puts four trials on one GPU, 0 is for processors alone (default: 1 where there "
         "are GPUs, else 0)")  # fmt: skip
-    add("--address", metavar="HOST:PORT", help="of a Ray cluster to join (default: this machine alone)")
+    add("--address", metavar="HOST:PORT", help="address of a Ray cluster to join (default: this machine alone)")
     add("--retries", type=int, default=3, help="how often a trial whose process died is started again")
     add("--budget_hours", type=float, default=0, help="device time after which no more is run; 0: any")
     add("--converged", type=int, default=0, metavar="M",
@@ -51,17 +51,18 @@ def add_stage_flags(parser: arguments.Parser) -> None:
     add = parser.add_argument_group("baseline: the yardstick, trained in full").add_argument
     add("--baselines", nargs="+", default=["DARTS", "LSTM"], metavar="ARCH", help="cells")
     add("--full_epochs", type=int, default=3600, help="epochs of a training in full")
-    add("--full_seeds", type=int, default=1, help="trainings in full of one cell")
+    add("--full_seeds", type=int, default=1, help="full trainings of each cell")
 
     add = parser.add_argument_group("proxy: which short training ranks cells as long training does").add_argument
     cells = ["DARTS_V1", "DARTS_V2", "ENAS", *(f"random:{i}" for i in range(1000, 1005))]
     add("--proxy_cells", nargs="+", default=cells, metavar="ARCH", help="cells to rank")
-    add("--proxy_epochs", nargs="+", type=int, default=[50, 100, 300], metavar="N", help="to try")
+    add("--proxy_epochs", nargs="+", type=int, default=[50, 100, 300], metavar="N",
+        help="lengths of the short trainings, in epochs")  # fmt: skip
     add("--proxy_flags", nargs="*", default=[], metavar="FLAGS",
         help="other settings to try beside --train_flags, each in quotes, such as '--emsize 300'; one with --epochs "
         "has this length alone, the others each of --proxy_epochs")  # fmt: skip
     add("--proxy_reference", type=int, default=0, metavar="N",
-        help="epochs of the long training (default: full_epochs)")  # fmt: skip
+        help="epochs of the long training; 0: --full_epochs")  # fmt: skip
     add("--proxy_seeds", type=int, default=2, help="trainings of each cell")
 
     add = parser.add_argument_group("search: cells, by each method").add_argument
@@ -69,9 +70,9 @@ def add_stage_flags(parser: arguments.Parser) -> None:
         help="how cells are found: first, unrolled, random, or a name of your own with flags of train_search.py, such "
         "as 'layer=--norm layer'")  # fmt: skip
     add("--seeds", type=int, default=4, help="searches by each method")
-    add("--random_cells", type=int, default=0, help="cells drawn at random (default: as many as found)")
+    add("--random_cells", type=int, default=0, help="number of random cells; 0: as many as were found")
     add("--search_epochs", type=int, default=50, help="epochs of a search")
-    add("--search_flags", default="", metavar="FLAGS", help="of train_search.py, in quotes")
+    add("--search_flags", default="", metavar="FLAGS", help="flags of train_search.py for every search, in quotes")
     add("--search_split", choices=("train", "valid"), default="train",
         help="text for the alphas: train keeps valid.txt, by which cells are selected, unseen; "
         "valid is as published")  # fmt: skip
@@ -79,7 +80,7 @@ def add_stage_flags(parser: arguments.Parser) -> None:
     add = parser.add_argument_group("select: a short training of every cell, under one budget").add_argument
     add("--select_epochs", type=int, default=300, help="epochs of a short training")
     add("--select_seeds", type=int, default=1, help="short trainings of each cell")
-    add("--select_flags", default="", metavar="FLAGS", help="beside --train_flags, such as a smaller --emsize")
+    add("--select_flags", default="", metavar="FLAGS", help="further flags of train.py, such as a smaller --emsize")
     add("--halving", action="store_true",
         help="end the trainings that fall behind (successive halving, ASHA); "
         "methods are then not compared")  # fmt: skip

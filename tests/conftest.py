@@ -4,10 +4,15 @@ import os
 
 import pytest
 from helpers import FULL, write_corpus
+from hypothesis import settings
 
 # Only engine/test_inductor.py and engine/test_compile_failure.py compile the kernels of the fused engine, in processes
 # of their own; all other tests run the same functions uncompiled, so that they do not wait for a compiler.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+# Property tests have the same examples in every run, and at full length new ones.
+settings.register_profile("repeatable", derandomize=True, database=None)
+if not FULL:
+    settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):

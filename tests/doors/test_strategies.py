@@ -49,7 +49,7 @@ def result(folder):
 # --- killed and resumed ---
 
 TRAIN = [
-    "--optimizer sgd --warmup 17 --warmup_shape linear --warmup_start 0.01 --schedule exponential --lr 3",
+    "--optimizer sgd --warmup 17 --warmup_start 0.01 --warmup_shape linear --schedule exponential --engine fused",
     "--optimizer asgd --warmup 17 --warmup_shape exponential --warmup_start 0.01 --schedule constant --lr 3",
     "--optimizer adam --lr 0.01 --schedule step --step_size 0.5 --gamma 0.3 --clip_value 0.01 --clip 0.1",
     "--optimizer adamw --lr 0.01 --schedule cosine --final_lr 0.001 --cycle 1 --warmup 5",
@@ -57,16 +57,18 @@ TRAIN = [
     "--schedule plateau --plateau_patience 0 --gamma 0.1 --lr 20 --arch DARTS_V1",
     "--optimizer ntasgd --schedule cosine --warmup 20 --nonmono 1 --lr 20 --epochs 5",
     "--clip 0 --lr 0.3 --limit_tokens 100", "--patience 2 --min_delta 0.01 --lr 20 --epochs 6",
-    "--rdrop 0.7 --fraternal 2 --n_experts 3 --small_batch_size 2", "--rdrop 0.7 --arch LSTM",
-    "--fraternal 0.7 --arch GRU", "--average_after 1 --lr 3 --epochs 3", "--finetune FIRST --nonmono 1 --epochs 4",
+    "--rdrop 0.7 --fraternal 2 --n_experts 3 --small_batch_size 2 --engine fused", "--rdrop 0.7 --arch LSTM",
+    "--fraternal 0.7 --arch GRU", "--average_after 1 --lr 3 --epochs 3",
+    "--finetune FIRST --nonmono 1 --epochs 4 --engine fused",
 ]  # fmt: skip
 SEARCH = [
     *(f"--optimizer {name} --lr {RATE.get(name, 3)}" for name in ("asgd", "adam", "adamw")),
-    "--unrolled --optimizer momentum --momentum 0.5 --lr 1 --clip_value 0.01 --warmup 7 --schedule cosine --epochs 2",
+    "--unrolled --optimizer momentum --momentum 0.5 --lr 1 --clip_value 0.01 --warmup 7 --schedule cosine --epochs 2"
+    " --engine fused",
     "--schedule plateau --patience 1 --lr 20 --epochs 5", "--stop_stable 1 --arch_start 0 --epochs 4 --arch_lr 1e-4",
     "--max_identity 1 --norm batch --init_range 0.04 --arch_start 0 --seed 6 --arch_lr 0.1 --epochs 5",
     "--limit_tokens 100 --search_split train", "--arch_batch_size 8 --unrolled --derive_from last --bptt 4",
-    *(f"--norm {norm} --unrolled --arch_start 1 --epochs 3 --stop_stable 1" for norm in NORMS),
+    *(f"--norm {norm} --unrolled --arch_start 1 --epochs 3 --stop_stable 1 --engine fused" for norm in NORMS),
 ]  # fmt: skip
 SHORT = SEARCH[:1] + SEARCH[3:4] + SEARCH[7:8]  # the searches that scripts/test.sh kills
 
@@ -138,7 +140,7 @@ def test_killed_and_resumed_run_is_bit_identical(kind, flags, corpus, first_stag
 
 EFFECTIVE = [*(f"--optimizer {name} --lr {RATE.get(name, 5)}" for name in SEARCH_OPTIMIZERS[1:]),
              "--schedule exponential", "--wdecay 0.1", "--clip_value 0.01", "--warmup 9"]  # fmt: skip
-EFFECTIVE_IN_TRAINING = ["--rdrop 0.7", "--fraternal 0.7", "--n_experts 2", "--arch LSTM", "--arch GRU"]
+EFFECTIVE_IN_TRAINING = ["--rdrop 0.7", "--fraternal 0.7", "--n_experts 2"]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def losses(corpus, tmp_path_factory):
 
     def get(kind, flags):
         if (kind, flags) not in cache:
-            base = "--lr 5 --epochs 2 --dropout 0.2 --dropoutx 0.2 --optimizer sgd"
+            base = "--lr 5 --epochs 1 --dropout 0.2 --dropoutx 0.2 --optimizer sgd"
             folder = run(kind, corpus, tmp_path_factory.mktemp("effective") / "run", f"{base} {flags}")
             cache[kind, flags] = [
                 (record["loss"], record.get("norm"), record.get("valid_loss")) for record in read_records(folder)

@@ -22,7 +22,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 FLAGS = [*SIZES, "--checkpoint_minutes", "0"]
 RUNS = {
     "search": ("train_search.py", "--lr 1 --epochs 1 --unrolled --diagnose_every 8 --arch_batch_size 8"),
-    "retraining": ("train.py", "--arch DARTS_V1 --lr 20 --epochs 5 --nonmono 1 --dropoute 0.2"),
+    "retraining": ("train.py", "--arch DARTS_V1 --lr 20 --epochs 5 --nonmono 1 --dropoute 0.2 --engine fused"),
 }
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, SIZES, read_records, without_timings
+from helpers import SIZES, read_records, without_timings
 
 import train
 from experiment import processor
@@ -43,6 +43,7 @@ def test_run_in_bf16_without_fast_products_of_it_equals_one_in_fp32_and_says_so(
     for name, precision, fast in (("fp32", "fp32", False), ("replaced", "bf16", False), ("rounded", "bf16", True)):
         monkeypatch.setattr(processor, "has_fast_bf16", lambda device, fast=fast: fast)
         flags = ["--arch", "DARTS", "--epochs", "1", "--data", str(corpus), "--precision", precision]
+        flags += ["--engine", "fused"]
         assert train.main([*SIZES, *flags, "--save", str(tmp_path / name)]) == 0
         runs[name] = list(map(without_timings, read_records(tmp_path / name)))
         said = "--precision bf16: computed in fp32" in (tmp_path / name / "log.txt").read_text()
@@ -107,24 +108,10 @@ def test_no_note_where_the_user_has_chosen_the_threads_or_there_is_one(monkeypat
     assert processor.sharing_note(CPU) == []
 
 
-@pytest.mark.skipif(not processor.STAT.exists(), reason="this system does not say how busy its cores are")
-def test_run_beside_a_busy_process_logs_the_note(corpus, tmp_path):
-    """The run is held to one core, which the other process keeps busy, and asks for two threads there."""
-    core = min(os.sched_getaffinity(0))
-    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
+@pytest.mark.usefixtures("two_threads_on_two_cores")
+def test_run_beside_a_busy_process_logs_the_note(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processor, "cores_taken", lambda cores: 1.0)
     flags = [*SIZES, "--arch", "DARTS", "--epochs", "1", "--data", str(corpus), "--save", str(tmp_path / "run")]
-    code = (
-        f"import os, torch; os.sched_setaffinity(0, {{{core}}}); torch.set_num_threads(2)\n"
-        f"import train; train.main({flags})"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other:
-        try:
-            other.stdout.read(1)
-            done = subprocess.run(
-                [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-            )
-        finally:
-            other.kill()
-    assert "of the 1 CPU cores busy; 2 threads" in done.stdout
-    assert "of the 1 CPU cores busy; 2 threads" in (tmp_path / "run" / "log.txt").read_text()
+    assert train.main(flags) == 0
+    assert "keep 1.0 of the 2 CPU cores busy; 2 threads" in capsys.readouterr().out
+    assert "keep 1.0 of the 2 CPU cores busy; 2 threads" in (tmp_path / "run" / "log.txt").read_text()

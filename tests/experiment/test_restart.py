@@ -112,7 +112,7 @@ def test_best_weights_alone_are_work(whole, tmp_path):
 @pytest.mark.parametrize("script", [train, train_search], ids=["train", "search"])
 def test_run_resumes_with_the_other_engine_after_a_note(script, corpus, tmp_path):
     results = []
-    for name, engine in (("same", []), ("other", ["--engine", "eager"])):
+    for name, engine in (("same", []), ("other", ["--engine", "fused"])):
         again = ["--resume", "--save", str(tmp_path / name), "--epochs", "2"]
         assert script.main(flags(corpus, tmp_path / name)) == 0
         assert script.main([*again, *engine]) == 0
@@ -121,14 +121,14 @@ def test_run_resumes_with_the_other_engine_after_a_note(script, corpus, tmp_path
         assert noted == (name == "other")
         assert script.main(again) == 0  # with the engine that it had last, without another note
         assert (tmp_path / name / "log.txt").read_text().count("the digits differ by rounding") == noted
-    assert json.loads((tmp_path / "other" / "config.json").read_text())["flags"]["engine"] == "eager"
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["flags"]["engine"] == "fused"
     assert results[1] == pytest.approx(results[0], rel=1e-4)
 
 
 @pytest.mark.slow
 def test_run_whose_compiler_fails_equals_the_uncompiled_run(corpus, tmp_path):
     for name, variables in (("plain", {"TORCH_COMPILE_DISABLE": "1"}), ("failing", {"CXX": "/bin/false"})):
-        code = f"import train; print(train.main({flags(corpus, tmp_path / name)!r}))"
+        code = f"import train; print(train.main({flags(corpus, tmp_path / name, '--engine', 'fused')!r}))"
         done = run_compiling(code, **variables)
         assert done.stdout.splitlines()[-1] == "0", done.stderr
     assert outcome(tmp_path / "failing") == outcome(tmp_path / "plain")

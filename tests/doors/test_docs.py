@@ -1,12 +1,18 @@
-"""The Python code on the pages of docs/ runs, and does what the page says."""
+"""The Python code on the pages of docs/ runs, and does what the page says; the commands there have flags that exist."""
 
 import re
+import shlex
 
 import pytest
 import torch
 from helpers import ROOT, SIZES, call, write_corpus
 
+import generate
 import train
+import train_search
+import trials
+import visualize
+from experiment import evaluation_arguments
 from experiment.trained_model import load_trained
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -45,3 +51,30 @@ def test_code_of_the_export_page_gives_the_log_probabilities_of_the_model(name, 
         hiddens, model.cell(found["x"], model.initial_hidden(2), found["NO_MASKS"], model.engine)[0]
     )
     assert "9 words, 8 hidden units" in capsys.readouterr().out
+
+
+PARSERS = {
+    "train_search.py": train_search.build_parser, "train.py": train.build_parser, "generate.py": generate.build_parser,
+    "evaluate.py": evaluation_arguments.build_parser, "trials.py": trials.build_parser,
+    "visualize.py": lambda: visualize.build_parser()[0],
+}  # fmt: skip
+SHELL = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """Yields (page, script, flags) of each command of the README and docs/ that runs one of the scripts."""
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        for block in SHELL.findall(page.read_text()):
+            for line in block.replace("\\\n", " ").splitlines():
+                if found := re.search(r"(?:^|\| |python |node \d )(\w+\.py) ([^|]*)", line):
+                    yield page.name, found[1], shlex.split(found[2], comments=True)
+
+
+def test_commands_of_the_pages_are_accepted_by_the_parsers():
+    found = [command for command in commands() if command[1] in PARSERS]
+    assert len(found) > 30 and {script for _, script, _ in found} == PARSERS.keys()
+    for page, script, flags in found:
+        try:
+            PARSERS[script]().parse_args(flags)
+        except SystemExit:
+            pytest.fail(f"{page}: {script} {shlex.join(flags)}")

@@ -1,6 +1,7 @@
 """Tests that run train_search.py, train.py and evaluate.py as a user does: whole runs and resumed runs."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import math
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from helpers import ROOT, call, read_records, write_corpus
 
 import genotypes
 import train
-from experiment import experiment
+from experiment import checkpoint, experiment
 
 SIZES = "--emsize 12 --batch_size 4 --bptt 8 --lr 1 --log_interval 5 --device cpu"
 TIMINGS = {"seconds"}  # equal runs may differ in these values of a result alone
@@ -109,7 +111,23 @@ def test_search_writes_all_files_of_the_run_directory(searched):
     assert config["flags"]["unrolled"] is True
     assert config["flags"]["nhid"] == 12
     assert config["versions"]["torch"] == torch.__version__
-    assert set(config["sha256"]) == {"train", "valid", "test"}
+    assert config["device"] == "cpu"
+    assert config["threads"] == torch.get_num_threads()
+    corpus = Path(config["flags"]["data"])
+    assert config["sha256"] == {
+        split: hashlib.sha256((corpus / f"{split}.txt").read_bytes()).hexdigest()
+        for split in ("train", "valid", "test")
+    }
+
+
+def test_result_has_the_keys_of_the_contract(searched, trained):
+    keys = {"kind", "epochs", "steps", "seconds", "params", "valid_ppl", "test_ppl", "genotype", "stopped_by"}
+    for kind, (folder, _) in (("search", searched), ("train", trained)):
+        result = read(folder, "result.json")
+        assert keys <= result.keys() and result["kind"] == kind
+        model = checkpoint.load(folder / "best.pt")["model"]
+        assert result["params"] == sum(w.numel() for name, w in model.items() if "alphas" not in name)
+        assert 0 < result["seconds"] < 600 and result["steps"] == read_records(folder, "epoch")[-1]["step"]
 
 
 def test_every_search_interval_record_has_a_genotype(searched):
@@ -139,12 +157,28 @@ def test_learning_rate_is_proportional_to_segment_length(trained):
 def test_retraining_switches_to_asgd_and_reports_the_best_epoch(trained):
     folder, done = trained
     epochs = read_records(folder, "epoch")
-    assert epochs[0]["phase"] == "sgd"
+    losses = [record["valid_loss"] for record in epochs]
+    # With --nonmono 1 the first loss above the lowest of those before the last one is of the last epoch of SGD.
+    last = next(n for n in range(2, len(losses)) if losses[n] > min(losses[: n - 1]))
+    assert [record["phase"] for record in epochs] == ["sgd"] * (last + 1) + ["asgd"] * (len(epochs) - last - 1)
     assert epochs[-1]["phase"] == "asgd"
     result = read(folder, "result.json")
     assert result["valid_ppl"] == min(record["valid_ppl"] for record in epochs)
     assert result["known_ppl"]["valid"] == result["valid_ppl"]  # since every word is known
     assert f"test ppl {result['test_ppl']:.2f}" in done.stdout
+
+
+def test_retraining_segments_have_the_lengths_of_its_flags(corpus, tmp_path):
+    """The rate of a step tells its length: 5 time steps at least, and --bptt and --max_seq_len_delta at most."""
+    flags = ["--arch", "LSTM", "--epochs", 2, "--max_seq_len_delta", 2, "--log_interval", 1]
+    code, _, err = call(train, *start(corpus, tmp_path / "run"), *flags)
+    assert code == 0, err
+    intervals = read_records(tmp_path / "run", "interval")
+    ends = [
+        record["step"] for record in read_records(tmp_path / "run", "epoch")
+    ]  # what is left of the text may be less
+    lengths = [round(8 * record["lr"]) for record in intervals if record["step"] not in ends]
+    assert set(lengths) <= set(range(5, 11)) and {5, 10} <= set(lengths)
 
 
 def perplexity_of(checkpoint, *flags):
@@ -154,10 +188,10 @@ def perplexity_of(checkpoint, *flags):
 
 def test_evaluate_reproduces_reported_perplexities(searched, trained):
     (search_folder, _), (train_folder, _) = searched, trained
-    for checkpoint in (search_folder / "last.pt", train_folder / "best.pt"):
+    for path in (search_folder / "last.pt", train_folder / "best.pt"):
         for split in ("valid", "test"):
-            reported = read(checkpoint.parent, "result.json")[f"{split}_ppl"]
-            assert perplexity_of(checkpoint, "--split", split) == pytest.approx(reported, abs=6e-5)
+            reported = read(path.parent, "result.json")[f"{split}_ppl"]
+            assert perplexity_of(path, "--split", split) == pytest.approx(reported, abs=6e-5)
     # In the averaging phase last.pt has raw weights to train further, but evaluate.py must use the averaged ones.
     last = read_records(train_folder, "epoch")[-1]
     assert last["phase"] == "asgd"

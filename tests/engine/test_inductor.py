@@ -56,7 +56,7 @@ def compare():
     *floats, y = decoder_problem(3, 6, 20, 50, 1, 0.75)
     hiddens, mask, embedding, bias = (a.float().to(device) for a in floats)
     y = y.to(device)
-    for precision, scale, bound in (("fp32", 1, 1e-5), ("bf16", 0.3, 0.02)):
+    for precision, scale, bound in (("fp32", 1, 1e-5), ("bf16", 0.3, 0.02))[: 2 if full else 1]:
         check(*(
             loss_derivatives(engine, scale * hiddens, mask, scale * embedding, bias, y, seed=1)
             for engine in (Engine("fused", precision), Engine())
@@ -79,7 +79,7 @@ print("equal")
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one norm", "all norms"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=tiny.on_cuda)])
 def test_compiled_kernels_match_reference(device, full):
-    """The short variant has no second derivative, and no norm."""
+    """The short variant has no second derivative, no norm and no bf16."""
     done = run_compiling(COMPARE, ON=device, FULL=str(full))
     assert done.stdout.strip() == "equal", done.stderr
 
@@ -180,8 +180,8 @@ def call(n):
     found.append(out[0].item())
 
 def call_more():
-    torch._dynamo.config.recompile_limit = 2
-    for n in range(2, 6):
+    torch._dynamo.config.recompile_limit = 1
+    for n in range(2, 4):
         call(n)
 
 x, out, found = torch.ones(4), torch.empty(4), []
@@ -189,14 +189,14 @@ call(1)
 thread = threading.Thread(target=call_more)
 thread.start()
 thread.join()
-print(found == list(range(1, 6)), len(named.compiled().found))
+print(found == [1, 2, 3], len(named.compiled().found))
 """
 
 
 @needs_compiler
 def test_kernel_compiles_in_a_second_thread():
     done = run_compiling(THREADS)  # the code compiles more variants than torch.compile is allowed to
-    assert done.stdout.strip() == "True 5", done.stderr
+    assert done.stdout.strip() == "True 3", done.stderr
 
 
 def test_missing_compiler_warns_once_and_runs_uncompiled():

@@ -112,7 +112,7 @@ class RNNModel(nn.Module):
 
     def sample_masks(self, batch_size: int) -> Masks:
         """Returns new dropout masks for a batch of `batch_size` elements, sampled from torch's global generator."""
-        return sample_masks(self.rates, batch_size, self.embedding, self.nhid, getattr(self.cell, "connections", None))
+        return sample_masks(self.rates, batch_size, self.embedding, getattr(self.cell, "connections", None))
 
     def initial_hidden(self, batch_size: int) -> Tensor:
         """Returns the state (B, S) before the first word of a text, which is zero."""

@@ -81,20 +81,18 @@ def sample_mask(length: int, width: int, p: float, like: Tensor) -> Tensor | Non
     return torch.empty(length, width, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)
 
 
-def sample_masks(
-    rates: DropoutRates, batch_size: int, embedding: Tensor, nhid: int, connections: Tensor | None = None
-) -> Masks:
-    """Returns new masks for a batch of `batch_size` elements, an embedding matrix (V, E) and `nhid` hidden units.
+def sample_masks(rates: DropoutRates, batch_size: int, embedding: Tensor, connections: Tensor | None = None) -> Masks:
+    """Returns new masks for a batch of `batch_size` elements, an embedding matrix (V, E) and as many hidden units.
 
     The rate `dropouth` applies to the hidden-to-hidden `connections` (G H, H) if they are given, else to the hidden
     state.
     """
-    ntoken, ninp = embedding.shape
+    ntoken, width = embedding.shape
     return Masks(
         word=sample_mask(ntoken, 1, rates.dropoute, embedding),
-        embedding=sample_mask(batch_size, ninp, rates.dropouti, embedding),
-        x=sample_mask(batch_size, ninp, rates.dropoutx, embedding),
-        hidden=sample_mask(batch_size, nhid, rates.dropouth, embedding) if connections is None else None,
+        embedding=sample_mask(batch_size, width, rates.dropouti, embedding),
+        x=sample_mask(batch_size, width, rates.dropoutx, embedding),
+        hidden=sample_mask(batch_size, width, rates.dropouth, embedding) if connections is None else None,
         connections=None if connections is None else sample_mask(*connections.shape, rates.dropouth, embedding),
-        output=sample_mask(batch_size, nhid, rates.dropout, embedding),
+        output=sample_mask(batch_size, width, rates.dropout, embedding),
     )

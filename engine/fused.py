@@ -31,7 +31,6 @@ from engine.relaxed_buffers import (
     SavedForward,
     by_node,
     flat_rows,
-    halves,
     held_set,
     new_products,
     nodes_and_edges,
@@ -196,30 +195,30 @@ class Relaxed(torch.autograd.Function):
         matmul_inputs = [masked[:, :i].flatten(1, 2).mT.unbind(0) for i in range(N + 1)]  # (H, iB) each
         dcu_views = [[d.unbind(0) for d in dcu] for dcu in dcus]  # [i - 1][t], (i, B, H) each
         dcu_rows = [[d.flatten(1, 2).unbind(0) for d in dcu] for dcu in dcus]  # [i - 1][t], (iB, H) each
-        transposed = [tuple(half.t() for half in halves(W)) for W in weights]
-        halves_of_dW = [halves(dW) for dW in dWs]
-        W0_t, gs, hs, dxWs, dcs_0 = weights[0].t(), g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), halves(dxW)
+        transposed = [tuple(half.t() for half in W.chunk(2, -1)) for W in weights]
+        halves_of_dW = [dW.chunk(2, -1) for dW in dWs]
+        W0_t, gs, hs, dxWs, dcs_0 = weights[0].t(), g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), dxW.chunk(2, -1)
 
         for t in reversed(range(T)):
-            here, there = 0, 1  # Each node reads one of the two `totals` and writes the other.
+            this, other = 0, 1  # Each node reads one of the two `totals` and writes the other.
             w.begin_step(gs[t], constants.h_mask)
             for i in range(N, 0, -1):
                 k = t if at_once else 0
                 dc_rows, du_rows = dcu_rows[i - 1][k]
                 active = held_set(edges[i][t].cu, held_relu, (t, i))
                 relaxed_node_back(
-                    w.each[here][i], nodes[i][t], edges[i][t], probs_of[i - 1], active, constants,
-                    w.predecessors[here][i], w.sums[i - 1], grads[i][t if keep else 0], dcu_views[i - 1][k],
-                    w.predecessors[there][i].direct,
+                    w.each[this][i], nodes[i][t], edges[i][t], probs_of[i - 1], active, constants,
+                    w.predecessors[this][i], w.sums[i - 1], grads[i][t if keep else 0], dcu_views[i - 1][k],
+                    w.predecessors[other][i].direct,
                 )  # fmt: skip
-                here, there = there, here
+                this, other = other, this
                 matmul(dc_rows, transposed[i][0], out=w.rows_via_matmul[i])
                 w.rows_via_matmul[i].addmm_(du_rows, transposed[i][1])
                 if of_weights and not at_once:
                     for dW, d in zip(halves_of_dW[i - 1], (dc_rows, du_rows), strict=True):
                         addmm_(dW, matmul_inputs[i][t], d)
             relaxed_start_back(
-                w.each[here][0], nodes[0][t], edges[0][t].cu, hs[t], constants, grads[0][t if keep else 0],
+                w.each[this][0], nodes[0][t], edges[0][t].cu, hs[t], constants, grads[0][t if keep else 0],
                 dcs_0[0][t], dcs_0[1][t], w.grad_h_direct,
             )  # fmt: skip
             matmul(dxWs[t], W0_t, out=w.grad_h_matmul)
@@ -230,7 +229,7 @@ class Relaxed(torch.autograd.Function):
             if at_once:
                 for i, dW in enumerate(dWs, 1):
                     s = masked[:, :i].flatten(1, 2).mT  # (T, H, iB)
-                    for half, d in zip(halves(dW), dcus[i - 1].unbind(1), strict=True):
+                    for half, d in zip(dW.chunk(2, -1), dcus[i - 1].unbind(1), strict=True):
                         half.copy_((s @ d.flatten(1, 2)).sum(0, dtype=space.accum_dtype))
         # Autograd may take over the tensor that it is given, and a saved one must not change.
         of_xW = (dxW.clone() if keep else dxW) if ctx.needs_input_grad[4] else None

@@ -8,7 +8,6 @@ import torch
 from engine.autograd import forbid_double_backward
 from engine.cell_kernels import discrete_node, discrete_node_back, discrete_start_back, output, output_back
 from engine.matmul import Workspace, matmul
-from engine.relaxed_buffers import halves
 
 
 class Discrete(torch.autograd.Function):
@@ -68,7 +67,7 @@ class Discrete(torch.autograd.Function):
         grad_h_direct = space.take(B, H, accumulator=True)
         grad_h_matmul = space.take(B, H)
         state, cu, gradient, dc, du = (
-            [node.unbind(0) for node in buffer] for buffer in (states, products, gradients, *halves(gradients))
+            [node.unbind(0) for node in buffer] for buffer in (states, products, gradients, *gradients.chunk(2, -1))
         )  # [i][t]
         transposed, share = [W.t() for W in weights], total.unbind(0)
         gs, hs, backwards = g_hiddens.unbind(0), (h0, *hiddens), list(enumerate(recurrent, 1))[::-1]

@@ -257,6 +257,6 @@ def summary(error: BaseException) -> str:
     if isinstance(error.__cause__, subprocess.CalledProcessError):
         command = error.__cause__
         lines = (command.output or b"").decode(errors="replace").splitlines()
-        said = next((line[line.lower().index("error") :] for line in lines if "error" in line.lower()), "")
-        return " ".join(f"{command.cmd[0]} ended with code {command.returncode} {said}".split())[:200]
+        fault = next((line[line.lower().index("error") :] for line in lines if "error" in line.lower()), "")
+        return " ".join(f"{command.cmd[0]} ended with code {command.returncode} {fault}".split())[:200]
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -69,12 +69,6 @@ class SavedBackward(NamedTuple):
 # cost a small cell as much time as its kernels.
 
 
-def halves(dcu: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the columns of c and those of u, (..., H) each, as views of dcu (..., 2H)."""
-    H = dcu.size(-1) // 2
-    return dcu[..., :H], dcu[..., H:]
-
-
 def by_node(buffer: Tensor) -> list[tuple[Tensor, ...]]:
     """Returns views [i][t] of `buffer` (T, N+1, ...), indexed by node i and time step t."""
     return [node.unbind(0) for node in buffer.unbind(1)]
@@ -109,7 +103,7 @@ def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
 def held_set(cu: Tensor, held_relu: FrozenReLU | None, place: tuple[int, int]) -> Tensor | None:
     """Returns the active set of `held_relu` (i, B, H) at `place`, a time step and a node i, or None if it is None. cu
     (i, B, 2H) are the preactivations [c, u]. The active set is viewed as uint8, since Inductor reads bool slowly."""
-    return None if held_relu is None else held_relu.active_set(halves(cu)[1], place).view(torch.uint8)
+    return None if held_relu is None else held_relu.active_set(cu.chunk(2, -1)[1], place).view(torch.uint8)
 
 
 def unit_share(width: int, like: Tensor) -> Tensor:

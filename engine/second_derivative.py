@@ -28,7 +28,6 @@ from engine.relaxed_buffers import (
     SavedForward,
     by_node,
     flat_rows,
-    halves,
     held_set,
     new_products,
     nodes_and_edges,
@@ -108,26 +107,27 @@ def r_backward(
 
     four, rows_of = [g.unbind(0) for g in gradient], [g.flatten(1, 2).unbind(0) for g in gradient]
     factors = [  # r_dc and r_du are multiplied by the transposed weights, dc and du by the transposed directions.
-        [half.t() for half in (*halves(W), *halves(v))] for W, v in zip(weights, direction, strict=True)
+        [half.t() for half in (*W.chunk(2, -1), *v.chunk(2, -1))] for W, v in zip(weights, direction, strict=True)
     ]
     W0_t, v0_t = weights[0].t(), direction[0].t()
-    gs, hs, dxWs, r_dxWs, r_dcs_0 = r_g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), r_dxW.unbind(0), halves(r_dxW)
+    gs, hs, dxWs, r_dxWs = r_g_hiddens.unbind(0), (h0, *hiddens), dxW.unbind(0), r_dxW.unbind(0)
+    r_dcs_0 = r_dxW.chunk(2, -1)
 
     for t in reversed(range(T)):
-        here, there = 0, 1  # Each node reads one of the two `totals` and writes the other.
+        this, other = 0, 1  # Each node reads one of the two `totals` and writes the other.
         w.begin_step(gs[t], constants.h_mask)
         for i in range(N, 0, -1):
             active = held_set(edges[i][t].cu, held_relu, (t, i))
             r_node_back(
-                w.each[here][i], grads[i][t], nodes[i][t], r_nodes[i][t], edges[i][t], r_edges[i][t], probs_of[i - 1],
-                active, constants, w.predecessors[here][i], w.sums[i - 1], four[i - 1], w.predecessors[there][i].direct,
+                w.each[this][i], grads[i][t], nodes[i][t], r_nodes[i][t], edges[i][t], r_edges[i][t], probs_of[i - 1],
+                active, constants, w.predecessors[this][i], w.sums[i - 1], four[i - 1], w.predecessors[other][i].direct,
             )  # fmt: skip
-            here, there = there, here
+            this, other = other, this
             matmul(rows_of[i - 1][0], factors[i][0], out=w.rows_via_matmul[i])
             for d, factor in zip(rows_of[i - 1][1:], factors[i][1:], strict=True):
                 w.rows_via_matmul[i].addmm_(d, factor)
         r_start_back(
-            w.each[here][0], grads[0][t], nodes[0][t], r_nodes[0][t], edges[0][t].cu, r_edges[0][t].cu, hs[t], r_hs[t],
+            w.each[this][0], grads[0][t], nodes[0][t], r_nodes[0][t], edges[0][t].cu, r_edges[0][t].cu, hs[t], r_hs[t],
             constants, r_dcs_0[0][t], r_dcs_0[1][t], w.grad_h_direct,
         )  # fmt: skip
         matmul(r_dxWs[t], W0_t, out=w.grad_h_matmul)

@@ -60,9 +60,6 @@ class ASGD(optim.SGD):
     step size at the end of the previous step, so that a rate scaled for one segment of text would be applied to the
     next one."""
 
-    def __init__(self, weights: list[Tensor], lr: float, weight_decay: float = 0.0):
-        super().__init__(weights, lr=lr, weight_decay=weight_decay)
-
     @torch.no_grad()
     def step(self, closure=None):
         loss = super().step(closure)

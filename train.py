@@ -71,13 +71,10 @@ class RetrainState(TrainingState):
         the validation loss has stopped falling."""
         if self.phase != "sgd" or self.args.optimizer != "ntasgd":
             return
-        has_stopped_falling = self.trigger.step(valid_loss)
-        if epoch == self.args.average_after or (has_stopped_falling and not self.args.average_after):
+        has_stopped_falling, after = self.trigger.step(valid_loss), self.args.average_after
+        if epoch == after if after else has_stopped_falling:
             self.phase, self.optimizer = "asgd", self.new_optimizer("asgd")
-            reason = (
-                f"{epoch} epochs are over" if self.args.average_after else "the validation loss has stopped falling"
-            )
-            self.run.log(f"{reason}: averaging the weights from here on")
+            self.run.log(f"averaging the weights from epoch {epoch + 1} on")
 
     # --- a checkpoint ---
 

@@ -4,25 +4,4 @@
 # Extra flags are passed on: scripts/train_wt2.sh --arch runs/search-... --save runs/mine
 # To resume after an interruption: python train.py --resume --save RUN
 set -euo pipefail
-CDPATH="" cd -- "$(dirname -- "$0")/.."
-source scripts/common.sh
-run_python train.py \
-  --data wikitext-2 \
-  --arch DARTS \
-  --epochs 8000 \
-  --batch_size 64 \
-  --emsize 700 \
-  --bptt 35 \
-  --lr 20 \
-  --clip 0.25 \
-  --wdecay 5e-7 \
-  --dropout 0.75 \
-  --dropouth 0.15 \
-  --dropoutx 0.75 \
-  --dropouti 0.2 \
-  --dropoute 0.1 \
-  --beta 1e-3 \
-  --init_range 0.04 \
-  --nonmono 5 \
-  --seed 1267 \
-  "$@"
+exec bash "$(dirname -- "$0")/train_ptb.sh" --data wikitext-2 --emsize 700 --dropouth 0.15 --wdecay 5e-7 "$@"

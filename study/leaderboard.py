@@ -67,7 +67,7 @@ def as_markdown(found: dict[str, Any]) -> str:
     parts += [table("cell | found by | short training | in full", rows)]
     if found["methods"]:
         parts += ["## By method (short trainings)", method_table(found["methods"])]
-    if found["left_out"]:
+    if found["left_out"] and found["methods"]:
         parts.append(f"Left out, as no short training of theirs ended: {', '.join(found['left_out'])}.")
     if found["features"]:
         parts += ["## What tells cells apart", feature_table(found["features"])]

@@ -263,6 +263,16 @@ def test_report_of_the_small_results_is_the_same_without_ray_and_the_text(whole,
     assert {e["trial"] for e in events(folder)} == {e["trial"] for e in events(whole) if e["event"] == "done"}
 
 
+def test_committed_leaderboard_is_the_report_of_the_committed_results(tmp_path):
+    """The numbers of docs/study.md are those of this leaderboard."""
+    committed, folder = ROOT / "docs" / "study" / "penn-64", tmp_path / "study"
+    folder.mkdir()
+    for name in ("study.json", ARCHIVE):
+        shutil.copy(committed / name, folder)
+    assert trials.main(["report", "--study", str(folder)]) == 0
+    assert (folder / "leaderboard.md").read_text() == (committed / "leaderboard.md").read_text()
+
+
 def test_study_that_was_moved_with_its_small_results_goes_on_from_there(whole, tmp_path, serial):
     folder = move(whole, tmp_path / "study", drop=["select/random-1/", "retrain/", "baseline/"])
     assert trials.main(["run", "--resume", "--study", str(folder)]) == 0

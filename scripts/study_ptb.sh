@@ -2,14 +2,15 @@
 # The study of docs/study.md: eight methods of searching against random cells, on the first 300,000 tokens of Penn Treebank.
 #   scripts/study_ptb.sh                    every stage that docs/study/penn-64 lacks: about 15 hours on 2 CPU cores
 #   scripts/study_ptb.sh proxy --dry_run    one stage; further flags are those of trials.py
-#   WIDTH=128 scripts/study_ptb.sh proxy    which short training is a good judge at 128 hidden units: 7 hours
+#   WIDTH=128 scripts/study_ptb.sh proxy    which short training ranks cells as a long one at 128 hidden units: 7 hours
+#   CONFIRM=1 scripts/study_ptb.sh STAGE    the confirmation: search, select, baseline and retrain, one after another: 9 hours
 # It may be stopped at any time; each trial adds a line to trials.jsonl as it ends. Penn Treebank is downloaded if missing.
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh
 python_with requirements-cluster.txt
 stage=${1:-run}
-study=docs/study/penn-${WIDTH:-64}
+study=docs/study/penn-${WIDTH:-64}${CONFIRM:+-confirmation}
 if [ -e "$study/study.json" ]; then
   exec .venv/bin/python trials.py "$stage" --resume --study "$study" "${@:2}"
 fi
@@ -20,15 +21,20 @@ low="--schedule step --step_size 2 --gamma 0.1"  # a tenth of the rate in the th
 tanh8="Genotype(recurrent=[('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0),"
 tanh8+=" ('tanh', 0)], concat=[1, 2, 3, 4, 5, 6, 7, 8])"
 identity8=${tanh8//tanh/identity}
-exec .venv/bin/python trials.py "$stage" --study "$study" --data penn --gpus_per_trial 0 \
-  --train_flags "$sizes --precision bf16 --log_interval 100" \
-  --baselines DARTS DARTS_V1 LSTM --full_epochs 60 \
+search="$sizes --arch_batch_size 64 --log_interval 20 --diagnose_every 100"
+train="$sizes --precision bf16 --log_interval 100"
+all=(--study "$study" --data penn --gpus_per_trial 0 --baselines DARTS DARTS_V1 LSTM --full_epochs 60 --seeds 8
+  --search_epochs 3 --search_flags "$search")
+if [ -n "${CONFIRM:-}" ]; then
+  exec .venv/bin/python trials.py "$stage" "${all[@]}" --seed 17 --train_flags "$train --average_after 40" \
+    --methods none-unrolled="--norm none --unrolled $moves" layer-unrolled="--norm layer --unrolled $moves" random \
+    --random_cells 16 --select_epochs 60 "${@:2}"
+fi
+exec .venv/bin/python trials.py "$stage" "${all[@]}" --train_flags "$train" \
   --proxy_cells DARTS DARTS_V1 "$tanh8" "$identity8" random:{101..108} --proxy_epochs 3 6 12 20 --proxy_reference 60 \
   --proxy_flags "--schedule step --step_size 10 --gamma 0.1 --epochs 12" "--average_after 20 --epochs 24" \
   --methods none-first="--norm none $moves" none-unrolled="--norm none --unrolled $moves" \
   batch-first="--norm batch $moves" batch-unrolled="--norm batch --unrolled $moves" \
   layer-first="--norm layer $moves" layer-unrolled="--norm layer --unrolled $moves" \
   none-first-low="--norm none $moves $low" none-unrolled-low="--norm none --unrolled $moves $low" random \
-  --seeds 8 --random_cells 32 --search_epochs 3 \
-  --search_flags "$sizes --arch_batch_size 64 --log_interval 20 --diagnose_every 100" \
-  --select_epochs 20 "${@:2}"
+  --random_cells 32 --select_epochs 20 "${@:2}"

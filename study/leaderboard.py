@@ -108,9 +108,8 @@ def as_markdown(found: dict[str, Any]) -> str:
 def method_table(rows: Sequence[dict]) -> str:
     """Returns the table of the methods, with what compares each of them with the random cells."""
     note = (
-        "A cell that several searches found was trained anew for each of them. p: two-sided permutation test against "
-        "the random cells; corrected: for the number of methods (Holm). Random "
-        "below: the share of the random cells that are better than the method's mean. Rival: the best of so many "
+        "A cell that several searches found was trained anew for each of them. p: permutation test of the means (twice "
+        "the smaller tail) against the random cells; corrected: for the number of methods (Holm). Random below: the share of the random cells that are better than the method's mean. Rival: the best of so many "
         "random cells, which take as long as one search and one short training; the method's mean minus the expected "
         "best of these, with the 90% interval of a bootstrap."
     )

@@ -130,8 +130,9 @@ def seed_spread(values: Sequence[Sequence[float]]) -> float:
 
 
 def permutation_test(x: Sequence[float], y: Sequence[float]) -> float:
-    """Returns the two-sided p-value of a permutation test of the difference of the means of two samples. The test is
-    exact if there are few enough permutations. Returns NaN if either sample has fewer than two values."""
+    """Returns the two-sided p-value, twice the smaller tail, of a permutation test of the difference of the means of
+    two samples. The test is exact if there are few enough permutations. Returns NaN if either sample has fewer than
+    two values."""
     if min(len(x), len(y)) < 2:
         return math.nan
     found = stats.permutation_test(

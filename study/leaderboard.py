@@ -109,9 +109,10 @@ def method_table(rows: Sequence[dict]) -> str:
     """Returns the table of the methods, with what compares each of them with the random cells."""
     note = (
         "A cell that several searches found was trained anew for each of them. p: permutation test of the means (twice "
-        "the smaller tail) against the random cells; corrected: for the number of methods (Holm). Random below: the share of the random cells that are better than the method's mean. Rival: the best of so many "
-        "random cells, which take as long as one search and one short training; the method's mean minus the expected "
-        "best of these, with the 90% interval of a bootstrap."
+        "the smaller tail) against the random cells; corrected: for the number of methods (Holm). Random below: the "
+        "share of the random cells that are better than the method's mean. Rival: the best of so many random cells, "
+        "which take as long as one search and one short training; the method's mean minus the expected best of these, "
+        "with the 90% interval of a bootstrap."
     )
     head = "method | n | mean | sd | median | best | p | corrected | random below | rival: cells | mean minus rival"
     texts = [

@@ -118,8 +118,6 @@ def read_lines(file: str, words: Sequence[str]) -> tuple[list[str], torch.Tensor
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); name a text file, or - for stdin") from error
     text = _decode(raw, Path(file))
-    if not text or text.isspace():
-        raise DataError(f"{file}: empty; put the text there")
     return list(io.StringIO(text, newline=None)), *encode_text(text, words, file, "leave these out")
 
 
@@ -285,15 +283,12 @@ def _read_file(path: Path, source: Source | None) -> tuple[str, str]:
             f"{path}: broken or changed (sha256 {digest[:12]}, not {source.sha256[:12]}); remove it, and the"
             " next run downloads it; to use a text of your own, give --data its folder"
         )
-    text = _decode(raw, path)
-    if not text or text.isspace():
-        raise DataError(f"{path}: empty; put the text of this split there")
-    return text, digest
+    return _decode(raw, path), digest
 
 
 def _decode(raw: bytes, path: Path) -> str:
     """Returns the text of the bytes of a file, without a byte order mark. Raises DataError for bytes that are no UTF-8
-    and for a NUL byte, which no text has, but UTF-16 and UTF-32 have many."""
+    and for a NUL byte, which no text has, but UTF-16 and UTF-32 have many, and if there are no words."""
     try:
         text, wrong = raw.decode(), raw.find(0)
     except UnicodeDecodeError as error:
@@ -305,7 +300,9 @@ def _decode(raw: bytes, path: Path) -> str:
             f"{path}: not UTF-8 at line {line}, byte {wrong} of the file (0x{raw[wrong]:02x}{what});"
             " convert it, for instance with iconv"
         )
-    return text.removeprefix(BOM)
+    if not (text := text.removeprefix(BOM)) or text.isspace():
+        raise DataError(f"{path}: empty; put a text there")
+    return text
 
 
 def _bytes(path: Path) -> bytes:

@@ -100,7 +100,7 @@ def test_arbitrary_flags_are_handled(case, home, tmp_path):
     before = tree(home)
     save = tmp_path / "run"
     shutil.rmtree(save, ignore_errors=True)
-    with mock.patch("training.overfit.STEPS", 3):
+    with mock.patch("training.overfit.MAX_STEPS", 3):
         code, out, err = call(SCRIPTS[script], "--data", home / "corpus", "--save", save, *SIZES, *flags)
     assert_handled(code, out, err, before, home)
     assert save.exists() == (code < 2 and "usage:" not in out)  # A run that diverges has exit code 1 and a directory.

@@ -232,7 +232,7 @@ def test_vocabulary_has_the_most_frequent_words_of_train(lines, min_count, vocab
     texts = {"train": text, "valid": "a z\n", "test": "b\n"}
     ordinary = [w for w in dict.fromkeys(read) if read.count(w) >= min_count and w not in ("<eos>", "<unk>")]
     if not ordinary:
-        with pytest.raises(data.DataError, match="--min_count"):
+        with pytest.raises(data.DataError, match="--min_count" if min_count > 1 else "no word but"):
             data._index("x", texts, {}, min_count, vocab_size)
         return
     words = data._index("x", texts, {}, min_count, vocab_size).words

@@ -178,7 +178,7 @@ def test_leaderboard_csv_and_markdown_match_the_json(whole):
     assert [row["cell"] for row in table] == [row["cell"] for row in read_leaderboard(whole)["cells"]]
     assert float(table[0]["select"]) == read_leaderboard(whole)["cells"][0]["select"]
     text = (whole / "leaderboard.md").read_text()
-    for part in ("# Leaderboard", "two-sided permutation test", "## Proxies", "## Cost", "core-hours", "Genotype("):
+    for part in ("# Leaderboard", "permutation test of the means", "## Proxies", "## Cost", "core-hours", "Genotype("):
         assert part in text
 
 

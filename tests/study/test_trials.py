@@ -433,6 +433,11 @@ def test_search_probe_has_enough_text_and_trains_the_alphas(tmp_path):
     assert startup.length_faults(args, train_search.texts_to_read(load_corpus("builtin"), args)) == []
 
 
+def test_probe_of_a_training_that_averages_after_some_epochs_has_flags_that_can_be_used():
+    job = cost.probe(Job("a", "train.py", ("--data", "builtin", "--average_after", "20", "--epochs", "24")), "probe")
+    assert validate_arguments.strategy_faults("train", cost.parse(job)) == []
+
+
 def test_makespan_is_the_end_time_of_the_last_job():
     assert cost.makespan([3, 3, 3], 2) == 6
     assert cost.makespan([1, 1, 1, 5], 2) == 6

@@ -17,6 +17,8 @@ fi
 sizes="--emsize ${WIDTH:-64} --batch_size 32 --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0"
 sizes+=" --limit_tokens 300000 --device cpu"
 moves="--arch_lr 0.03 --arch_start 2"
+none_unrolled=none-unrolled="--norm none --unrolled $moves"
+layer_unrolled=layer-unrolled="--norm layer --unrolled $moves"
 low="--schedule step --step_size 2 --gamma 0.1"  # a tenth of the rate in the third epoch
 tanh8="Genotype(recurrent=[('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0), ('tanh', 0),"
 tanh8+=" ('tanh', 0)], concat=[1, 2, 3, 4, 5, 6, 7, 8])"
@@ -27,14 +29,14 @@ all=(--study "$study" --data penn --gpus_per_trial 0 --baselines DARTS DARTS_V1 
   --search_epochs 3 --search_flags "$search")
 if [ -n "${CONFIRM:-}" ]; then
   exec .venv/bin/python trials.py "$stage" "${all[@]}" --seed 17 --train_flags "$train --average_after 40" \
-    --methods none-unrolled="--norm none --unrolled $moves" layer-unrolled="--norm layer --unrolled $moves" random \
+    --methods "$none_unrolled" "$layer_unrolled" random \
     --random_cells 16 --select_epochs 60 "${@:2}"
 fi
 exec .venv/bin/python trials.py "$stage" "${all[@]}" --train_flags "$train" \
   --proxy_cells DARTS DARTS_V1 "$tanh8" "$identity8" random:{101..108} --proxy_epochs 3 6 12 20 --proxy_reference 60 \
   --proxy_flags "--schedule step --step_size 10 --gamma 0.1 --epochs 12" "--average_after 20 --epochs 24" \
-  --methods none-first="--norm none $moves" none-unrolled="--norm none --unrolled $moves" \
+  --methods none-first="--norm none $moves" "$none_unrolled" \
   batch-first="--norm batch $moves" batch-unrolled="--norm batch --unrolled $moves" \
-  layer-first="--norm layer $moves" layer-unrolled="--norm layer --unrolled $moves" \
+  layer-first="--norm layer $moves" "$layer_unrolled" \
   none-first-low="--norm none $moves $low" none-unrolled-low="--norm none --unrolled $moves $low" random \
   --random_cells 32 --select_epochs 20 "${@:2}"

@@ -351,6 +351,15 @@ def test_out_of_memory_on_several_ranks_advises_a_size_that_each_can_have(change
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+def run_script(program, stdout):
+    """Returns a finished Python process whose output is buffered, as it is by default."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; from experiment.signals import run_script\n{program}"],
+        cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 @pytest.mark.parametrize(
     ("end", "code", "line"),
@@ -360,26 +369,19 @@ def test_out_of_memory_on_several_ranks_advises_a_size_that_each_can_have(change
         ("print('a')", 1, "error: a file: No space left on device"),
     ],
 )
-def test_end_of_a_script_is_told_in_one_line(end, code, line):
+def test_end_of_a_script_is_one_line(end, code, line):
     """The output is a full disk."""
-    program = f"def main():\n {end}\n return 0\nfrom experiment.signals import run_script; import sys; "
+    program = f"def main():\n {end}\n return 0\n"
     program += "sys.exit(run_script(main, advice='--device cpu, or fewer --samples'))"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
-        )
+        done = run_script(program, full)
     assert (done.returncode, done.stderr) == (code, line + "\n")
 
 
 def test_output_that_nothing_reads_ends_with_141_and_no_line():
-    program = "from experiment.signals import run_script; import sys; sys.exit(run_script(lambda: print('a') or 0))"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=write, stderr=subprocess.PIPE, text=True
-    )
+    done = run_script("sys.exit(run_script(lambda: print('a') or 0))", write)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 

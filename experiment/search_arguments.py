@@ -34,7 +34,7 @@ def build_parser() -> arguments.Parser:
         ("norm", NORMS, "none", "normalisation of the relaxed cell's states: none, with the mean over predecessors "
          "instead of their sum; layer, over the hidden units of each batch element; batch, as published, over the "
          "batch. A norm hides from the alphas what depth costs a discrete cell, which has no norm, and with batch the "
-         "recurrence is chaotic (docs/signal.md)"),
+         "recurrence can be chaotic (docs/signal.md)"),
         ("arch_lr", float, 3e-2, "learning rate of Adam on the alphas (published: 3e-3)"),
         ("arch_start", int, None, "number of first epochs in which only the weights are trained: a model that has "
          "learned no more than word frequencies favours other primitives than one that uses the context (default: 2, "

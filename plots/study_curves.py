@@ -2,6 +2,7 @@
 that tells them apart, and the ranks of the proxies' cells after each of their trainings.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -100,6 +101,7 @@ def proxies_figure(folder: Path) -> Figure:
         trainings = [*sorted(short, key=lambda name: name.startswith("--")), long]
         cells = {row["cell"]: [float(row["ppl"][name]) for name in trainings]
                  for row in board["proxy_cells"] if None not in row["ppl"].values()}  # fmt: skip
+        names = {row["cell"]: short_name(row["cell"], row["genotype"]) for row in board["proxy_cells"]}
         if len(cells) < 2:
             raise ValueError("a ranking needs two cells")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -113,12 +115,21 @@ def proxies_figure(folder: Path) -> Figure:
     for label, ppls, of_cell in zip(cells, cells.values(), zip(*ranks, strict=True), strict=True):
         colour = colormaps["viridis"](0.9 * (of_cell[-1] - 1) / (len(cells) - 1))
         axes.plot(of_cell, "o-", color=colour, linewidth=2, markersize=6, gid=f"ranks-{label}")
-        name = label if len(label) <= 28 else f"{label[:27]}…"
         axes.annotate(
-            f"{name}: {ppls[-1]:.2f}", (len(trainings) - 0.9, of_cell[-1]), va="center", annotation_clip=False
+            f"{names[label]}: {ppls[-1]:.2f}", (len(trainings) - 0.9, of_cell[-1]), va="center", annotation_clip=False
         )
     axes.invert_yaxis()
     axes.set_xticks(range(len(trainings)), [fill(name, 16) for name in trainings])
     axes.set(ylabel="rank of the cell", yticks=range(1, len(cells) + 1))
     axes.set_title("Ranks after each short training and, last, after the long one")
     return figure
+
+
+def short_name(cell: str, genotype: str | None) -> str:
+    """Returns the name of a cell, or, where that is too long, how many nodes have each primitive and predecessor: a
+    cell that --proxy_cells gives as the text of a genotype has this text as its name."""
+    if len(cell) <= 28 or genotype is None:
+        return cell
+    nodes = Counter(parse(genotype).recurrent).most_common()
+    name = ", ".join(f"{number} {primitive} on s_{predecessor}" for (primitive, predecessor), number in nodes)
+    return fill(name, 28)

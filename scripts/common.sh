@@ -3,6 +3,10 @@
 
 python_with() { # python_with REQUIREMENTS: makes or updates .venv, prints nothing when there is nothing to do
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    "${PYTHON:-python3}" -c "import sys; sys.exit(sys.version_info < (3, 11))" || {
+      echo "Python 3.11 or newer is needed, and ${PYTHON:-python3} is not: name one, PYTHON=python3.12 bash $0" >&2
+      exit 1
+    }
     "${PYTHON:-python3}" -m venv .venv || {
       echo "cannot make .venv: install Python's venv module (on Debian and Ubuntu: apt install python3-venv)" >&2
       exit 1

@@ -10,7 +10,7 @@ python_with requirements-plots.txt
 
 seed=${1:-1}
 export OUT=${2:-runs/quickstart-$(date +%Y%m%d-%H%M%S)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export COMMON="--data builtin --emsize 64 --batch_size 32 --seed $seed
+export COMMON="--data builtin --device cpu --emsize 64 --batch_size 32 --seed $seed
   --dropout 0.3 --dropoutx 0.3 --dropouth 0.1 --dropouti 0.1 --dropoute 0"
 mkdir -p "$OUT"
 

@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
 # The study of docs/study.md: eight methods of searching against random cells, on the first 300,000 tokens of Penn Treebank.
-#   scripts/study_ptb.sh                    every stage that docs/study/penn-64 lacks: about 15 hours on 2 CPU cores
+#   scripts/study_ptb.sh                    what docs/study/penn-64 lacks: about 17 hours on 2 CPU cores in all
 #   scripts/study_ptb.sh proxy --dry_run    one stage; further flags are those of trials.py
 #   WIDTH=128 scripts/study_ptb.sh proxy    which short training ranks cells as a long one at 128 hidden units: 7 hours
-#   CONFIRM=1 scripts/study_ptb.sh STAGE    the confirmation: search, select, baseline and retrain, one after another: 9 hours
+#   CONFIRM=1 scripts/study_ptb.sh          the confirmation, which decides the claim: 9 hours
 # It may be stopped at any time; each trial adds a line to trials.jsonl as it ends. Penn Treebank is downloaded if missing.
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh
 python_with requirements-cluster.txt
-stage=${1:-run}
+stages=(proxy search select)
+[ -z "${CONFIRM:-}" ] || stages=(search select baseline retrain)
+if (($# == 0)); then
+  for stage in "${stages[@]}" report; do bash scripts/study_ptb.sh "$stage"; done
+  exit
+fi
+stage=$1
 study=docs/study/penn-${WIDTH:-64}${CONFIRM:+-confirmation}
 if [ -e "$study/study.json" ]; then
   exec .venv/bin/python trials.py "$stage" --resume --study "$study" "${@:2}"
@@ -39,4 +45,4 @@ exec .venv/bin/python trials.py "$stage" "${all[@]}" --train_flags "$train" \
   batch-first="--norm batch $moves" batch-unrolled="--norm batch --unrolled $moves" \
   layer-first="--norm layer $moves" "$layer_unrolled" \
   none-first-low="--norm none $moves $low" none-unrolled-low="--norm none --unrolled $moves $low" random \
-  --random_cells 32 --select_epochs 20 "${@:2}"
+  --random_cells 32 --select_epochs 24 --select_flags "--average_after 20" "${@:2}"

@@ -1,4 +1,5 @@
-"""Tests of the shell scripts: shellcheck has no complaint, and slurm.sh starts the right commands."""
+"""Tests of the shell scripts: shellcheck has no complaint, slurm.sh starts the right commands, study_ptb.sh the stages
+of its protocol, and a Python that is too old makes no `.venv`."""
 
 import os
 import subprocess
@@ -21,6 +22,41 @@ def test_shellcheck_reports_nothing():
         check=False,
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_python_that_is_too_old_makes_no_environment(tmp_path):
+    old = tmp_path / "python3.10"
+    old.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\nmkdir .venv\n')  # the version check fails; -m venv would not
+    old.chmod(0o755)
+    script = f"source '{ROOT}/scripts/common.sh'; python_with requirements.txt"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env={**os.environ, "PYTHON": str(old)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and not (tmp_path / ".venv").exists()
+    assert done.stderr.count("\n") == 1 and f"3.11 or newer is needed, and {old} is not" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("confirm", "stages"),
+    [("", ["proxy", "search", "select", "report"]), ("1", ["search", "select", "baseline", "retrain", "report"])],
+)
+def test_study_of_penn_runs_the_stages_of_its_protocol(confirm, stages, tmp_path):
+    """A copy of the script, whose .venv has a program in the place of Python that prints the stage."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$1" = -m ] || echo "$2"\n')
+    python.chmod(0o755)
+    (tmp_path / "scripts").mkdir()
+    for name in ("study_ptb.sh", "common.sh"):
+        (tmp_path / "scripts" / name).write_bytes((ROOT / "scripts" / name).read_bytes())
+    (tmp_path / "requirements-cluster.txt").write_text("")
+    (python.parent.parent / "requirements-cluster.txt.installed").write_text("")
+    done = subprocess.run(
+        ["bash", tmp_path / "scripts" / "study_ptb.sh"], env={**os.environ, "CONFIRM": confirm}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == stages
 
 
 @pytest.fixture

@@ -87,17 +87,19 @@ def test_study_without_correlations_exits_2(text, tmp_path, capsys):
 
 def test_ranks_of_the_proxies_cells_are_drawn(tmp_path):
     """The training with flags is drawn behind those without, and a cell that lacks a training is left out."""
-    ppls = {"a": (3.0, 1.0, 9.0), "b": (2.0, 3.0, 7.0), "c": (1.0, 2.0, 8.0), "d": (4.0, None, 6.0)}
+    given = "Genotype-recurrent-tanh-0-tanh-0-relu-1-concat-1-2-3"
+    ppls = {"a": (3.0, 1.0, 9.0), "b": (2.0, 3.0, 7.0), given: (1.0, 2.0, 8.0), "d": (4.0, None, 6.0)}
+    text = "Genotype(recurrent=[('tanh', 0), ('tanh', 0), ('relu', 1)], concat=[1, 2, 3])"
     rows = [
-        {"cell": cell, "ppl": dict(zip(("--epochs 2", "1 epoch", "9 epochs"), of_cell, strict=True))}
+        {"cell": cell, "genotype": text, "ppl": dict(zip(("--epochs 2", "1 epoch", "9 epochs"), of_cell, strict=True))}
         for cell, of_cell in ppls.items()
     ]
     (tmp_path / "leaderboard.json").write_text(json.dumps({"proxy_cells": rows}))
     [axes] = proxies_figure(tmp_path).axes
     drawn = {line.get_gid(): list(line.get_ydata()) for line in axes.lines}
-    assert drawn == {"ranks-a": [1, 3, 3], "ranks-b": [3, 2, 1], "ranks-c": [2, 1, 2]}
+    assert drawn == {"ranks-a": [1, 3, 3], "ranks-b": [3, 2, 1], f"ranks-{given}": [2, 1, 2]}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1 epoch", "--epochs 2", "9 epochs"]
-    assert [text.get_text() for text in axes.texts] == ["a: 9.00", "b: 7.00", "c: 8.00"]
+    assert [text.get_text() for text in axes.texts] == ["a: 9.00", "b: 7.00", "2 tanh on s_0, 1 relu on s_1: 8.00"]
 
 
 @pytest.mark.parametrize("rows", [None, [], [{"cell": "a", "ppl": {"1": 2.0, "9": 1.0}}], [{"cell": "a"}], 3])

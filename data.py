@@ -252,8 +252,8 @@ def _read(name: str, splits: Sequence[str], root: Path) -> tuple[dict[str, str],
         return texts, {split: hashlib.sha256(text.encode()).hexdigest() for split, text in texts.items()}
     if name not in CORPORA and not os.path.isdir(name):
         raise DataError(
-            f"--data {name}: no such corpus or folder; choose {', '.join(CORPORA)}, builtin, or a folder with"
-            " train.txt, valid.txt and test.txt"
+            f"--data {name}: no such corpus or folder; name the folder that has its train.txt, valid.txt and test.txt,"
+            f" or choose {', '.join(CORPORA)} or builtin"
         )
     texts, sha256, faults = {}, {}, []
     for split in splits:
@@ -274,7 +274,7 @@ def _read_file(path: Path, source: Source | None) -> tuple[str, str]:
             download(source, path)
         raw = _bytes(path)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: missing; the folder needs train.txt, valid.txt and test.txt") from error
+        raise DataError(f"{path}: missing; needed: train.txt, valid.txt and, without --test skip, test.txt") from error
     except OSError as error:  # for instance a folder of that name, or no permission
         raise DataError(f"{path}: cannot be read ({error.strerror}); put a text file there") from error
     digest = hashlib.sha256(raw).hexdigest()

@@ -69,4 +69,7 @@ def download(source: Source, path: Path) -> None:
         if isinstance(error, HTTPError):
             error.close()  # an HTTPError is also the reply, and keeps the connection open
         reason = " ".join(str(error).split())  # on one line, even if it quotes the server
+        if isinstance(error, PermissionError):
+            raise DataError(f"{path}: cannot be written ({error.strerror}); put the texts in a folder of your own, and"
+                            " give --data that folder") from error  # fmt: skip
         raise DataError(f"{path}: download failed ({reason}); try again, or {by_hand}") from error

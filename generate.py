@@ -69,7 +69,7 @@ def encode_prompt(prompt: str, words: list[str]) -> torch.Tensor:
     if unknown.any():
         named = unknown_words(prompt, unknown)
         print(f"note: the model does not know {named}, and reads {UNK} instead", file=sys.stderr)
-    within_line = prompt != "" and not prompt.endswith("\n")  # whose end is not in the prompt
+    within_line = prompt != "" and not prompt.endswith(("\n", "\r"))  # whose end is not in the prompt
     return torch.cat([torch.tensor([words.index(EOS)]), ids[: len(ids) - within_line]])
 
 

@@ -159,9 +159,12 @@ def resolve(arch: str, note: Callable[[str], Any] = lambda line: None) -> Genoty
         return random_genotype(int(arch[7:]))
     # For a text that is too long to be a path, os.path's tests return False, whereas pathlib's may raise.
     if os.path.isdir(arch):
-        path, log = os.path.join(arch, "genotype.json"), os.path.join(arch, "log.txt")
-        if not os.path.exists(path) and os.path.exists(log):  # A run of the published code has no genotype.json.
-            raise GenotypeError(f"no genotype.json in {_short(arch, 200)}; name its log instead: {log}")
+        path, config, log = (os.path.join(arch, name) for name in ("genotype.json", "config.json", "log.txt"))
+        none = f"no genotype.json in {_short(arch, 200)}"
+        if not os.path.exists(path) and os.path.exists(config):
+            raise GenotypeError(f"{none}: it is a run of train.py, or a search that has not moved its alphas yet")
+        if not os.path.exists(path) and os.path.exists(log):  # a run of the published code
+            raise GenotypeError(f"{none}; name its log instead: {log}")
         return _read(path, note)
     if os.path.isfile(arch) or (arch.endswith((".json", ".txt", ".py", ".log")) and "\0" not in arch):
         return _read(arch, note)
@@ -209,7 +212,8 @@ def _read(path: str, note: Callable[[str], Any]) -> Genotype:
             return _parse_json(text)
         return _last(text, path.endswith(".py"), name, note)
     except UnicodeDecodeError as error:
-        raise GenotypeError(f"{name} is not UTF-8") from error
+        remedy = "; name the directory of the search, not a checkpoint" if path.endswith(".pt") else ""
+        raise GenotypeError(f"{name} is not UTF-8{remedy}") from error
     except GenotypeError as error:
         raise GenotypeError(f"{name}: {error}") from error
 

@@ -137,8 +137,8 @@ def retrain_model(
 
 class BaselineCell(nn.Module):
     """Implements an LSTM or a GRU of one layer. torch computes the whole sequence in one call, in which the hidden
-    state cannot be dropped. Instead `dropouth` drops elements of the hidden-to-hidden matrix at every time step and for
-    every batch element (Merity et al. 2017, section 2). `dropoutx` drops inputs, as it does for other cells."""
+    state cannot be dropped. Instead `dropouth` drops elements of the hidden-to-hidden matrix, the same ones at all time
+    steps and for all batch elements (Merity et al. 2017, section 2). `dropoutx` drops inputs, as in other cells."""
 
     def __init__(self, nhid: int, name: str):
         super().__init__()

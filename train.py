@@ -72,7 +72,8 @@ class RetrainState(TrainingState):
         if self.phase != "sgd" or self.args.optimizer != "ntasgd":
             return
         has_stopped_falling, after = self.trigger.step(valid_loss), self.args.average_after
-        if epoch == after if after else has_stopped_falling:
+        is_due = epoch == after if after else has_stopped_falling
+        if is_due:
             self.phase, self.optimizer = "asgd", self.new_optimizer("asgd")
             self.run.log(f"averaging the weights from epoch {epoch + 1} on")
 

@@ -120,7 +120,8 @@ class SearchState(TrainingState):
         return {"genotype": to_json(derive(probs)), "probabilities": rounded}
 
     def log_summary(self, probs: Tensor) -> None:
-        self.run.log(str(derive(probs)))
+        if self.architect.optimizer.state:  # else the alphas have not moved, and their cell is a random one
+            self.run.log(str(derive(probs)))
 
     def diagnose(self, progress: Any) -> None:
         """Measures the alphas' gradient (docs/signal.md) every --diagnose_every steps."""
@@ -255,12 +256,9 @@ def main(argv: list[str] | None = None) -> int:
         best = perplexity(experiment.best)
         experiment.write_result("relaxed model", state, valid, test, best_valid_ppl=best, genotype=genotype)
         run.log(f"found {from_json(genotype)}")
-        vocabulary = "".join(
-            f" --{name} {getattr(args, name)}" for name in ("min_count", "vocab_size") if getattr(args, name)
-        )
-        run.log(
-            f"retrain it with: python train.py --data {quote(args.data)}{vocabulary} --arch {quote(str(run.folder))}"
-        )
+        text = "".join(f" --{name} {getattr(args, name)}" for name in ("min_count", "vocab_size", "test")
+                       if getattr(args, name) not in (0, "read"))  # fmt: skip
+        run.log(f"retrain it with: python train.py --data {quote(args.data)}{text} --arch {quote(str(run.folder))}")
     return experiment.exit_code
 
 

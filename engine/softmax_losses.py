@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from engine.autograd import forbid_double_backward
 
 CHUNK = 1 << 21  # This is the largest number of logits held at once.
-# This is the least number of chunks: one then holds in all about as much as a plain loss holds of the whole batch.
-PIECES = 8
+# With this least number of chunks, one holds in all about as much as a plain loss holds of the whole batch.
+MIN_CHUNKS = 8
 
 
 def tied(outputs: Tensor, embedding: Tensor, bias: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
@@ -72,20 +72,20 @@ def losses(
     `passes` are outputs (T, B, H) each, and log_probs(outputs (n, H), *weights) returns log-probabilities (n, V).
     """
     V, experts = len(weights[1]), weights[2].size(1) if len(weights) > 2 else 1
-    size = max(1, min(CHUNK // (V * experts), -(-y.numel() // (PIECES * experts))))
+    size = max(1, min(CHUNK // (V * experts), -(-y.numel() // (MIN_CHUNKS * experts))))
 
-    def of_rows(words: Tensor, outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        found = [log_probs(part, *weights) for part in outputs]  # (n, V) each
-        total = nll = sum(F.nll_loss(p, words, reduction="sum") for p in found) / (len(found) * y.numel())
+    def chunk_loss(words: Tensor, outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        of_passes = [log_probs(output, *weights) for output in outputs]  # (n, V) each
+        total = nll = sum(F.nll_loss(p, words, reduction="sum") for p in of_passes) / (len(of_passes) * y.numel())
         if rdrop:
-            total = total + rdrop * divergence(*found).sum() / y.numel()
+            total = total + rdrop * divergence(*of_passes).sum() / y.numel()
         return total, nll.detach()
 
-    rows = [output.flatten(0, 1) for output in passes]  # (TB, H) each
-    return InPieces.apply(of_rows, size, torch.is_grad_enabled(), y.flatten(), len(rows), *rows, *weights)
+    outputs = [output.flatten(0, 1) for output in passes]  # (TB, H) each
+    return SumOverChunks.apply(chunk_loss, size, torch.is_grad_enabled(), y.flatten(), len(outputs), *outputs, *weights)
 
 
-class InPieces(torch.autograd.Function):
+class SumOverChunks(torch.autograd.Function):
     """Sums a loss and a figure to report over chunks of the tokens, and forms each chunk's gradient along with it.
 
     loss(words (n,), outputs of each pass, weights) returns both as scalars, for the `words` of one chunk of `size`
@@ -94,18 +94,18 @@ class InPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, size, wants, words, passes, *tensors):
-        rows, weights = tensors[:passes], [w.detach().requires_grad_(wants) for w in tensors[passes:]]
-        ctx.found = [torch.zeros_like(tensor) for tensor in tensors] if wants else []
-        sums = rows[0].new_zeros(2)
+        outputs, weights = tensors[:passes], [w.detach().requires_grad_(wants) for w in tensors[passes:]]
+        ctx.gradients = [torch.zeros_like(tensor) for tensor in tensors] if wants else []
+        sums = outputs[0].new_zeros(2)
         for start in range(0, len(words), size):
-            here = slice(start, start + size)
+            chunk = slice(start, start + size)
             with torch.set_grad_enabled(wants):
-                parts = [part[here].detach().requires_grad_(wants) for part in rows]
-                found = loss(words[here], parts, weights)
-                gradients = torch.autograd.grad(found[0], [*parts, *weights]) if wants else []
+                of_chunk = [output[chunk].detach().requires_grad_(wants) for output in outputs]
+                total, reported = loss(words[chunk], of_chunk, weights)
+                gradients = torch.autograd.grad(total, [*of_chunk, *weights]) if wants else []
             for i, gradient in enumerate(gradients):
-                (ctx.found[i][here] if i < passes else ctx.found[i]).add_(gradient)
-            sums += torch.stack([part.detach() for part in found])
+                (ctx.gradients[i][chunk] if i < passes else ctx.gradients[i]).add_(gradient)
+            sums += torch.stack([total.detach(), reported.detach()])
         total, reported = sums.unbind()
         ctx.mark_non_differentiable(reported)
         return total, reported
@@ -113,4 +113,4 @@ class InPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):
         forbid_double_backward("second")
-        return None, None, None, None, None, *(g * gradient for gradient in ctx.found)
+        return None, None, None, None, None, *(g * gradient for gradient in ctx.gradients)

@@ -131,7 +131,8 @@ def add_model_flags(
          "less memory is needed (default: batch_size)"),
         ("bptt", int, 35, "time steps per segment (halved with probability 0.05)"),
         ("bptt_std", float, bptt_std,
-         "standard deviation of the segment length, with mean bptt or its half and minimum 5; 0 for none"),
+         "standard deviation of the segment length, with mean bptt or its half and minimum 5 (or bptt +"
+         " max_seq_len_delta, if that is less); 0 for none"),
         ("max_seq_len_delta", int, 20, "with --bptt_std, the largest length of a segment above bptt"),
     ])  # fmt: skip
     parser.add_flags("model", [

@@ -91,7 +91,8 @@ def load(path: str | Path) -> dict[str, Any]:
     damaged = CheckpointError(f"{path}: not a checkpoint, or a damaged one")
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: not a file")
+            best = Path(path, "best.pt")
+            raise CheckpointError(f"{path}: not a file{f'; name {best}' if best.exists() else ''}")
         with open(path, "rb") as file:
             if not (has_checksum(file) and is_safe(file)):
                 raise damaged

@@ -35,8 +35,8 @@ class DivergenceMonitor:
         """Records the loss and gradient norm of a step. Raises `Diverged`, on a GPU only at the next `check`."""
         nll = nll.double()
         self.recent += (nll - self.recent) / RECENT
-        leapt = self.recent > torch.clamp(SPIKE_FACTOR * self.mean, min=self.even)
-        self.diverged |= leapt | ~torch.isfinite(nll) | ~torch.isfinite(norm)
+        spiked = self.recent > torch.clamp(SPIKE_FACTOR * self.mean, min=self.even)
+        self.diverged |= spiked | ~torch.isfinite(nll) | ~torch.isfinite(norm)
         self.steps = min(self.steps + 1, MEMORY)
         self.mean += (nll - self.mean) / self.steps
         self.last = nll, norm
@@ -64,14 +64,14 @@ class DivergenceMonitor:
         if not math.isfinite(loss) or loss > max(SPIKE_FACTOR * mean.item(), self.even):
             raise Diverged(f"the loss is {loss:.4g} with the weights of the last step")
 
-    def count(self, fault: Diverged, step: int, lr: float, optimizer: str) -> int:
+    def count(self, fault: Diverged, step: int, lr: float, optimizer: str, clip: float) -> int:
         """Returns the number of the next rollback; raises RunError if that is more than `MAX_ROLLBACKS`. The error
-        names the rate `lr` that the run began with and its optimizer."""
+        names the last rate `lr` that was tried and the optimizer, and a remedy for the limit `clip` (0: none)."""
         if self.rollbacks >= MAX_ROLLBACKS:
             raise RunError(
                 f"the run has diverged at step {step} after {MAX_ROLLBACKS} rollbacks to an earlier checkpoint:"
-                f" {fault}; start again with an --lr below the {lr:g} of this"
-                f" {optimizer} run, or a lower --clip"
+                f" {fault}; start again with an --lr below {lr:g}, the last that this {optimizer} run tried, or"
+                f" {'a lower --clip' if clip else 'with --clip 0.25'}"
             )
         return self.rollbacks + 1
 

@@ -21,15 +21,7 @@ from experiment.progress import Progress
 from experiment.run_directory import LogHandler
 from experiment.signals import StopSignal
 from training.early_stopping import Patience
-from training.evaluation import (
-    Score,
-    evaluate,
-    format_score,
-    format_share,
-    score,
-    score_entries,
-    unknown_warning,
-)
+from training.evaluation import Score, evaluate, format_score, format_share, score, score_entries, unknown_warning
 from training.overfit import overfit
 from utils import Diverged, batchify, choose_device, get_batch, segments, to_host
 
@@ -133,7 +125,8 @@ class Experiment:
         self.monitor = DivergenceMonitor(self.device, len(self.corpus.words))
         self.progress = Progress(self.run, self.device, args.epochs, len(self.texts["train"]) - 1)
         if len(self.corpus.unknown["valid"]):
-            self.progress.valid_note = f", {format_share(self.corpus.unknown_share('valid'))} unknown words"
+            unknown = batchify(self.corpus.is_unknown("valid"), self.texts["valid"].size(1))[1:]  # those predicted
+            self.progress.valid_note = f", {format_share(unknown.double().mean().item())} unknown words"
         self.last_save = time.monotonic()
         self.best, self.stopped_by, self.exit_code = float("inf"), "", 0  # `best` is the lowest validation loss.
 
@@ -306,7 +299,8 @@ class Experiment:
         try:
             yield
         except Diverged as fault:
-            attempt = self.monitor.count(fault, self.progress.step, self.args.lr, self.args.optimizer)
+            args, lr = self.args, self.args.lr * self.schedule.scale
+            attempt = self.monitor.count(fault, self.progress.step, lr, args.optimizer, args.clip)
             saved = self.ranks.broadcast_from_main(lambda: checkpoint.load_last(self.run.folder)[0])
             self.load_state_dict(state, saved)
             self.monitor.rollbacks = attempt

@@ -73,8 +73,8 @@ def search_texts(corpus: Corpus, split: str, limit: int = 0) -> tuple[torch.Tens
     train = corpus.train[:limit] if limit else corpus.train
     if split == "valid":
         return train, corpus.valid
-    held_out = int(HELD_OUT * len(train))
-    return train[:-held_out], train[-held_out:]
+    cut = len(train) - int(HELD_OUT * len(train))
+    return train[:cut], train[cut:]
 
 
 def texts_to_read(corpus: Corpus, args: Namespace) -> dict[str, tuple[torch.Tensor, int]]:

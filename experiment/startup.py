@@ -171,7 +171,8 @@ def read_flags(
         except GenotypeError as error:
             found.append(f"--arch: {error}")
     if args.resume:
-        found += changed_flags(args, earlier["flags"])
+        # A flag that may not change has no other remedy than to leave it out.
+        found = changed_flags(args, earlier["flags"]) or found
     elif earlier:
         found += tuning_faults(args, earlier["flags"], rate_given)
     return args, earlier, found

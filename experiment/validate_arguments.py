@@ -101,7 +101,7 @@ INEFFECTIVE_FLAGS = {
         "--optimizer ntasgd without --average_after, or --finetune",
         lambda a: (a.optimizer == "ntasgd" and not a.average_after) or a.finetune,
     ),
-    "average_after": ("--optimizer ntasgd", lambda a: a.optimizer == "ntasgd"),
+    "average_after": ("--optimizer ntasgd", lambda a: a.optimizer == "ntasgd" or a.finetune),
     "min_delta": ("--patience", lambda a: a.patience > 0),
     "max_seq_len_delta": ("--bptt_std", lambda a: a.bptt_std > 0),
     "warmup_shape": ("--warmup", lambda a: a.warmup > 0),
@@ -146,11 +146,11 @@ def strategy_faults(kind: str, args: Namespace) -> list[str]:
         (args.cycle > args.epochs,
          f"--cycle {args.cycle}: longer than --epochs {args.epochs}; take a smaller one, or 0"),
     ]  # fmt: skip
+    more_epochs = "take more epochs" if args.resume else "take a smaller one, or more epochs"
     if kind == "search":
         rules += [
             (0 < args.epochs <= args.arch_start,
-             f"--arch_start {args.arch_start}: the alphas would never move in --epochs {args.epochs}; take a smaller "
-             "one, or more epochs"),
+             f"--arch_start {args.arch_start}: the alphas would never move in --epochs {args.epochs}; {more_epochs}"),
             (args.unrolled and args.optimizer not in LIKE_SGD,
              f"--unrolled: its virtual step is a step of SGD, unlike those of --optimizer {args.optimizer}; use "
              f"{', '.join(LIKE_SGD)}, or leave --unrolled out"),
@@ -162,8 +162,10 @@ def strategy_faults(kind: str, args: Namespace) -> list[str]:
                f"--{name}: compares two passes with different dropout masks, but all dropout rates are 0; set one, or "
                "leave it out") for name in ("rdrop", "fraternal")),
             (0 < args.epochs <= args.average_after,
-             f"--average_after {args.average_after}: averaging would never start in --epochs {args.epochs}; take a "
-             "smaller one, or more epochs"),
+             f"--average_after {args.average_after}: averaging would never start in --epochs {args.epochs}; "
+             f"{more_epochs}"),
+            (args.finetune and args.average_after,
+             f"--average_after {args.average_after}: --finetune averages from its first step on; leave it out"),
             (args.finetune and args.optimizer != "asgd",
              f"--finetune: averages from its first step on; leave out --optimizer {args.optimizer}"),
         ]  # fmt: skip

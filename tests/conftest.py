@@ -1,13 +1,16 @@
 """The tests share these settings and fixtures."""
 
 import os
+from functools import cache
 
 import pytest
 from helpers import FULL, write_corpus
 from hypothesis import settings
 
-# Only engine/test_inductor.py and engine/test_compile_failure.py compile the kernels of the fused engine, in processes
-# of their own; all other tests run the same functions uncompiled, so that they do not wait for a compiler.
+from experiment import run_directory
+
+# Tests that compile the kernels of the fused engine do so in processes of their own (`helpers.run_compiling`); all
+# others run the same functions uncompiled, so that they do not wait for a compiler.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 # Property tests have the same examples in every run, and at full length new ones.
 settings.register_profile("repeatable", derandomize=True, database=None)
@@ -33,6 +36,14 @@ def fsync_does_not_wait():
     a checkpoint at every step, and would wait for the disk a fifth of their time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def git_is_asked_once():
+    """Remembers the commit that each of a thousand runs records."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_directory, "git_commit", cache(run_directory.git_commit))
         yield
 
 

@@ -19,7 +19,7 @@ from experiment.distributed import Distributed, exit_process
 from model_search import RNNModelSearch
 from training.losses import Batch, MicroBatches, clipped_gradient
 
-V, H, B, T = 50, 12, 8, 4
+V, H, B, T, N = 50, 12, 8, 4, 3
 
 
 def batch(ranks, seed, relu=None):
@@ -36,7 +36,8 @@ def gradients(ranks, micro_batch_size, norm):
     result = {}
     for name in ("eager", "fused"):
         torch.manual_seed(5)
-        model = RNNModelSearch(V, H, DropoutRates(), norm=norm, init_range=0.32).double().with_engine(Engine(name))
+        model = RNNModelSearch(V, H, DropoutRates(), steps=N, norm=norm, init_range=0.32).double()
+        model = model.with_engine(Engine(name))
         with torch.no_grad():
             model.alphas.normal_()
         weights, micro = model.weights(), {"small_batch_size": micro_batch_size}

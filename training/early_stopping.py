@@ -38,7 +38,8 @@ def is_stable(history: list[tuple[int, Any]], epochs: int) -> bool:
 def check_history(history: list[tuple[int, Any]], epochs: range, collapsed: bool) -> None:
     """Raises ValueError unless the history has a genotype for each of the epochs; a search that `collapsed` may lack
     the last one."""
-    if [epoch for epoch, _ in history] not in (list(epochs), list(epochs)[: len(epochs) - collapsed]):
+    expected = [list(epochs), list(epochs[:-1])] if collapsed else [list(epochs)]
+    if [epoch for epoch, _ in history] not in expected:
         raise ValueError("its history is of other epochs")
     for _, genotype in history:
         from_json(genotype)

@@ -52,8 +52,9 @@ def score(model, source: Tensor, bptt: int, name: str = "text", unknown: Tensor 
             nll, hidden, hiddens = quick_segment(x, y, hidden)
             total += nll.double() * y.numel()
             count += y.numel()
-            if unknown is not None and (n := len(places := get_batch(unknown, i, bptt)[1].flatten().nonzero())):
-                places = places[:, 0].to(source.device)
+            places = [] if unknown is None else get_batch(unknown, i, bptt)[1].flatten().nonzero(as_tuple=True)[0]
+            if n := len(places):
+                places = places.to(source.device)
                 at_places = hiddens.flatten(0, 1)[places, None], y.flatten()[places, None]  # (n, 1, H), (n, 1)
                 # not by `model.nll`, which would compile kernels for each number of words
                 of_unknown += model.word_losses(at_places[:1], at_places[1])[1].double() * n

@@ -275,6 +275,7 @@ def test_search_passes_its_training_loss_to_architect(monkeypatch, tmp_path, fla
 
     monkeypatch.setattr(train_search, "Architect", Spy)
     flags += " --data builtin --emsize 8 --batch_size 8 --alpha 0.5 --beta 0.25 --clip 0.125 --wdecay 0.01"
+    flags += " --arch_lr 0.5 --arch_wdecay 0.25"
     with pytest.raises(KeyboardInterrupt):
         train_search.main([*flags.split(), "--save", str(tmp_path / "run")])
     assert seen["train"].keywords["alpha"] == 0.5
@@ -283,6 +284,7 @@ def test_search_passes_its_training_loss_to_architect(monkeypatch, tmp_path, fla
     assert not {"alpha", "beta"} & seen["valid"].keywords.keys()
     assert seen["options"]["update"] == WeightUpdate(clip_norm=0.125, weight_decay=0.01)
     assert seen["options"]["hessian"] == hessian
+    assert (seen["options"]["lr"], seen["options"]["arch_wdecay"]) == (0.5, 0.25)
 
 
 def test_vector_in_hessian_product_is_not_clipped(model, batches):

@@ -12,7 +12,7 @@ import train
 import train_search
 import trials
 import visualize
-from experiment import evaluation_arguments
+from experiment import arguments, evaluation_arguments, validate_arguments
 from experiment.trained_model import load_trained
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -70,11 +70,18 @@ def commands():
                     yield page.name, found[1], shlex.split(found[2], comments=True)
 
 
-def test_commands_of_the_pages_are_accepted_by_the_parsers():
+def test_commands_of_the_pages_have_flags_that_go_together():
     found = [command for command in commands() if command[1] in PARSERS]
     assert len(found) > 30 and {script for _, script, _ in found} == PARSERS.keys()
     for page, script, flags in found:
+        parser = PARSERS[script]()
         try:
-            PARSERS[script]().parse_args(flags)
+            args = parser.parse_args(flags)
         except SystemExit:
             pytest.fail(f"{page}: {script} {shlex.join(flags)}")
+        if script in ("train_search.py", "train.py") and not (args.resume or "--finetune" in flags):
+            kind = "train" if script == "train.py" else "search"
+            arguments.complete(args, kind)
+            faults = [fault for fault in validate_arguments.validate(kind, args, parser.get_default)
+                      if "CUDA" not in fault]  # fmt: skip
+            assert not faults, f"{page}: {script} {shlex.join(flags)}"

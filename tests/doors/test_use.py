@@ -121,7 +121,9 @@ def test_prompt_of_unknown_words_is_refused_without_unk(corpus, tmp_path):
         assert refused(script, tmp_path / "run" / "best.pt", flag, text).endswith(f"error: {name}: {message}\n")
 
 
-@pytest.mark.parametrize(("prompt", "shown"), [("a b\n\n c", "a b\n\nc "), ("a <eos> b", "a\nb "), ("a\n", "a\n")])
+@pytest.mark.parametrize(
+    ("prompt", "shown"), [("a b\n\n c", "a b\n\nc "), ("a <eos> b", "a\nb "), ("a\n", "a\n"), ("a\r", "a\n")]
+)
 def test_prompt_of_several_lines_is_read_with_their_ends(prompt, shown, checkpoints):
     words = load_trained(str(checkpoints())).words
     ids = generate.encode_prompt(prompt, words)

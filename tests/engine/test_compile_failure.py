@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine import kernel_cache
 from engine.inductor import LOG, Call, Compiled, inductor
-from experiment.run_directory import LogHandler, NullRun
+from experiment.run_directory import LogHandler, NullRun, Run
 
 CXX = shutil.which(os.environ.get("CXX", "g++"))
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
@@ -329,12 +329,17 @@ def test_error_of_the_function_itself_is_raised(compiled, caplog):
     assert caplog.records == []
 
 
-def test_only_the_main_rank_prints_the_line(tmp_path, capsys):
-    handler = LogHandler(NullRun(tmp_path))
+@pytest.mark.parametrize("kind", [Run, NullRun])
+def test_main_rank_alone_prints_and_logs_the_line(kind, tmp_path, capsys):
+    handler = LogHandler(kind(tmp_path))
     LOG.addHandler(handler)
     try:
         LOG.warning("compiling failed")
     finally:
         LOG.removeHandler(handler)
-    assert capsys.readouterr() == ("", "")
-    assert not Path(tmp_path, "log.txt").exists()
+    log = Path(tmp_path, "log.txt")
+    if kind is Run:
+        handler.run.release()
+        assert log.read_text().count("compiling failed") == capsys.readouterr().out.count("compiling failed") == 1
+    else:
+        assert capsys.readouterr() == ("", "") and not log.exists()

@@ -565,6 +565,15 @@ def test_download_to_an_unwritable_path_is_an_error(server, tmp_path):
         download.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
 
 
+def test_download_to_a_folder_that_may_not_be_written_names_another_one(server, tmp_path, monkeypatch):
+    def refuse(*arguments, **more):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(download, "atomic_write", refuse)
+    with pytest.raises(data.DataError, match=r"cannot be written \(Permission denied\); put the texts in a folder of"):
+        download.download(source_at(server, "good"), tmp_path / "penn" / "train.txt")
+
+
 @pytest.fixture
 def served(server, monkeypatch) -> ThreadingHTTPServer:
     """Makes the local server the source of `penn` and clears its list of requests."""

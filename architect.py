@@ -97,6 +97,8 @@ class Architect:
         self.average = average or (lambda tensors: None)
         adam = AveragedAdam if mean_alphas else torch.optim.Adam
         self.optimizer = adam([alphas], lr=lr, weight_decay=arch_wdecay, capturable=alphas.is_cuda)
+        # The first steps run outside of a CUDA graph, of which torch would warn.
+        self.optimizer._warned_capturable_if_run_uncaptured = True
         self.optimizer.register_load_state_dict_pre_hook(keep_capturable)
 
     def step(self, train: Any, valid: Any, eta: float | Tensor, velocity: list[Tensor] | None = None) -> Tensor:

@@ -37,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from architect import Architect, WeightUpdate
 from engine import PRECISIONS, Engine
+from engine.cuda_graphs import Graphs
 from engine.dropout import DropoutRates, FrozenReLU
+from engine.inductor import Compiled
 from engine.matmul import matmul_precision, onednn
 from engine.reference import NORMS
 from genotypes import DARTS
@@ -45,7 +47,7 @@ from model import retrain_model
 from model_search import RNNModelSearch
 from training.evaluation import VALID_BATCH_SIZE
 from training.losses import Batch, MicroBatches, clipped_gradient
-from utils import choose_device
+from utils import atomic_write, choose_device
 
 SEARCH = {"T": 35, "B": 256, "H": 300, "V": 10_000, "N": 8}
 TRAIN = {"T": 35, "B": 64, "H": 850, "V": 10_000}
@@ -234,16 +236,23 @@ def peak_mb_here(name: str, variant: Variant, sizes: dict, device: torch.device,
 def measure(
     name: str, variants: list[Variant], sizes: dict, device: torch.device, rounds: int, fresh: bool
 ) -> Iterator[dict]:
-    """One object for each variant."""
-    steps = [build(name, variant, sizes, device) for variant in variants]
-    compile_s = []
-    for step in steps:
+    """Yields one object for each variant. One that raises an error, such as for lack of memory, is left out, and a line
+    on stderr says why."""
+    steps, compile_s = {}, []
+    for variant in variants:
         clock = perf_counter()
-        step()
-        synchronise(device)
+        try:
+            step = build(name, variant, sizes, device)
+            step()
+            synchronise(device)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            print(f"{name} {variant.engine.name} {variant.engine.precision}: left out, {reason}", file=sys.stderr)
+            continue
+        steps[variant] = step
         compile_s.append(perf_counter() - clock)
-    all_times = timed(steps, device, rounds)
-    for variant, step, times, first in zip(variants, steps, all_times, compile_s, strict=True):
+    all_times = timed(list(steps.values()), device, rounds)
+    for (variant, step), times, first in zip(steps.items(), all_times, compile_s, strict=True):
         engine = variant.engine
         with matmul_precision(engine.precision):
             with Products() as products:
@@ -256,6 +265,8 @@ def measure(
             **{key: sizes.get(key) for key in "TBHVN"}, "ms": ms, "floor_ms": floor,
             "tokens_per_s": 1e3 * sizes["T"] * sizes["B"] / ms, "peak_mb": peak_mb(name, variant, sizes, device, fresh),
             "first_s": first, "fresh_memory": fresh,
+            "compiled": engine.name == "fused" and not Compiled.failed,
+            "graphs": device.type == "cuda" and engine.name == "fused" and not Graphs.failed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "threads": torch.get_num_threads(), "torch": torch.__version__,
         }  # fmt: skip
@@ -309,7 +320,8 @@ def main() -> int:
                 flush=True,
             )
             if args.json:
-                args.json.write_text(json.dumps(lines, indent=1) + "\n")
+                with atomic_write(args.json) as file:
+                    file.write(json.dumps(lines, indent=1).encode() + b"\n")
     return 0
 
 

@@ -100,7 +100,7 @@ class Compiled:
         try:
             self.compile(args, calls)
         except compile_errors() as error:
-            if calls or isinstance(innermost(error), torch.OutOfMemoryError | MemoryError):
+            if calls or out_of_memory(innermost(error)):
                 raise
             kernel_cache.discard(innermost(error))
             reason = summary(error)
@@ -247,6 +247,14 @@ def innermost(error: BaseException) -> BaseException:
     while (wrapped := getattr(error, "inner_exception", None)) is not None:
         error = wrapped
     return error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error means that there is no memory left, on a GPU or on the host. The last three texts are
+    those of the driver, cuBLAS and cuDNN when they load something on a GPU that other processes have filled."""
+    texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
+             "CUDNN_STATUS_ALLOC_FAILED")  # fmt: skip
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def summary(error: BaseException) -> str:

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from engine.inductor import out_of_memory
 from utils import atomic_write
 
 FORMAT = 5
@@ -186,12 +187,6 @@ def is_safe(file: BinaryIO) -> bool:
         opcode.name not in BUILDERS and (opcode.name != "GLOBAL" or GLOBALS.fullmatch(argument))
         for opcode, argument, _ in codes
     )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error means that there is no memory left, on a GPU or on the host."""
-    texts = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -200,7 +200,7 @@ class Experiment:
             self.parser.prog, self.args, self.device, self.corpus.sha256, self.is_finished(), self.ranks.size
         )
         resumed = [f"resumed at epoch {self.progress.epoch}, step {self.progress.step}"] if self.saved else []
-        for line in [*(resumed or first_lines), *processor.notes(self.args.precision, self.device)]:
+        for line in [*(resumed or first_lines), *processor.notes(self.args.precision, self.device, self.ranks.size)]:
             self.run.log(line)
         if resumed:
             return

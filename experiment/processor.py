@@ -18,15 +18,21 @@ SECONDS = 0.2  # how long the cores are watched
 
 
 def usable_precision(precision: str, device: torch.device) -> str:
-    """Returns the `precision` that was asked for, or "fp32" in the place of a "bf16" that would be slower there."""
-    return "fp32" if precision == "bf16" and not has_fast_bf16(device) else precision
+    """Returns the `precision` that was asked for, or "fp32" in the place of a "bf16" that would be slower there, and of
+    the "tf32" of a run that began on CUDA."""
+    slower = precision == "bf16" and not has_fast_bf16(device)
+    return "fp32" if slower or (precision == "tf32" and device.type == "cpu") else precision
 
 
-def notes(precision: str, device: torch.device) -> list[str]:
-    """Returns the lines that a run which asks for this `precision` should log about its processor."""
+def notes(precision: str, device: torch.device, ranks: int = 1) -> list[str]:
+    """Returns the lines that a run which asks for this `precision` should log about its processors, of which it has as
+    many as `ranks`."""
     lines = sharing_note(device)
+    if ranks > 1 and device.type == "cuda":
+        lines.append("note: several ranks run without CUDA graphs, and may be slower than one GPU that has them")
     if usable_precision(precision, device) != precision:
-        lines.insert(0, "note: --precision bf16: computed in fp32, since this processor has no fast products in bf16")
+        lines.insert(0, f"note: --precision {precision}: computed in fp32, since this processor has no fast products"
+                        f" in {precision}")  # fmt: skip
     return lines
 
 

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from experiment.checkpoint import UNREADABLE, CheckpointError, has_checksum, out_of_memory
+from engine.inductor import out_of_memory
+from experiment.checkpoint import UNREADABLE, CheckpointError, has_checksum
 from genotypes import MAX_NODES, Genotype, from_json
 
 # The names that a model of the published code has in its pickle, from torch 0.3 on.

@@ -11,6 +11,7 @@ from typing import Any
 
 import data
 from experiment import arguments, checkpoint, published_model
+from engine.inductor import out_of_memory
 from experiment.run_directory import Run
 from genotypes import GenotypeError, resolve_cell
 from training.optimizers import DEFAULT_LR
@@ -86,7 +87,7 @@ def restoring(parser: arguments.Parser, run: Run, path: Path | None = None) -> I
     try:
         yield
     except (*checkpoint.UNREADABLE, checkpoint.CheckpointError) as error:
-        if checkpoint.out_of_memory(error):
+        if out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
         run.release()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiment import checkpoint, print_any_letters
+from engine.inductor import out_of_memory
 from experiment.distributed import exit_process
 from utils import RunError
 
@@ -59,7 +60,7 @@ def run_script(main: Callable[[], int], advice: str = "a smaller --emsize, --n_e
     except (RunError, checkpoint.CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:  # raised before the first step, when the weights are created
-        if not checkpoint.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         print(f"error: out of memory; take {advice}", file=sys.stderr)
     except BrokenPipeError:  # such as that of `| head`

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import data
 from experiment import arguments, checkpoint, validate_arguments
+from engine.inductor import out_of_memory
 from engine.linear_cross_entropy import CHUNK
 from experiment.distributed import Distributed
 from experiment.lock import Locked
@@ -197,7 +198,7 @@ def memory_explained(args: Namespace, ranks: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not checkpoint.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         local_batch_size, at_once = batch_sizes(args, ranks)
         least = 2 if validate_arguments.normalises_over_batch(args) else 1

@@ -224,7 +224,7 @@ def precision_faults(args: Namespace) -> list[str]:
     """Returns a fault if the engine or the device does not have the precision; an empty list otherwise."""
     if args.precision == "bf16" and args.engine == "eager":
         return ["--precision bf16: is for --engine fused; --engine eager computes in fp32 or tf32"]
-    if args.precision == "tf32" and (args.device == "cpu" or not torch.cuda.is_available()):
+    if args.precision == "tf32" and not args.resume and (args.device == "cpu" or not torch.cuda.is_available()):
         return ["--precision tf32: is for CUDA; on a CPU take fp32 or bf16"]
     return []
 

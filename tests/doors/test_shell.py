@@ -2,12 +2,15 @@
 of its protocol, and a Python that is too old makes no `.venv`."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
+
+from benchmarks.step import STEPS
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("benchmarks/*.sh"), ROOT / ".ci" / "run"])
 
@@ -57,6 +60,25 @@ def test_study_of_penn_runs_the_stages_of_its_protocol(confirm, stages, tmp_path
         text=True, check=True,
     )  # fmt: skip
     assert done.stdout.split() == stages
+
+
+def test_stages_on_a_gpu_go_on_after_one_that_fails_and_never_mix_with_older_results(tmp_path):
+    """A program in the place of Python writes down what it is asked, and fails for one of the steps."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase "$*" in *"--steps train "*) exit 3;; esac\n')
+    python.chmod(0o755)
+    command = ["bash", ROOT / "benchmarks" / "gpu.sh"]
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(out)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and (out / "failed.txt").read_text() == "step-train: exit 3\n"
+    calls = (tmp_path / "calls").read_text()
+    for words in ("-m pytest", *(f"--steps {name} " for name in STEPS), "train_search.py", "train.py", "gpu_report.py"):
+        assert words in calls
+    limits = [int(n) for n in re.findall(r"^ *stage \S+ (\d+) ", command[1].read_text(), re.MULTILINE)]
+    limits += [int(n) for n in re.findall(r"[a-z]:(\d+)\b", command[1].read_text())]
+    assert len(limits) == 3 + len(STEPS) and sum(limits) <= 9 * 60
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 2 and "holds files already" in again.stderr
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import utils
 from experiment import checkpoint, resume
+from engine.inductor import out_of_memory
 
 
 def test_load_returns_the_saved_state(tmp_path):
@@ -215,6 +216,16 @@ def test_pickle_that_allocates_a_large_bytearray_is_refused(tmp_path):
     (tmp_path / "x.pt").write_bytes(add_checksum(file.getvalue()))
     assert len(file.getvalue()) < 5000
     assert_refused(tmp_path / "x.pt")
+
+
+def test_each_wording_of_an_out_of_memory_error_is_recognised():
+    texts = ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+             "CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUDA driver error: out of memory",
+             "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+             "cuDNN error: CUDNN_STATUS_ALLOC_FAILED")  # fmt: skip
+    for error in (*map(RuntimeError, texts), torch.OutOfMemoryError("CUDA out of memory. Tried ..."), MemoryError()):
+        assert out_of_memory(error)
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_out_of_memory_is_not_reported_as_damage(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from helpers import SIZES, read_records, without_timings
 
 import train
-from experiment import processor
+from experiment import processor, validate_arguments
 from engine import PRECISIONS
 
 STAT = """\
@@ -28,8 +28,26 @@ def test_only_bf16_on_a_cpu_without_products_of_it_is_replaced(monkeypatch, fast
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for precision in PRECISIONS:
         assert processor.usable_precision(precision, CUDA) == precision
-        expected = "fp32" if precision == "bf16" and not fast else precision
+        expected = "fp32" if precision == "tf32" or (precision == "bf16" and not fast) else precision
         assert processor.usable_precision(precision, CPU) == expected
+
+
+def test_run_in_tf32_that_began_on_cuda_resumes_on_a_cpu(corpus, tmp_path, monkeypatch, capsys):
+    flags = [*SIZES, "--arch", "LSTM", "--data", str(corpus), "--save", str(tmp_path / "run"), "--epochs"]
+    with monkeypatch.context() as patch:  # stands for the machine with CUDA
+        patch.setattr(validate_arguments, "precision_faults", lambda args: [])
+        assert train.main([*flags, "1", "--precision", "tf32"]) == 0
+    with pytest.raises(SystemExit):
+        train.main([*flags[:-2], str(tmp_path / "new"), "--epochs", "1", "--precision", "tf32"])
+    assert "--precision tf32: is for CUDA" in capsys.readouterr().err
+    assert train.main(["--resume", "--save", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    assert "note: --precision tf32: computed in fp32" in capsys.readouterr().out
+
+
+def test_ranks_on_cuda_are_said_to_lack_graphs():
+    assert processor.notes("fp32", CUDA, ranks=1) == []
+    [line] = processor.notes("fp32", CUDA, ranks=2)
+    assert "without CUDA graphs" in line and processor.notes("fp32", CUDA) == []
 
 
 def test_without_onednn_no_cpu_has_fast_products_in_bf16(monkeypatch):

@@ -22,6 +22,7 @@ import evaluate
 import train
 import train_search
 from experiment import checkpoint
+from engine.inductor import out_of_memory
 from experiment.startup import memory_explained
 from utils import RunError
 
@@ -306,7 +307,7 @@ def test_checkpoint_of_another_run_names_the_flags_that_differ(kind, home, tmp_p
 def test_impossible_model_size_raises_an_out_of_memory_error(home, tmp_path):
     with pytest.raises(RuntimeError) as caught:
         train.main([str(f) for f in ("--data", home / "corpus", "--save", tmp_path / "run", *SIZES, "--emsize", 10**7)])
-    assert checkpoint.out_of_memory(caught.value)
+    assert out_of_memory(caught.value)
 
 
 # --- lack of memory and errors of the program ---

@@ -24,6 +24,10 @@ SIZES = "--emsize 8 --batch_size 4 --bptt 6 --log_interval 3 --device cpu --engi
 TIMINGS = {"seconds", "tokens_per_s"}  # equal runs may differ in these values alone
 
 
+class Kill(BaseException):
+    """Stands for SIGKILL: no handler of the scripts catches it, so that only the files on disk survive."""
+
+
 def examples(count):
     """Returns how many examples a property test takes: `count` at full length, and a third of it by default."""
     return count if FULL else count // 3

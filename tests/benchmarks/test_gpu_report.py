@@ -1,4 +1,4 @@
-"""The report on a GPU's first hour has every step that was measured and says which targets are met, on canned results."""
+"""The report on a GPU's first hour has every measured step and says which targets are met, on canned results."""
 
 import json
 

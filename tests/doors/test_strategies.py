@@ -8,15 +8,16 @@ import re
 import shlex
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SIZES, outcome, read_records
+from helpers import SIZES, Kill, outcome, read_records
 
 import evaluate
 import train
 import train_search
-from experiment import arguments, checkpoint
+from experiment import arguments, checkpoint, experiment
 from architect import Architect
 from data import load_corpus
 from engine.dropout import DropoutRates
@@ -87,10 +88,6 @@ def test_killed_retrainings_have_every_optimizer_and_schedule():
     flags = " ".join(TRAIN)
     names = {"optimizer": OPTIMIZERS, "schedule": DECAYS, "warmup_shape": SHAPES}
     assert [name for flag, all_of_it in names.items() for name in all_of_it if f"--{flag} {name}" not in flags] == []
-
-
-class Kill(BaseException):
-    """Stands for SIGKILL: no handler of the scripts catches it, so that only the files on disk survive."""
 
 
 @pytest.mark.parametrize(
@@ -192,6 +189,19 @@ def test_deterministic_run_has_deterministic_algorithms_and_the_same_digits(kind
         torch.utils.deterministic.fill_uninitialized_memory = True
     for name in plain.keys() - {"last.pt", "best.pt"}:  # a checkpoint contains the flags
         assert deterministic[name] == plain[name], name
+
+
+def test_checkpoint_minutes_are_minutes(corpus, tmp_path, monkeypatch):
+    """The clock goes ten seconds further whenever it is read, which each step does once."""
+    clock, saved_at, save_last = itertools.count(0, 10), [], experiment.Experiment.save_last
+    monkeypatch.setattr(experiment, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(
+        experiment.Experiment,
+        "save_last",
+        lambda self, state: saved_at.append(self.progress.step) or save_last(self, state),
+    )
+    run("train", corpus, tmp_path / "run", "--checkpoint_minutes 1 --epochs 2 --lr 1 --bptt_std 0")
+    assert saved_at[:3] == [0, 6, 12] and len(saved_at) < 8
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

@@ -1,7 +1,7 @@
 """Tests that a run resumes bit-identically after a SIGKILL at a random moment, another signal or a full disk.
 
 pytest tests/experiment/test_crash.py                 # 1 kill
-pytest tests/experiment/test_crash.py --kills 200     # an hour on one core
+pytest tests/experiment/test_crash.py --kills 200     # 25 minutes on one core
 """
 
 import itertools
@@ -14,10 +14,12 @@ import time
 from resource import RLIMIT_FSIZE, setrlimit
 
 import pytest
-from helpers import ROOT, SIZES, finish, outcome, wait_for
+from helpers import ROOT, SIZES, Kill, finish, outcome, wait_for
 
 import train
+import train_search
 from experiment import checkpoint
+from experiment.run_directory import Run
 from experiment.signals import StopSignal, run_script
 
 # The runs save a checkpoint at every step, so that most kills interrupt the saving of one.
@@ -32,6 +34,7 @@ RUNS = {
         " --epochs 4",
     ),
 }
+SCRIPTS = {"train.py": train, "train_search.py": train_search}
 
 
 def start(name, corpus, save, *more, **kwargs):
@@ -89,21 +92,50 @@ def test_killed_and_resumed_run_is_bit_identical(kill, uninterrupted, corpus, tm
     assert [key for key in expected if resumed[key] != expected[key]] == []
 
 
+@pytest.fixture
+def before_step(monkeypatch):
+    """A function that makes a script call `action` before one of its steps, in this process."""
+
+    def set_up(script, number, action):
+        clipped_gradient, steps = script.clipped_gradient, itertools.count(1)
+
+        def step(*arguments):
+            if next(steps) == number:
+                action()
+            return clipped_gradient(*arguments)
+
+        monkeypatch.setattr(script, "clipped_gradient", step)
+
+    return set_up
+
+
+def run_here(name, corpus, save, *more):
+    """Runs a script in this process, with the flags that `start` gives it; returns its exit code."""
+    script, flags = RUNS[name]
+    flags = [*FLAGS, *flags.split(), "--data", corpus, "--save", save, *more]
+    return run_script(lambda: SCRIPTS[script].main(list(map(str, flags))))
+
+
 @pytest.mark.parametrize("name", [pytest.param("unrolled", marks=pytest.mark.slow), "retraining"])
-def test_run_with_damaged_last_checkpoint_resumes_from_previous(name, uninterrupted, corpus, tmp_path):
+def test_run_with_damaged_last_checkpoint_resumes_from_previous(
+    name, uninterrupted, before_step, corpus, tmp_path, capsys
+):
+    def kill():
+        raise Kill
+
     folder = tmp_path / "run"
-    process = start(name, corpus, folder)
-    wait_for((folder / "previous.pt").exists, process)
-    process.kill()
-    process.communicate()
+    before_step(SCRIPTS[RUNS[name][0]], 9, kill)
+    with pytest.raises(Kill):
+        run_here(name, corpus, folder)
     raw = bytearray((folder / "last.pt").read_bytes())
     raw[len(raw) // 2] ^= 4
     # Between the two renamings of a save last.pt and previous.pt are links to one file; only last.pt is damaged here.
     (folder / "last.pt").unlink()
     (folder / "last.pt").write_bytes(raw)
-    out = finish(start(name, corpus, folder, "--resume"))
+    capsys.readouterr()
+    assert run_here(name, corpus, folder, "--resume") == 0
     message = "last.pt: not a checkpoint, or a damaged one; resuming from previous.pt, the checkpoint before it"
-    assert out.splitlines()[0].endswith(message)
+    assert capsys.readouterr().err.splitlines()[0].endswith(message)
     assert outcome(folder) == uninterrupted(name)[0]
 
 
@@ -115,34 +147,33 @@ def test_killed_retraining_has_epochs_before_and_after_the_switch(uninterrupted)
     assert phases[-2:] == ["asgd", "asgd"]
 
 
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        ("retraining", signal.SIGTERM),
-        pytest.param("retraining", signal.SIGUSR1, marks=pytest.mark.slow),
-        pytest.param("unrolled", signal.SIGINT, marks=pytest.mark.slow),
-    ],
-)
-def test_signal_saves_a_checkpoint_and_exits_130(name, number, uninterrupted, corpus, tmp_path):
-    folder = tmp_path / "run"
-    process = start(name, corpus, folder, "--checkpoint_minutes", 1000)  # Only the signal can cause a save.
-    wait_for((folder / "metrics.jsonl").exists, process)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
-    assert "Traceback" not in out
-    assert f"--resume --save {folder}" in out
-    assert checkpoint.load(folder / "last.pt")["progress"]["step"] >= 3  # The first record of metrics has step 3.
-    finish(start(name, corpus, folder, "--resume"))
-    assert outcome(folder) == uninterrupted(name)[0]
-
-
 @pytest.fixture
 def default_sigint_handler():
     """Restores the default handler of SIGINT, because background jobs of a shell and their children ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("retraining", signal.SIGTERM),
+        ("retraining", signal.SIGUSR1),
+        pytest.param("unrolled", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_signal_saves_a_checkpoint_and_exits_130(
+    name, number, uninterrupted, before_step, default_sigint_handler, corpus, tmp_path, capsys
+):
+    folder, handler = tmp_path / "run", signal.getsignal(number)
+    before_step(SCRIPTS[RUNS[name][0]], 4, lambda: os.kill(os.getpid(), number))
+    assert run_here(name, corpus, folder, "--checkpoint_minutes", 1000) == 130  # Only the signal can cause a save.
+    assert f"--resume --save {folder}" in capsys.readouterr().out
+    assert checkpoint.load(folder / "last.pt")["progress"]["step"] == 4
+    assert signal.getsignal(number) is handler
+    assert run_here(name, corpus, folder, "--resume", "--checkpoint_minutes", 0) == 0
+    assert outcome(folder) == uninterrupted(name)[0]
 
 
 def test_second_sigint_raises_keyboard_interrupt(default_sigint_handler):
@@ -155,26 +186,23 @@ def test_second_sigint_raises_keyboard_interrupt(default_sigint_handler):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_second_sigint_ends_a_run_within_a_step(default_sigint_handler, corpus, tmp_path, monkeypatch, capsys):
+def test_second_sigint_ends_a_run_within_a_step(
+    uninterrupted, before_step, default_sigint_handler, corpus, tmp_path, capsys
+):
     """Such a run resumes bit-identically from the checkpoint before that step."""
-    flags = [*FLAGS, *"--arch DARTS_V1 --lr 1 --epochs 2".split(), "--data", str(corpus)]
-    assert train.main([*flags, "--save", str(tmp_path / "whole")]) == 0
-    clipped_gradient, steps = train.clipped_gradient, itertools.count(1)
 
-    def interrupted(*arguments):
-        if next(steps) == 9:
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-        return clipped_gradient(*arguments)
+    def interrupt_twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train, "clipped_gradient", interrupted)
-    again = ["--save", str(tmp_path / "run")]
-    assert run_script(lambda: train.main([*flags, *again])) == 130
+    folder = tmp_path / "run"
+    before_step(train, 9, interrupt_twice)
+    assert run_here("retraining", corpus, folder) == 130
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "interrupted" and "resume" not in out
-    assert checkpoint.load(tmp_path / "run" / "last.pt")["progress"]["step"] == 8
-    assert train.main(["--resume", *again]) == 0
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert checkpoint.load(folder / "last.pt")["progress"]["step"] == 8
+    assert run_here("retraining", corpus, folder, "--resume") == 0
+    assert outcome(folder) == uninterrupted("retraining")[0]
 
 
 @pytest.mark.parametrize(
@@ -200,35 +228,15 @@ def test_run_on_a_full_disk_exits_1_and_resumes_bit_identically(name, limit, uni
     assert outcome(folder) == uninterrupted(name)[0]
 
 
-def test_second_process_on_a_run_exits_2_and_names_the_first_pid(corpus, tmp_path):
+def test_second_process_on_a_run_exits_2_and_names_the_first_pid(corpus, tmp_path, capsys):
     folder = tmp_path / "run"
-    first = start("unrolled", corpus, folder, "--epochs", 500)
+    first = start("retraining", corpus, folder, "--epochs", 500)
     wait_for((folder / "metrics.jsonl").exists, first)
     for flags in ((), ("--resume",)):
-        second = start("unrolled", corpus, folder, *flags)
-        out, _ = second.communicate(timeout=60)
-        assert second.returncode == 2
-        assert out.count("\n") == 1
-        assert f"process {first.pid} on " in out
+        assert run_here("retraining", corpus, folder, *flags) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert f"process {first.pid} on " in line
     first.kill()
     first.communicate()
     assert (folder / "lock").exists()  # The lock file of a killed process does not lock the run.
-    third = start("unrolled", corpus, folder, "--resume", "--epochs", 500)
-    wait_for_line(third, "resumed at")
-    third.kill()
-    third.communicate()
-
-
-@pytest.mark.parametrize("name", ["first order", pytest.param("unrolled", marks=pytest.mark.slow)])
-def test_deterministic_flag_changes_nothing_on_a_cpu(name, uninterrupted, corpus, tmp_path):
-    finish(start(name, corpus, tmp_path / "run", "--deterministic"))
-    deterministic, expected = outcome(tmp_path / "run"), uninterrupted(name)[0]
-    for name in ("result.json", "metrics.jsonl", "genotype.json"):  # Checkpoints differ because they contain the flags.
-        assert deterministic[name] == expected[name]
-
-
-def wait_for_line(process, text):
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"no line of the output contains {text!r}")
+    Run(folder).release()

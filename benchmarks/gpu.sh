@@ -29,7 +29,7 @@ stage() { # name, seconds, command
 }
 
 if "$python" -c "import pytest, hypothesis" 2> "$OUT/pytest_missing.txt"; then
-  stage tests 90 "$python" -m pytest -x -p no:cacheprovider -m "not slow" -k "on_cuda or [cuda" tests/engine
+  stage tests 90 "$python" -m pytest -p no:cacheprovider -m "not slow" -k "on_cuda or [cuda" tests/engine
 else
   echo "tests: skipped, this Python has no pytest and hypothesis" | tee "$OUT/tests.txt"
 fi

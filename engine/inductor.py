@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from engine import kernel_cache
+from engine.memory import out_of_memory
 
 # By default Inductor stores an intermediate result that is used more than once, which costs more here than computing it
 # again: with these settings everything stays in registers, in one loop. On a GPU it would also split a sum over few
@@ -247,14 +248,6 @@ def innermost(error: BaseException) -> BaseException:
     while (wrapped := getattr(error, "inner_exception", None)) is not None:
         error = wrapped
     return error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error means that there is no memory left, on a GPU or on the host. The last three texts are
-    those of the driver, cuBLAS and cuDNN when they load something on a GPU that other processes have filled."""
-    texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
-             "CUDNN_STATUS_ALLOC_FAILED")  # fmt: skip
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def summary(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from engine.inductor import out_of_memory
+from engine.memory import out_of_memory
 from utils import atomic_write
 
 FORMAT = 5

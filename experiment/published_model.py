@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.inductor import out_of_memory
+from engine.memory import out_of_memory
 from experiment.checkpoint import UNREADABLE, CheckpointError, has_checksum
 from genotypes import MAX_NODES, Genotype, from_json
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import data
 from experiment import arguments, checkpoint, published_model
-from engine.inductor import out_of_memory
+from engine.memory import out_of_memory
 from experiment.run_directory import Run
 from genotypes import GenotypeError, resolve_cell
 from training.optimizers import DEFAULT_LR

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiment import checkpoint, print_any_letters
-from engine.inductor import out_of_memory
+from engine.memory import out_of_memory
 from experiment.distributed import exit_process
 from utils import RunError
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import data
 from experiment import arguments, checkpoint, validate_arguments
-from engine.inductor import out_of_memory
 from engine.linear_cross_entropy import CHUNK
+from engine.memory import out_of_memory
 from experiment.distributed import Distributed
 from experiment.lock import Locked
 from experiment.published_model import vocabulary_fault

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import utils
 from experiment import checkpoint, resume
-from engine.inductor import out_of_memory
+from engine.memory import out_of_memory
 
 
 def test_load_returns_the_saved_state(tmp_path):

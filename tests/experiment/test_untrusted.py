@@ -22,7 +22,7 @@ import evaluate
 import train
 import train_search
 from experiment import checkpoint
-from engine.inductor import out_of_memory
+from engine.memory import out_of_memory
 from experiment.startup import memory_explained
 from utils import RunError
 

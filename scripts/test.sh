@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and tests, in an environment of their own (.venv), as continuous integration runs them.
-# Cost: 8 minutes on 2 cores, and a minute for the install. Arguments go to pytest: scripts/test.sh -k data
+# Cost: 6 minutes on 2 cores, and a minute for the install. Arguments go to pytest: scripts/test.sh -k data
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 source scripts/common.sh

@@ -1,7 +1,7 @@
 """Seconds from nothing to a found cell and its retraining, for each engine, norm and number of threads on a CPU.
 
     python benchmarks/time_to_cell.py --json FILE             # the text that comes with Python; 20 minutes on 2 cores
-    python benchmarks/time_to_cell.py --data penn --engines fused --norms none       # 300,000 tokens of Penn Treebank
+    python benchmarks/time_to_cell.py --data penn    # 300,000 tokens of Penn Treebank: 90 minutes
     python benchmarks/time_to_cell.py --start                    # compiling alone: 11 minutes
 
 Each combination searches and retrains with the flags of scripts/quickstart.sh or scripts/search_recommended.sh, one

@@ -160,11 +160,12 @@ def resolve(arch: str, note: Callable[[str], Any] = lambda line: None) -> Genoty
     # For a text that is too long to be a path, os.path's tests return False, whereas pathlib's may raise.
     if os.path.isdir(arch):
         path, config, log = (os.path.join(arch, name) for name in ("genotype.json", "config.json", "log.txt"))
-        none = f"no genotype.json in {_short(arch, 200)}"
-        if not os.path.exists(path) and os.path.exists(config):
-            raise GenotypeError(f"{none}: it is a run of train.py, or a search that has not moved its alphas yet")
-        if not os.path.exists(path) and os.path.exists(log):  # a run of the published code
-            raise GenotypeError(f"{none}; name its log instead: {log}")
+        if not os.path.exists(path):
+            none = f"no genotype.json in {_short(arch, 200)}"
+            if os.path.exists(config):
+                raise GenotypeError(f"{none}: it is a run of train.py, or a search that has not moved its alphas yet")
+            if os.path.exists(log):  # a run of the published code
+                raise GenotypeError(f"{none}; name its log instead: {log}")
         return _read(path, note)
     if os.path.isfile(arch) or (arch.endswith((".json", ".txt", ".py", ".log")) and "\0" not in arch):
         return _read(arch, note)

@@ -124,9 +124,8 @@ class Experiment:
         self.schedule, self.patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
         self.monitor = DivergenceMonitor(self.device, len(self.corpus.words))
         self.progress = Progress(self.run, self.device, args.epochs, len(self.texts["train"]) - 1)
-        if len(self.corpus.unknown["valid"]):
-            unknown = batchify(self.corpus.is_unknown("valid"), self.texts["valid"].size(1))[1:]  # those predicted
-            self.progress.valid_note = f", {format_share(unknown.double().mean().item())} unknown words"
+        if (unknown := self.unknown_words("valid")) is not None:  # the first time step is not predicted
+            self.progress.valid_note = f", {format_share(unknown[1:].double().mean().item())} unknown words"
         self.last_save = time.monotonic()
         self.best, self.stopped_by, self.exit_code = float("inf"), "", 0  # `best` is the lowest validation loss.
 
@@ -324,10 +323,13 @@ class Experiment:
 
     def score(self, model: nn.Module, split: str) -> Score:
         """Returns the score of the split "valid" or "test", measured by this process alone."""
-        text, unknown = self.texts[split], None
-        if len(self.corpus.unknown[split]):
-            unknown = batchify(self.corpus.is_unknown(split), text.size(1))
-        return score(model, text, self.args.bptt, split, unknown)
+        return score(model, self.texts[split], self.args.bptt, split, self.unknown_words(split))
+
+    def unknown_words(self, split: str) -> Tensor | None:
+        """Returns a mask (n, B) of the words of the split "valid" or "test" that became <unk>; None if none did."""
+        if not len(self.corpus.unknown[split]):
+            return None
+        return batchify(self.corpus.is_unknown(split), self.texts[split].size(1))
 
     def write_result(self, title: str, state: TrainingState, valid: Score, test: Score | None, **result: Any) -> None:
         """Writes result.json, with the scores of both texts (None for one that was not read) and `result` in it, and

@@ -1,5 +1,6 @@
 """The tests share these settings and fixtures."""
 
+import itertools
 import os
 from functools import cache
 
@@ -51,3 +52,20 @@ def git_is_asked_once():
 def corpus(tmp_path_factory):
     """Returns the folder of a corpus of a made-up language, on which a run takes a second; no test may write to it."""
     return write_corpus(tmp_path_factory.mktemp("corpus"), train=30, valid=16, test=16)
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """A function that makes a script call `action` before its step of this `number`, in this process."""
+
+    def set_up(script, number, action):
+        clipped_gradient, steps = script.clipped_gradient, itertools.count(1)
+
+        def step(*arguments):
+            if next(steps) == number:
+                action()
+            return clipped_gradient(*arguments)
+
+        monkeypatch.setattr(script, "clipped_gradient", step)
+
+    return set_up

@@ -28,6 +28,10 @@ class Kill(BaseException):
     """Stands for SIGKILL: no handler of the scripts catches it, so that only the files on disk survive."""
 
 
+def kill():
+    raise Kill
+
+
 def examples(count):
     """Returns how many examples a property test takes: `count` at full length, and a third of it by default."""
     return count if FULL else count // 3

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SIZES, Kill, outcome, read_records
+from helpers import SIZES, Kill, kill, outcome, read_records
 
 import evaluate
 import train
@@ -97,7 +97,7 @@ def test_killed_retrainings_have_every_optimizer_and_schedule():
         *(pytest.param("search", flags, marks=() if flags in SHORT else pytest.mark.slow) for flags in SEARCH),
     ],
 )
-def test_killed_and_resumed_run_is_bit_identical(kind, flags, corpus, first_stage, tmp_path, monkeypatch):
+def test_killed_and_resumed_run_is_bit_identical(kind, flags, corpus, first_stage, before_step, tmp_path, monkeypatch):
     """The first kill comes in a step of the second epoch, just after a checkpoint; the second one in that epoch's
     validation."""
     script, base = SCRIPTS[kind], f"--checkpoint_minutes 0 --epochs {2 if kind == 'search' else 3}"
@@ -106,32 +106,23 @@ def test_killed_and_resumed_run_is_bit_identical(kind, flags, corpus, first_stag
     flags = f"{base} {flags.replace('FIRST', str(first_stage))}"
     expected = outcome(run(kind, corpus, tmp_path / "whole", flags))
 
-    clipped_gradient = script.clipped_gradient
     measures = {"evaluate": evaluation.evaluate, "score": evaluation.score}
     steps = result(tmp_path / "whole")["steps"]
     epochs = len(read_records(tmp_path / "whole", "epoch"))
-    calls = {"step": 0, "valid": 0}
-
-    def dying_step(*arguments):
-        calls["step"] += 1
-        if calls["step"] == steps // epochs + 2:
-            raise Kill
-        return clipped_gradient(*arguments)
+    evaluations = itertools.count(1)
 
     def dying(measure):
         def dying_measure(model, source, bptt, name, *more):
-            calls["valid"] += name == "valid"
-            if name == "valid" and calls["valid"] == 2:
+            if name == "valid" and next(evaluations) == 2:
                 raise Kill
             return measure(model, source, bptt, name, *more)
 
         return dying_measure
 
     again = tmp_path / "again"
-    monkeypatch.setattr(script, "clipped_gradient", dying_step)
+    before_step(script, steps // epochs + 2, kill)
     with pytest.raises(Kill):
         run(kind, corpus, again, flags)
-    monkeypatch.setattr(script, "clipped_gradient", clipped_gradient)
     for name, measure in measures.items():
         monkeypatch.setattr(f"experiment.experiment.{name}", dying(measure))
     with pytest.raises(Kill):
@@ -376,25 +367,16 @@ def test_cell_with_a_node_that_nothing_reads_is_trained_and_evaluated(engine, co
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_search_killed_before_its_alphas_move_has_no_cell(corpus, tmp_path, monkeypatch, capsys):
+def test_search_killed_before_its_alphas_move_has_no_cell(before_step, corpus, tmp_path, capsys):
     """The genotype of the random initial alphas is neither logged nor taken by --arch."""
-    steps, clipped_gradient = itertools.count(1), train_search.clipped_gradient
-
-    def dying_step(*arguments):
-        if next(steps) == 11:
-            raise Kill
-        return clipped_gradient(*arguments)
-
-    monkeypatch.setattr(train_search, "clipped_gradient", dying_step)
+    before_step(train_search, 11, kill)
     with pytest.raises(Kill):
         run("search", corpus, tmp_path / "run", "--lr 1 --epochs 3 --checkpoint_minutes 0")
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert "step 9" in log or len(read_records(tmp_path / "run", "interval")) == 3
-    assert "Genotype" not in log
+    assert [record["step"] for record in read_records(tmp_path / "run", "interval")] == [3, 6, 9]
+    assert "Genotype" not in (tmp_path / "run" / "log.txt").read_text()
     with pytest.raises(SystemExit) as caught:
         run("train", corpus, tmp_path / "trained", f"--arch {tmp_path / 'run'}")
     assert caught.value.code == 2 and "a search that has not moved its alphas yet" in capsys.readouterr().err
-    monkeypatch.setattr(train_search, "clipped_gradient", clipped_gradient)
     assert train_search.main(["--resume", "--save", str(tmp_path / "run")]) == 0
     assert "Genotype" in (tmp_path / "run" / "log.txt").read_text()
 

@@ -4,7 +4,6 @@ pytest tests/experiment/test_crash.py                 # 1 kill
 pytest tests/experiment/test_crash.py --kills 200     # 25 minutes on one core
 """
 
-import itertools
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ import time
 from resource import RLIMIT_FSIZE, setrlimit
 
 import pytest
-from helpers import ROOT, SIZES, Kill, finish, outcome, wait_for
+from helpers import ROOT, SIZES, Kill, finish, kill, outcome, wait_for
 
 import train
 import train_search
@@ -92,23 +91,6 @@ def test_killed_and_resumed_run_is_bit_identical(kill, uninterrupted, corpus, tm
     assert [key for key in expected if resumed[key] != expected[key]] == []
 
 
-@pytest.fixture
-def before_step(monkeypatch):
-    """A function that makes a script call `action` before one of its steps, in this process."""
-
-    def set_up(script, number, action):
-        clipped_gradient, steps = script.clipped_gradient, itertools.count(1)
-
-        def step(*arguments):
-            if next(steps) == number:
-                action()
-            return clipped_gradient(*arguments)
-
-        monkeypatch.setattr(script, "clipped_gradient", step)
-
-    return set_up
-
-
 def run_here(name, corpus, save, *more):
     """Runs a script in this process, with the flags that `start` gives it; returns its exit code."""
     script, flags = RUNS[name]
@@ -120,9 +102,6 @@ def run_here(name, corpus, save, *more):
 def test_run_with_damaged_last_checkpoint_resumes_from_previous(
     name, uninterrupted, before_step, corpus, tmp_path, capsys
 ):
-    def kill():
-        raise Kill
-
     folder = tmp_path / "run"
     before_step(SCRIPTS[RUNS[name][0]], 9, kill)
     with pytest.raises(Kill):

@@ -56,13 +56,18 @@ def selection_figure(folder: Path) -> Figure:
 
 
 def scatter(axes: Axes, cells: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
-    """Draws a point for each cell; `cells` has their names, such as "first-1", each of which begins with a method."""
+    """Draws a point for each cell; `cells` has their names, such as "first-1", each of which begins with a method.
+    Looks follow the alphabetical order of the methods, so that two pictures of one study have the same; where there are
+    more methods than looks, the second round has hollow points."""
     methods = [cell.rpartition("-")[0] for cell in cells]
-    searches = sorted(set(methods) - {RANDOM}, key=methods.index)
+    searches = sorted(set(methods) - {RANDOM})
     for i, method in enumerate([*searches, *[RANDOM] * (RANDOM in methods)]):
         colour, mark = RANDOM_LOOK if method == RANDOM else LOOKS[i % len(LOOKS)]
+        fill_style = "none" if method != RANDOM and i >= len(LOOKS) else "full"
         points = [(a, b) for name, a, b in zip(methods, x, y, strict=True) if name == method]
-        axes.plot(*zip(*points, strict=True), mark, color=colour, markersize=7, alpha=0.8, label=method)
+        axes.plot(
+            *zip(*points, strict=True), mark, color=colour, fillstyle=fill_style, markersize=7, alpha=0.8, label=method
+        )
 
 
 def cells_figure(folder: Path) -> Figure:

@@ -32,14 +32,14 @@ identity8=${tanh8//tanh/identity}
 search="$sizes --arch_batch_size 64 --log_interval 20 --diagnose_every 100"
 train="$sizes --precision bf16 --log_interval 100"
 all=(--study "$study" --data penn --gpus_per_trial 0 --baselines DARTS DARTS_V1 LSTM --full_epochs 60 --seeds 8
-  --search_epochs 3 --search_flags "$search")
+  --search_epochs 3 --search_flags "$search" --proxy_epochs 3 6 12 20)
 if [ -n "${CONFIRM:-}" ]; then
   exec .venv/bin/python trials.py "$stage" "${all[@]}" --seed 17 --train_flags "$train --average_after 40" \
     --methods "$none_unrolled" "$layer_unrolled" random \
     --random_cells 16 --select_epochs 60 "${@:2}"
 fi
 exec .venv/bin/python trials.py "$stage" "${all[@]}" --train_flags "$train" \
-  --proxy_cells DARTS DARTS_V1 "$tanh8" "$identity8" random:{101..108} --proxy_epochs 3 6 12 20 --proxy_reference 60 \
+  --proxy_cells DARTS DARTS_V1 "$tanh8" "$identity8" random:{101..108} --proxy_reference 60 \
   --proxy_flags "--schedule step --step_size 10 --gamma 0.1 --epochs 12" "--average_after 20 --epochs 24" \
   --methods none-first="--norm none $moves" "$none_unrolled" \
   batch-first="--norm batch $moves" batch-unrolled="--norm batch --unrolled $moves" \

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from genotypes import parse, random_genotype
-from plots.study_curves import cells_figure, proxies_figure, study_figure
+from plots.study_curves import LOOKS, RANDOM_LOOK, cells_figure, proxies_figure, study_figure
 from study.features import features
 from visualize import main
 
@@ -65,14 +65,18 @@ def test_each_panel_has_the_perplexities_of_its_title(rhos, titles, first, study
     assert sorted(drawn) == sorted(cell[first] for cell in cells if cell[first] is not None)
 
 
-def test_methods_of_a_selection_have_looks_of_their_own():
-    names = [f"{method}-1/1" for method in ("a", "b", "c", "d", "e", "f", "random")]
+@pytest.mark.parametrize("order", [1, -1])
+def test_methods_of_a_selection_have_looks_of_their_own_whichever_ended_first(order):
+    methods = [*"abcdefgh", "random"]
+    names = [f"{method}-1/1" for method in methods][::order]
     [axes] = study_figure([(name, 100.0 + i) for i, name in enumerate(names)]).axes
     looks = {
-        line.get_label(): (line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() != "None"
-    }
-    assert list(looks) == ["a", "b", "c", "d", "e", "f", "random"]
-    assert len(set(looks.values())) == 7
+        line.get_label(): (line.get_color(), line.get_marker(), line.get_fillstyle())
+        for line in axes.lines if line.get_marker() != "None"
+    }  # fmt: skip
+    full, hollow = [(*look, "full") for look in LOOKS], [(*look, "none") for look in LOOKS]
+    assert looks == dict(zip(methods, [*full, *hollow[: 8 - len(full)], (*RANDOM_LOOK, "full")], strict=True))
+    assert len(set(looks.values())) == 9
 
 
 @pytest.mark.parametrize("text", [None, "{}", '{"cells": [], "features": []}', '{"cells": 3, "features": [{}]}'])

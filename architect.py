@@ -152,16 +152,16 @@ class Architect:
 
         def product(v: list[Tensor]) -> Tensor:
             total = torch.zeros_like(self.alphas)
-            for graph in kept or map(differentiable, parts):
+            for graph in graphs or map(differentiable, parts):
                 total += torch.autograd.grad(graph, self.alphas, v)[0]
                 del graph  # frees it before the next one is built
             self.average([total])
             return total
 
-        kept = [differentiable(part) for part in parts] if len(parts) == 1 else []
-        if not kept:
+        graphs = [differentiable(part) for part in parts] if len(parts) == 1 else []
+        if not graphs:
             return self.gradients(parts, self.weights)[0], product
-        g = [g_i.detach().clone() for g_i in kept[0]]
+        g = [g_i.detach().clone() for g_i in graphs[0]]
         self.average(g)
         return g, product
 

@@ -221,12 +221,12 @@ def _read(path: str, note: Callable[[str], Any]) -> Genotype:
 
 def _last(text: str, is_python: bool, name: str, note: Callable[[str], Any]) -> Genotype:
     """Returns the last genotype in the text of a file with this name."""
-    found = (_assigned(text) if is_python else None) or _written(text)
-    if not found:
+    candidates = (_assigned(text) if is_python else None) or _written(text)
+    if not candidates:
         raise GenotypeError("holds no whole Genotype(recurrent=[...], concat=[...])")
-    line, literal = found[-1]
-    if len(found) > 1:
-        note(f"{name} holds {len(found)} genotypes; the last is taken, of line {line}")
+    line, literal = candidates[-1]
+    if len(candidates) > 1:
+        note(f"{name} holds {len(candidates)} genotypes; the last is taken, of line {line}")
     try:
         return parse(literal)
     except GenotypeError as error:
@@ -249,12 +249,12 @@ def _assigned(source: str) -> list[tuple[int, str]] | None:
 def _written(text: str) -> list[tuple[int, str]]:
     """Returns line and text of each genotype in any text. One without its closing bracket, such as the last line of a
     log that was cut off, is left out."""
-    found, line, position = [], 1, 0
+    literals, line, position = [], 1, 0
     for match in WHOLE.finditer(text):
         line += text.count("\n", position, match.start())
         position = match.start()
-        found.append((line, match[0]))
-    return found
+        literals.append((line, match[0]))
+    return literals
 
 
 def _parse_json(text: str) -> Genotype:

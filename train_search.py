@@ -134,8 +134,8 @@ class SearchState(TrainingState):
     def write_genotype(self, epoch: int) -> None:
         """Writes genotype.json: the genotype at the end of this epoch and its probabilities."""
         genotype, probabilities = self.derived()
-        found = {"genotype": to_json(genotype), "text": str(genotype), "epoch": epoch, "probabilities": probabilities}
-        self.run.write("genotype.json", found)
+        record = {"genotype": to_json(genotype), "text": str(genotype), "epoch": epoch, "probabilities": probabilities}
+        self.run.write("genotype.json", record)
 
     def reason_to_stop(self, epoch: int, valid_loss: float) -> str:
         """Records the genotype of this epoch; returns the reason to stop the search, or "" to continue. Until the

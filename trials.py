@@ -17,7 +17,7 @@ from experiment import arguments, signals
 from data import Corpus, load_corpus, located
 from experiment.lock import Locked
 from experiment.run_directory import Run, new_folder
-from experiment.validate_arguments import holds_work
+from experiment.validate_arguments import must_not_be_overwritten
 from study import validate_arguments
 from study.arguments import build_parser, requested_stages
 from study.design import Study
@@ -40,29 +40,29 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
     args.data = located(args.data)
     folder = Path(args.study or new_folder("study"))
 
-    found = validate_arguments.number_faults(args) + validate_arguments.text_faults(args)
+    faults = validate_arguments.number_faults(args) + validate_arguments.text_faults(args)
     if config is None:
         if args.resume or args.stage == "report":
-            found.append(f"--study {args.study}: there is no study ({CONFIG} is missing); name another")
-        elif folder.is_dir() and holds_work(folder):
-            found.append(f"--study {folder}: holds files already; take another")
+            faults.append(f"--study {args.study}: there is no study ({CONFIG} is missing); name another")
+        elif folder.is_dir() and must_not_be_overwritten(folder):
+            faults.append(f"--study {folder}: holds files already; take another")
     else:
-        found += validate_arguments.begun_faults(args, config, folder)
+        faults += validate_arguments.begun_faults(args, config, folder)
     study = Study(folder, args)
     stages = requested_stages(args)
-    found = found or validate_arguments.missing_faults(study) or job_faults(study, stages)
+    faults = faults or validate_arguments.missing_faults(study) or job_faults(study, stages)
     corpus = None
-    if stages and not found:  # A report needs no text.
+    if stages and not faults:  # A report needs no text.
         try:
             corpus = load_corpus(args.data, test="retrain" in stages)
         except DataError as error:
             parser.refuse(error.faults)
-        found = job_faults(study, stages, corpus)
+        faults = job_faults(study, stages, corpus)
         begun_with = {} if config is None else config["sha256"]
         if any(corpus.sha256.get(split, digest) != digest for split, digest in begun_with.items()):
-            found.append(f"--data {args.data}: not the text that the study in {folder} began with")
-    if found:
-        parser.refuse(found)
+            faults.append(f"--data {args.data}: not the text that the study in {folder} began with")
+    if faults:
+        parser.refuse(faults)
 
     try:
         if args.dry_run and config is None:

@@ -40,13 +40,13 @@ class Launches(TorchDispatchMode):
     """Lists the launches of what runs inside; views of a tensor need none."""
 
     # All objects share the list, since a kernel keeps the first stand-in that it is given.
-    found: ClassVar[list[Launch]] = []
+    recorded: ClassVar[list[Launch]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not func.is_view and func.overloadpacket.__name__ not in ("empty", "empty_strided", "detach", "_to_copy"):
             tensors = [*of_tensors(args), *of_tensors((kwargs or {}).values()), *of_tensors([out])]
-            self.found.append(Launch(flop(func.overloadpacket.__name__, args), traffic(tensors)))
+            self.recorded.append(Launch(flop(func.overloadpacket.__name__, args), traffic(tensors)))
         return out
 
     @classmethod
@@ -54,7 +54,7 @@ class Launches(TorchDispatchMode):
         """Returns what takes the place of `inductor.Compiled(function)`: it lists one launch, and computes nothing."""
 
         def call(*args: Any) -> None:
-            cls.found.append(Launch(0.0, traffic(of_tensors(inductor.flattened(args)))))
+            cls.recorded.append(Launch(0.0, traffic(of_tensors(inductor.flattened(args)))))
 
         return call
 
@@ -82,9 +82,9 @@ def launches_of(name: str, precision: str, norm: str) -> list[Launch]:
         fused.sum_after_loop = lambda h: True  # as on CUDA
         variant = step.Variant(Engine("fused", precision), norm)
         once = step.build(name, variant, step.sizes_of(name, small=False), torch.device("meta")).plain
-        launches.found.clear()
+        launches.recorded.clear()
         once()
-    return list(launches.found)
+    return list(launches.recorded)
 
 
 def milliseconds(launches: list[Launch], searches: int, args: argparse.Namespace) -> float:

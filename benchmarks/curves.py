@@ -45,28 +45,32 @@ def curve(engine: Engine, args: argparse.Namespace, others: tuple[Engine, ...] =
     hessian = "finite" if args.unrolled else None
     architect, train_loss, optimizer = search_parts(model, args.batch_size, args.lr, hessian)
     hidden = hidden_valid = model.initial_hidden(args.batch_size)
-    found, gaps = [], []
+    nlls, gaps = [], []
     for _ in range(args.steps):
         (x, y, _), (xv, yv, wrapped) = train.take(args.bptt), valid.take(args.bptt)
         hidden_valid = model.initial_hidden(args.batch_size) if wrapped else hidden_valid
-        held, masks_valid, masks = (model.sample_masks(args.batch_size) for _ in range(3))
-        held = held._replace(relu=FrozenReLU())
-        hidden_valid = architect.step(Batch(x, y, hidden, held), Batch(xv, yv, hidden_valid, masks_valid), args.lr)
+        masks_train, masks_valid, masks = (model.sample_masks(args.batch_size) for _ in range(3))
+        masks_train = masks_train._replace(relu=FrozenReLU())
+        hidden_valid = architect.step(
+            Batch(x, y, hidden, masks_train), Batch(xv, yv, hidden_valid, masks_valid), args.lr
+        )
         batch = Batch(x, y, hidden, masks)
         if others:
-            (here, gradient), *there = (loss_and_gradient(model.with_engine(e), batch) for e in (engine, *others))
-            gaps.append([(abs(nll - here), ((g - gradient).norm() / gradient.norm()).item()) for nll, g in there])
+            (loss, gradient), *rest = (loss_and_gradient(model.with_engine(e), batch) for e in (engine, *others))
+            gaps.append([(abs(nll - loss), ((g - gradient).norm() / gradient.norm()).item()) for nll, g in rest])
         nll, hidden, _ = clipped_gradient(train_loss(batch), model.weights(), UPDATE)
         optimizer.step()
         optimizer.zero_grad()
-        found.append(nll.item())
-    return found, gaps
+        nlls.append(nll.item())
+    return nlls, gaps
 
 
 def loss_and_gradient(model: RNNModelSearch, batch: Batch) -> tuple[float, Tensor]:
     """Nats per word, and the gradient of all weights in a row."""
-    found = losses(model, batch, beta=BETA)
-    return found.nll.item(), torch.cat([g.flatten() for g in torch.autograd.grad(found.total, model.weights())])
+    batch_losses = losses(model, batch, beta=BETA)
+    return batch_losses.nll.item(), torch.cat(
+        [g.flatten() for g in torch.autograd.grad(batch_losses.total, model.weights())]
+    )
 
 
 def main() -> int:

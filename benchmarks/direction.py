@@ -55,11 +55,11 @@ def main() -> int:
     args = parser.parse_args()
     torch.manual_seed(0)
     agreement = Agreement(args.run, "fp32")
-    found, alike, clips = zip(*(parts_of(agreement) for _ in range(args.batches)), strict=True)
+    parts, alike, clips = zip(*(parts_of(agreement) for _ in range(args.batches)), strict=True)
     print(f"cosine of g and v: {sum(alike) / len(alike):.2f}; c: {sum(clips) / len(clips):.2f}")
     print(f"{'part':18}{'norm':>10}{'agreement':>11}  " + "".join(f"{name:>10}" for name in PRIMITIVES))
-    for name in found[0]:
-        vectors = [directions[name] for directions in found]
+    for name in parts[0]:
+        vectors = [directions[name] for directions in parts]
         norm = sum(v.norm().item() for v in vectors) / len(vectors)
         unit = sum(v.mean(0) / v.norm() for v in vectors) / len(vectors)  # (K,)
         print(f"{name:18}{norm:10.4f}{cosine(vectors):11.2f}  " + "".join(f"{value:10.3f}" for value in unit.tolist()))

@@ -51,8 +51,8 @@ class Results:
     def fastest(self, name: str) -> dict[str, Any] | None:
         """Returns the record of the fused engine's quickest precision for a step, of those with compiled kernels and
         CUDA graphs: no other one is what a target is about."""
-        found = [r for r in self.steps if r["step"] == name and r["engine"] == "fused" and not lacks(r)]
-        return min(found, key=lambda record: record["ms"], default=None)
+        records = [r for r in self.steps if r["step"] == name and r["engine"] == "fused" and not lacks(r)]
+        return min(records, key=lambda record: record["ms"], default=None)
 
     def epoch_seconds(self, name: str) -> float | None:
         """Returns the seconds of the last epoch of a run, which neither compiles nor captures."""

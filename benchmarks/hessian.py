@@ -75,10 +75,10 @@ class Agreement:
         regularised = {**parts, "alpha": flags.alpha, "beta": flags.beta}
 
         def architect(engine: Engine, hessian: str) -> Observed:  # as in train_search.py
-            here, precise = model.with_engine(engine), model.with_engine(Engine(engine.name))
+            chosen, precise = model.with_engine(engine), model.with_engine(Engine(engine.name))
             return Observed(
-                model.weights(), model.alphas, partial(MicroBatches, here, **regularised),
-                partial(MicroBatches, here, **parts), partial(MicroBatches, precise, **regularised),
+                model.weights(), model.alphas, partial(MicroBatches, chosen, **regularised),
+                partial(MicroBatches, chosen, **parts), partial(MicroBatches, precise, **regularised),
                 update=WeightUpdate(flags.clip, flags.clip_value, flags.wdecay), hessian=hessian,
             )  # fmt: skip
 
@@ -108,20 +108,20 @@ class Agreement:
     def cosines(self, count: int, radii: list[float]) -> tuple[dict[float | str, list[float]], dict[str, list[float]]]:
         """Over `count` batches, by kind, or radius of the difference, the cosines to the definition's product; by kind
         the seconds."""
-        found, seconds = {which: [] for which in ("exact", *radii)}, {kind: [] for kind in self.kinds}
+        by_kind, seconds = {which: [] for which in ("exact", *radii)}, {kind: [] for kind in self.kinds}
         for _ in range(count):
             batches = self.batches()
             exact, taken = self.product(batches, "exact")
             seconds["exact"].append(taken)
             _, product = self.definition.exact_hvp(batches[0])
             definition = product(self.kinds["exact"].v).flatten()
-            found["exact"].append(cosine(definition, exact))
+            by_kind["exact"].append(cosine(definition, exact))
             for radius in radii:
                 self.kinds["finite"].radius = radius
                 finite, taken = self.product(batches, "finite")
                 seconds["finite"].append(taken)
-                found[radius].append(cosine(definition, finite))
-        return found, seconds
+                by_kind[radius].append(cosine(definition, finite))
+        return by_kind, seconds
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -94,7 +94,7 @@ def search(results: Results, arm: str, flags: str, seed: int) -> dict:
             "genotype": metrics.read_json(folder / "genotype.json")["genotype"],
             "genotypes": [epoch["genotype"] for epoch in epochs],
             "valid_ppl": [round(epoch["valid_ppl"], 2) for epoch in epochs],
-            "signal": [{name: found[name] for name in SIGNAL} for found in diagnoses],
+            "signal": [{name: diagnosis[name] for name in SIGNAL} for diagnosis in diagnoses],
             "seconds": round(epochs[-1]["seconds"], 1),
         }  # fmt: skip
         rmtree(folder)
@@ -139,8 +139,8 @@ def run(args: argparse.Namespace) -> None:
         for genotype in named:
             start_training(genotype)
         for future in searches:
-            found = future.result()
-            for genotype in (found["genotype"], *(found["genotypes"][epochs - 1] for epochs in args.lengths)):
+            record = future.result()
+            for genotype in (record["genotype"], *(record["genotypes"][epochs - 1] for epochs in args.lengths)):
                 start_training(genotype)
         for future in trainings.values():
             future.result()
@@ -178,13 +178,12 @@ def table_of(title: str, lines: Collection[dict], flags: str) -> None:
     for name, group in (("random", drawn), *((name, [cells[name]]) for name in NAMED if name in cells)):
         if group:
             print(row(name, group, trained))
-    found = [line for line in lines if line["kind"] == "search" and json.dumps(line["genotype"]) in trained]
-    for arm in dict.fromkeys(line["arm"] for line in found):
-        mine = [line for line in found if line["arm"] == arm]
-        print(
-            row(arm, [line["genotype"] for line in mine], trained, random, [s for line in mine for s in line["signal"]])
-        )
-        for epochs, group in enumerate(zip(*(line.get("genotypes", ())[:-1] for line in mine), strict=False), start=1):
+    searches = [line for line in lines if line["kind"] == "search" and json.dumps(line["genotype"]) in trained]
+    for arm in dict.fromkeys(line["arm"] for line in searches):
+        runs = [line for line in searches if line["arm"] == arm]
+        signals = [s for line in runs for s in line["signal"]]
+        print(row(arm, [line["genotype"] for line in runs], trained, random, signals))
+        for epochs, group in enumerate(zip(*(line.get("genotypes", ())[:-1] for line in runs), strict=False), start=1):
             if all(json.dumps(cell) in trained for cell in group):
                 print(row(f"{arm}, after {epochs} epochs", group, trained, random))
     if len(drawn) > 2:
@@ -214,8 +213,8 @@ def row(
 def signal_of(arm: str, signal: Sequence[dict]) -> None:
     """How agreement and sensitivity went over the searches of an arm."""
     for step in sorted({s["step"] for s in signal}):
-        here = [s for s in signal if s["step"] == step]
-        cosines, growth = numbers(here, "cosine_whole"), numbers(here, "sensitivity")
+        at_step = [s for s in signal if s["step"] == step]
+        cosines, growth = numbers(at_step, "cosine_whole"), numbers(at_step, "sensitivity")
         if cosines and growth:
             print(f"| {arm} | {step} | {mean(cosines):.2f} | {median(growth):.1e} |")
 

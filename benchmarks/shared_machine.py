@@ -47,13 +47,13 @@ def milliseconds(threads: int, spin: str, others: int, steps: int) -> float:
         ]  # fmt: skip
         try:
             while True:
-                found = [seconds_by_step(save) for save in saves]
-                if all(10 in each for each in found):  # all of them have compiled and train
+                timings = [seconds_by_step(save) for save in saves]
+                if all(10 in each for each in timings):  # all of them have compiled and train
                     break
                 if any(search.poll() is not None for search in searches):
                     sys.exit("a search has ended before its tenth step")
                 time.sleep(0.5)
-            first = found[0]
+            first = timings[0]
             start = max(first)
             while max(first) < start + steps:
                 time.sleep(0.5)
@@ -109,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps % 5:
         parser.error(f"--steps {args.steps}: must be a multiple of 5, the steps of a log interval")
-    found: dict[tuple[str, int], list[float]] = {}
+    seconds: dict[tuple[str, int], list[float]] = {}
     for _ in range(args.rounds):
         for others in args.others:
             for spin in args.spin:
@@ -117,11 +117,11 @@ def main() -> None:
                     taken = quickstart_seconds(args.threads, spin, others)
                 else:
                     taken = milliseconds(args.threads, spin, others, args.steps)
-                found.setdefault((spin, others), []).append(taken)
+                seconds.setdefault((spin, others), []).append(taken)
     for spin in args.spin:
-        reference = median(found[spin, args.others[0]])
+        reference = median(seconds[spin, args.others[0]])
         for others in args.others:
-            taken = median(found[spin, others])
+            taken = median(seconds[spin, others])
             unit = "s" if args.quickstart else "ms a step"
             setting = f"spin {spin:>8}, threads {args.threads}, beside {others}"
             print(f"{setting}: {taken:7.1f} {unit}, {taken / reference:.2f} times")

@@ -73,8 +73,8 @@ def search_step(variant: Variant, sizes: dict, device: torch.device, hessian: st
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
     def step() -> None:
-        held = model.sample_masks(B)._replace(relu=FrozenReLU() if hessian == "finite" else None)
-        architect.step(Batch(x, y, hidden, held), Batch(y, x, hidden, model.sample_masks(B)), eta=20.0)
+        masks = model.sample_masks(B)._replace(relu=FrozenReLU() if hessian == "finite" else None)
+        architect.step(Batch(x, y, hidden, masks), Batch(y, x, hidden, model.sample_masks(B)), eta=20.0)
         clipped_gradient(train_loss(Batch(x, y, hidden, model.sample_masks(B))), model.weights(), UPDATE)
         optimizer.step()
         optimizer.zero_grad(set_to_none=device.type == "cpu")
@@ -190,9 +190,9 @@ def product_ms(name: str, a: tuple, b: tuple, out: tuple | None, device: torch.d
 
 def timed(steps: list[Callable[[], None]], device: torch.device, rounds: int, repeats: int = 1) -> list[list[float]]:
     """Milliseconds of each step in each round, the steps in turn."""
-    found = [[] for _ in steps]
+    times_by_step = [[] for _ in steps]
     for round_ in range(rounds + 1):
-        for step, times in zip(steps, found, strict=True):
+        for step, times in zip(steps, times_by_step, strict=True):
             synchronise(device)
             clock = perf_counter()
             for _ in range(repeats):
@@ -200,7 +200,7 @@ def timed(steps: list[Callable[[], None]], device: torch.device, rounds: int, re
             synchronise(device)
             if round_:  # the first one warms up
                 times.append(1e3 * (perf_counter() - clock) / repeats)
-    return found
+    return times_by_step
 
 
 def synchronise(device: torch.device) -> None:
@@ -308,8 +308,8 @@ def main() -> int:
           f"{'ms/floor':>9}{'tokens/s':>10}{'peak MB':>9}{'against first':>15}")  # fmt: skip
     for name, sizes in jobs:
         first = None
-        here = variants if name.startswith("search") else [v for v in variants if v.norm == args.norms[0]]
-        for line in measure(name, here, sizes, device, args.rounds, args.fresh_memory):
+        applicable = variants if name.startswith("search") else [v for v in variants if v.norm == args.norms[0]]
+        for line in measure(name, applicable, sizes, device, args.rounds, args.fresh_memory):
             lines.append(line)
             first = first or line["ms"]
             print(

@@ -75,15 +75,15 @@ def to_cell(data: str, engine: str, norm: str, threads: int) -> dict:
 def to_first_steps(data: str, norm: str, threads: int) -> list[dict]:
     """Returns the seconds of a search and of a retraining of a few steps, by the state of the cache of kernels."""
     both = RECIPES[data][0]
-    found = []
+    records = []
     for script, more in starts(norm):
         with TemporaryDirectory() as folder:
             cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "kernels"))}
             for state, engine in (("empty", "fused"), ("full", "fused"), ("uncompiled", "eager")):
                 flags = f"{both} {FEW_STEPS} --engine {engine} {more}"
                 taken = seconds(script, flags, threads, Path(folder, state), **cache)
-                found.append({"script": script, "norm": norm, "threads": threads, "cache": state, "seconds": taken})
-    return found
+                records.append({"script": script, "norm": norm, "threads": threads, "cache": state, "seconds": taken})
+    return records
 
 
 def main() -> int:

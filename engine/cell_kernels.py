@@ -30,8 +30,8 @@ def relaxed_node(edges, p, active, constants, node):
     p = p[:, 1:, None, None]
     *_, mixed, _ = mixture(p, u, active)
     dtype = constants.h_mask.dtype
-    kept = p.sum(1) * edges.states.to(dtype)
-    each = kept + sigmoid(c.to(dtype)) * (mixed - kept)
+    carried = p.sum(1) * edges.states.to(dtype)
+    each = carried + sigmoid(c.to(dtype)) * (mixed - carried)
     put_normalised(each.sum(0) * of_sum(constants.norm, len(p)), constants, node)
 
 

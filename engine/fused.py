@@ -31,7 +31,7 @@ from engine.relaxed_buffers import (
     SavedForward,
     by_node,
     flat_rows,
-    held_set,
+    frozen_active_set,
     new_products,
     nodes_and_edges,
     of_nodes,
@@ -46,7 +46,7 @@ ROUND_FROM = 1 << 19
 
 def relaxed(
     x: Tensor, h0: Tensor, W0: Tensor, Ws: Sequence[Tensor], probs: Tensor, x_mask: Tensor | None = None,
-    h_mask: Tensor | None = None, held_relu: FrozenReLU | None = None, norm: str = "batch",
+    h_mask: Tensor | None = None, frozen_relu: FrozenReLU | None = None, norm: str = "batch",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns the hidden states (T, B, H) of the continuous relaxation, as defined by `reference.relaxed` (F1 to F6).
@@ -59,7 +59,7 @@ def relaxed(
     # H is padded even where the products gain nothing by it, since the kernels are faster with it in any dtype.
     xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, compute_dtype, -H % ALIGNMENT)
     share = unit_share(H, h0) if norm == "layer" else None
-    return Relaxed.apply(keep, held_relu, norm, share, xW, h0, W0_h, probs, h_mask, *Ws)[..., :H]
+    return Relaxed.apply(keep, frozen_relu, norm, share, xW, h0, W0_h, probs, h_mask, *Ws)[..., :H]
 
 
 def discrete(
@@ -117,15 +117,15 @@ class Relaxed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, keep, held_relu, norm, share, xW, h0, W0_h, probs, h_mask, *Ws):
+    def forward(ctx, keep, frozen_relu, norm, share, xW, h0, W0_h, probs, h_mask, *Ws):
         (T, B, _), H, N = xW.shape, h0.size(-1), len(Ws)
         space = Workspace(xW.dtype, h0.dtype, h0.device)
-        kept = T if keep else 1  # Without a backward pass, each time step overwrites the one before.
-        states = space.take(kept, N + 1, B, H)  # s_0 .. s_N
-        masked = space.take(kept, N + 1, B, H)
-        products, cu_rows = new_products(space, kept, N, B, H)
+        saved_steps = T if keep else 1  # Without a backward pass, each time step overwrites the one before.
+        states = space.take(saved_steps, N + 1, B, H)  # s_0 .. s_N
+        masked = space.take(saved_steps, N + 1, B, H)
+        products, cu_rows = new_products(space, saved_steps, N, B, H)
         previous = space.take(T + 1, B, H)  # the hidden state before each step, masked
-        inverse = h0.new_empty(kept, N + 1, *((B, 1) if norm == "layer" else (H,)))  # 1 / standard deviation
+        inverse = h0.new_empty(saved_steps, N + 1, *((B, 1) if norm == "layer" else (H,)))  # 1 / standard deviation
         hiddens = h0.new_empty(T, B, H)
         weights = [W.to(space.compute_dtype) for W in (W0_h, *Ws)]
         probs_of, constants = of_nodes(probs), Constants(norm, share, h_mask)  # N times (i, K)
@@ -143,13 +143,13 @@ class Relaxed(torch.autograd.Function):
             relaxed_start(edges[0][k].cu, h, constants, nodes[0][k])
             for i in range(1, N + 1):
                 matmul(matmul_inputs[i][k], weights[i], out=cu_rows[i][k])
-                active = held_set(edges[i][k].cu, held_relu, (t, i))
+                active = frozen_active_set(edges[i][k].cu, frozen_relu, (t, i))
                 relaxed_node(edges[i][k], probs_of[i - 1], active, constants, nodes[i][k])
             h = hs[t]
             output(states_t[k], concat, h_mask, h, previous_t[t + 1])
 
         if keep:
-            ctx.trace = SavedForward(space, nodes, edges, masked, previous, held_relu, constants)
+            ctx.saved = SavedForward(space, nodes, edges, masked, previous, frozen_relu, constants)
             ctx.tangents = {}  # from `RelaxedBack.backward`, by `graph_task_id`
             ctx.save_for_backward(h0, probs, hiddens, W0_h, *Ws)
         return hiddens
@@ -161,7 +161,7 @@ class Relaxed(torch.autograd.Function):
             dxW, dh0, dprobs, *dWs = RelaxedBack.apply(ctx, g_hiddens, hiddens)
         elif (call := graph_task_id()) in ctx.tangents:
             backward_pass, tangents = ctx.tangents.pop(call)
-            dxW, dh0, dprobs = r_backward(ctx.trace, backward_pass, tangents, h0, hiddens, weights, probs, g_hiddens)
+            dxW, dh0, dprobs = r_backward(ctx.saved, backward_pass, tangents, h0, hiddens, weights, probs, g_hiddens)
             dWs = [unformed_grad(weights[0]), *(None for _ in weights[1:])]  # W0 also gets a term through xW.
         else:
             (dxW, dh0, dprobs, *dWs), _ = Relaxed.backward_pass(ctx, g_hiddens)
@@ -175,7 +175,7 @@ class Relaxed(torch.autograd.Function):
         autograd does not need them. `keep` tells whether to save the gradients of the states of every time step, so
         that the pass can be differentiated.
         """
-        space, nodes, edges, masked, previous, held_relu, constants = ctx.trace
+        space, nodes, edges, masked, previous, frozen_relu, constants = ctx.saved
         h0, probs, hiddens, W0_h, *Ws = ctx.saved_tensors
         T, B, H = hiddens.shape
         N = len(Ws)
@@ -205,7 +205,7 @@ class Relaxed(torch.autograd.Function):
             for i in range(N, 0, -1):
                 k = t if at_once else 0
                 dc_rows, du_rows = dcu_rows[i - 1][k]
-                active = held_set(edges[i][t].cu, held_relu, (t, i))
+                active = frozen_active_set(edges[i][t].cu, frozen_relu, (t, i))
                 relaxed_node_back(
                     w.each[this][i], nodes[i][t], edges[i][t], probs_of[i - 1], active, constants,
                     w.predecessors[this][i], w.sums[i - 1], grads[i][t if keep else 0], dcu_views[i - 1][k],
@@ -233,8 +233,8 @@ class Relaxed(torch.autograd.Function):
                         half.copy_((s @ d.flatten(1, 2)).sum(0, dtype=space.accum_dtype))
         # Autograd may take over the tensor that it is given, and a saved one must not change.
         of_xW = (dxW.clone() if keep else dxW) if ctx.needs_input_grad[4] else None
-        found = of_xW, w.grad_h0(constants.h_mask), w.grad_probs(), dW0_h, *(dWs or [None] * N)
-        return found, SavedBackward(received, dxW)
+        gradients = of_xW, w.grad_h0(constants.h_mask), w.grad_probs(), dW0_h, *(dWs or [None] * N)
+        return gradients, SavedBackward(received, dxW)
 
 
 class RelaxedBack(torch.autograd.Function):
@@ -252,8 +252,8 @@ class RelaxedBack(torch.autograd.Function):
     def forward(ctx, relaxed, g_hiddens, hiddens):
         ctx.set_materialize_grads(False)
         ctx.relaxed = relaxed  # Autograd keeps it alive, since `hiddens` came from there.
-        found, ctx.backward_pass = Relaxed.backward_pass(relaxed, g_hiddens, keep=True)
-        return found
+        gradients, ctx.backward_pass = Relaxed.backward_pass(relaxed, g_hiddens, keep=True)
+        return gradients
 
     @staticmethod
     def backward(ctx, vxW, vh0, vprobs, *direction):
@@ -265,7 +265,7 @@ class RelaxedBack(torch.autograd.Function):
         direction = [torch.zeros_like(W) if v is None else v for v, W in zip(direction, weights, strict=True)]
         if (call := graph_task_id()) in relaxed.tangents:
             raise RuntimeError("the fused engine differentiates one gradient of a pass at a time")
-        tangents, r_hiddens = r_forward(relaxed.trace, h0, hiddens, weights, probs, vxW, vh0, direction)
+        tangents, r_hiddens = r_forward(relaxed.saved, h0, hiddens, weights, probs, vxW, vh0, direction)
         relaxed.tangents[call] = ctx.backward_pass, tangents
         return None, r_hiddens, torch.zeros_like(hiddens)  # Zeros make autograd call `Relaxed.backward` in any case.
 

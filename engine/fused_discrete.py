@@ -21,10 +21,10 @@ class Discrete(torch.autograd.Function):
     def forward(ctx, keep, recurrent, concat, xW, h0, W0_h, h_mask, *Ws):
         (T, B, _), H, N = xW.shape, h0.size(-1), len(Ws)
         space = Workspace(xW.dtype, h0.dtype, h0.device)
-        kept = T if keep else 1
-        states = space.take(N + 1, kept, B, H)
-        masked = space.take(N + 1, kept, B, H)
-        products = space.take(N + 1, kept, B, 2 * H)
+        saved_steps = T if keep else 1
+        states = space.take(N + 1, saved_steps, B, H)
+        masked = space.take(N + 1, saved_steps, B, H)
+        products = space.take(N + 1, saved_steps, B, 2 * H)
         previous = space.take(T + 1, B, H)  # the hidden state before each step, masked
         hiddens = h0.new_empty(T, B, H)
         weights = [W.to(space.compute_dtype) for W in (W0_h, *Ws)]

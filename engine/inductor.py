@@ -85,14 +85,14 @@ class Compiled:
 
     def __init__(self, function: Callable[..., None]):
         self.function, self.search = function, None
-        self.found: dict[tuple, tuple[Callable, list[int], tuple]] = {}
+        self.code_by_kind: dict[tuple, tuple[Callable, list[int], tuple]] = {}
 
     def __call__(self, *args) -> None:
         if Compiled.failed:
             return self.function(*args)
         flat = flattened(args)
         kind = flat[-1].device, *[(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in flat]
-        if known := self.found.get(kind):
+        if known := self.code_by_kind.get(kind):
             code, places, numbers = known
             supply = *flat, *numbers
             code([supply[place] for place in places])
@@ -141,7 +141,7 @@ class Compiled:
         if returned or any(isinstance(number, Tensor) and number.dim() for number in numbers):
             return  # torch has merged two views
         place_of = {id(supplied): place for place, supplied in enumerate((*flat, *numbers))}
-        self.found[kind] = code, [place_of[id(w)] for w in wanted], numbers
+        self.code_by_kind[kind] = code, [place_of[id(w)] for w in wanted], numbers
 
 
 def flattened(args: Iterable) -> list:

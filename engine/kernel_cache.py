@@ -53,50 +53,50 @@ def checked() -> Iterator[None]:
     from torch._dynamo.utils import counters
 
     logging.getLogger("torch._inductor.codecache").setLevel(logging.ERROR)  # compiles unreadable files again, at length
-    cached, here, since = counters["inductor"]["fxgraph_cache_miss"], folder(), time() - 1
-    remove_damaged(here)
+    cached, root, since = counters["inductor"]["fxgraph_cache_miss"], folder(), time() - 1
+    remove_damaged(root)
     yield
     if counters["inductor"]["fxgraph_cache_miss"] > cached:
-        record_checksums(here, since)
+        record_checksums(root, since)
 
 
-def files(here: Path) -> Iterator[tuple[str, Path]]:
+def files(root: Path) -> Iterator[tuple[str, Path]]:
     """Yields the name and path of each file in the cache that is written once."""
-    for path in here.rglob("*"):
+    for path in root.rglob("*"):
         temporary = path.name.startswith(".") or path.suffix in (".lock", ".tmp")
         if path.is_file() and not temporary and path.name != CHECKSUMS:
-            yield path.relative_to(here).as_posix(), path
+            yield path.relative_to(root).as_posix(), path
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def recorded(here: Path) -> dict[str, str]:
+def recorded(root: Path) -> dict[str, str]:
     """Returns the checksums of files by their names. Lines that are damaged name no file."""
     try:
-        lines = (here / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (root / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return {}
     return {name: digest for digest, _, name in (line.partition(" ") for line in lines)}
 
 
 @cache
-def remove_damaged(here: Path) -> None:
+def remove_damaged(root: Path) -> None:
     """Removes the files whose checksum is not the one that was recorded. Raises OSError if one cannot be removed."""
-    checksums = recorded(here)
-    for name, path in files(here):
+    checksums = recorded(root)
+    for name, path in files(root):
         with suppress(FileNotFoundError):  # another process has removed it
             if name in checksums and sha256(path) != checksums[name]:
                 path.unlink()
 
 
-def record_checksums(here: Path, since: float) -> None:
+def record_checksums(root: Path, since: float) -> None:
     """Records the checksums of the files that were written after the time `since`, so that nothing is hashed that other
     programs keep in the same folder. A folder that cannot be written goes without."""
     with suppress(OSError):
-        new = [(name, path) for name, path in files(here) if path.stat().st_mtime >= since]
-        with open(here / CHECKSUMS, "a", encoding="utf-8") as file:
+        new = [(name, path) for name, path in files(root) if path.stat().st_mtime >= since]
+        with open(root / CHECKSUMS, "a", encoding="utf-8") as file:
             file.write("".join(f"{sha256(path)} {name}\n" for name, path in new))
 
 

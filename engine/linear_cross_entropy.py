@@ -55,25 +55,25 @@ class TiedDecoder(torch.autograd.Function):
             torch.zeros_like(like, dtype=dtype, device=y.device) if want else None
             for like, dtype, want in zip(alike, (compute_dtype, bias.dtype, bias.dtype), wants, strict=True)
         )
-        for piece in chunks(skipped, *y.shape, decoder):
-            part, columns, words = piece.rows(outputs), piece.columns(decoder), piece.words(y)
-            logits = piece.take()
+        for chunk in chunks(skipped, *y.shape, decoder):
+            part, columns, words = chunk.rows(outputs), chunk.columns(decoder), chunk.words(y)
+            logits = chunk.take()
             torch.matmul(part, columns, out=logits)
             flat = logits.view(-1, len(bias))
-            found = to_softmax(flat, bias, words, share)
-            piece.put_losses(losses, found)
+            chunk_losses = to_softmax(flat, bias, words, share)
+            chunk.put_losses(losses, chunk_losses)
             if any(wants):
                 subtract_one_hot(flat, words, share)
             if d_bias is not None:
                 add_rows(d_bias, flat)
             if d_outputs is not None:
-                piece.put(d_outputs, torch.matmul(logits, columns.mT))
+                chunk.put(d_outputs, torch.matmul(logits, columns.mT))
             if d_decoder is not None:
-                piece.addmm_(d_decoder, part, logits, columns)
+                chunk.addmm_(d_decoder, part, logits, columns)
         H = hiddens.size(-1)
         d_hiddens = None if d_outputs is None else drop(d_outputs[..., :H].to(hiddens.dtype), mask)
         d_embedding = None if d_decoder is None else in_rows(d_decoder[:H].t())
-        ctx.compute_dtype, ctx.found = compute_dtype, (d_hiddens, d_embedding, d_bias)
+        ctx.compute_dtype, ctx.gradients = compute_dtype, (d_hiddens, d_embedding, d_bias)
         ctx.save_for_backward(hiddens, mask, embedding, bias, y)
         return losses.mean()
 
@@ -81,10 +81,10 @@ class TiedDecoder(torch.autograd.Function):
     def backward(ctx, g):
         hiddens, mask, embedding, bias, y = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = TiedDecoderBack.apply(ctx.compute_dtype, ctx.found, mask, y, g, hiddens, embedding, bias)
+            gradients = TiedDecoderBack.apply(ctx.compute_dtype, ctx.gradients, mask, y, g, hiddens, embedding, bias)
         else:
-            found = [None if d is None else g * d for d in ctx.found]
-        return None, None, found[0], None, *found[1:], None
+            gradients = [None if d is None else g * d for d in ctx.gradients]
+        return None, None, gradients[0], None, *gradients[1:], None
 
 
 class TiedDecoderBack(torch.autograd.Function):
@@ -96,11 +96,11 @@ class TiedDecoderBack(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, compute_dtype, found, mask, y, g, hiddens, embedding, bias):
+    def forward(ctx, compute_dtype, gradients, mask, y, g, hiddens, embedding, bias):
         ctx.set_materialize_grads(False)
-        ctx.compute_dtype, ctx.found = compute_dtype, found
+        ctx.compute_dtype, ctx.gradients = compute_dtype, gradients
         ctx.save_for_backward(mask, y, g, hiddens, embedding, bias)
-        return tuple(None if d is None else g * d for d in found)
+        return tuple(None if d is None else g * d for d in gradients)
 
     @staticmethod
     def backward(ctx, *direction):
@@ -109,7 +109,7 @@ class TiedDecoderBack(torch.autograd.Function):
         direction = [torch.zeros_like(like) if v is None else v for v, like in zip(direction, inputs, strict=True)]
         d_g = None
         if ctx.needs_input_grad[4]:
-            d_g = sum((d * v).sum() for d, v in zip(ctx.found, direction, strict=True) if d is not None)
+            d_g = sum((d * v).sum() for d, v in zip(ctx.gradients, direction, strict=True) if d is not None)
         of_hiddens = g * r_gradient(*inputs, *direction, mask, y, ctx.compute_dtype)
         # The embedding is not given None, since autograd would take the terms of its other uses for the whole.
         return None, None, None, None, d_g, of_hiddens, unformed_grad(inputs[1]), None
@@ -128,21 +128,21 @@ def r_gradient(
     skipped = worth_skipping(mask, compute_dtype)
     outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, compute_dtype)
     r_outputs, r_decoder = factors(drop(v_hiddens, mask), v_embedding, skipped, compute_dtype)
-    found, share = torch.zeros_like(outputs), 1 / y.numel()
-    for piece in chunks(skipped, *y.shape, decoder):
-        part, columns, r_columns = piece.rows(outputs), piece.columns(decoder), piece.columns(r_decoder)
-        logits, r_logits = piece.take(), piece.take()
+    d_outputs, share = torch.zeros_like(outputs), 1 / y.numel()
+    for chunk in chunks(skipped, *y.shape, decoder):
+        part, columns, r_columns = chunk.rows(outputs), chunk.columns(decoder), chunk.columns(r_decoder)
+        logits, r_logits = chunk.take(), chunk.take()
         torch.matmul(part, columns, out=logits)
-        torch.matmul(piece.rows(r_outputs), columns, out=r_logits)
+        torch.matmul(chunk.rows(r_outputs), columns, out=r_logits)
         add_matmul(r_logits, part, r_columns)
-        flat, words = logits.view(-1, len(bias)), piece.words(y)
+        flat, words = logits.view(-1, len(bias)), chunk.words(y)
         to_softmax(flat, bias, words, share)
         r_softmax(flat, v_bias, share, r_logits.view_as(flat))
         subtract_one_hot(flat, words, share)
         d = torch.matmul(r_logits, columns.mT)
         add_matmul(d, logits, r_columns.mT)
-        piece.put(found, d)
-    return drop(found[..., : hiddens.size(-1)].to(hiddens.dtype), mask)
+        chunk.put(d_outputs, d)
+    return drop(d_outputs[..., : hiddens.size(-1)].to(hiddens.dtype), mask)
 
 
 def to_softmax(logits: Tensor, bias: Tensor, words: Tensor, scale: float) -> Tensor:
@@ -207,10 +207,12 @@ def chunks(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator[
     # element for each thread, or fewer if their logits are too many. They are sorted so that those of one chunk have
     # about as many units left; dropped units, whose outputs are 0, pad the others to the largest number.
     together = max(1, min(torch.get_num_threads(), CHUNK // (T * decoder.size(1) * decoder.itemsize)))
-    counts, rows = (skipped != 0).sum(1).sort()
-    kept = skipped[rows].topk(int(counts.max()), dim=1).indices  # (B, k)
+    counts, elements = (skipped != 0).sum(1).sort()
+    units = skipped[elements].topk(int(counts.max()), dim=1).indices  # (B, k)
     for b in range(0, B, together):
-        yield BatchChunk(rows[b : b + together], kept[b : b + together, : counts[b : b + together].max()], decoder, T)
+        yield BatchChunk(
+            elements[b : b + together], units[b : b + together, : counts[b : b + together].max()], decoder, T
+        )
 
 
 class Chunk:
@@ -241,8 +243,8 @@ class TimeChunk(Chunk):
     def words(self, y: Tensor) -> Tensor:
         return y[self.steps].reshape(-1, 1)  # (n, 1)
 
-    def put_losses(self, losses: Tensor, found: Tensor) -> None:
-        losses[self.steps] = found.view_as(losses[self.steps])
+    def put_losses(self, losses: Tensor, chunk_losses: Tensor) -> None:
+        losses[self.steps] = chunk_losses.view_as(losses[self.steps])
 
     def put(self, d_outputs: Tensor, d: Tensor) -> None:
         d_outputs[self.steps] = d.view_as(d_outputs[self.steps])
@@ -254,24 +256,24 @@ class TimeChunk(Chunk):
 class BatchChunk(Chunk):
     """A chunk of r batch elements at all time steps, with the k hidden units that dropout has left each of them."""
 
-    def __init__(self, rows: Tensor, kept: Tensor, decoder: Tensor, T: int):
-        super().__init__(decoder, len(rows), T)
-        self.index, self.kept = rows, kept  # (r,), (r, k)
-        self.everywhere = kept[:, None, :].expand(-1, T, -1)  # (r, T, k)
+    def __init__(self, elements: Tensor, units: Tensor, decoder: Tensor, T: int):
+        super().__init__(decoder, len(elements), T)
+        self.index, self.units = elements, units  # (r,), (r, k)
+        self.everywhere = units[:, None, :].expand(-1, T, -1)  # (r, T, k)
 
     def rows(self, outputs: Tensor) -> Tensor:
         return outputs[:, self.index].transpose(0, 1).gather(2, self.everywhere)  # (r, T, k)
 
     def columns(self, decoder: Tensor) -> Tensor:
-        columns = self.space.take(*self.kept.shape, decoder.size(1))
-        torch.index_select(decoder, 0, self.kept.flatten(), out=columns.flatten(0, 1))
+        columns = self.space.take(*self.units.shape, decoder.size(1))
+        torch.index_select(decoder, 0, self.units.flatten(), out=columns.flatten(0, 1))
         return columns  # (r, k, V)
 
     def words(self, y: Tensor) -> Tensor:
         return y[:, self.index].t().reshape(-1, 1)  # (rT, 1)
 
-    def put_losses(self, losses: Tensor, found: Tensor) -> None:
-        losses[:, self.index] = found.view(len(self.index), -1).t()
+    def put_losses(self, losses: Tensor, chunk_losses: Tensor) -> None:
+        losses[:, self.index] = chunk_losses.view(len(self.index), -1).t()
 
     def put(self, d_outputs: Tensor, d: Tensor) -> None:
         filled = d.new_zeros(*d.shape[:2], d_outputs.size(2)).scatter_(2, self.everywhere, d)
@@ -279,7 +281,7 @@ class BatchChunk(Chunk):
 
     def addmm_(self, d_decoder: Tensor, part: Tensor, d: Tensor, columns: Tensor) -> None:
         torch.bmm(part.mT, d, out=columns)  # The columns are no longer needed.
-        d_decoder.index_add_(0, self.kept.flatten(), columns.flatten(0, 1).to(d_decoder.dtype))
+        d_decoder.index_add_(0, self.units.flatten(), columns.flatten(0, 1).to(d_decoder.dtype))
 
 
 def worth_skipping(mask: Tensor | None, compute_dtype: torch.dtype) -> Tensor | None:

@@ -84,8 +84,8 @@ def stored_library(path: Path) -> str | None:
     """Returns the choice in a file, or None if there is none; a file without one is removed."""
     with suppress(OSError):
         try:
-            if (found := json.loads(path.read_text())) in ("mkl", "onednn"):
-                return found
+            if (library := json.loads(path.read_text())) in ("mkl", "onednn"):
+                return library
         except ValueError:
             pass
         path.unlink()

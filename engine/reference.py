@@ -52,7 +52,7 @@ def initial_state(xW: Tensor, h: Tensor, W0_h: Tensor, h_mask: Tensor | None) ->
 
 def relaxed(
     x: Tensor, h0: Tensor, W0: Tensor, Ws: Sequence[Tensor], probs: Tensor, x_mask: Tensor | None = None,
-    h_mask: Tensor | None = None, held_relu: FrozenReLU | None = None, norm: str = "batch",
+    h_mask: Tensor | None = None, frozen_relu: FrozenReLU | None = None, norm: str = "batch",
 ) -> Tensor:  # fmt: skip
     """Returns the hidden states (T, B, H) of the continuous relaxation (DARTS, sections 2.2 and 3.1.2; F1 to F6).
 
@@ -64,7 +64,7 @@ def relaxed(
 
     where `norm` is one of `NORMS` (see `normalise`). With "none" the sum over j is a mean, since nothing else would
     keep the size of the states from growing with the number of predecessors. s_0 is normalised too. The hidden state
-    is the mean of s_1 .. s_N. A `held_relu` replaces relu.
+    is the mean of s_1 .. s_N. A `frozen_relu` replaces relu.
 
     The sum over k is taken first: with P = sum_{k != none} p_k, each j contributes
     P s_j + sigmoid(c_j) * (sum_k p_k f_k(u_j) - P s_j).
@@ -78,11 +78,11 @@ def relaxed(
             s = torch.stack(states)  # (i, B, H)
             c, u = (drop(s, h_mask) @ W).chunk(2, dim=-1)  # (i, B, H) each
             p = p[:, 1:, None, None]  # (i, K-1, 1, 1)
-            relu = torch.relu(u) if held_relu is None else held_relu(u, (t, len(states)))
+            relu = torch.relu(u) if frozen_relu is None else frozen_relu(u, (t, len(states)))
             activations = (torch.tanh(u), relu, torch.sigmoid(u), u)  # (i, B, H) each, in the order of `PRIMITIVES`
             mixed = sum(p[:, k] * f for k, f in enumerate(activations))  # (i, B, H)
-            kept = p.sum(1) * s  # (i, B, H)
-            each = kept + torch.sigmoid(c) * (mixed - kept)  # (i, B, H)
+            carried = p.sum(1) * s  # (i, B, H)
+            each = carried + torch.sigmoid(c) * (mixed - carried)  # (i, B, H)
             states.append(normalise(each.mean(0) if norm == "none" else each.sum(0), norm))
         h = sum(states[1:]) / len(Ws)  # (B, H)
         hiddens.append(h)

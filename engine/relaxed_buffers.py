@@ -54,7 +54,7 @@ class SavedForward(NamedTuple):
     edges: list[list[Edges]]  # [i][t]
     masked: Tensor  # (T, N+1, B, H), all states * h_mask
     previous: Tensor  # (T+1, B, H), the hidden state before each time step, masked
-    held_relu: FrozenReLU | None
+    frozen_relu: FrozenReLU | None
     constants: Constants
 
 
@@ -100,10 +100,10 @@ def flat_rows(buffer: Tensor) -> tuple[Tensor, ...]:
     return buffer.flatten(1, 2).unbind(0)
 
 
-def held_set(cu: Tensor, held_relu: FrozenReLU | None, place: tuple[int, int]) -> Tensor | None:
-    """Returns the active set of `held_relu` (i, B, H) at `place`, a time step and a node i, or None if it is None. cu
+def frozen_active_set(cu: Tensor, frozen_relu: FrozenReLU | None, place: tuple[int, int]) -> Tensor | None:
+    """Returns the active set of `frozen_relu` (i, B, H) at `place`, a time step and a node i, or None if it is None. cu
     (i, B, 2H) are the preactivations [c, u]. The active set is viewed as uint8, since Inductor reads bool slowly."""
-    return None if held_relu is None else held_relu.active_set(cu.chunk(2, -1)[1], place).view(torch.uint8)
+    return None if frozen_relu is None else frozen_relu.active_set(cu.chunk(2, -1)[1], place).view(torch.uint8)
 
 
 def unit_share(width: int, like: Tensor) -> Tensor:

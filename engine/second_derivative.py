@@ -28,7 +28,7 @@ from engine.relaxed_buffers import (
     SavedForward,
     by_node,
     flat_rows,
-    held_set,
+    frozen_active_set,
     new_products,
     nodes_and_edges,
     of_nodes,
@@ -45,16 +45,16 @@ class Tangents(NamedTuple):
 
 
 def r_forward(
-    trace: SavedForward, h0: Tensor, hiddens: Tensor, weights: list[Tensor], probs: Tensor, vxW: Tensor | None,
+    saved: SavedForward, h0: Tensor, hiddens: Tensor, weights: list[Tensor], probs: Tensor, vxW: Tensor | None,
     vh0: Tensor | None, direction: list[Tensor],
 ) -> tuple[Tangents, Tensor]:  # fmt: skip
     """Returns the tangents that `r_backward` needs, and those of the hidden states (T, B, H).
 
     The direction is vxW (T, B, 2H) for xW, vh0 (B, H) for h0, and `direction` for W0_h and Ws, (H, 2H) each. None
-    stands for a vxW or a vh0 of zeros. `trace` was saved by the forward pass with h0 (B, H), the `weights` W0_h and Ws,
+    stands for a vxW or a vh0 of zeros. `saved` was saved by the forward pass with h0 (B, H), the `weights` W0_h and Ws,
     and probs (N(N+1)/2, K), and `hiddens` (T, B, H) is its result.
     """
-    space, nodes, edges, masked, previous, held_relu, constants = trace
+    space, nodes, edges, masked, previous, frozen_relu, constants = saved
     (T, B, H), N = hiddens.shape, len(weights) - 1
     r_states = space.take(T, N + 1, B, H)
     r_products, r_cu_rows = new_products(space, T, N, B, H)
@@ -80,14 +80,14 @@ def r_forward(
         for i in range(1, N + 1):
             matmul(r_matmul_inputs[i], weights[i], out=r_cu_rows[i][t])
             r_cu_rows[i][t].addmm_(matmul_inputs[i][t], direction[i])
-            active = held_set(edges[i][t].cu, held_relu, (t, i))
+            active = frozen_active_set(edges[i][t].cu, frozen_relu, (t, i))
             r_node(edges[i][t], r_edges[i][t], probs_of[i - 1], active, constants, nodes[i][t], r_nodes[i][t])
         output(r_states_t[t], concat, constants.h_mask, r_hs[t + 1], r_previous)
     return Tangents(r_nodes, r_edges, r_hs, direction), r_hiddens
 
 
 def r_backward(
-    trace: SavedForward, backward_pass: SavedBackward, tangents: Tangents, h0: Tensor, hiddens: Tensor,
+    saved: SavedForward, backward_pass: SavedBackward, tangents: Tangents, h0: Tensor, hiddens: Tensor,
     weights: list[Tensor], probs: Tensor, r_g_hiddens: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns the tangents of the gradients of xW (T, B, 2H), h0 (B, H) and probs (N(N+1)/2, K).
@@ -95,7 +95,7 @@ def r_backward(
     r_g_hiddens (T, B, H) is the tangent of the gradient of the hidden states. `backward_pass` was saved by the backward
     pass, `tangents` come from `r_forward`, and the other arguments are those of `r_forward`.
     """
-    space, nodes, edges, _, _, held_relu, constants = trace
+    space, nodes, edges, _, _, frozen_relu, constants = saved
     received, dxW = backward_pass
     r_nodes, r_edges, r_hs, direction = tangents
     (T, B, H), N = hiddens.shape, len(weights) - 1
@@ -117,7 +117,7 @@ def r_backward(
         this, other = 0, 1  # Each node reads one of the two `totals` and writes the other.
         w.begin_step(gs[t], constants.h_mask)
         for i in range(N, 0, -1):
-            active = held_set(edges[i][t].cu, held_relu, (t, i))
+            active = frozen_active_set(edges[i][t].cu, frozen_relu, (t, i))
             r_node_back(
                 w.each[this][i], grads[i][t], nodes[i][t], r_nodes[i][t], edges[i][t], r_edges[i][t], probs_of[i - 1],
                 active, constants, w.predecessors[this][i], w.sums[i - 1], four[i - 1], w.predecessors[other][i].direct,
@@ -159,8 +159,8 @@ def r_node(edges, r_edges, p, active, constants, node, r_node):
     p = p[:, 1:, None, None]
     *_, mixed, slope = mixture(p, u, active)
     some, gate = p.sum(1), sigmoid(c.to(dtype))
-    kept, r_kept = some * edges.states.to(dtype), some * r_edges.states.to(dtype)
-    r_z = r_kept + gate * ((1 - gate) * (mixed - kept) * r_c + slope * r_u - r_kept)
+    carried, r_carried = some * edges.states.to(dtype), some * r_edges.states.to(dtype)
+    r_z = r_carried + gate * ((1 - gate) * (mixed - carried) * r_c + slope * r_u - r_carried)
     put_r_normalised(r_z.sum(0) * of_sum(constants.norm, len(p)), constants, node, r_node)
 
 

@@ -204,31 +204,31 @@ def tensors(value: Any) -> Iterator[Tensor]:
 # --- form ---
 
 
-def validate_state(found: Any, form: Any, where: str = "state") -> None:
-    """Raises ValueError unless `found` has all keys of `form`, and each of its values is of the same kind.
+def validate_state(state: Any, form: Any, where: str = "state") -> None:
+    """Raises ValueError unless `state` has all keys of `form`, and each of its values is of the same kind.
 
     A dict has the keys of the form (an empty dict passes: an optimizer before its first step). A tensor has the form's
     shape and dtype, and an integer is not negative. A list matches the form entry by entry; one of another length
     matches the first entry of the form.
     """
     if isinstance(form, dict):
-        if not isinstance(found, dict) or (found and not form.keys() <= found.keys()):
+        if not isinstance(state, dict) or (state and not form.keys() <= state.keys()):
             raise ValueError(f"{where}: {', '.join(map(str, form))[:80]} expected")
-        for key in found.keys() & form.keys():
-            validate_state(found[key], form[key], f"{where}, {key}")
+        for key in state.keys() & form.keys():
+            validate_state(state[key], form[key], f"{where}, {key}")
     elif isinstance(form, list | tuple):
-        if not isinstance(found, list | tuple):
+        if not isinstance(state, list | tuple):
             raise ValueError(f"{where}: a list expected")
-        alike = form if len(found) == len(form) else form[:1] * len(found)
-        for i, (part, like) in enumerate(zip(found, alike, strict=len(form) > 0)):
+        alike = form if len(state) == len(form) else form[:1] * len(state)
+        for i, (part, like) in enumerate(zip(state, alike, strict=len(form) > 0)):
             validate_state(part, like, f"{where}, {i}")
     elif isinstance(form, Tensor):
-        if not isinstance(found, Tensor) or (found.shape, found.dtype) != (form.shape, form.dtype):
+        if not isinstance(state, Tensor) or (state.shape, state.dtype) != (form.shape, form.dtype):
             raise ValueError(f"{where}: a tensor {tuple(form.shape)} expected")
     else:
         limits = {int: (0, 1 << 62), float: (-LARGEST, LARGEST)}.get(type(form))
-        if type(found) is not type(form) or not (
-            limits is None or limits[0] <= found <= limits[1] or found == math.inf  # the best loss before the first
+        if type(state) is not type(form) or not (
+            limits is None or limits[0] <= state <= limits[1] or state == math.inf  # the best loss before the first
         ):
             raise ValueError(f"{where}: {type(form).__name__} expected")
 

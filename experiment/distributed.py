@@ -35,8 +35,8 @@ class Distributed:
     def __init__(self):
         launched = distributed.is_available() and distributed.is_torchelastic_launched()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        here = [int(os.environ[name]) for name in names] if launched else [0, 1, 0, 1]
-        self.rank, self.size, self.local, self.on_this_machine = here
+        numbers = [int(os.environ[name]) for name in names] if launched else [0, 1, 0, 1]
+        self.rank, self.size, self.local, self.on_this_machine = numbers
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             with together():
@@ -96,27 +96,27 @@ class Distributed:
         """Returns for each flag whether it is True on any rank."""
         if self.size == 1:
             return list(flags)
-        found = torch.tensor(flags, dtype=torch.int32)
+        any_flags = torch.tensor(flags, dtype=torch.int32)
         with together():
-            distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        return found.bool().tolist()
+            distributed.all_reduce(any_flags, distributed.ReduceOp.MAX)
+        return any_flags.bool().tolist()
 
     def gather(self, value: T) -> list[T]:
         """Returns the values of all ranks, in the order of the ranks."""
-        found: list[Any] = [value] * self.size
+        values: list[Any] = [value] * self.size
         if self.size > 1:
             with together():
-                distributed.all_gather_object(found, value)
-        return found
+                distributed.all_gather_object(values, value)
+        return values
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """Calls `make` on the main rank alone, and returns its result on every rank."""
         if self.size == 1:
             return make()
-        found = [make() if self.is_main else None]
+        values = [make() if self.is_main else None]
         with together():
-            distributed.broadcast_object_list(found, src=0)
-        return found[0]
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 def exit_process(code: int) -> int:

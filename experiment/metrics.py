@@ -17,19 +17,19 @@ LARGEST = 2**1023  # A float can hold this; infinity, NaN and integers too large
 
 def result(folder: Path) -> dict[str, Any] | None:
     """Returns result.json of a run; None before the run ends and for a damaged file, which a resumed run rewrites."""
-    found = read_json(folder / "result.json") or {}
+    record = read_json(folder / "result.json") or {}
     try:
-        cell_from_json(found["genotype"])
-        valid_ppl, test_ppl = found["valid_ppl"], found["test_ppl"]
+        cell_from_json(record["genotype"])
+        valid_ppl, test_ppl = record["valid_ppl"], record["test_ppl"]
     except (LookupError, GenotypeError):
         return None
-    return found if is_number(valid_ppl) and (test_ppl is None or is_number(test_ppl)) else None
+    return record if is_number(valid_ppl) and (test_ppl is None or is_number(test_ppl)) else None
 
 
 def unknown_shares(result: dict[str, Any]) -> dict[str, float]:
     """Returns the share of words that became `<unk>` by split, as result.json has them, where it is above 0."""
-    found = result.get("unknown_share")
-    shares = {split: found.get(split) for split in ("valid", "test")} if isinstance(found, dict) else {}
+    by_split = result.get("unknown_share")
+    shares = {split: by_split.get(split) for split in ("valid", "test")} if isinstance(by_split, dict) else {}
     return {split: share for split, share in shares.items() if is_number(share) and share > 0}
 
 
@@ -41,10 +41,10 @@ def is_number(value: Any) -> bool:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Returns the object in a JSON file that is written atomically; None if the file is missing or holds no object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def records(folder: Path) -> Iterator[dict[str, Any]]:
@@ -62,8 +62,8 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in text.split("\n"):
         with suppress(ValueError, RecursionError):
-            if isinstance(found := json.loads(line), dict):
-                yield found
+            if isinstance(record := json.loads(line), dict):
+                yield record
 
 
 def epochs(folder: Path) -> list[dict[str, Any]]:

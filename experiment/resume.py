@@ -62,16 +62,16 @@ def tuned_with(first: dict[str, Any], clips: bool) -> dict[str, Any]:
 
 def tuning_faults(args: Namespace, first: dict[str, Any], rate_given: bool) -> list[str]:
     """Returns the reasons why a fine-tuning run cannot start from the weights of a run with the flags `first`."""
-    found = [
+    faults = [
         f"--{name} {value}: the weights of --finetune {args.finetune} are for {first[name]}; leave it out"
         for name in ("emsize", "arch", "n_experts", "min_count", "vocab_size")
         if (value := getattr(args, name)) != first[name]
     ]
     if not rate_given:
-        found.append(f"--lr: give one for averaged SGD; that of --finetune {args.finetune} is of {first['optimizer']}")
+        faults.append(f"--lr: give one for averaged SGD; that of --finetune {args.finetune} is of {first['optimizer']}")
     if not Path(args.finetune).is_file() and not checkpoint.is_valid(Path(args.finetune, "best.pt")):
-        found.append(f"--finetune {args.finetune}: best.pt is missing or damaged; name another run")
-    return found
+        faults.append(f"--finetune {args.finetune}: best.pt is missing or damaged; name another run")
+    return faults
 
 
 def identity(kind: str, args: Namespace, corpus: data.Corpus, ranks: int) -> dict[str, Any]:

@@ -85,48 +85,48 @@ def start_on_main_rank(
 ) -> Started:
     """Does the work of `start_run`, on the main rank; exits with code 2 on faults. Nothing is downloaded for flags that
     cannot be used, and the directory of a new run is created last."""
-    args, earlier, found = read_flags(kind, parser, argv, ranks)
+    args, earlier, faults = read_flags(kind, parser, argv, ranks)
     run = saved = None
     if args.resume:
         try:
-            run = None if found else Run(args.save)  # locked before the state is read: no other process may change it
+            run = None if faults else Run(args.save)  # locked before the state is read: no other process may change it
             saved, note = checkpoint.load_last(args.save)
             if note:
                 print(f"{parser.prog}: {note}", file=sys.stderr)
         except (Locked, checkpoint.CheckpointError) as error:
-            found.append(f"--save: {error}" if run is None else str(error))
+            faults.append(f"--save: {error}" if run is None else str(error))
         if saved is not None:
             saved["flags"] = with_younger(saved.get("flags"), earlier["flags"])
-            found += state_faults(kind, args, earlier["flags"], saved, ranks.size)
+            faults += state_faults(kind, args, earlier["flags"], saved, ranks.size)
 
     corpus = None
-    if not found or data.is_available(args.data):
+    if not faults or data.is_available(args.data):
         try:
             corpus = load_corpus(args)
         except DataError as error:
-            found += error.faults
+            faults += error.faults
     if corpus is not None:
-        found += length_faults(args, texts(corpus, args))
+        faults += length_faults(args, texts(corpus, args))
         if "ntoken" in earlier:
             fault = vocabulary_fault(args.data, len(corpus.words), args.finetune, earlier["ntoken"])
-            found += [fault] if fault else []
+            faults += [fault] if fault else []
         elif earlier and not is_same_text(earlier.get("sha256"), corpus.sha256):
             where = args.save if args.resume else args.finetune
-            found.append(f"--data {args.data}: not the text that the run in {where} began with")
-    if not found and run is None:
+            faults.append(f"--data {args.data}: not the text that the run in {where} began with")
+    if not faults and run is None:
         try:
             run = Run(args.save) if parser.parse_args(argv).save else unnamed_run(kind, args)
-            if validate_arguments.holds_work(run.folder):  # written while the corpus was read
-                found.append(validate_arguments.HOLDS_FILES.format(args.save))
+            if validate_arguments.must_not_be_overwritten(run.folder):  # written while the corpus was read
+                faults.append(validate_arguments.HOLDS_FILES.format(args.save))
             else:
                 for name in checkpoint.NAMES:  # of a run that ended before its first step
                     (run.folder / name).unlink(missing_ok=True)
         except Locked as error:
-            found.append(f"--save: {error}")
-    if found:
+            faults.append(f"--save: {error}")
+    if faults:
         if run is not None:
             run.release()
-        parser.refuse(found)
+        parser.refuse(faults)
     if len(corpus.words) > MANY_WORDS:
         print(f"{parser.prog}: {vocabulary_note(args, len(corpus.words))}", file=sys.stderr)
     if args.resume and args.engine != (before := earlier["flags"]["engine"]):
@@ -163,20 +163,20 @@ def read_flags(
     args = parser.parse_args(argv)
     rate_given = args.lr is not None
     arguments.complete(args, kind)
-    found = validate_arguments.validate(kind, args, parser.get_default)
-    found += validate_arguments.rank_faults(args, ranks.size, ranks.on_this_machine)
+    faults = validate_arguments.validate(kind, args, parser.get_default)
+    faults += validate_arguments.rank_faults(args, ranks.size, ranks.on_this_machine)
     if kind == "train":
         try:
             # The text of the cell is the same when a search is resumed or its directory moves.
             args.arch = str(resolve_cell(args.arch, note=lambda line: print(f"{parser.prog}: {line}", file=sys.stderr)))
         except GenotypeError as error:
-            found.append(f"--arch: {error}")
+            faults.append(f"--arch: {error}")
     if args.resume:
         # A flag that may not change has no other remedy than to leave it out.
-        found = changed_flags(args, earlier["flags"]) or found
+        faults = changed_flags(args, earlier["flags"]) or faults
     elif earlier:
-        found += tuning_faults(args, earlier["flags"], rate_given)
-    return args, earlier, found
+        faults += tuning_faults(args, earlier["flags"], rate_given)
+    return args, earlier, faults
 
 
 def load_corpus(args: Namespace) -> data.Corpus:

@@ -74,17 +74,17 @@ def load_trained(path: str, cell: Genotype | str | None = None, data: str | None
             raise CheckpointError(f"--arch: {path} has another cell, {its}; leave the flag out")
         flags, words = saved["flags"], saved["words"]
         batch_sizes = {split: int(saved["eval_batch_sizes"][split]) for split in EVAL_BATCH_SIZES}
-        found = TrainedModel(
+        trained = TrainedModel(
             build_model(saved), words, flags["data"], int(flags["bptt"]), int(flags.get("limit_tokens", 0)),
             batch_sizes, dict(saved["sha256"]),
         )  # fmt: skip
-        if not isinstance(found.data, str) or not all(isinstance(word, str) for word in words) or EOS not in words:
+        if not isinstance(trained.data, str) or not all(isinstance(word, str) for word in words) or EOS not in words:
             raise ValueError("not what a run writes")
-        if min(found.bptt, *batch_sizes.values()) < 1:
+        if min(trained.bptt, *batch_sizes.values()) < 1:
             raise ValueError("not what a run writes")
     except UNREADABLE as error:  # The file is a dict with other content.
         raise CheckpointError(f"{path}: holds no model of this project") from error
-    return found
+    return trained
 
 
 def build_model(saved: dict[str, Any]) -> RNNModel:

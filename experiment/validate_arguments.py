@@ -229,7 +229,7 @@ def precision_faults(args: Namespace) -> list[str]:
     return []
 
 
-def holds_work(folder: Path) -> bool:
+def must_not_be_overwritten(folder: Path) -> bool:
     """Returns whether a folder holds work that a new run must not overwrite: anything but the files that a run of this
     project has written when it ends before its first step."""
     left = {path.name for path in folder.iterdir() if path.name != lock.NAME and not path.name.endswith(".tmp")}
@@ -255,7 +255,7 @@ def run_faults(args: Namespace) -> list[str]:
             faults.append(f"--save {folder}: {there} cannot be written to; take another")
         elif not args.resume and (process := lock.owner(folder)):
             faults.append(f"--save {folder}: in use by {process}; take another")
-        elif not args.resume and there == folder and holds_work(folder):
+        elif not args.resume and there == folder and must_not_be_overwritten(folder):
             faults.append(HOLDS_FILES.format(folder))
     except OSError as error:  # The folder cannot be read, or no folder can have this name.
         faults.append(f"--save {folder}: cannot be used ({error.strerror})")

@@ -47,7 +47,7 @@ def states(alphas: np.ndarray, cells: Sequence[Genotype]) -> list[dict[str, floa
     share = (strength - low) / (high - low) if high > low else np.zeros_like(strength)
     strongest = alphas[..., 1:].argmax(-1)
     opacity = FAINT + (FULL - FAINT) * share
-    found = []
+    sequence = []
     for k, cell in enumerate(cells):
         state = {}
         for edge, (j, i) in enumerate(edges(len(cell.recurrent))):
@@ -56,8 +56,8 @@ def states(alphas: np.ndarray, cells: Sequence[Genotype]) -> list[dict[str, floa
                 state[f"arc-{j}-{i}-{op}"] = state[f"label-{j}-{i}-{op}"] = 1.0
             else:
                 state[f"arc-{j}-{i}-{OPS[strongest[k, edge]]}"] = float(opacity[k, edge])
-        found.append(state)
-    return found
+        sequence.append(state)
+    return sequence
 
 
 def build(nodes: int, labels: Collection[str]) -> tuple[Figure, dict[str, list[Artist]]]:
@@ -114,15 +114,15 @@ def draw_formation(folder: str | Path, path: str | Path) -> None:
     if ending == ".mp4" and shutil.which("ffmpeg") is None:
         raise PictureError(f"{path}: needs the program ffmpeg; install it, or take a name that ends in .gif")
     history = History(folder)
-    x, found = frames(history)
-    figure, parts = build(history.nodes, {gid for state in found for gid in state})
+    x, states = frames(history)
+    figure, parts = build(history.nodes, {gid for state in states for gid in state})
     axes, canvas = figure.axes[0], FigureCanvasAgg(figure)
     left, top = axes.get_xlim()[0], axes.get_ylim()[1]
     clock = axes.text(left + 20, top - 30, "", fontsize=(SMALL + 4) * POINT, weight="bold")
     [bar] = axes.plot([], [], color=GREY, linewidth=3 * POINT, solid_capstyle="butt")
 
     def images() -> Iterator[Image.Image]:
-        for now, state in zip(x, found, strict=True):
+        for now, state in zip(x, states, strict=True):
             for gid, artists in parts.items():
                 for artist in artists:
                     artist.set(visible=gid in state, alpha=state.get(gid, 0.0))
@@ -158,9 +158,9 @@ def in_palette(image: Image.Image) -> Image.Image:
     colours, place = np.unique(packed, return_inverse=True)
     colours = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], -1)
     nearest = np.square(colours[:, None] - palette()).sum(-1).argmin(-1)
-    found = Image.fromarray(nearest[place].reshape(image.size[::-1]).astype(np.uint8), "P")
-    found.putpalette(palette().round().astype(np.uint8).tobytes())
-    return found
+    indexed = Image.fromarray(nearest[place].reshape(image.size[::-1]).astype(np.uint8), "P")
+    indexed.putpalette(palette().round().astype(np.uint8).tobytes())
+    return indexed
 
 
 def write_mp4(images: Iterable[Image.Image], path: Path) -> None:

@@ -56,16 +56,16 @@ class History:
     @cached_property
     def probabilities(self) -> tuple[list[float], np.ndarray]:
         """Returns the times and softmaxed alphas (R, N(N+1)/2, K) of R >= 0 records, all of the last one's shape."""
-        found = [(self.when(record["step"]), alphas) for record in self.of_search()
+        recorded = [(self.when(record["step"]), alphas) for record in self.of_search()
                  if (alphas := as_probabilities(record.get("probabilities"))) is not None]  # fmt: skip
-        if not found:
+        if not recorded:
             kept = metrics.read_json(self.folder / "genotype.json") or {}  # The records of the run have no alphas.
             alphas = as_probabilities(kept.get("probabilities"))
             if alphas is None:
                 return [], np.zeros((0, 0, len(PRIMITIVES)))
-            found = [(self.end, alphas)]
-        found = [(x, alphas) for x, alphas in found if alphas.shape == found[-1][1].shape]
-        return [x for x, _ in found], np.stack([alphas for _, alphas in found])
+            recorded = [(self.end, alphas)]
+        recorded = [(x, alphas) for x, alphas in recorded if alphas.shape == recorded[-1][1].shape]
+        return [x for x, _ in recorded], np.stack([alphas for _, alphas in recorded])
 
     @cached_property
     def nodes(self) -> int:
@@ -80,11 +80,11 @@ class History:
 
     def cells_of(self, records: Iterable[dict[str, Any]]) -> list[tuple[float, Genotype]]:
         """Returns the times and genotypes of the records, of those that have as many nodes as the last one."""
-        found = []
+        recorded = []
         for record in records:
             with suppress(GenotypeError):
-                found.append((self.when(record["step"]), from_json(record.get("genotype"))))
-        return [(x, cell) for x, cell in found if len(cell.recurrent) == len(found[-1][1].recurrent)]
+                recorded.append((self.when(record["step"]), from_json(record.get("genotype"))))
+        return [(x, cell) for x, cell in recorded if len(cell.recurrent) == len(recorded[-1][1].recurrent)]
 
     @cached_property
     def result(self) -> dict[str, Any] | None:

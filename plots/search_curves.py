@@ -72,9 +72,9 @@ def mean_probabilities(axes: Axes, history: History) -> None:
 
 
 def shares(axes: Axes, history: History) -> None:
-    found = history.genotypes
-    x = [0.0, *(x for x, _ in found)]
-    counts = [[sum(op == name for op, _ in cell.recurrent) for _, cell in found] for name in PRIMITIVES[1:]]
+    genotypes = history.genotypes
+    x = [0.0, *(x for x, _ in genotypes)]
+    counts = [[sum(op == name for op, _ in cell.recurrent) for _, cell in genotypes] for name in PRIMITIVES[1:]]
     colours = [COLOURS[name] for name in PRIMITIVES[1:]]
     axes.stackplot(x, [[y[0], *y] for y in counts], colors=colours, labels=PRIMITIVES[1:], step="pre", linewidth=0)
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -99,7 +99,7 @@ def rates(axes: Axes, history: History) -> None:
 
 def run_panels(history: History) -> list[Panel]:
     """Returns the panels of a run for which something was recorded."""
-    found = [
+    panels = [
         (history.curve("interval", "ppl", 0)[0] or history.curve("epoch", "valid_ppl", 0)[0],
          ("Perplexity", "per word", perplexities)),
         (history.probabilities[0], ("Entropy of the alphas", "nats", entropy)),
@@ -108,7 +108,7 @@ def run_panels(history: History) -> list[Panel]:
         (history.curve("interval", "norm", 0)[0], ("Gradient of the weights", "norm, before clipping", norms)),
         (rate(history)[0], ("Learning rate", "of a full segment", rates)),
     ]  # fmt: skip
-    return [panel for recorded, panel in found if recorded]
+    return [panel for recorded, panel in panels if recorded]
 
 
 def draw_panels(figure: Figure | SubFigure, history: History, panels: Sequence[Panel]) -> None:
@@ -145,14 +145,14 @@ class Stretch(NamedTuple):
 
 def stretches(rows: Sequence[tuple[float, Genotype]]) -> list[Stretch]:
     """Returns the stretches of each node; a genotype is taken to hold since the time of the one before it."""
-    times, found = [0.0, *(x for x, _ in rows)], []
+    times, segments = [0.0, *(x for x, _ in rows)], []
     for node, choices in enumerate(zip(*(cell.recurrent for _, cell in rows), strict=True), start=1):
         first = 0
         for (op, predecessor), same in groupby(choices):
             after = first + len(list(same))
-            found.append(Stretch(node, op, predecessor, times[first], times[after]))
+            segments.append(Stretch(node, op, predecessor, times[first], times[after]))
             first = after
-    return found
+    return segments
 
 
 def draw_strip(figure: Figure | SubFigure, history: History, rows: Sequence[tuple[float, Genotype]]) -> None:
@@ -257,36 +257,36 @@ def signal_panels(history: History) -> list[Panel]:
 
 def parts(history: History) -> dict[str, tuple[float, Callable[[Figure | SubFigure], None]]]:
     """Returns by name the height in pixels, and a function that draws it, of each picture with something recorded."""
-    found = {}
+    drawings = {}
     if panels := run_panels(history):
-        found["curves"] = PANEL * ceil(len(panels) / 3) + 30, partial(draw_panels, history=history, panels=panels)
+        drawings["curves"] = PANEL * ceil(len(panels) / 3) + 30, partial(draw_panels, history=history, panels=panels)
     if rows := strip_rows(history):
         height = LANE * len(rows[-1][1].recurrent) + 95
-        found["genotype"] = height, partial(draw_strip, history=history, rows=rows)
+        drawings["genotype"] = height, partial(draw_strip, history=history, rows=rows)
     if history.nodes:
         height = 80 + 68 * history.nodes
-        found["edges"] = height, partial(draw_edges, history=history, height=height)
+        drawings["edges"] = height, partial(draw_edges, history=history, height=height)
     if panels := signal_panels(history):
-        found["signal"] = PANEL * ceil(len(panels) / 3), partial(draw_panels, history=history, panels=panels)
-    return found
+        drawings["signal"] = PANEL * ceil(len(panels) / 3), partial(draw_panels, history=history, panels=panels)
+    return drawings
 
 
 def figures(history: History) -> dict[str, Figure]:
     """Returns by name a figure of each picture for which something was recorded."""
-    found = {}
+    by_name = {}
     for name, (height, draw) in parts(history).items():
-        found[name] = new_figure(height)
-        draw(found[name])
-    return found
+        by_name[name] = new_figure(height)
+        draw(by_name[name])
+    return by_name
 
 
 def whole_figure(history: History) -> Figure:
     """Returns one figure with all pictures below each other. Raises `PictureError` if nothing was recorded."""
-    if not (found := parts(history)):
+    if not (drawings := parts(history)):
         raise PictureError(f"{history.folder}: nothing to draw yet; its metrics.jsonl has no interval and no epoch")
-    heights, draws = zip(*found.values(), strict=True)
+    heights, draws = zip(*drawings.values(), strict=True)
     figure = new_figure(sum(heights))
-    places = figure.subfigures(len(found), 1, height_ratios=heights, squeeze=False)[:, 0]
+    places = figure.subfigures(len(drawings), 1, height_ratios=heights, squeeze=False)[:, 0]
     for place, draw in zip(places, draws, strict=True):
         place.set_facecolor("none")
         draw(place)

@@ -27,9 +27,9 @@ def switch(history: History) -> float | None:
 def names(folders: Sequence[Path]) -> list[str]:
     """Returns distinct names for the folders: as few last parts of each path as distinguish them, or the full paths."""
     for depth in range(1, 6):
-        found = [printable("/".join(folder.resolve().parts[-depth:])) for folder in folders]
-        if len(set(found)) == len(found):
-            return found
+        shortest = [printable("/".join(folder.resolve().parts[-depth:])) for folder in folders]
+        if len(set(shortest)) == len(shortest):
+            return shortest
     return [printable(str(folder)) for folder in folders]
 
 
@@ -66,9 +66,9 @@ def train_figure(histories: Sequence[History]) -> Figure:
     if switched:
         axes.plot([], [], "D", color="none", markeredgecolor=INK, markersize=6, label="averaging from here on")
     lines = [line for i, line in enumerate(axes.lines) if line.get_label() != f"_child{i}"]
-    found = axes.legend(lines, [line.get_label() for line in lines], title="run: best", loc="upper left",
+    legend = axes.legend(lines, [line.get_label() for line in lines], title="run: best", loc="upper left",
                         bbox_to_anchor=(1.01, 1), alignment="left")  # fmt: skip
-    for text in found.get_texts():
+    for text in legend.get_texts():
         text.set_parse_math(False)  # The name of a directory may contain a $.
     return figure
 

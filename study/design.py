@@ -84,19 +84,19 @@ class Study:
         ]
 
     def baseline(self) -> list[Job]:
-        a, found = self.args, []
+        a, jobs = self.args, []
         for arch in a.baselines:
-            found += self.training("baseline", label(arch), arch, a.full_epochs, a.full_seeds)
-        return found
+            jobs += self.training("baseline", label(arch), arch, a.full_epochs, a.full_seeds)
+        return jobs
 
     def proxies(self) -> list[Proxy]:
         """Returns the short trainings to try; those of full size must have fewer epochs than the reference training."""
         a = self.args
-        found = [
+        settings = [
             Proxy(epochs, flags)
             for flags in (*a.proxy_flags, "") for epochs in own_epochs(flags) or sorted(a.proxy_epochs)
         ]  # fmt: skip
-        return [proxy for proxy in found if proxy.folder != "full" or proxy.epochs < self.reference().epochs]
+        return [proxy for proxy in settings if proxy.folder != "full" or proxy.epochs < self.reference().epochs]
 
     def reference(self) -> Proxy:
         """Returns the long training that the proxies are compared with."""
@@ -173,24 +173,24 @@ class Study:
         """Returns the mean validation perplexity of the short trainings that belong to each name of a cell, for those
         names whose trainings have all ended."""
         jobs, n = self.select([cell]), self.args.select_seeds
-        found = {name: self.values(jobs[k * n : (k + 1) * n]) for k, name in enumerate(cell.found_by)}
-        return {name: mean(values) for name, values in found.items() if len(values) == n}
+        ppls = {name: self.values(jobs[k * n : (k + 1) * n]) for k, name in enumerate(cell.found_by)}
+        return {name: mean(values) for name, values in ppls.items() if len(values) == n}
 
     def selected(self) -> list[tuple[float, Cell]]:
         """Returns (mean validation perplexity, cell), best first, of the cells whose short trainings are all done."""
         trained = [(self.by_name(cell), cell) for cell in self.cells()]
-        ranked = [(mean(found.values()), cell) for found, cell in trained if len(found) == len(cell.found_by)]
+        ranked = [(mean(ppls.values()), cell) for ppls, cell in trained if len(ppls) == len(cell.found_by)]
         return sorted(ranked, key=lambda pair: (pair[0], pair[1].label))
 
     def retrain(self, cells: Sequence[Cell] | None = None) -> list[Job]:
         """Returns the full trainings of the given cells; the default is the --top best of the selection."""
-        a, found = self.args, []
+        a, jobs = self.args, []
         if cells is None:
             cells = [cell for _, cell in self.selected()[: a.top]]
         for cell in cells:
             text = str(cell.genotype)
-            found += self.training("retrain", cell.label, text, a.full_epochs, a.full_seeds)
-        return found
+            jobs += self.training("retrain", cell.label, text, a.full_epochs, a.full_seeds)
+        return jobs
 
     def chosen(self) -> tuple[Cell, Job] | None:
         """Returns the cell with the best mean validation perplexity after retraining, and the best of its runs. That

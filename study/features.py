@@ -9,10 +9,10 @@ from genotypes import PRIMITIVES, Genotype
 def depths(recurrent: Iterable[tuple[str, int]]) -> list[int]:
     """Returns the depth of each node of a genotype's `recurrent`: the number of nodes from s_0 to its output, itself
     included."""
-    found = [0]
+    depth = [0]
     for _, predecessor in recurrent:
-        found.append(1 + found[predecessor])
-    return found[1:]
+        depth.append(1 + depth[predecessor])
+    return depth[1:]
 
 
 def features(genotype: Genotype) -> dict[str, float]:

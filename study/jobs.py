@@ -58,9 +58,9 @@ class Job(NamedTuple):
     def is_done(self, study: Path) -> bool:
         """Returns whether the trial is halved, or has its result (including the test perplexity if `test` is set)."""
         folder = study / self.name
-        found = metrics.result(folder)
-        if found is not None:
-            return not self.test or found["test_ppl"] is not None
+        result = metrics.result(folder)
+        if result is not None:
+            return not self.test or result["test_ppl"] is not None
         return (folder / "halved.json").exists()
 
     def output(self, study: Path) -> Path:

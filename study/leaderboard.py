@@ -12,10 +12,10 @@ from study.summary import AGREES, summary
 
 def write(study: Study, run: Run) -> str:
     """Writes the three leaderboard files and returns the text of leaderboard.md."""
-    found = summary(study)
-    text = as_markdown(found)
-    run.write("leaderboard.json", found)
-    run.write_text("leaderboard.csv", as_csv(found["cells"]))
+    results = summary(study)
+    text = as_markdown(results)
+    run.write("leaderboard.json", results)
+    run.write_text("leaderboard.csv", as_csv(results["cells"]))
     run.write_text("leaderboard.md", text)
     return text
 
@@ -46,11 +46,11 @@ def table(head: str, rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join([f"| {head} |", "|" + "---|" * (head.count("|") + 1), *lines])
 
 
-def as_markdown(found: dict[str, Any]) -> str:
+def as_markdown(results: dict[str, Any]) -> str:
     """Returns the text of leaderboard.md for a `summary`."""
     parts = ["# Leaderboard", "Perplexities on the validation text, ± the standard deviation between seeds."]
-    if found["chosen"]:
-        c = found["chosen"]
+    if results["chosen"]:
+        c = results["chosen"]
         parts.append(
             f"Chosen: **{c['cell']}** ({c['run']}), {c['valid_ppl']:.2f} valid, "
             + ("test not read yet." if c["test_ppl"] is None else f"{c['test_ppl']:.2f} test, read once.")
@@ -62,46 +62,46 @@ def as_markdown(found: dict[str, Any]) -> str:
         (row["cell"], ", ".join(row["found_by"]),
          "halved" if row["halved"] else with_spread(row["select"], row["select_sd"]),
          with_spread(row["retrain"], row["retrain_sd"]))
-        for row in found["cells"]
+        for row in results["cells"]
     ]  # fmt: skip
     parts += [table("cell | found by | short training | in full", rows)]
-    if found["methods"]:
-        parts += ["## By method (short trainings)", method_table(found["methods"])]
-    if found["left_out"] and found["methods"]:
-        parts.append(f"Left out, as no short training of theirs ended: {', '.join(found['left_out'])}.")
-    if found["features"]:
-        parts += ["## What tells cells apart", feature_table(found["features"])]
-    rows = [a.values() for a in found["agreement"]]
+    if results["methods"]:
+        parts += ["## By method (short trainings)", method_table(results["methods"])]
+    if results["left_out"] and results["methods"]:
+        parts.append(f"Left out, as no short training of theirs ended: {', '.join(results['left_out'])}.")
+    if results["features"]:
+        parts += ["## What tells cells apart", feature_table(results["features"])]
+    rows = [a.values() for a in results["agreement"]]
     parts += ["## Agreement between stages", table("between | cells | Kendall's tau | Spearman's rho", rows)]
-    if any(b["curve"] for b in found["baselines"]):
-        rows = [(b["cell"], b["seed"], b["valid_ppl"], len(b["curve"])) for b in found["baselines"]]
+    if any(b["curve"] for b in results["baselines"]):
+        rows = [(b["cell"], b["seed"], b["valid_ppl"], len(b["curve"])) for b in results["baselines"]]
         parts += ["## Baselines, in full", table("cell | seed | valid ppl | epochs", rows)]
-    if found["proxies"]:
+    if results["proxies"]:
         head = "short training | cost, of one in full | cells | tau | rho | tau of seeds | sd of seeds | of cells"
         head += " | recommended"
         rows = [
             (p["proxy"], f"{100 * p['cost']:.1f}%", p["cells"], interval(p["tau"]), interval(p["rho"]),
              p["tau_of_seeds"], p["seed_sd"], p["cell_sd"], "yes" if p["recommended"] else "")
-            for p in found["proxies"]
+            for p in results["proxies"]
         ]  # fmt: skip
         parts += ["## Proxies", "tau and rho against the long training, with 90% intervals of the bootstrap; tau of "
                   "seeds against the same short training with other seeds."]  # fmt: skip
         parts += [table(head, rows)]
-        if not any(p["recommended"] for p in found["proxies"]):
+        if not any(p["recommended"] for p in results["proxies"]):
             parts.append(f"None has a tau of {AGREES} with an interval above 0: train longer, or rank more cells.")
-    if found["proxy_cells"]:
-        head = " | ".join(["cell", *found["proxy_cells"][0]["ppl"]])
+    if results["proxy_cells"]:
+        head = " | ".join(["cell", *results["proxy_cells"][0]["ppl"]])
         parts += ["## The cells of the proxies", "Perplexities after each short training, and after the long one."]
-        parts += [table(head, [(row["cell"], *row["ppl"].values()) for row in found["proxy_cells"]])]
+        parts += [table(head, [(row["cell"], *row["ppl"].values()) for row in results["proxy_cells"]])]
     rows = [
         (c["stage"], c["runs"], f"{value:.2f} {key.replace('_', '-')}")
-        for c in found["cost"] for key, value in c.items() if key.endswith("hours")
+        for c in results["cost"] for key, value in c.items() if key.endswith("hours")
     ]  # fmt: skip
     parts += ["## Cost", table("stage | runs | device time", rows)]
-    parts += [f"The stage {stage} was stopped: {reason}." for stage, reason in found["stopped"].items()]
-    if found["failures"]:
-        parts += ["## Failures", table("trial | its last words", [f.values() for f in found["failures"]])]
-    parts += ["## Genotypes", "\n".join(f"- {row['cell']}: `{row['genotype']}`" for row in found["cells"])]
+    parts += [f"The stage {stage} was stopped: {reason}." for stage, reason in results["stopped"].items()]
+    if results["failures"]:
+        parts += ["## Failures", table("trial | its last words", [f.values() for f in results["failures"]])]
+    parts += ["## Genotypes", "\n".join(f"- {row['cell']}: `{row['genotype']}`" for row in results["cells"])]
     return "\n\n".join(parts) + "\n"
 
 

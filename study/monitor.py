@@ -141,9 +141,9 @@ class Monitor:
 
     def close(self, job: Job) -> dict[str, Any]:
         """Records that a trial is done or halved, keeps its small results, and returns the event."""
-        found = metrics.result(self.run.folder / job.name)
-        halved = None if found else metrics.read_json(self.run.folder / job.name / "halved.json")
-        event = self.record(job, "halved" if halved else "done", valid_ppl=(halved or found)["valid_ppl"])
+        result = metrics.result(self.run.folder / job.name)
+        halved = None if result else metrics.read_json(self.run.folder / job.name / "halved.json")
+        event = self.record(job, "halved" if halved else "done", valid_ppl=(halved or result)["valid_ppl"])
         self.over[job.name] = event
         if not self.quiet:
             archive(self.run.folder, job)

@@ -37,8 +37,8 @@ def archive(study: Path, job: Job) -> None:
     line["ran_on"] = {name: config[name] for name in RAN_ON if name in config}
     line["epochs"] = epochs
     for name in SMALL_FILES:
-        if (found := metrics.read_json(folder / f"{name}.json")) is not None:
-            line[name] = found
+        if (content := metrics.read_json(folder / f"{name}.json")) is not None:
+            line[name] = content
     append(study / ARCHIVE, json.dumps(line) + "\n")
 
 
@@ -50,8 +50,8 @@ def restore(study: Path) -> list[str]:
     for name in missing:
         line = last[name]
         write(study / name, line)
-        event, found = ("done", line["result"]) if "result" in line else ("halved", line["halved"])
-        log_event(study, at=line.get("at"), trial=name, event=event, valid_ppl=found.get("valid_ppl"))
+        event, result = ("done", line["result"]) if "result" in line else ("halved", line["halved"])
+        log_event(study, at=line.get("at"), trial=name, event=event, valid_ppl=result.get("valid_ppl"))
     return missing
 
 

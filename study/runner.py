@@ -45,8 +45,8 @@ class StudyRunner:
         """Measures the seconds of a step for each kind of job, with as many trials at a time as the study will run.
         Measured timings are saved and reused. Raises `RunError` if a probe fails."""
         key = f"{self.share.cpus:g} cores, {self.share.gpus:g} GPUs, {self.parallel} at a time: "
-        found = metrics.read_json(self.run.folder / PACES) or {}
-        known = {kind: pace for kind, pace in found.items() if is_pace(pace)}
+        saved = metrics.read_json(self.run.folder / PACES) or {}
+        known = {kind: pace for kind, pace in saved.items() if is_pace(pace)}
         kinds = {cost.kind(job): job for job in todo}
         unknown = [kind for kind in kinds if key + kind not in known]
         new = {kind: cost.probe(kinds[kind], f"probe/{i}") for i, kind in enumerate(unknown)}

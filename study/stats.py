@@ -25,9 +25,9 @@ class Estimate(NamedTuple):
 
 def estimate(value: float, resampled: Sequence[float] | np.ndarray) -> Estimate:
     """Returns a value with the interval of its bootstrap; resamples for which it is NaN are left out."""
-    found = np.asarray(resampled, dtype=float)
-    found = found[~np.isnan(found)]
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(found) else (math.nan, math.nan)
+    values = np.asarray(resampled, dtype=float)
+    values = values[~np.isnan(values)]
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(values) else (math.nan, math.nan)
     return Estimate(value, float(low), float(high))
 
 
@@ -95,19 +95,19 @@ def expected_best(sample: Sequence[float], draws: float) -> float:
 
 
 def minus_best(
-    found: Sequence[float], drawn: Sequence[float], draws: float, seed: int = 0, resamples: int = RESAMPLES
+    searched: Sequence[float], drawn: Sequence[float], draws: float, seed: int = 0, resamples: int = RESAMPLES
 ) -> Estimate:
-    """Returns the mean of `found` minus the expected minimum of `draws` values of `drawn`, with the interval of a
-    bootstrap that resamples both. Values below 0 mean that `found` is better.
+    """Returns the mean of `searched` minus the expected minimum of `draws` values of `drawn`, with the interval of a
+    bootstrap that resamples both. Values below 0 mean that `searched` is better.
 
     A sample that is drawn with replacement has repeated values, hence a larger expected minimum, and varies less than a
     new sample of its size would: the resampled values are shifted to have the estimates as their means, and their
     deviations are scaled by sqrt(n / (n - 1)).
     """
     rng = np.random.default_rng(seed)
-    difference, spread = mean(found) - expected_best(drawn, draws), np.zeros(resamples)
+    difference, spread = mean(searched) - expected_best(drawn, draws), np.zeros(resamples)
     statistics: tuple[Callable[[list[float]], float], ...] = (mean, lambda sample: -expected_best(sample, draws))
-    for sample, statistic in zip((found, drawn), statistics, strict=True):
+    for sample, statistic in zip((searched, drawn), statistics, strict=True):
         resampled = np.array([statistic(rng.choice(sample, len(sample)).tolist()) for _ in range(resamples)])
         spread += (resampled - resampled.mean()) * math.sqrt(len(sample) / max(1, len(sample) - 1))
     return estimate(difference, difference + spread)
@@ -135,11 +135,11 @@ def permutation_test(x: Sequence[float], y: Sequence[float]) -> float:
     two values."""
     if min(len(x), len(y)) < 2:
         return math.nan
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (np.asarray(x), np.asarray(y)),
         lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),
         vectorized=True,
         n_resamples=99_999,
         rng=np.random.default_rng(0),
     )
-    return float(found.pvalue)
+    return float(test.pvalue)

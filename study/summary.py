@@ -84,17 +84,17 @@ def methods(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
     than its mean, and `minus_rival` is its mean minus the expected best of `rival_draws` random cells. So many can be
     trained in the time of one search and the training of its cell.
     """
-    found: dict[str, list[float]] = {}
+    by_method: dict[str, list[float]] = {}
     for row in cells:
         for name, ppl in row["by_name"].items():
-            found.setdefault(name.rpartition("-")[0], []).append(ppl)
-    drawn = found.get(RANDOM, [])
-    tests = {name: stats.permutation_test(found[name], drawn) for name in found if name != RANDOM}
+            by_method.setdefault(name.rpartition("-")[0], []).append(ppl)
+    drawn = by_method.get(RANDOM, [])
+    tests = {name: stats.permutation_test(by_method[name], drawn) for name in by_method if name != RANDOM}
     tests = {name: p for name, p in tests.items() if not math.isnan(p)}
     to_come = [1.0] * (len(study.search_methods()) - len(tests))
     corrected = dict(zip(tests, stats.holm([*tests.values(), *to_come]), strict=False))
     rows = []
-    for name, values in found.items():
+    for name, values in by_method.items():
         row = {"method": name, "n": len(values), "mean": mean(values), "sd": spread(values), "median": median(values)}
         row |= {"best": min(values), "p": tests.get(name), "p_corrected": corrected.get(name), "random_below": None}
         draws = rival_draws(study, name) if name in tests else None
@@ -140,7 +140,7 @@ def feature_correlations(study: Study, cells: Sequence[dict], judged: Sequence[d
             [(row["cell"], row["genotype"], (row["ppl"].get(str(first)), row["ppl"][str(long)])) for row in judged],
         ),
     }
-    found = []
+    correlations = []
     for group, (times, rows) in groups.items():
         members = [(features(parse(text)), ppls) for _, text, ppls in rows if None not in (text, *ppls)]
         if len(members) < FEW_CELLS:
@@ -149,8 +149,8 @@ def feature_correlations(study: Study, cells: Sequence[dict], judged: Sequence[d
             for k, epochs in enumerate(times):
                 pairs = zip(*((of_cell[name], ppls[k]) for of_cell, ppls in members), strict=True)
                 rho = [number(value) for value in stats.correlation(*map(list, pairs))]
-                found.append({"feature": name, "cells": group, "n": len(members), "epochs": epochs, "rho": rho})
-    return found
+                correlations.append({"feature": name, "cells": group, "n": len(members), "epochs": epochs, "rho": rho})
+    return correlations
 
 
 def stages(cells: Sequence[dict]) -> list[dict[str, Any]]:
@@ -183,7 +183,7 @@ def proxies(study: Study) -> list[dict[str, Any]]:
     training with the same one under the other seeds, of which the long training is the continuation; None for a
     training with flags of its own. No judge can be expected to agree with another better than with itself.
     """
-    reference, found = study.reference(), []
+    reference, records = study.reference(), []
     long = best_after(study, reference, study.long_trainings())
     for proxy in study.proxies():
         short = best_after(study, proxy, study.short_trainings())
@@ -195,7 +195,7 @@ def proxies(study: Study) -> list[dict[str, Any]]:
         again = best_after(study, proxy, study.long_trainings())
         pairs = [(mean_ppl(short[cell]), mean_ppl(again[cell])) for cell in short if cell in again]
         every = [[ppl for ppl, _ in of_cell] for of_cell in best_after(study, proxy, study.proxy()).values()]
-        found.append({
+        records.append({
             "proxy": str(proxy), "epochs": proxy.epochs, "flags": proxy.flags,
             "cost": min(s for cell in cells for _, s in short[cell]) / whole,
             "tau": [number(v) for v in stats.agreement(stats.kendall, x, y)],
@@ -204,18 +204,18 @@ def proxies(study: Study) -> list[dict[str, Any]]:
             "seed_sd": number(stats.seed_spread(every)), "cell_sd": spread([mean(v) for v in every]),
             "cells": len(cells),
         })  # fmt: skip
-    found.sort(key=lambda row: row["cost"])
-    agree = (row for row in found if row["cells"] >= FEW_CELLS and (row["tau"][0] or 0) >= AGREES)
+    records.sort(key=lambda row: row["cost"])
+    agree = (row for row in records if row["cells"] >= FEW_CELLS and (row["tau"][0] or 0) >= AGREES)
     cheapest = next((row for row in agree if (row["tau"][1] or 0) > 0), None)
-    for row in found:
+    for row in records:
         row["recommended"] = row is cheapest
-    return found
+    return records
 
 
 def best_after(study: Study, proxy: Proxy, jobs: Sequence[Job]) -> dict[str, list[tuple[float, float]]]:
     """Returns (best perplexity, seconds) by cell and seed, after the proxy's epochs of those of the jobs that have its
     flags, or at an earlier end. A cell of which one such job is not so far is left out."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    runs_by_cell: dict[str, list[tuple[float, float]]] = {}
     behind = set()
     for job in jobs:
         _, folder, cell, _ = job.name.split("/")
@@ -223,10 +223,10 @@ def best_after(study: Study, proxy: Proxy, jobs: Sequence[Job]) -> dict[str, lis
             continue
         rows = metrics.epochs(study.folder / job.name)[: proxy.epochs]
         if rows and (len(rows) == proxy.epochs or job.is_done(study.folder)):
-            found.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
+            runs_by_cell.setdefault(cell, []).append((min(row["valid_ppl"] for row in rows), rows[-1]["seconds"]))
         else:
             behind.add(cell)
-    return {cell: runs for cell, runs in found.items() if cell not in behind}
+    return {cell: runs for cell, runs in runs_by_cell.items() if cell not in behind}
 
 
 def mean_ppl(runs: Sequence[tuple[float, float]]) -> float:
@@ -247,8 +247,8 @@ def proxy_cells(study: Study) -> list[dict[str, Any]]:
             genotypes[job.name.split("/")[2]] = str(from_json(result["genotype"]))
     return [
         {"cell": cell, "genotype": genotypes.get(cell),
-         "ppl": {name: mean_ppl(found[cell]) if cell in found else None for name, found in known.items()}}
-        for cell in dict.fromkeys(cell for found in known.values() for cell in found)
+         "ppl": {name: mean_ppl(by_cell[cell]) if cell in by_cell else None for name, by_cell in known.items()}}
+        for cell in dict.fromkeys(cell for by_cell in known.values() for cell in by_cell)
     ]  # fmt: skip
 
 
@@ -256,12 +256,12 @@ def cost(study: Study) -> list[dict[str, Any]]:
     """Returns the device time of each stage, as if every trial had the cores or GPUs that the last trials had."""
     saved = metrics.read_json(study.folder / SHARE) or {}
     share = Resources(**{name: saved[name] for name in Resources._fields if metrics.is_number(saved.get(name))})
-    found = []
+    costs = []
     for stage in STAGES:
         folders = [path.parent for path in sorted((study.folder / stage).glob("**/metrics.jsonl"))]
         total = sum(map(metrics.seconds, folders))
-        found.append({"stage": stage, "runs": len(folders), f"{share.unit}_hours": total * share.devices / 3600})
-    return found
+        costs.append({"stage": stage, "runs": len(folders), f"{share.unit}_hours": total * share.devices / 3600})
+    return costs
 
 
 def reasons(study: Study, outcome: str) -> dict[str, str]:

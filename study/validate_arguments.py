@@ -31,13 +31,13 @@ def read_config(parser: arguments.Parser, folder: Path) -> dict[str, Any]:
     """Reads study.json, which holds the flags of a study that has begun and the checksums of its text; a flag that is
     younger than the study has its default. Ends the script with an error message if the file is damaged or has a flag
     that this version does not have."""
-    found = metrics.read_json(folder / CONFIG) or {}
-    flags, actions = found.get("flags"), {a.dest: a for a in parser._actions if a.dest not in EPHEMERAL_FLAGS}
-    known = isinstance(flags, dict) and flags.keys() <= actions.keys() and "sha256" in found
+    config = metrics.read_json(folder / CONFIG) or {}
+    flags, actions = config.get("flags"), {a.dest: a for a in parser._actions if a.dest not in EPHEMERAL_FLAGS}
+    known = isinstance(flags, dict) and flags.keys() <= actions.keys() and "sha256" in config
     if not known or not all(fits(actions[name], flags[name]) for name in flags):
         parser.refuse([f"--study: {folder / CONFIG} is damaged or of an earlier version; start another study"])
-    found["flags"] = {**{name: action.default for name, action in actions.items()}, **flags}
-    return found
+    config["flags"] = {**{name: action.default for name, action in actions.items()}, **flags}
+    return config
 
 
 def fits(action: Any, value: Any) -> bool:
@@ -49,24 +49,24 @@ def fits(action: Any, value: Any) -> bool:
 
 def number_faults(args: Namespace) -> list[str]:
     """Returns a fault for each number that is out of its range or contradicts another flag."""
-    found = []
+    faults = []
     for name, value in vars(args).items():
         least = 1 if name.endswith(("epochs", "seeds", "emsize", "tokens", "top")) else 0
         for number in value if isinstance(value, list) else [value]:
             if type(number) in (int, float) and not least <= number < validate_arguments.LARGEST:
-                found.append(f"--{name} {number}: must be at least {least} and below {validate_arguments.LARGEST:,}")
+                faults.append(f"--{name} {number}: must be at least {least} and below {validate_arguments.LARGEST:,}")
     if args.converged == 1:
-        found.append("--converged 1: one trial has no spread; take at least 2, or 0 for never")
+        faults.append("--converged 1: one trial has no spread; take at least 2, or 0 for never")
     if args.select_seeds > 1 and (args.converged or args.halving):
         rule = "--halving" if args.halving else "--converged"
-        found.append(f"--select_seeds {args.select_seeds}: {rule} takes every short training for a cell; use 1 seed")
+        faults.append(f"--select_seeds {args.select_seeds}: {rule} takes every short training for a cell; use 1 seed")
     if args.proxy_seeds < 2 and args.stage in ("run", "proxy"):
-        found.append(f"--proxy_seeds {args.proxy_seeds}: at least 2, since no run is to be compared with itself")
+        faults.append(f"--proxy_seeds {args.proxy_seeds}: at least 2, since no run is to be compared with itself")
     if set(args.methods) == {RANDOM} and not args.random_cells:
-        found.append("--random_cells 0: as many as are found, and no method finds any; say how many")
+        faults.append("--random_cells 0: as many as are found, and no method finds any; say how many")
     if args.cpus_per_trial == 0:
-        found.append("--cpus_per_trial 0: a trial needs a processor; take at least a part of one")
-    return found
+        faults.append("--cpus_per_trial 0: a trial needs a processor; take at least a part of one")
+    return faults
 
 
 def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[str]:
@@ -75,13 +75,13 @@ def begun_faults(args: Namespace, config: dict[str, Any], folder: Path) -> list[
     value, or keep what it had and gain more (`GROWING_FLAGS`). The text may have moved: its checksums are compared."""
     begun = [stage for stage in STAGE_FLAGS if (folder / stage).exists()]
     again = [stage for stage in requested_stages(args) if stage in begun]
-    found = []
+    faults = []
     if again and not args.resume and not args.dry_run:
-        found.append(f"--study {folder}: its {again[0]} has begun; add --resume to continue it, or take another")
+        faults.append(f"--study {folder}: its {again[0]} has begun; add --resume to continue it, or take another")
     for name in dict.fromkeys(name for stage in begun for name in STAGE_FLAGS[stage].split()):
         if name != "data" and not continues(name, getattr(args, name), before := config["flags"][name]):
-            found.append(f"--{name}: the study in {folder} has begun with {before}; leave it out, or start another")
-    return found
+            faults.append(f"--{name}: the study in {folder} has begun with {before}; leave it out, or start another")
+    return faults
 
 
 def continues(name: str, now: Any, before: Any) -> bool:
@@ -95,37 +95,37 @@ def text_faults(args: Namespace) -> list[str]:
     """Returns the faults of the quoted flags and of the names of methods and cells. Quoted flags must be parsable and
     must not contain a flag that the study itself sets. Names must be distinct, cells must exist, and the proxy stage
     needs at least two cells."""
-    found = []
+    faults = []
     for name, flags, reserved in quoted_flags(args):
         try:
             words = shlex.split(flags.replace("=", " "))
         except ValueError as error:
-            found.append(f"{name}: {error}; close the quotes")
+            faults.append(f"{name}: {error}; close the quotes")
             continue
         given = {word[2:] for word in words if word.startswith("--")}
-        found += [f"{name}: --{flag} is the study's to set; leave it out" for flag in reserved if flag in given]
+        faults += [f"{name}: --{flag} is the study's to set; leave it out" for flag in reserved if flag in given]
         if name.startswith(("--search_flags", "--methods")) and args.search_split == "train":
-            found += [
+            faults += [
                 f"{name}: --{word} looks at valid.txt, which --search_split train keeps for selecting"
                 for word in ("patience", "schedule") if word in given and (word != "schedule" or "plateau" in words)
             ]  # fmt: skip
     for text in args.methods:
         name, sign, _ = text.partition("=")
         if not sign and name not in (*METHODS, RANDOM):
-            found.append(f"--methods {name}: has no flags; give them as {name}=FLAGS")
+            faults.append(f"--methods {name}: has no flags; give them as {name}=FLAGS")
         elif sign and (not METHOD_NAME.fullmatch(name) or name in (*METHODS, RANDOM)):
-            found.append(f"--methods {text}: another name, please: a letter, then letters, digits and -")
+            faults.append(f"--methods {text}: another name, please: a letter, then letters, digits and -")
     for name in ("methods", "baselines", "proxy_cells", "proxy_flags"):
-        found += naming_faults(name, getattr(args, name))
+        faults += naming_faults(name, getattr(args, name))
     for name in ("baselines", "proxy_cells"):
         for arch in getattr(args, name):
             try:
                 resolve_cell(arch)
             except GenotypeError as error:
-                found.append(f"--{name}: {error}")
+                faults.append(f"--{name}: {error}")
     if len(args.proxy_cells) < 2:
-        found.append("--proxy_cells: a ranking needs two cells at least")
-    return found
+        faults.append("--proxy_cells: a ranking needs two cells at least")
+    return faults
 
 
 def naming_faults(flag: str, values: Sequence[str]) -> list[str]:
@@ -167,7 +167,7 @@ def missing_faults(study: Study) -> list[str]:
 def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None = None) -> list[str]:
     """Returns the faults that train.py and train_search.py would report for the jobs of these stages. Without a corpus,
     the flags are validated. With one, only the lengths of its texts are."""
-    found: dict[str, None] = {}
+    faults: dict[str, None] = {}
     for stage in stages:
         for job in planned(study, stage):
             flag = flag_of(job)
@@ -185,8 +185,8 @@ def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None =
                 if stage == "proxy" and falls_with_epochs(study.args.train_flags):
                     wrong.append(f"--schedule {args.schedule}: under it a short training is not the beginning of a long"
                                  " one, as proxy takes it to be; leave it out")  # fmt: skip
-            found.update(dict.fromkeys(f"{stage}: {line} (--{flag})" for line in wrong))
-    return list(found)
+            faults.update(dict.fromkeys(f"{stage}: {line} (--{flag})" for line in wrong))
+    return list(faults)
 
 
 def flag_of(job: Job) -> str:

@@ -13,10 +13,11 @@ from experiment import run_directory
 # Tests that compile the kernels of the fused engine do so in processes of their own (`helpers.run_compiling`); all
 # others run the same functions uncompiled, so that they do not wait for a compiler.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-# Property tests have the same examples in every run, and at full length new ones.
-settings.register_profile("repeatable", derandomize=True, database=None)
-if not FULL:
-    settings.load_profile("repeatable")
+# Property tests have the same examples in every run, and at full length new ones. None has a deadline: how long an
+# example takes depends on what else the machine does.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.register_profile("full", deadline=None, database=None)
+settings.load_profile("full" if FULL else "repeatable")
 
 
 def pytest_addoption(parser):

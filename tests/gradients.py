@@ -61,8 +61,8 @@ def gradients(ranks, micro_batch_size, norm):
 
 
 if __name__ == "__main__":
-    here = Distributed()
-    result = {norm: gradients(here, int(sys.argv[2]), norm) for norm in NORMS}
-    if here.is_main:
+    ranks = Distributed()
+    result = {norm: gradients(ranks, int(sys.argv[2]), norm) for norm in NORMS}
+    if ranks.is_main:
         torch.save(result, sys.argv[1])
     exit_process(0)

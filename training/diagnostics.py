@@ -93,21 +93,21 @@ class Diagnosis:
                 product_cosine = self.product_cosine(rng, eta, velocity)
                 eigenvalue = dominant_eigenvalue(self.hessian_product(rng), self.model.alphas)
                 change = sensitivity(self.model, self.batch(self.alphas_text, rng, self.batch_size))
-            found = Signal(*agreement, product_cosine, eigenvalue, change, *self.discretization_gap(genotype))
-        return Signal(*(value if value is not None and math.isfinite(value) else None for value in found))
+            values = Signal(*agreement, product_cosine, eigenvalue, change, *self.discretization_gap(genotype))
+        return Signal(*(value if value is not None and math.isfinite(value) else None for value in values))
 
     def agreement(self, rng: torch.Generator, eta: float | Tensor, velocity: list[Tensor] | None) -> list[float | None]:
         """Returns the first four numbers of a `Signal`, which compare the alpha gradients of independent batches."""
-        found = []
+        gradients = []
         for _ in range(BATCHES):
-            train = self.batch(self.train, rng, held=self.hessian == "finite")
+            train = self.batch(self.train, rng, freeze_relu=self.hessian == "finite")
             valid = self.batch(self.alphas_text, rng)
-            found.append(self.architect.gradient(train, valid, eta, velocity)[:2])
-        directs, implicits = zip(*found, strict=True)
+            gradients.append(self.architect.gradient(train, valid, eta, velocity)[:2])
+        directs, implicits = zip(*gradients, strict=True)
         if self.hessian is None:
             return [cosine(directs), None, cosine(directs), None]
-        whole = [direct - implicit for direct, implicit in found]
-        ratio = mean((implicit.norm() / direct.norm()).item() for direct, implicit in found)
+        whole = [direct - implicit for direct, implicit in gradients]
+        ratio = mean((implicit.norm() / direct.norm()).item() for direct, implicit in gradients)
         return [cosine(directs), cosine(implicits), cosine(whole), ratio]
 
     def product_cosine(self, rng: torch.Generator, eta: float | Tensor, velocity: list[Tensor] | None) -> float | None:
@@ -115,7 +115,7 @@ class Diagnosis:
         other by differentiating twice; None in first order."""
         if self.hessian is None:
             return None
-        train = self.batch(self.train, rng, self.batch_size, held=True)
+        train = self.batch(self.train, rng, self.batch_size, freeze_relu=True)
         valid = self.batch(self.alphas_text, rng, self.batch_size)
         return cosine([architect.gradient(train, valid, eta, velocity)[1] for architect in self.by_product.values()])
 
@@ -140,9 +140,11 @@ class Diagnosis:
         with perturbed([alphas], [certain]):
             return relaxed, evaluate(self.model, text, self.bptt, "the discretised model")
 
-    def batch(self, text: Tensor, rng: torch.Generator, batch_size: int | None = None, held: bool = False) -> Batch:
+    def batch(
+        self, text: Tensor, rng: torch.Generator, batch_size: int | None = None, freeze_relu: bool = False
+    ) -> Batch:
         """Returns a random segment of the first `batch_size` columns of a text (n, B), or of all columns for None, with
-        new masks and the state in which the segment before it ends. With `held`, relu's active set is held fixed
+        new masks and the state in which the segment before it ends. With `freeze_relu`, relu keeps one active set
         (`FrozenReLU`)."""
         text = text[:, :batch_size]
         lead = min(self.bptt, (len(text) - 1) // 2)
@@ -153,7 +155,7 @@ class Diagnosis:
                 _, hidden = self.model(text[start : start + lead], hidden)
         masks = self.model.sample_masks(text.size(1))
         x, y = get_batch(text, start + lead, self.bptt)
-        return Batch(x, y, hidden, masks._replace(relu=FrozenReLU() if held else None))
+        return Batch(x, y, hidden, masks._replace(relu=FrozenReLU() if freeze_relu else None))
 
 
 def sensitivity(model: RNNModelSearch, batch: Batch, probes: int = PROBES) -> float:
@@ -169,8 +171,8 @@ def sensitivity(model: RNNModelSearch, batch: Batch, probes: int = PROBES) -> fl
         hiddens, _ = model(batch.x, hidden)
         squares = []
         for _ in range(probes):
-            [found] = torch.autograd.grad(hiddens[-1], hidden, torch.randn_like(hidden), retain_graph=True)
-            squares.append(found.double().square().mean().item())
+            [gradient] = torch.autograd.grad(hiddens[-1], hidden, torch.randn_like(hidden), retain_graph=True)
+            squares.append(gradient.double().square().mean().item())
     return math.sqrt(mean(squares))
 
 

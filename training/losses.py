@@ -52,13 +52,13 @@ def losses(
     """
     masks = [batch.masks] if batch.second_masks is None else [batch.masks, batch.second_masks]
     passes = len(masks)
-    hiddens, states = zip(*(model(batch.x, batch.hidden, held) for held in masks), strict=True)  # (T, B, H) each
+    hiddens, states = zip(*(model(batch.x, batch.hidden, mask) for mask in masks), strict=True)  # (T, B, H) each
     if rdrop or alpha or fraternal:
-        outputs = [drop(h, held.output) for h, held in zip(hiddens, masks, strict=True)]  # (T, B, H) each
+        outputs = [drop(h, mask.output) for h, mask in zip(hiddens, masks, strict=True)]  # (T, B, H) each
     if rdrop:
         total, nll = model.word_losses(outputs, batch.y, rdrop)
     else:
-        total = nll = sum(model.nll(h, batch.y, held) for h, held in zip(hiddens, masks, strict=True)) / passes
+        total = nll = sum(model.nll(h, batch.y, mask) for h, mask in zip(hiddens, masks, strict=True)) / passes
     if alpha:
         total = total + alpha * (sum(output.square().mean() for output in outputs) / passes)
     if beta and len(batch.x) > 1:
@@ -88,9 +88,9 @@ class MicroBatches:
 
     def part(self, start: int) -> Losses:
         """Returns the share of the micro-batch that begins with batch element `start`."""
-        found = losses(self.model, self.batch.batch_slice(start, start + self.size), **self.coefficients)
+        batch_losses = losses(self.model, self.batch.batch_slice(start, start + self.size), **self.coefficients)
         share = self.size / self.batch.x.size(1)
-        return Losses(share * found.total, share * found.nll, found.hidden)
+        return Losses(share * batch_losses.total, share * batch_losses.nll, batch_losses.hidden)
 
 
 def clipped_gradient(

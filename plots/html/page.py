@@ -45,10 +45,10 @@ def inline(figure: Figure, prefix: str) -> Markup:
     """Returns a figure as an <svg> element with unique ids, which begin with `prefix`, and the colours of the page."""
     seen: Counter[str] = Counter()
 
-    def own(found: re.Match) -> str:
+    def own(match: re.Match) -> str:
         """Returns a unique id, because curves in two panels may have the same name."""
-        seen[found[1]] += 1
-        return f'id="{prefix}{found[1]}' + (f'-again-{seen[found[1]]}"' if seen[found[1]] > 1 else '"')
+        seen[match[1]] += 1
+        return f'id="{prefix}{match[1]}' + (f'-again-{seen[match[1]]}"' if seen[match[1]] > 1 else '"')
 
     file = StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

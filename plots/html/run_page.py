@@ -33,10 +33,10 @@ def run_page(folder: Path, link: Link) -> dict[str, Any]:
 
 def facts(history: History, link: Link) -> list[dict[str, str]]:
     """Returns the key figures of a run, each with a link to the file that it is from."""
-    found, result, flags = [], history.result, history.flags
+    entries, result, flags = [], history.result, history.flags
 
     def add(name: str, text: str, file: str) -> None:
-        found.append({"name": name, "value": text, "href": link(history.folder / file)})
+        entries.append({"name": name, "value": text, "href": link(history.folder / file)})
 
     rows = [row for rows in history.records.values() for row in rows]
     last = max(rows, key=lambda row: row["step"])
@@ -57,23 +57,23 @@ def facts(history: History, link: Link) -> list[dict[str, str]]:
         if name in flags:
             add(name, str(flags[name]), "config.json")
     add("log", "log.txt", "log.txt")
-    return found
+    return entries
 
 
 def run_pictures(history: History) -> list[dict[str, Any]]:
     """Returns the pictures of a run that can be drawn from its records."""
-    found = []
+    pictures = []
     if cell := cell_of(history):
         searched = "The cell that was found" if history.result else "The most likely cell so far"
         title = searched if history.genotypes else "The cell"
-        found.append(picture("cell", title, "", cell_figure(cell), code=str(cell)))
+        pictures.append(picture("cell", title, "", cell_figure(cell), code=str(cell)))
     with suppress(PictureError):  # A retraining has no alphas.
-        found.append(formation_picture(history))
+        pictures.append(formation_picture(history))
     for name, figure in search_curves.figures(history).items():
-        found.append(picture(name, *search_curves.NOTES[name], figure))
+        pictures.append(picture(name, *search_curves.NOTES[name], figure))
     if not history.genotypes and history.curve("epoch", "valid_ppl", 0)[0]:
-        found.append(picture("training", "Validation", "", train_curves.train_figure([history])))
-    return found
+        pictures.append(picture("training", "Validation", "", train_curves.train_figure([history])))
+    return pictures
 
 
 def cell_of(history: History) -> Genotype | None:
@@ -93,14 +93,14 @@ def formation_picture(history: History) -> dict[str, Any]:
     when, states = animation.frames(history)
     figure, _ = animation.build(history.nodes, {gid for state in states for gid in state})
     note = "Every edge fades with its probability; the most likely cell has labels."
-    found = picture("formation", "The formation", note, figure)
+    animated = picture("formation", "The formation", note, figure)
 
     def seen(part: re.Match) -> str:
         """Returns an id with the opacity in the last frame, which shows unless the page's script runs."""
         opacity = states[-1].get(part[1].removesuffix("-text"), 0)
         return f'{part[0]} style="opacity: {opacity:.2f}"'
 
-    found["svg"] = Markup(re.sub(r'id="formation-((?:arc|label)-[^"]*)"', seen, found["svg"]))
+    animated["svg"] = Markup(re.sub(r'id="formation-((?:arc|label)-[^"]*)"', seen, animated["svg"]))
     rounded = [{gid: round(value, 2) for gid, value in state.items()} for state in states]
-    found["frames"] = {"when": when, "unit": history.unit, "states": rounded, "prefix": "formation-"}
-    return found
+    animated["frames"] = {"when": when, "unit": history.unit, "states": rounded, "prefix": "formation-"}
+    return animated

@@ -56,21 +56,21 @@ def study_page(folder: Path, link: Link) -> dict[str, Any]:
 
 def study_notes(last: Iterable[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
     """Returns notes on failures, early stops and a missing leaderboard, from each trial's and stage's last event."""
-    found = [] if summary else ["No leaderboard yet: python trials.py report --study makes the tests and tables."]
+    notes = [] if summary else ["No leaderboard yet: python trials.py report --study makes the tests and tables."]
     for event in last:
         if event["event"] == "failed":
-            found.append(f"{event['trial']} failed: {event['reason']}")
+            notes.append(f"{event['trial']} failed: {event['reason']}")
         elif event["event"] == "stopped":
-            found.append(f"The stage {event['trial']} was stopped early: {event['reason']}.")
-    return found
+            notes.append(f"The stage {event['trial']} was stopped early: {event['reason']}.")
+    return notes
 
 
 def leaderboard(folder: Path, events: Sequence[dict[str, Any]], link: Link) -> dict[str, Any]:
     """Returns a table with one row for each trained cell, the best first."""
     done: dict[tuple[str, ...], dict[str, dict]] = {}  # (stage, cell) -> seed -> event
     for event in events:
-        if event["event"] in ("done", "halved") and (found := name_parts(event["trial"])):
-            *stage_and_cell, seed = found
+        if event["event"] in ("done", "halved") and (parts := name_parts(event["trial"])):
+            *stage_and_cell, seed = parts
             done.setdefault(tuple(stage_and_cell), {})[seed] = event
     rows = []
     trained = [cell for stage, cell, *_ in done if stage in ("baseline", "select", "retrain")]
@@ -131,15 +131,15 @@ def tables(folder: Path, summary: dict[str, Any], link: Link) -> Iterable[dict[s
         rows = summary.get(key)
         rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         columns = [name for name in columns if any(name in row for row in rows)]
-        found = []
+        lines = []
         for row in rows if columns else ():
-            here = stage or row.get("stage")  # The link leads to the runs of this stage.
-            href = link(folder / here) if here in STAGES else ""
+            stage_of_row = stage or row.get("stage")  # The link leads to the runs of this stage.
+            href = link(folder / stage_of_row) if stage_of_row in STAGES else ""
             name, *numbers = (shown(row.get(column), 4 if column in ("p", "p_corrected") else 2) for column in columns)
-            found.append([Field(name), *(Field(text, href) for text in numbers)])
-        if found:
+            lines.append([Field(name), *(Field(text, href) for text in numbers)])
+        if lines:
             headings = [column.replace("_", " ") for column in columns]
-            yield {"title": title, "note": words, "columns": headings, "rows": found}
+            yield {"title": title, "note": words, "columns": headings, "rows": lines}
 
 
 def shown(value: Any, digits: int = 2) -> str:

@@ -324,6 +324,23 @@ def test_perturbed_weights_are_restored_after_an_error(model):
     assert all(torch.equal(w, old) for w, old in zip(model.weights(), before, strict=True))
 
 
+@pytest.mark.parametrize("hessian", [None, "exact"])
+def test_alpha_step_descends_the_whole_gradient(model, batches, hessian):
+    """Adam's first step has little but the sign of the gradient, so SGD with a rate of 1 takes its place."""
+    velocity = [torch.randn_like(w) for w in model.weights()]
+    if hessian:
+        expected = brute_force(model, *batches, ETA, CLIP, WDECAY, velocity=velocity)
+    else:
+        [expected] = torch.autograd.grad(losses(model, batches[1]).total, [model.alphas])
+    start, stepping = model.alphas.detach().clone(), architect(model, hessian, lr=0.5, arch_wdecay=0.25)
+    [group] = stepping.optimizer.param_groups
+    assert type(stepping.optimizer) is torch.optim.Adam and not group["maximize"]
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.5, 0.25, (0.9, 0.999))
+    stepping.optimizer = torch.optim.SGD([model.alphas], lr=1.0)
+    stepping.step(*batches, ETA, velocity)
+    torch.testing.assert_close(start - model.alphas.detach(), expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("hessian", [None, "finite", "exact"])
 def test_micro_batches_take_one_alpha_step_on_the_summed_gradient(model, batches, hessian):
     """The published code takes a step per micro-batch. Both halves of the batch are equal, as are their statistics."""
@@ -340,8 +357,10 @@ def test_micro_batches_take_one_alpha_step_on_the_summed_gradient(model, batches
         with torch.no_grad():
             model.alphas.copy_(start)
         stepping = architect(model, hessian, small=small)
+        steps = []
+        stepping.optimizer = torch.optim.SGD([model.alphas], lr=1.0)  # Unlike Adam's, its step has the gradient's size.
+        stepping.optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
         stepping.step(train, valid, ETA)
-        (state,) = stepping.optimizer.state.values()
-        assert state["step"] == 1
+        assert steps == [1]
         ends.append(model.alphas.detach().clone())
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)

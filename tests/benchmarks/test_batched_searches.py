@@ -13,12 +13,12 @@ from benchmarks import batched_searches as batched
 
 def test_launches_of_simple_operations():
     a, b, out = torch.empty(3, 4), torch.empty(4, 5), torch.empty(3, 5)
-    batched.Launches.found.clear()
+    batched.Launches.recorded.clear()
     with batched.Launches() as launches:
         torch.mm(a, b, out=out)
         a.t()[1:].unbind(0)
         out.add_(1)
-    assert launches.found == [(2 * 3 * 4 * 5, 4 * (12 + 20 + 15)), (0, 4 * 15)]
+    assert launches.recorded == [(2 * 3 * 4 * 5, 4 * (12 + 20 + 15)), (0, 4 * 15)]
 
 
 SMALL_STEP = """

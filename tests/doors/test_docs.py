@@ -1,7 +1,10 @@
 """The Python code on the pages of docs/ runs, and does what the page says; the commands there have flags that exist."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -39,16 +42,16 @@ def test_code_of_the_export_page_gives_the_log_probabilities_of_the_model(name, 
     code, _, err = call(train, *flags, "--data", tmp_path, "--save", tmp_path / "run")
     assert code == 0, err
     monkeypatch.chdir(tmp_path / "run")
-    found = run_page("export.md")
+    names = run_page("export.md")
     model = load_trained("best.pt").model
-    eos = torch.tensor([[found["words"].index("<eos>")]])
+    eos = torch.tensor([[names["words"].index("<eos>")]])
     with torch.no_grad():
         hiddens, state = model(eos, model.initial_hidden(1))
-    torch.testing.assert_close(found["log_probs"], model.log_probs(hiddens)[0])
-    torch.testing.assert_close(found["state"], state)
-    hiddens, _ = found["cell"].module()(found["x"], model.initial_hidden(2))
+    torch.testing.assert_close(names["log_probs"], model.log_probs(hiddens)[0])
+    torch.testing.assert_close(names["state"], state)
+    hiddens, _ = names["cell"].module()(names["x"], model.initial_hidden(2))
     torch.testing.assert_close(
-        hiddens, model.cell(found["x"], model.initial_hidden(2), found["NO_MASKS"], model.engine)[0]
+        hiddens, model.cell(names["x"], model.initial_hidden(2), names["NO_MASKS"], model.engine)[0]
     )
     assert "9 words, 8 hidden units" in capsys.readouterr().out
 
@@ -66,22 +69,50 @@ def commands():
     for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
         for block in SHELL.findall(page.read_text()):
             for line in block.replace("\\\n", " ").splitlines():
-                if found := re.search(r"(?:^|\| |python |node \d )(\w+\.py) ([^|]*)", line):
-                    yield page.name, found[1], shlex.split(found[2], comments=True)
+                if match := re.search(r"(?:^|\| |python |node \d )(\w+\.py) ([^|]*)", line):
+                    yield page.name, match[1], shlex.split(match[2], comments=True)
+
+
+def assert_go_together(script, flags, where):
+    """Asserts that a script would take the flags, as far as that can be said without its files and a GPU."""
+    parser = PARSERS[script]()
+    try:
+        args = parser.parse_args(flags)
+    except SystemExit:
+        pytest.fail(f"{where}: {script} {shlex.join(flags)}")
+    if script in ("train_search.py", "train.py") and not (args.resume or "--finetune" in flags):
+        kind = "train" if script == "train.py" else "search"
+        arguments.complete(args, kind)
+        faults = validate_arguments.validate(kind, args, parser.get_default)
+        assert [fault for fault in faults if "CUDA" not in fault] == [], f"{where}: {script} {shlex.join(flags)}"
 
 
 def test_commands_of_the_pages_have_flags_that_go_together():
-    found = [command for command in commands() if command[1] in PARSERS]
-    assert len(found) > 30 and {script for _, script, _ in found} == PARSERS.keys()
-    for page, script, flags in found:
-        parser = PARSERS[script]()
-        try:
-            args = parser.parse_args(flags)
-        except SystemExit:
-            pytest.fail(f"{page}: {script} {shlex.join(flags)}")
-        if script in ("train_search.py", "train.py") and not (args.resume or "--finetune" in flags):
-            kind = "train" if script == "train.py" else "search"
-            arguments.complete(args, kind)
-            faults = [fault for fault in validate_arguments.validate(kind, args, parser.get_default)
-                      if "CUDA" not in fault]  # fmt: skip
-            assert not faults, f"{page}: {script} {shlex.join(flags)}"
+    documented = [command for command in commands() if command[1] in PARSERS]
+    assert len(documented) > 30 and {script for _, script, _ in documented} == PARSERS.keys()
+    for page, script, flags in documented:
+        assert_go_together(script, flags, page)
+
+
+RECIPES = {"quickstart.sh": ["1", "out"], "search_recommended.sh": [], "train_small.sh": ["run"]}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_commands_of_the_small_recipes_have_flags_that_go_together(name, tmp_path):
+    """A copy of the script, whose .venv has a program in the place of Python that writes down what it is asked."""
+    python, calls = tmp_path / ".venv" / "bin" / "python", tmp_path / "calls"
+    python.parent.mkdir(parents=True)
+    record = f'printf "%s\\t" "$@" >>{calls}; echo >>{calls}'
+    python.write_text(f'#!/bin/sh\ncase "$1" in -c) echo 1;; -m) ;; *) {record};; esac\n')
+    python.chmod(0o755)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "requirements-plots.txt").write_text("")
+    (tmp_path / ".venv" / "requirements-plots.txt.installed").write_text("")
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "OMP_NUM_THREADS")}
+    command = ["bash", tmp_path / "scripts" / name, *RECIPES[name]]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    asked = [line.split("\t")[:-1] for line in calls.read_text().splitlines()]
+    assert {script for script, *_ in asked} & {"train.py", "train_search.py"}
+    for script, *flags in asked:
+        if script in PARSERS:
+            assert_go_together(script, flags, name)

@@ -9,11 +9,13 @@ import os
 import pty
 import re
 import runpy
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from helpers import ROOT, call, read_records, write_corpus
 import genotypes
 import train
 from experiment import checkpoint, experiment
+from experiment.resume import RESUMABLE
 
 SIZES = "--emsize 12 --batch_size 4 --bptt 8 --lr 1 --log_interval 5 --device cpu --engine eager"
 TIMINGS = {"seconds"}  # equal runs may differ in these values of a result alone
@@ -336,13 +339,17 @@ def test_progress_bar_is_shown_on_a_terminal_and_not_in_the_log(corpus, tmp_path
     if pid == 0:
         os.execv(sys.executable, command("train.py", flags))
     termios.tcsetwinsize(terminal, (40, 200))
-    shown, interrupted = b"", False
+    shown, interrupted, limit = b"", False, time.monotonic() + 120
     with contextlib.suppress(OSError):  # a closed terminal raises OSError instead of giving an end of file
-        while block := os.read(terminal, 4096):
+        while select.select([terminal], [], [], max(0.0, limit - time.monotonic()))[0]:
+            if not (block := os.read(terminal, 4096)):
+                break
             shown += block
             if not interrupted and re.search(BAR, shown):
                 os.kill(pid, signal.SIGINT)
                 interrupted = True
+    if not interrupted:
+        os.kill(pid, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
     assert interrupted
     assert not re.search(r"[\r\x1b]|tok/s, loss", (folder / "log.txt").read_text())
@@ -383,6 +390,34 @@ def test_alpha_step_sees_as_many_time_steps_as_the_weight_step(monkeypatch, corp
     assert all(a == b for a, b in sizes)
     assert 2 < wraps < len(sizes) / 2  # the hidden state is zeroed only when the text starts again
     assert os.path.exists(tmp_path / "run" / "result.json")
+
+
+@pytest.mark.parametrize(("script", "kind"), [("train.py", "train"), ("train_search.py", "search")])
+def test_run_without_save_has_a_directory_of_its_kind_and_time(script, kind, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_here(script, "--data", corpus, *SIZES.split(), "--epochs", 1, *["--arch_start", 0] * (kind == "search"))
+    [folder] = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(rf"{kind}-\d{{8}}-\d{{6}}", folder.name) and (folder / "result.json").exists()
+    run_here(script, "--resume", "--save", folder)
+    config = read(folder, "config.json")
+    environment = {"versions", "device", "hardware", "threads", "ranks", "git_commit", "started"}
+    assert {"script", "flags", "sha256", *environment} <= config.keys()
+    assert [set(entry) for entry in config["resumed"]] == [environment]
+
+
+@pytest.mark.parametrize("script", ["train", "train_search"])
+def test_help_of_resume_names_the_flags_that_may_be_given_again(script):
+    parser = importlib.import_module(script).build_parser()
+    [text] = [action.help for action in parser._actions if action.dest == "resume"]
+    assert {*re.findall(r"--(\w+)", text), "resume"} == RESUMABLE
+
+
+def test_resumed_run_logs_at_the_interval_that_is_given_again(corpus, tmp_path):
+    folder = tmp_path / "run"
+    run_here("train.py", *start(corpus, folder), "--epochs", 1)
+    run_here("train.py", "--resume", "--save", folder, "--epochs", 2, "--log_interval", 1)
+    steps = [record["step"] for record in read_records(folder, "interval") if record["epoch"] == 2]
+    assert len(steps) > 3 and steps == list(range(steps[0], steps[-1] + 1))
 
 
 @pytest.mark.parametrize("arch", ["LSTM", "DARTS_V1"])

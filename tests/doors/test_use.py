@@ -28,6 +28,8 @@ from experiment.evaluation_arguments import (
     complete,
 )
 from experiment.trained_model import load_trained
+from genotypes import PRIMITIVES
+from training.dynamic_evaluation import DynamicEvaluation
 
 FLAGS = [*SIZES, "--epochs", "1", "--lr", "1", "--engine", "eager"]
 RUNS = {
@@ -246,14 +248,28 @@ def test_tuning_finds_the_best_of_its_grid_on_valid(flags, n_rules, n_mixes, che
     assert (len(rules), len(mixes)) == (n_rules, n_mixes)
     ids, _, _ = read_split(str(corpus), "valid", load_trained(args.checkpoint).words)
     adapter = Adapter(load_trained(args.checkpoint), args)
-    found = {
+    perplexities = {
         Setting(*rule, mix): adapter.losses_of(ids, Setting(*rule, mix), "valid")[-1].mean().item()
         for rule in rules
         for mix in mixes or [None]
     }
-    best = min(found, key=found.get)
+    best = min(perplexities, key=perplexities.get)
     line = done(evaluate, *flags.split(), "--tune", "--tune_tokens", 0).splitlines()[-1]
     assert line.startswith(f"{corpus} test{''.join(flags_of(best, args))}: ")
+
+
+def test_dynamic_evaluation_moves_the_weights_of_a_relaxed_model_and_not_its_alphas(checkpoints, monkeypatch):
+    shapes = []
+
+    class Spy(DynamicEvaluation):
+        def __init__(self, weights, *more):
+            weights = list(weights)
+            shapes.extend(w.shape for w in weights)
+            super().__init__(weights, *more)
+
+    monkeypatch.setattr("experiment.adapted_evaluation.DynamicEvaluation", Spy)
+    done(evaluate, checkpoints("relaxed"), "--dynamic", "sgd")
+    assert shapes and (36, len(PRIMITIVES)) not in shapes
 
 
 def test_tuning_reads_as_many_tokens_of_valid_as_its_flag_says(checkpoints, monkeypatch):

@@ -40,15 +40,15 @@ def add_sum(x, total):
     total.copy_(total + x.sum(0))
 
 def totals(wave, add):
-    x, found = torch.arange(12.0).view(3, 4), [torch.ones(3, 4), torch.ones(4)]
+    x, sums = torch.arange(12.0).view(3, 4), [torch.ones(3, 4), torch.ones(4)]
     for _ in range(2):
-        wave(x, found[0])
-        add(x, found[1])
-    return found
+        wave(x, sums[0])
+        add(x, sums[1])
+    return sums
 
-found, expected = totals(add_wave, add_sum), totals(add_wave.__wrapped__, add_sum.__wrapped__)
-assert all(torch.allclose(*pair) for pair in zip(found, expected))
-print(inductor.Compiled.failed, all(torch.equal(*pair) for pair in zip(found, expected)))
+sums, expected = totals(add_wave, add_sum), totals(add_wave.__wrapped__, add_sum.__wrapped__)
+assert all(torch.allclose(*pair) for pair in zip(sums, expected))
+print(inductor.Compiled.failed, all(torch.equal(*pair) for pair in zip(sums, expected)))
 """
 
 

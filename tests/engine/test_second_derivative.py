@@ -171,9 +171,11 @@ def test_linear_loss_along_a_single_weight_matches_eager(wanted):
     leaves, masks, R = problem(3, 4, 3, 4, 4, seed=7, masked=True)
     actual = []
     for module in (fused, reference):
-        here = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-        [first] = torch.autograd.grad((R * run(module, "relaxed", here, masks)).sum(), here[wanted], create_graph=True)
-        actual.append(torch.autograd.grad(first.sin().sum(), here["alpha"]))
+        required = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+        [first] = torch.autograd.grad(
+            (R * run(module, "relaxed", required, masks)).sum(), required[wanted], create_graph=True
+        )
+        actual.append(torch.autograd.grad(first.sin().sum(), required["alpha"]))
     assert_equal(*by_index(*actual), 1e-9)
 
 

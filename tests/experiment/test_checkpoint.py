@@ -252,32 +252,35 @@ def test_self_referential_state_ends_and_pipe_and_folder_are_refused(tmp_path):
 
 
 class Exploit:
-    """Pickles to a call of `open` that creates a file."""
+    """Pickles to a call of `open` that creates the file `target`."""
+
+    def __init__(self, target):
+        self.target = target
 
     def __reduce__(self):
-        return open, ("/tmp/should-never-exist", "w")
+        return open, (str(self.target), "w")
 
 
 @pytest.mark.parametrize("bytes_of", [
-    lambda: b"",
-    lambda: b"not a checkpoint",
-    lambda: pickle.dumps({"format": checkpoint.FORMAT, "x": Exploit()}),
-    lambda: pickle.dumps([1, 2]),
+    lambda target: b"",
+    lambda target: b"not a checkpoint",
+    lambda target: pickle.dumps({"format": checkpoint.FORMAT, "x": Exploit(target)}),
+    lambda target: pickle.dumps([1, 2]),
 ])  # fmt: skip
 def test_file_that_is_no_checkpoint_is_refused_with_one_line(bytes_of, tmp_path):
-    path = tmp_path / "x.pt"
-    path.write_bytes(bytes_of())
+    path, target = tmp_path / "x.pt", tmp_path / "written"
+    path.write_bytes(bytes_of(target))
     with pytest.raises(checkpoint.CheckpointError) as caught:
         checkpoint.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not target.exists()
 
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     target = tmp_path / "written"
-    Exploit.__reduce__ = lambda self: (open, (str(target), "w"))
     file = io.BytesIO()
-    torch.save({"format": checkpoint.FORMAT, "x": Exploit()}, file)
+    torch.save({"format": checkpoint.FORMAT, "x": Exploit(target)}, file)
     (tmp_path / "x.pt").write_bytes(add_checksum(file.getvalue()))
     with pytest.raises(checkpoint.CheckpointError):
         checkpoint.load(tmp_path / "x.pt")

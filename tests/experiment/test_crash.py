@@ -210,12 +210,14 @@ def test_run_on_a_full_disk_exits_1_and_resumes_bit_identically(name, limit, uni
 def test_second_process_on_a_run_exits_2_and_names_the_first_pid(corpus, tmp_path, capsys):
     folder = tmp_path / "run"
     first = start("retraining", corpus, folder, "--epochs", 500)
-    wait_for((folder / "metrics.jsonl").exists, first)
-    for flags in ((), ("--resume",)):
-        assert run_here("retraining", corpus, folder, *flags) == 2
-        [line] = capsys.readouterr().err.splitlines()
-        assert f"process {first.pid} on " in line
-    first.kill()
-    first.communicate()
+    try:
+        wait_for((folder / "metrics.jsonl").exists, first)
+        for flags in ((), ("--resume",)):
+            assert run_here("retraining", corpus, folder, *flags) == 2
+            [line] = capsys.readouterr().err.splitlines()
+            assert f"process {first.pid} on " in line
+    finally:
+        first.kill()
+        first.communicate()
     assert (folder / "lock").exists()  # The lock file of a killed process does not lock the run.
     Run(folder).release()

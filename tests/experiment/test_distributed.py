@@ -169,3 +169,13 @@ def test_collectives_of_a_single_process_are_identities():
         8,
         True,
     )
+
+
+def test_each_rank_samples_masks_of_its_own_and_the_main_one_those_of_a_single_process():
+    ranks, samples = Distributed(), []
+    for ranks.rank in range(3):
+        torch.manual_seed(3)
+        ranks.seed(3)
+        samples.append(tuple(torch.rand(4).tolist()))
+    torch.manual_seed(3)
+    assert samples[0] == tuple(torch.rand(4).tolist()) and len(set(samples)) == 3

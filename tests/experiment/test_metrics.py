@@ -23,12 +23,12 @@ DAMAGED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("found", "shares"), [
+@pytest.mark.parametrize(("recorded", "shares"), [
     ({"valid": 0.5, "test": 0.0}, {"valid": 0.5}), ({"valid": None, "test": 0.01}, {"test": 0.01}), ({}, {}),
     ({"valid": "0.5", "test": True, "train": 0.5}, {}), ([0.5], {}), (None, {}),
 ])  # fmt: skip
-def test_unknown_shares_are_the_valid_ones_above_zero(found, shares):
-    assert metrics.unknown_shares({"unknown_share": found}) == shares
+def test_unknown_shares_are_the_valid_ones_above_zero(recorded, shares):
+    assert metrics.unknown_shares({"unknown_share": recorded}) == shares
 
 
 @pytest.mark.parametrize("text", DAMAGED)

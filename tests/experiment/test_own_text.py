@@ -94,20 +94,20 @@ def test_unknown_words_are_warned_of_above_one_percent_with_their_effect():
 def test_run_and_evaluate_say_the_share_of_unknown_words(rare, tmp_path, capsys):
     save = tmp_path / "run"
     assert run(train, rare, save, "--min_count", 2) == 0
-    log, found = capsys.readouterr().out, result(save)
+    log, record = capsys.readouterr().out, result(save)
     corpus = data.load_corpus(str(rare), min_count=2)
     assert f"{corpus.unknown_share('valid'):.1%} of valid" in log  # of the text
-    assert f", {found['unknown_share']['valid']:.1%} unknown words |" in log  # of the words that are predicted
+    assert f", {record['unknown_share']['valid']:.1%} unknown words |" in log  # of the words that are predicted
     *warnings, last = log.rstrip().split("\n")[-3:]
     assert "unknown words, without them ppl" in last and all("warning: " in line for line in warnings)
     for split in ("valid", "test"):
-        assert found["bits_per_token"][split] == pytest.approx(math.log2(found[f"{split}_ppl"]), rel=1e-6)
-        assert f"{found['bits_per_token'][split]:.2f} bits per token" in last
+        assert record["bits_per_token"][split] == pytest.approx(math.log2(record[f"{split}_ppl"]), rel=1e-6)
+        assert f"{record['bits_per_token'][split]:.2f} bits per token" in last
         assert evaluate.main([str(save / "best.pt"), "--split", split, "--device", "cpu"]) == 0
         out, err = capsys.readouterr()
-        assert f"{found['unknown_share'][split]:.1%} unknown words" in out
-        assert f"without them perplexity {found['known_ppl'][split]:.4f}" in out
-        assert f"bits per token {found['bits_per_token'][split]:.4f}" in out
+        assert f"{record['unknown_share'][split]:.1%} unknown words" in out
+        assert f"without them perplexity {record['known_ppl'][split]:.4f}" in out
+        assert f"bits per token {record['bits_per_token'][split]:.4f}" in out
         assert "warning: " in err
 
 
@@ -213,7 +213,7 @@ def test_vocab_size_needs_a_place_for_a_word(rare, tmp_path, capsys):
     assert "--vocab_size 2: has no place" in capsys.readouterr().err
 
 
-def test_large_vocabulary_is_said_before_a_run_with_its_memory(rare, tmp_path, capsys, monkeypatch):
+def test_large_vocabulary_prints_a_note_on_its_memory(rare, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(startup, "MANY_WORDS", 10)
     assert run(train, rare, tmp_path / "run") == 0
     [line] = capsys.readouterr().err.splitlines()

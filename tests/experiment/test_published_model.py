@@ -228,7 +228,7 @@ def test_evaluate_prints_the_loss_of_the_equations(split, published, corpus):
     )  # The file has its cell.
 
 
-def test_finetuning_starts_from_its_weights(published, corpus, tmp_path):
+def test_finetuning_starts_from_a_published_model(published, corpus, tmp_path):
     path, weights = published
     flags = f"--data {corpus} --batch_size 4 --bptt 6 --epochs 1 --lr 1e-30 --device cpu --engine eager".split()
     code, _, err = call(train, "--finetune", path, *flags, "--save", tmp_path / "run")
@@ -242,7 +242,7 @@ def test_finetuning_starts_from_its_weights(published, corpus, tmp_path):
     assert code == 0, err
 
 
-def test_it_writes_text_and_scores_lines(published, corpus, tmp_path):
+def test_published_model_generates_text_and_scores_lines(published, corpus, tmp_path):
     path, _ = published
     code, out, err = call(generate, path, "--data", corpus, "--prompt", "a b", "--words", 5, "--device", "cpu")
     assert code == 0 and out.startswith("a b"), err

@@ -14,7 +14,7 @@ from experiment import checkpoint
 from experiment.experiment import Experiment, TrainingState
 from experiment.run_directory import Run
 from experiment.startup import unnamed_run
-from experiment.validate_arguments import holds_work
+from experiment.validate_arguments import must_not_be_overwritten
 
 
 def flags(corpus, folder, *more):
@@ -71,14 +71,14 @@ def test_fine_tuning_that_ended_before_its_first_step_starts_again(owner, name, 
 
 
 @pytest.mark.parametrize("left", [("config.json", "log.txt"), ("log.txt",), ("lock", ".last.pt.1.tmp"), ()])
-def test_files_of_a_run_without_a_checkpoint_are_no_work(left, whole, tmp_path):
+def test_files_of_a_run_without_a_checkpoint_may_be_overwritten(left, whole, tmp_path):
     for name in left:
         source = whole / name
         (tmp_path / name).write_bytes(source.read_bytes() if source.exists() else b"")
-    assert not holds_work(tmp_path)
+    assert not must_not_be_overwritten(tmp_path)
 
 
-def test_checkpoint_after_a_step_is_work(corpus, tmp_path, monkeypatch):
+def test_checkpoint_after_a_step_must_not_be_overwritten(corpus, tmp_path, monkeypatch):
     calls = []
 
     def second_fails(state, *args):
@@ -91,22 +91,22 @@ def test_checkpoint_after_a_step_is_work(corpus, tmp_path, monkeypatch):
         train.main(flags(corpus, tmp_path, "--checkpoint_minutes", "0"))
     assert checkpoint.load(tmp_path / "last.pt")["progress"]["step"] == 1
     assert checkpoint.load(tmp_path / "previous.pt")["progress"]["step"] == 0
-    assert holds_work(tmp_path)
+    assert must_not_be_overwritten(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "content"), [
     ("notes.txt", b"mine"), ("config.json", b'{"script": "other.py"}'), ("config.json", b"{"), ("config.json", b"[]"),
     ("last.pt", b"damaged"), ("best.pt", None), ("metrics.jsonl", None), ("genotype.json", b"{}"),
 ])  # fmt: skip
-def test_any_other_file_is_work(name, content, whole, tmp_path):
+def test_any_other_file_must_not_be_overwritten(name, content, whole, tmp_path):
     shutil.copy(whole / "config.json", tmp_path)
     (tmp_path / name).write_bytes((whole / name).read_bytes() if content is None else content)
-    assert holds_work(tmp_path)
+    assert must_not_be_overwritten(tmp_path)
 
 
-def test_best_weights_alone_are_work(whole, tmp_path):
+def test_best_weights_alone_must_not_be_overwritten(whole, tmp_path):
     shutil.copy(whole / "best.pt", tmp_path)
-    assert holds_work(tmp_path)
+    assert must_not_be_overwritten(tmp_path)
 
 
 @pytest.mark.parametrize("script", [train, train_search], ids=["train", "search"])

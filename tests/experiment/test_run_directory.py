@@ -13,6 +13,10 @@ def test_git_commit_names_the_commit_and_leaves_the_index_alone(tmp_path, monkey
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
         return subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True, text=True)
 
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "experiment" / "run_directory.py"))
     git("init", "-q")
     tracked, index = tmp_path / "tracked", tmp_path / ".git" / "index"

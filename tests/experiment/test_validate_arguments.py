@@ -345,12 +345,12 @@ def test_minus_one_is_the_default_as_in_the_published_code():
         assert validate_arguments.number_faults(args) == validate_arguments.size_faults(args) == []
 
 
-def test_arch_from_a_log_is_told_once_and_trained(corpus, tmp_path, capsys):
+def test_arch_from_a_log_with_two_genotypes_prints_one_note_and_trains_the_last(corpus, tmp_path, capsys):
     text = "Genotype(recurrent=[('tanh', 0), ('relu', 1)], concat=range(1, 3))"
     (tmp_path / "log.txt").write_text(f"01/02 03:04:05 PM Genotype([('relu', 0)], [1])\n01/02 03:04:06 PM {text}\n")
     flags = ["--arch", tmp_path / "log.txt", "--engine", "eager", "--save", tmp_path / "run"]
     assert train.main([str(flag) for flag in ("--data", corpus, *SMALL, *flags)]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert lines == [f"train.py: '{tmp_path}/log.txt' holds 2 genotypes; the last is taken, of line 2"]
-    found = json.loads((tmp_path / "run" / "result.json").read_text())["genotype"]
-    assert found == {"recurrent": [["tanh", 0], ["relu", 1]], "concat": [1, 2]}
+    genotype = json.loads((tmp_path / "run" / "result.json").read_text())["genotype"]
+    assert genotype == {"recurrent": [["tanh", 0], ["relu", 1]], "concat": [1, 2]}

@@ -265,8 +265,8 @@ def test_cache_of_another_vocabulary_is_not_used(tmp_path):
     folder = str(write_folder(tmp_path, train="a a b b c\n", valid="a c\n", test="b\n"))
     sizes = [(1, 0), (2, 0), (1, 4), (2, 3)]
     for _ in range(2):
-        found = [data.load_corpus(folder, min_count=m, vocab_size=v).words for m, v in sizes]
-        assert found == [["a", "b", "c", "<eos>"], ["a", "b", "<eos>", "<unk>"], ["a", "b", "<eos>", "<unk>"],
+        vocabularies = [data.load_corpus(folder, min_count=m, vocab_size=v).words for m, v in sizes]
+        assert vocabularies == [["a", "b", "c", "<eos>"], ["a", "b", "<eos>", "<unk>"], ["a", "b", "<eos>", "<unk>"],
                          ["a", "<eos>", "<unk>"]]  # fmt: skip
 
 

@@ -158,8 +158,8 @@ def test_stretches_tile_the_time_and_neighbours_differ(seeds):
         for a, b in itertools.pairwise(stretches):
             assert a.stop == b.start and (a.op, a.predecessor) != (b.op, b.predecessor)
         for x, cell in cells:
-            [here] = [s for s in stretches if s.start < x <= s.stop]
-            assert (here.op, here.predecessor) == cell.recurrent[node - 1]
+            [stretch] = [s for s in stretches if s.start < x <= s.stop]
+            assert (stretch.op, stretch.predecessor) == cell.recurrent[node - 1]
 
 
 # --- Formation ---

@@ -329,15 +329,15 @@ def test_run_page_plays_its_formation_without_browser_errors(run, browser):
     page = open_page(browser, run)
     assert page.get_log("browser") == []
     # The visible opacity of a part is that of its stroke, or 0 without a stroke, times those of all elements around it.
-    seen = """const found = {};
+    seen = """const opacities = {};
       for (const part of document.querySelectorAll('#formation svg g[id^="formation-"]')) {
         const path = part.querySelector('path'), name = part.id.slice('formation-'.length);
         if (!/^(arc|label)-.*[a-z]$/.test(name) || name.endsWith('-text') || !path) continue;
         let opacity = getComputedStyle(path).stroke === 'none' ? 0 : +getComputedStyle(path).strokeOpacity;
         for (let at = path; at; at = at.parentElement) opacity *= +getComputedStyle(at).opacity;
-        if (opacity > 0) found[name] = Math.round(100 * opacity) / 100;
+        if (opacity > 0) opacities[name] = Math.round(100 * opacity) / 100;
       }
-      return found"""
+      return opacities"""
     _, states = animation.frames(History(run))
     rounded = [{name: round(value, 2) for name, value in state.items()} for state in states]
     assert page.execute_script(seen) == rounded[-1]

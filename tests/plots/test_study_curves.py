@@ -19,11 +19,11 @@ def study(tmp_path):
     ]  # fmt: skip
     cells.append({"cell": "first-1", "genotype": str(random_genotype(9)), "early": None, "select": None})
     rhos = {"width": (0.1, -0.3), "mean depth": (0.2, -0.8), "tanh": (None, None)}
-    found = [
+    correlations = [
         {"feature": name, "cells": "all", "n": 7, "epochs": epochs, "rho": [rho, rho, rho]}
         for name, pair in rhos.items() for epochs, rho in zip((3, 20), pair, strict=True)
     ]  # fmt: skip
-    (tmp_path / "leaderboard.json").write_text(json.dumps({"cells": cells, "features": found}))
+    (tmp_path / "leaderboard.json").write_text(json.dumps({"cells": cells, "features": correlations}))
     return tmp_path, cells
 
 
@@ -38,8 +38,8 @@ def test_cells_are_drawn_against_the_feature_with_the_largest_correlation(study)
         points = {line.get_label(): sorted(zip(*line.get_data(), strict=True)) for line in axes.lines}
         assert list(points) == ["layer", "random"]
         for method, drawn in points.items():
-            mine = [cell for cell in cells if cell["cell"].startswith(method)]
-            assert drawn == sorted((features(parse(cell["genotype"]))["mean depth"], cell[time]) for cell in mine)
+            of_method = [cell for cell in cells if cell["cell"].startswith(method)]
+            assert drawn == sorted((features(parse(cell["genotype"]))["mean depth"], cell[time]) for cell in of_method)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,10 @@ def test_cells_are_drawn_against_the_feature_with_the_largest_correlation(study)
 )
 def test_each_panel_has_the_perplexities_of_its_title(rhos, titles, first, study):
     folder, cells = study
-    found = [
+    correlations = [
         {"feature": "width", "cells": "all", "n": 7, "epochs": epochs, "rho": [rho] * 3} for epochs, rho in rhos.items()
     ]
-    (folder / "leaderboard.json").write_text(json.dumps({"cells": cells, "features": found}))
+    (folder / "leaderboard.json").write_text(json.dumps({"cells": cells, "features": correlations}))
     panels = cells_figure(folder).axes
     assert [axes.get_title(loc="left") or axes.get_title() for axes in panels] == titles
     drawn = [value for line in panels[0].lines for value in line.get_ydata()]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, SIZES, outcome, write_corpus
+from helpers import ROOT, SIZES, outcome, wait_for, write_corpus
 
 import trials
 from experiment import metrics
@@ -59,8 +59,7 @@ def test_killed_trial_resumes_from_its_checkpoint(job, tmp_path):
     command = [sys.executable, ROOT / "train.py", *flags, "--checkpoint_minutes", "0"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=one_thread, stdout=subprocess.DEVNULL) as process:
-        while not (cut / job.name / "metrics.jsonl").exists():
-            time.sleep(0.01)
+        wait_for((cut / job.name / "metrics.jsonl").exists, process)
         process.kill()
     records = []
     jobs.run(job._replace(flags=("--not_a_flag",)), cut, tmp_path, 1, records.append)
@@ -79,9 +78,7 @@ def test_trial_is_killed_when_its_parent_process_is_killed(job, tmp_path):
     code = f"from study import jobs; jobs.run(jobs.{job!r}, jobs.Path({str(tmp_path)!r}), {str(tmp_path)!r}, 1, list)"
     lock = tmp_path / job.name / "lock"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
-        while not (tmp_path / job.name / "metrics.jsonl").exists():
-            assert parent.poll() is None
-            time.sleep(0.01)
+        wait_for((tmp_path / job.name / "metrics.jsonl").exists, parent)
         trial = json.loads(lock.read_text())["pid"]
         os.kill(trial, 0)
         parent.send_signal(signal.SIGKILL)

@@ -44,8 +44,8 @@ def test_bootstrap_interval_widens_with_the_noise_between_seeds():
     rng = np.random.default_rng(0)
     quality = np.arange(12.0)
     alike = quality + 0.01 * rng.normal(size=12)
-    found = stats.agreement(stats.kendall, alike, quality, resamples=200)
-    assert found == pytest.approx((1.0, 1.0, 1.0))  # A cell that is sampled twice ties with itself.
+    estimate = stats.agreement(stats.kendall, alike, quality, resamples=200)
+    assert estimate == pytest.approx((1.0, 1.0, 1.0))  # A cell that is sampled twice ties with itself.
 
     noisy = quality + 20 * rng.normal(size=12)
     value, low, high = stats.agreement(stats.kendall, noisy, quality, resamples=200)
@@ -125,9 +125,9 @@ def test_share_below_counts_equal_values_half():
 def test_difference_from_the_rival_has_an_interval_that_excludes_0_only_for_a_better_method():
     rng = np.random.default_rng(3)
     drawn, better = rng.normal(10, 1, 16), rng.normal(7, 1, 8)
-    found = stats.minus_best(better.tolist(), drawn.tolist(), 2.0)
-    assert found.value == pytest.approx(better.mean() - stats.expected_best(drawn.tolist(), 2.0))
-    assert found.low < found.value < found.high < 0
+    difference = stats.minus_best(better.tolist(), drawn.tolist(), 2.0)
+    assert difference.value == pytest.approx(better.mean() - stats.expected_best(drawn.tolist(), 2.0))
+    assert difference.low < difference.value < difference.high < 0
     same = stats.minus_best(drawn[:8].tolist(), drawn.tolist(), 1.0)
     assert same.low < 0 < same.high
 
@@ -136,8 +136,8 @@ def test_interval_of_the_difference_from_the_rival_covers_it_about_as_often_as_i
     """The mean of 8 normal values minus the expected smaller one of two, over samples of 16, which is 1 / sqrt(pi)."""
     rng, hits = np.random.default_rng(2), 0
     for seed in range(100):
-        found, drawn = rng.normal(size=8).tolist(), rng.normal(size=16).tolist()
-        _, low, high = stats.minus_best(found, drawn, 2.0, seed, resamples=200)
+        searched, drawn = rng.normal(size=8).tolist(), rng.normal(size=16).tolist()
+        _, low, high = stats.minus_best(searched, drawn, 2.0, seed, resamples=200)
         hits += low <= 1 / math.sqrt(math.pi) <= high
     assert 84 <= hits <= 98
 

@@ -13,7 +13,7 @@ from statistics import mean
 
 import pytest
 import torch
-from helpers import ROOT, wait_for, write_corpus
+from helpers import ROOT, wait_for, write_corpus, write_records
 
 import train
 import train_search
@@ -26,7 +26,7 @@ from study import arguments, cost, ray_backend, summary
 from study.design import Study, distinct
 from study.jobs import Job
 from study.leaderboard import as_markdown
-from study.records import ARCHIVE
+from study.records import ARCHIVE, restore
 from study.stats import Estimate, expected_best, holm, kendall, permutation_test
 from study.validate_arguments import continues, number_faults
 from utils import RunError, segments
@@ -56,24 +56,24 @@ class SerialRunner:
     def __init__(self):
         self.ran, self.fails = [], set()
 
-    def run_all(self, todo, board, share, retries, halving=0):
-        study = board.run.folder
+    def run_all(self, todo, monitor, resources, retries, halving=0):
+        study = monitor.run.folder
         for job in todo:
-            if board.reason():
+            if monitor.reason():
                 return
-            board.started(job)
+            monitor.started(job)
             if job.name in self.fails:
                 Path(study, job.name).mkdir(parents=True, exist_ok=True)
                 Path(study, f"{job.name}.out").write_text("error: it was to fail\n")
-                board.failed(job)
+                monitor.failed(job)
                 continue
             if not job.is_done(study):
                 script, *given = job.command(study)
                 assert SCRIPTS[Path(script).name].main(given) == 0
                 self.ran.append(job.name)
             for record in metrics.epochs(study / job.name):
-                board.epoch(job, record["epoch"], record["valid_ppl"], record["seconds"])
-            board.ended(job)
+                monitor.epoch(job, record["epoch"], record["valid_ppl"], record["seconds"])
+            monitor.ended(job)
 
 
 @contextmanager
@@ -86,8 +86,10 @@ def replace_ray():
         patch.setattr(ray_backend, "has_gpus", lambda: False)
         patch.setattr(ray_backend, "run_all", runner.run_all)
         torch.set_num_threads(1)
-        yield runner
-    torch.set_num_threads(threads)
+        try:
+            yield runner
+        finally:
+            torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -165,11 +167,11 @@ def test_selection_runs_differ_in_the_genotype_only(whole):
 
 
 def test_leaderboard_states_the_shares_of_unknown_words(whole):
-    found = json.loads((whole / "leaderboard.json").read_text())
-    assert found["chosen"]["unknown"] == {}  # the made-up language has no unknown words
-    assert "unknown" not in as_markdown(found)
-    found["chosen"]["unknown"] = {"valid": 0.082, "test": 0.0604}
-    assert "8.2% of valid and 6.0% of test are unknown words, which count as `<unk>`" in as_markdown(found)
+    board = json.loads((whole / "leaderboard.json").read_text())
+    assert board["chosen"]["unknown"] == {}  # the made-up language has no unknown words
+    assert "unknown" not in as_markdown(board)
+    board["chosen"]["unknown"] = {"valid": 0.082, "test": 0.0604}
+    assert "8.2% of valid and 6.0% of test are unknown words, which count as `<unk>`" in as_markdown(board)
 
 
 def test_leaderboard_csv_and_markdown_match_the_json(whole):
@@ -207,6 +209,16 @@ def test_resumed_study_runs_only_the_missing_trials(whole, interrupted, serial):
     assert read_leaderboard(interrupted) == read_leaderboard(whole)
 
 
+def test_converged_selection_ends_and_the_study_goes_on(interrupted, serial, monkeypatch):
+    def reason(values, failed, allowed, hours, converged=0, budget_hours=0.0):
+        return "converged" if converged == 3 and len(values) >= 4 else ""
+
+    monkeypatch.setattr("study.monitor.reason_to_stop", reason)
+    assert trials.main(["run", "--resume", "--study", str(interrupted), "--converged", "3"]) == 0
+    assert [name.split("/")[0] for name in serial.ran] == ["select", "retrain", "retrain", "retrain"]
+    assert read_leaderboard(interrupted)["stopped"] == {"select": "converged"}
+
+
 def test_interrupted_study_prints_the_resume_command(interrupted, serial, monkeypatch, capsys):
     """Ray responds to Ctrl-C by ending its trials, and `run_all` returns."""
     monkeypatch.setattr(ray_backend, "run_all", lambda *_: None)
@@ -237,6 +249,15 @@ def test_methods_are_compared_with_random_cells_and_with_as_many_as_take_the_sam
         assert method["rival_draws"] == pytest.approx(draws)
         expected = mean(values[method["method"]]) - expected_best(values["random"], draws)
         assert method["minus_rival"][0] == pytest.approx(expected)
+        better = mean((v < method["mean"]) + 0.5 * (v == method["mean"]) for v in values["random"])
+        assert method["random_below"] == pytest.approx(better)
+
+
+def test_rival_pays_for_every_seed_of_a_selection(tmp_path):
+    study = study_of_four_searches(tmp_path, "--select_seeds", "2")
+    for job, seconds in ((study.search()[0], 30.0), (study.select()[0], 10.0)):
+        write_records(tmp_path / job.name, [{"kind": "epoch", "epoch": 1, "valid_ppl": 9.0, "seconds": seconds}])
+    assert summary.rival_draws(study, "first") == 1 + 30 / (2 * 10)
 
 
 def move(whole, folder, drop=()):
@@ -301,11 +322,11 @@ def test_proxies_with_a_schedule_have_a_training_for_each_length(whole):
     args = arguments.build_parser().parse_args(
         ["proxy", *flags("penn", whole), "--proxy_epochs", "1", "2", "--proxy_flags", "--schedule cosine", "--emsize 4"]
     )
-    found = {job.name.rsplit("/", 2)[0]: job.flags for job in Study(whole, args).proxy()}
-    epochs = {name: given[given.index("--epochs") + 1] for name, given in found.items()}
+    flags_of = {job.name.rsplit("/", 2)[0]: job.flags for job in Study(whole, args).proxy()}
+    epochs = {name: given[given.index("--epochs") + 1] for name, given in flags_of.items()}
     assert epochs == {"proxy/schedule-cosine-1": "1", "proxy/schedule-cosine-2": "2", "proxy/emsize-4": "2",
                       "proxy/full": "2"}  # fmt: skip
-    assert found["proxy/schedule-cosine-2"][-4:-2] == ("--schedule", "cosine")
+    assert flags_of["proxy/schedule-cosine-2"][-4:-2] == ("--schedule", "cosine")
 
 
 def test_proxy_with_epochs_of_its_own_has_no_other_length(whole):
@@ -313,8 +334,8 @@ def test_proxy_with_epochs_of_its_own_has_no_other_length(whole):
     args = arguments.build_parser().parse_args(
         ["proxy", *flags("penn", whole), "--proxy_epochs", "1", "2", "--proxy_flags", *own, "--emsize 4"]
     )
-    found = {job.name.rsplit("/", 2)[0]: job.flags for job in Study(whole, args).short_trainings()}
-    epochs = {name: train.build_parser().parse_args(given).epochs for name, given in found.items()}
+    flags_of = {job.name.rsplit("/", 2)[0]: job.flags for job in Study(whole, args).short_trainings()}
+    epochs = {name: train.build_parser().parse_args(given).epochs for name, given in flags_of.items()}
     assert epochs == {
         "proxy/schedule-cosine---epochs-3": 3, "proxy/emsize-4---epochs-1": 1, "proxy/emsize-4": 2, "proxy/full": 1
     }  # fmt: skip
@@ -462,8 +483,8 @@ def write_result(folder, cell, valid_ppl, test_ppl=None):
 def study_of_four_searches(folder, *more):
     """Returns a study in which three of four searches found one cell, named first-1, and no cell has been trained."""
     cell, other = random_genotype(101), random_genotype(102)
-    for name, found in (("first/1", cell), ("unrolled/1", cell), ("first/2", cell), ("unrolled/2", other)):
-        write_result(folder / "search" / name, found, 99.0)
+    for name, genotype in (("first/1", cell), ("unrolled/1", cell), ("first/2", cell), ("unrolled/2", other)):
+        write_result(folder / "search" / name, genotype, 99.0)
     given = ["run", "--methods", "first", "unrolled", "random", "--seeds", "2", "--random_cells", "2", *more]
     return Study(folder, arguments.build_parser().parse_args(given))
 
@@ -484,8 +505,8 @@ def test_cell_found_by_three_searches_has_a_training_for_each(tmp_path):
         write_result(tmp_path / f"select/first-1/{seed}", random_genotype(101), ppl)
     [(ppl, cell)] = study.selected()
     assert (ppl, study.by_name(cell)) == (20.0, {"first-1": 10.0, "unrolled-1": 20.0, "first-2": 30.0})
-    found = {row["method"]: (row["n"], row["mean"]) for row in summary.summary(study)["methods"]}
-    assert found == {"first": (2, 20.0), "unrolled": (1, 20.0)}
+    by_method = {row["method"]: (row["n"], row["mean"]) for row in summary.summary(study)["methods"]}
+    assert by_method == {"first": (2, 20.0), "unrolled": (1, 20.0)}
 
 
 def test_each_search_of_a_repeated_cell_has_as_many_seeds(tmp_path):
@@ -562,7 +583,21 @@ def test_proxy_agreement_compares_runs_with_different_seeds(whole):
     ]
 
 
-def test_proxy_is_recommended_by_no_fewer_cells_than_tell_anything(whole, monkeypatch):
+@pytest.mark.parametrize(
+    ("tau", "recommended"), [((0.8, 0.1, 1.0), ["3 epochs"]), ((0.8, 0.0, 1.0), []), ((0.69, 0.1, 1.0), [])]
+)
+def test_recommended_proxy_is_the_cheapest_with_a_high_tau_above_zero(tau, recommended, tmp_path, monkeypatch):
+    for name in ("study.json", ARCHIVE):
+        shutil.copy(ROOT / "docs" / "study" / "penn-64" / name, tmp_path)
+    restore(tmp_path)
+    args = arguments.build_parser().parse_args(["report"])
+    vars(args).update(json.loads((tmp_path / "study.json").read_text())["flags"])
+    monkeypatch.setattr(summary.stats, "agreement", lambda *_: Estimate(*tau))
+    rows = summary.proxies(Study(tmp_path, args))
+    assert len(rows) > 3 and [row["proxy"] for row in rows if row["recommended"]] == recommended
+
+
+def test_proxy_with_too_few_cells_is_not_recommended(whole, monkeypatch):
     monkeypatch.setattr(summary.stats, "agreement", lambda *_: Estimate(1.0, 1.0, 1.0))
     study = Study(whole, arguments.build_parser().parse_args(["run", *flags("penn", whole)]))
     for few, recommended in ((3, False), (2, True)):
@@ -594,11 +629,11 @@ def test_features_of_the_proxies_cells_are_correlated_with_the_long_training(tmp
             write_result(tmp_path / job.name, cells[k], ppls[-1])
             lines = [{"kind": "epoch", "epoch": i, "seconds": 1.0, "valid_ppl": ppl} for i, ppl in enumerate(ppls, 1)]
             (tmp_path / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = summary.feature_correlations(study, [], summary.proxy_cells(study))
-    rhos = {(row["feature"], row["epochs"]): row["rho"][0] for row in found if row["cells"] == "proxy"}
+    correlations = summary.feature_correlations(study, [], summary.proxy_cells(study))
+    rhos = {(row["feature"], row["epochs"]): row["rho"][0] for row in correlations if row["cells"] == "proxy"}
     assert rhos["tanh", 1] == pytest.approx(1) and rhos["tanh", 2] == pytest.approx(-1)
     assert rhos["relu", 2] == pytest.approx(1) and rhos["width", 2] is None
-    assert {row["n"] for row in found} == {9}
+    assert {row["n"] for row in correlations} == {9}
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_search
-from experiment import checkpoint, progress
+from experiment import checkpoint
 from architect import Architect, WeightUpdate
 from engine.dropout import DropoutRates
 from engine.reference import NORMS
-from experiment.run_directory import Run
 from genotypes import Genotype, random_genotype
 from model_search import derive
 from training.diagnostics import (
@@ -50,18 +49,18 @@ def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0, norm="batch
 
 def test_dominant_eigenvalue_matches_finite_difference_hessian():
     """The expected Hessian is computed by central differences of the gradient, in float64."""
-    here = diagnosis()
-    alphas, rng = here.model.alphas, torch.Generator()
+    diagnostics = diagnosis()
+    alphas, rng = diagnostics.model.alphas, torch.Generator()
     state = rng.get_state()
-    product = here.hessian_product(rng)
+    product = diagnostics.hessian_product(rng)
     rng.set_state(state)
-    masks = here.model.sample_masks(tiny.B)._replace(word=None, embedding=None, x=None, hidden=None, output=None)
-    batch = here.batch(here.alphas_text, rng, here.batch_size)._replace(masks=masks)
+    masks = diagnostics.model.sample_masks(tiny.B)._replace(word=None, embedding=None, x=None, hidden=None, output=None)
+    batch = diagnostics.batch(diagnostics.alphas_text, rng, diagnostics.batch_size)._replace(masks=masks)
 
     def gradient(delta):
         with torch.no_grad():
             alphas.add_(delta)
-        [loss] = MicroBatches(here.model, batch, tiny.B)
+        [loss] = MicroBatches(diagnostics.model, batch, tiny.B)
         actual = torch.autograd.grad(loss.total, alphas)[0]
         with torch.no_grad():
             alphas.sub_(delta)
@@ -135,15 +134,17 @@ def derived(model):
 
 
 def test_discretization_gap_matches_oracle():
-    here = diagnosis()
-    before = here.model.alphas.detach().clone()
-    relaxed, discrete = here.discretization_gap(derived(here.model))
-    assert torch.equal(here.model.alphas, before)
-    text = here.valid[: SEGMENTS * tiny.T + 1]
-    assert discrete == pytest.approx(oracle_discrete_loss(here.model, derived(here.model), text), rel=1e-9)
+    diagnostics = diagnosis()
+    before = diagnostics.model.alphas.detach().clone()
+    relaxed, discrete = diagnostics.discretization_gap(derived(diagnostics.model))
+    assert torch.equal(diagnostics.model.alphas, before)
+    text = diagnostics.valid[: SEGMENTS * tiny.T + 1]
+    assert discrete == pytest.approx(
+        oracle_discrete_loss(diagnostics.model, derived(diagnostics.model), text), rel=1e-9
+    )
     with torch.no_grad():  # the mixture now equals its genotype
-        here.model.alphas.copy_(logits(CELL))
-    one, other = here.discretization_gap(derived(here.model))
+        diagnostics.model.alphas.copy_(logits(CELL))
+    one, other = diagnostics.discretization_gap(derived(diagnostics.model))
     assert one == other != relaxed
 
 
@@ -181,19 +182,19 @@ def test_agreement_is_one_for_identical_batches_only():
     alike, other = diagnosis(rates=DropoutRates(), text=repeated), diagnosis(rates=DropoutRates())
     # The state soon stops changing, and then all segments are identical.
     alike.train = alike.alphas_text = repeated
-    actual = [here.agreement(torch.Generator().manual_seed(4), 0.1, None) for here in (alike, other)]
+    actual = [measured.agreement(torch.Generator().manual_seed(4), 0.1, None) for measured in (alike, other)]
     assert actual[0][:3] == pytest.approx([1, 1, 1], abs=1e-2)
     assert all(cosine < 0.99 for cosine in actual[1][:3])
 
 
 def test_agreement_is_computed_from_architect_gradients():
-    here = diagnosis()
+    diagnostics = diagnosis()
     given = [(torch.tensor([1.0, 0]), torch.tensor([0.0, 2])), (torch.tensor([0.0, 1]), torch.tensor([0.0, 1])),
              (torch.tensor([1.0, 1]), torch.tensor([3.0, 0]))]  # fmt: skip
     queue = iter(given)
-    here.architect.gradient = lambda *_: (*next(queue), None)
+    diagnostics.architect.gradient = lambda *_: (*next(queue), None)
     half = math.sqrt(0.5)
-    direct, implicit, whole, ratio = here.agreement(torch.Generator(), 0.1, None)
+    direct, implicit, whole, ratio = diagnostics.agreement(torch.Generator(), 0.1, None)
     assert direct == pytest.approx((0 + half + half) / 3)
     assert implicit == pytest.approx((1 + 0 + 0) / 3)
     # The whole gradients are (1, -2), (0, 0) and (-2, 1).
@@ -203,10 +204,10 @@ def test_agreement_is_computed_from_architect_gradients():
 
 
 def test_product_cosine_compares_finite_with_exact():
-    here = diagnosis()
-    assert here.product_cosine(torch.Generator().manual_seed(1), 0.1, None) == pytest.approx(1, abs=1e-6)
-    here.by_product["finite"].radius = 10.0  # far outside the region where the loss is nearly linear
-    assert here.product_cosine(torch.Generator().manual_seed(1), 0.1, None) < 0.99
+    diagnostics = diagnosis()
+    assert diagnostics.product_cosine(torch.Generator().manual_seed(1), 0.1, None) == pytest.approx(1, abs=1e-6)
+    diagnostics.by_product["finite"].radius = 10.0  # far outside the region where the loss is nearly linear
+    assert diagnostics.product_cosine(torch.Generator().manual_seed(1), 0.1, None) < 0.99
 
 
 def test_first_order_signal_has_no_implicit_part():
@@ -217,23 +218,23 @@ def test_first_order_signal_has_no_implicit_part():
 
 
 def test_measurement_is_reproducible_and_nan_becomes_none():
-    here = diagnosis()
+    diagnostics = diagnosis()
     torch.manual_seed(8)
     state = torch.get_rng_state()
-    first = here.measure(4, CELL, 0.1)
+    first = diagnostics.measure(4, CELL, 0.1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert here.measure(4, CELL, 0.1) == first != here.measure(5, CELL, 0.1)
+    assert diagnostics.measure(4, CELL, 0.1) == first != diagnostics.measure(5, CELL, 0.1)
     with torch.no_grad():
-        here.model.alphas.fill_(math.nan)
-    assert here.measure(4, CELL, 0.1) == Signal(*[None] * 9)
+        diagnostics.model.alphas.fill_(math.nan)
+    assert diagnostics.measure(4, CELL, 0.1) == Signal(*[None] * 9)
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 9, 12])
 def test_batches_from_texts_of_any_length(length):
-    here = diagnosis()
+    diagnostics = diagnosis()
     for seed in range(5):
-        batch = here.batch(here.train[:length], torch.Generator().manual_seed(seed), 3)
+        batch = diagnostics.batch(diagnostics.train[:length], torch.Generator().manual_seed(seed), 3)
         assert 1 <= len(batch.x) <= tiny.T and batch.x.size(1) == len(batch.hidden) == 3
         assert torch.equal(batch.x[1:], batch.y[:-1])
 
@@ -262,31 +263,3 @@ def test_diagnosis_leaves_search_steps_bit_identical(flags, tmp_path):
     assert actual
     assert [record["step"] for record in actual] == list(range(4, steps[-1]["step"] + 1, 4))
     assert actual[0].keys() == {"kind", "epoch", "step", *Signal._fields}
-
-
-def test_seconds_of_a_run_that_rolls_back_are_those_of_all_its_work(tmp_path, monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
-    here = progress.Progress(Run(tmp_path / "run"), torch.device("cpu"), 1, 100)
-    before = here.state_dict()
-    for _ in here.track([(0, 10), (10, 10)], columns=3):
-        clock[0] += 20
-        here.advance(torch.tensor(1.0), torch.tensor(1.0), (10, 3), 1.0)
-        here.close_interval(here.interval_means(), 1.0)
-    here.load_state_dict(before)
-    clock[0] += 5
-    assert (here.step, here.elapsed()) == (0, 45)
-
-
-def test_measurement_time_is_not_counted_as_step_time(tmp_path, monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
-    here = progress.Progress(Run(tmp_path / "run"), torch.device("cpu"), 1, 100)
-    for _ in here.track([(0, 10)], columns=3):
-        clock[0] += 2
-        here.advance(torch.tensor(1.0), torch.tensor(1.0), (10, 3), 1.0)
-        with here.paused():
-            clock[0] += 50
-        here.close_interval(here.interval_means(), 1.0)
-    [record] = read_records(tmp_path / "run")
-    assert record["tokens_per_s"] == 30 / 2 and record["seconds"] == 52

@@ -1,0 +1,100 @@
+"""Tests what each step of a search and of a retraining computes, and from when on the weights are averaged."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import SIZES, read_records
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import train
+import train_search
+from experiment import checkpoint, metrics, processor
+from training.optimizers import saved_average
+
+SCRIPTS = {"train": train, "search": train_search}
+CELL = "Genotype(recurrent=[('tanh',0),('relu',1)],concat=[1,2])"
+
+
+@pytest.fixture
+def run(corpus, tmp_path):
+    """A function that runs a script with some flags and returns the run's directory."""
+
+    def run_with(kind, flags):
+        arch = ["--arch", CELL] if kind == "train" else []
+        folder = tmp_path / "run"
+        assert (
+            SCRIPTS[kind].main([*SIZES, *arch, "--data", str(corpus), "--save", str(folder), "--lr=3", *flags.split()])
+            == 0
+        )
+        return folder
+
+    return run_with
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_weight_step_is_taken_at_the_recorded_rate_of_its_length(kind, run):
+    rates = []
+
+    def note(optimizer, *_):
+        if type(optimizer) is torch.optim.SGD:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        folder = run(kind, "--optimizer sgd --epochs 1 --log_interval 1" + " --arch_start 0" * (kind == "search"))
+    finally:
+        hook.remove()
+    assert rates == [record["lr"] for record in read_records(folder, "interval")]
+    assert len(set(rates)) > 1
+
+
+def test_both_steps_of_a_search_have_one_loss_and_the_difference_is_in_fp32(run, monkeypatch):
+    """A search step computes five losses: of the training batch, the validation batch, the two ends of the central
+    difference, and the training batch again for the weights."""
+    seen, micro_batches = [], train_search.MicroBatches
+
+    def spy(model, batch, small_batch_size, **coefficients):
+        seen.append((model.engine.precision, small_batch_size, coefficients, batch))
+        return micro_batches(model, batch, small_batch_size, **coefficients)
+
+    monkeypatch.setattr(train_search, "MicroBatches", spy)
+    monkeypatch.setattr(processor, "has_fast_bf16", lambda device: True)
+    run("search", "--unrolled --alpha 0.2 --beta 0.1 --small_batch_size 2 --arch_start 0 --epochs 1 --lr 1"
+        " --engine fused --precision bf16 --limit_tokens 100")  # fmt: skip
+    both = {"alpha": 0.2, "beta": 0.1}
+    assert len(seen) >= 10 and len(seen) % 5 == 0
+    for step in zip(*[iter(seen)] * 5, strict=True):
+        precisions, sizes, coefficients, batches = zip(*step, strict=True)
+        assert precisions == ("bf16", "bf16", "fp32", "fp32", "bf16")
+        assert set(sizes) == {2}
+        assert coefficients == (both, {}, both, both, both)
+        first, _, plus, minus, weights = batches
+        assert plus is minus is first and first.masks.relu is not None and weights.masks.relu is None
+        assert torch.equal(weights.x, first.x) and not torch.equal(weights.masks.hidden, first.masks.hidden)
+
+
+def test_average_after_disregards_the_validation_loss(run, monkeypatch):
+    rising = itertools.count(1.0, 0.1)  # by these losses NT-ASGD would switch after the seventh epoch
+    monkeypatch.setattr(
+        "experiment.experiment.evaluate",
+        lambda model, text, bptt, name: next(rising) if name == "valid" else 1.0,
+    )
+    folder = run("train", "--average_after 9 --epochs 10 --limit_tokens 100")
+    assert [record["phase"] for record in read_records(folder, "epoch")] == ["sgd"] * 9 + ["asgd"]
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_averaging_run_evaluates_and_saves_the_averaged_weights(kind, run):
+    """best.pt has the averaged weights, and last.pt the raw ones, from which training resumes."""
+    folder = run(kind, "--optimizer asgd --epochs 2" + " --arch_start 0" * (kind == "search"))
+    best, last = (checkpoint.load(folder / name) for name in ("best.pt", "last.pt"))
+
+    def is_average(state):
+        weights = [w for name, w in state["model"].items() if name != "cell.alphas"]
+        return all(map(torch.equal, weights, saved_average(state["optimizer"])))
+
+    assert is_average(best) and not is_average(last)
+    ppls = [record["valid_ppl"] for record in read_records(folder, "epoch")]
+    expected = ppls[-1] if kind == "search" else min(ppls)
+    assert metrics.result(folder)["valid_ppl"] == pytest.approx(expected)

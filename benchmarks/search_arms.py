@@ -6,10 +6,11 @@
 `run` starts train_search.py and train.py, as many at a time as there are cores, each with one thread. Every search and
 every training adds a line to FILE as it ends; what is there already is not run again, so a study that was stopped, or
 gets another arm, goes on. All cells are trained with the same flags and the same seed, whatever found them. `table`
-prints mean, sd, best and median perplexity of each arm, the p of a two-sided permutation test against the random cells,
-the mean depth of its cells, and the mean cosine between the alpha gradients of independent batches over its searches;
-with what features the random cells' perplexities are correlated; and how cosine and sensitivity went in each arm.
-scripts/signal_study.sh runs the studies of docs/signal.md.
+prints mean, sd, best and median perplexity of each arm, the p of a two-sided permutation test against the random cells
+(or another arm's, `--against`; of ranks in the place of perplexities, `--ranks`), the mean depth of its cells, the mean
+cosine between the alpha gradients of independent batches over its searches, and the median perplexity at which the
+searches themselves ended; with what features the random cells' perplexities are correlated; and how cosine and
+sensitivity went in each arm. scripts/signal_study.sh runs the studies of docs/signal.md.
 """
 
 import argparse
@@ -146,13 +147,14 @@ def run(args: argparse.Namespace) -> None:
             future.result()
 
 
-def table(paths: Sequence[Path], seeds: range = range(LARGEST)) -> None:
+def table(paths: Sequence[Path], seeds: range = range(LARGEST), against: str = "random", ranks: bool = False) -> None:
     """Prints for each file, and each way in which it has trained cells, the arms beside the random cells, then the
-    signal. Searches with other seeds are left out."""
+    signal. Searches with other seeds are left out. The arms are tested `against` the random cells or those of an
+    arm, by their perplexities or, with `ranks`, by the ranks of these."""
     for path in paths:
         lines = [line for line in Results(path).by_key.values() if line["kind"] == "train" or line["seed"] in seeds]
         for flags in dict.fromkeys(line["flags"] for line in lines if line["kind"] == "train"):
-            table_of(f"{path.name}: {flags}", lines, flags)
+            table_of(f"{path.name}: {flags}", lines, flags, against, ranks)
         print("\n| arm | step | cosine, mean | sensitivity, median |\n|---|---|---|---|")
         for arm in dict.fromkeys(line["arm"] for line in lines if line["kind"] == "search"):
             signal_of(arm, [s for line in lines if line.get("arm") == arm for s in line["signal"]])
@@ -164,7 +166,7 @@ def known_cells() -> dict[str, dict]:
     return {name: to_json(resolve_cell(name)) for name in (*(f"random:{n}" for n in range(LARGEST)), *NAMED)}
 
 
-def table_of(title: str, lines: Collection[dict], flags: str) -> None:
+def table_of(title: str, lines: Collection[dict], flags: str, against: str, ranks: bool) -> None:
     """Every cell that was trained with those flags, by what it comes from."""
     trained = {
         json.dumps(line["genotype"]): line["valid_ppl"][-1]
@@ -174,18 +176,24 @@ def table_of(title: str, lines: Collection[dict], flags: str) -> None:
     cells = {name: cell for name, cell in known_cells().items() if json.dumps(cell) in trained}
     drawn = [cell for name, cell in cells.items() if name.startswith("random")]
     random = [trained[json.dumps(cell)] for cell in drawn]
-    print(f"\n{title}\n\n| cells | n | mean | sd | best | median | p | depth | agreement |\n" + "|---" * 9 + "|")
+    columns = ("cells", "n", "mean", "sd", "best", "median", "p", "depth", "agreement", "searches' own, median")
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     for name, group in (("random", drawn), *((name, [cells[name]]) for name in NAMED if name in cells)):
         if group:
             print(row(name, group, trained))
     searches = [line for line in lines if line["kind"] == "search" and json.dumps(line["genotype"]) in trained]
+    others = [trained[json.dumps(line["genotype"])] for line in searches if line["arm"] == against]
+    others = random if against == "random" else others
     for arm in dict.fromkeys(line["arm"] for line in searches):
         runs = [line for line in searches if line["arm"] == arm]
         signals = [s for line in runs for s in line["signal"]]
-        print(row(arm, [line["genotype"] for line in runs], trained, random, signals))
+        ends = [line["valid_ppl"][-1] for line in runs if "valid_ppl" in line]
+        p = p_value([trained[json.dumps(line["genotype"])] for line in runs], others, ranks) if arm != against else ""
+        print(row(arm, [line["genotype"] for line in runs], trained, p, signals, ends))
         for epochs, group in enumerate(zip(*(line.get("genotypes", ())[:-1] for line in runs), strict=False), start=1):
             if all(json.dumps(cell) in trained for cell in group):
-                print(row(f"{arm}, after {epochs} epochs", group, trained, random))
+                p = p_value([trained[json.dumps(cell)] for cell in group], others, ranks)
+                print(row(f"{arm}, after {epochs} epochs", group, trained, p))
     if len(drawn) > 2:
         print("\ncorrelation of the random cells' perplexity with " + correlations(drawn, random))
 
@@ -194,20 +202,33 @@ def row(
     name: str,
     cells: Sequence[dict],
     trained: dict[str, float],
-    random: Sequence[float] = (),
+    p: str = "",
     signal: Sequence[dict] = (),
+    ends: Sequence[float] = (),
 ) -> str:
-    """A row of the table: of these cells, and of what was measured in the searches that found them."""
-    from study.stats import permutation_test
-
+    """A row of the table: of these cells, and of what was measured in the searches that found them, which ended at the
+    perplexities `ends`."""
     ppl = [trained[json.dumps(cell)] for cell in cells]
     sd = f"{stdev(ppl):.2f}" if len(ppl) > 1 else ""
-    p = f"{permutation_test(ppl, random):.4f}" if min(len(ppl), len(random)) > 1 else ""
     agreement = numbers(signal, "cosine_whole")
     return (
         f"| {name} | {len(ppl)} | {mean(ppl):.2f} | {sd} | {min(ppl):.2f} | {median(ppl):.2f} | {p} "
-        f"| {mean(map(mean_depth, cells)):.2f} | {f'{mean(agreement):.2f}' if agreement else ''} |"
+        f"| {mean(map(mean_depth, cells)):.2f} | {f'{mean(agreement):.2f}' if agreement else ''} "
+        f"| {f'{median(ends):.1f}' if ends else ''} |"
     )
+
+
+def p_value(ppl: Sequence[float], others: Sequence[float], ranks: bool) -> str:
+    """The p of a permutation test of the difference of the means of perplexities, or of their ranks among both samples;
+    empty if either has fewer than two."""
+    from scipy.stats import rankdata
+
+    from study.stats import permutation_test
+
+    if min(len(ppl), len(others)) < 2:
+        return ""
+    both = rankdata([*ppl, *others]) if ranks else [*ppl, *others]
+    return f"{permutation_test(both[: len(ppl)], both[len(ppl) :]):.4f}"
 
 
 def signal_of(arm: str, signal: Sequence[dict]) -> None:
@@ -271,8 +292,13 @@ def main() -> int:
     tables.add_argument(
         "--seeds", nargs=2, type=int, default=(0, LARGEST), metavar=("FIRST", "LAST"), help="of the searches"
     )
+    tables.add_argument("--against", default="random", metavar="ARM", help="whose cells the others are tested against")
+    tables.add_argument("--ranks", action="store_true", help="test ranks in the place of perplexities")
     args = parser.parse_args()
-    run(args) if args.command == "run" else table(args.files, range(args.seeds[0], args.seeds[1] + 1))
+    if args.command == "run":
+        run(args)
+    else:
+        table(args.files, range(args.seeds[0], args.seeds[1] + 1), args.against, args.ranks)
     return 0
 
 

@@ -11,13 +11,14 @@ import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
+from shlex import quote
 from tempfile import mkdtemp
 
 from experiment import arguments, signals
 from data import Corpus, load_corpus, located
 from experiment.lock import Locked
 from experiment.run_directory import Run, new_folder
-from experiment.validate_arguments import must_not_be_overwritten
+from experiment.validate_arguments import folder_faults, must_not_be_overwritten
 from study import validate_arguments
 from study.arguments import build_parser, requested_stages
 from study.design import Study
@@ -43,14 +44,16 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
     faults = validate_arguments.number_faults(args) + validate_arguments.text_faults(args)
     if config is None:
         if args.resume or args.stage == "report":
-            faults.append(f"--study {args.study}: there is no study ({CONFIG} is missing); name another")
+            known = f"--study {args.study}: there is no study ({CONFIG} is missing); name another"
+            faults.append(known if args.study else "--study: say which study to resume or report, with --study DIR")
         elif folder.is_dir() and must_not_be_overwritten(folder):
             faults.append(f"--study {folder}: holds files already; take another")
     else:
         faults += validate_arguments.begun_faults(args, config, folder)
     study = Study(folder, args)
     stages = requested_stages(args)
-    faults = faults or validate_arguments.missing_faults(study) or job_faults(study, stages)
+    faults = faults or folder_faults("--study", folder) or validate_arguments.missing_faults(study)
+    faults = faults or job_faults(study, stages)
     corpus = None
     if stages and not faults:  # A report needs no text.
         try:
@@ -60,7 +63,9 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
         faults = job_faults(study, stages, corpus)
         begun_with = {} if config is None else config["sha256"]
         if any(corpus.sha256.get(split, digest) != digest for split, digest in begun_with.items()):
-            faults.append(f"--data {args.data}: not the text that the study in {folder} began with")
+            faults.append(
+                f"--data {args.data}: not the text that the study in {folder} began with; give that text by --data"
+            )
     if faults:
         parser.refuse(faults)
 
@@ -109,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
             if not (run.folder / CONFIG).exists():  # A --dry_run of a new study leaves no directory.
                 shutil.rmtree(run.folder)
         if runner.interrupted:
-            run.log(f"interrupted; continue with: python trials.py {args.stage} --resume --study {run.folder}")
+            where = f" --address {args.address}" if args.address else ""
+            again = f"python trials.py {args.stage} --resume --study {quote(str(run.folder))}{where}"
+            run.log(f"interrupted; continue with: {again}")
             return 130
     if args.stage in ("run", "report"):
         run.log(leaderboard.write(study, run))

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from experiment import print_any_letters  # importing it refuses a system that is not supported
+from experiment import escape_unencodable_output  # importing it refuses a system that is not supported
 from genotypes import GenotypeError, resolve
 
 try:
@@ -96,12 +96,13 @@ def draw(args: argparse.Namespace) -> Path:
 def report(args: argparse.Namespace) -> Path:
     """Writes the page, with --watch until the run is over or Ctrl-C, and returns its path. Raises `PictureError`."""
     from plots.html.page import is_over
-    from plots.html.report import write
+    from plots.html.report import page_path, write
 
     if not args.watch:
         return write(args.what, args.out)
     if not Path(args.what).is_dir():
         raise PictureError(f"{args.what}: no such directory")
+    page_path(args.what, args.out)  # A wrong ending stays wrong, unlike a run without a record.
     shown = 0  # the length of the status on the terminal
     try:
         while not is_over(Path(args.what)):
@@ -120,7 +121,7 @@ def report(args: argparse.Namespace) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    print_any_letters()
+    escape_unencodable_output()
     parser, commands = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] not in commands and not argv[0].startswith("-"):

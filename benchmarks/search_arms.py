@@ -43,7 +43,7 @@ SIZES = (
 SIGNAL = ("step", "cosine_whole", "cosine_direct", "cosine_implicit", "norm_ratio", "sensitivity", "relaxed_loss")
 TRAIN_SEED = 1
 NAMED = ("DARTS", "DARTS_V1")
-LARGEST = 1000  # random cells that `table` knows, and seeds of searches
+MAX_SEED = 1000  # random cells that `table` knows, and seeds of searches
 
 
 class Results:
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
             future.result()
 
 
-def table(paths: Sequence[Path], seeds: range = range(LARGEST), against: str = "random", ranks: bool = False) -> None:
+def table(paths: Sequence[Path], seeds: range = range(MAX_SEED), against: str = "random", ranks: bool = False) -> None:
     """Prints for each file, and each way in which it has trained cells, the arms beside the random cells, then the
     signal. Searches with other seeds are left out. The arms are tested `against` the random cells or those of an
     arm, by their perplexities or, with `ranks`, by the ranks of these."""
@@ -163,7 +163,7 @@ def table(paths: Sequence[Path], seeds: range = range(LARGEST), against: str = "
 @cache
 def known_cells() -> dict[str, dict]:
     """Random and published cells by name."""
-    return {name: to_json(resolve_cell(name)) for name in (*(f"random:{n}" for n in range(LARGEST)), *NAMED)}
+    return {name: to_json(resolve_cell(name)) for name in (*(f"random:{n}" for n in range(MAX_SEED)), *NAMED)}
 
 
 def table_of(title: str, lines: Collection[dict], flags: str, against: str, ranks: bool) -> None:
@@ -290,7 +290,7 @@ def main() -> int:
     tables = commands.add_parser("table")
     tables.add_argument("files", nargs="+", type=Path)
     tables.add_argument(
-        "--seeds", nargs=2, type=int, default=(0, LARGEST), metavar=("FIRST", "LAST"), help="of the searches"
+        "--seeds", nargs=2, type=int, default=(0, MAX_SEED), metavar=("FIRST", "LAST"), help="of the searches"
     )
     tables.add_argument("--against", default="random", metavar="ARM", help="whose cells the others are tested against")
     tables.add_argument("--ranks", action="store_true", help="test ranks in the place of perplexities")

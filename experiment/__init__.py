@@ -1,4 +1,4 @@
-"""One run: its flags, its start, its directory, its checkpoints.
+"""Runs one search or training: its flags, its start and resumption, its directory and its checkpoints.
 
 Importing this package ends a script on a system that is not supported; each script imports it before the algorithm.
 """
@@ -16,7 +16,7 @@ def unsupported(version: tuple[int, ...], platform: str) -> str | None:
     return None
 
 
-def print_any_letters() -> None:
+def escape_unencodable_output() -> None:
     """Makes stdout print an escape for a letter that the terminal lacks, such as one of a path."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -23,7 +23,7 @@ STATISTICS_BATCH_SIZE = 100  # of the batches of train whose gradients `rms` ave
 
 
 class Setting(NamedTuple):
-    """The numbers of an adaptation: rate and decay of dynamic evaluation, and the mix of the cache; None without it."""
+    """Holds the rate and the decay of dynamic evaluation and the mix of the cache; each is None if it is not used."""
 
     lr: float | None
     decay: float | None

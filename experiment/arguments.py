@@ -38,10 +38,11 @@ FLAGS_ELSEWHERE = {
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the default to the help of each flag, except for None and False, which the help text explains."""
+    """Appends the default to the help of each flag, except for None, False and empty ones."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        without = action.default is False or action.default in (None, "", [])
+        return action.help if without else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,10 +52,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
         self.quiet = False  # True on all ranks but the main one
         self.elsewhere = dict(FLAGS_ELSEWHERE)
-        self.words: Sequence[str] = ()  # the command line that is parsed
+        self.argv: Sequence[str] = ()  # the command line that is parsed
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        self.words = sys.argv[1:] if args is None else args
+        self.argv = sys.argv[1:] if args is None else args
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -63,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
     def unknown_flags(self) -> list[str]:
         """Returns a fault for each flag of the command line that this parser lacks, with the one to use instead."""
-        given = [word.split("=")[0] for word in self.words if re.match("--[A-Za-z]", word)]
+        given = [word.split("=")[0] for word in self.argv if re.match("--[A-Za-z]", word)]
         unknown = [flag for flag in given if flag not in self._option_string_actions]
         return [f"{flag}: no such flag; {self.instead(flag)}" for flag in unknown]
 

@@ -34,7 +34,7 @@ NAMES = {"last.pt", "previous.pt", "best.pt"}
 # A pickle may contain only the names that torch writes for tensors; `weights_only` would also build a large bytearray.
 GLOBALS = re.compile(r"torch [A-Za-z]+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 BUILDERS = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
-LARGEST = 1e38  # about the largest number of float32
+MAX_FLOAT32 = 1e38  # about the largest number of float32
 CHECKSUM = "sha256 {}"
 CHECKSUM_SIZE = len(CHECKSUM.format("")) + 64  # bytes
 # The errors that torch's reader raises on damaged or forged files.
@@ -226,7 +226,7 @@ def validate_state(state: Any, form: Any, where: str = "state") -> None:
         if not isinstance(state, Tensor) or (state.shape, state.dtype) != (form.shape, form.dtype):
             raise ValueError(f"{where}: a tensor {tuple(form.shape)} expected")
     else:
-        limits = {int: (0, 1 << 62), float: (-LARGEST, LARGEST)}.get(type(form))
+        limits = {int: (0, 1 << 62), float: (-MAX_FLOAT32, MAX_FLOAT32)}.get(type(form))
         if type(state) is not type(form) or not (
             limits is None or limits[0] <= state <= limits[1] or state == math.inf  # the best loss before the first
         ):

@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 
 from utils import RunError
 
-PATIENCE = timedelta(hours=2)  # A rank may have to wait for another that evaluates or compiles.
+EXCHANGE_TIMEOUT = timedelta(hours=2)  # A rank may have to wait for another that evaluates or compiles.
 SEEDS_APART = 1_000_003  # This is the difference between the mask seeds of successive ranks.
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Distributed:
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             with together():
-                distributed.init_process_group(backend, timeout=PATIENCE)
+                distributed.init_process_group(backend, timeout=EXCHANGE_TIMEOUT)
             atexit.register(distributed.destroy_process_group)
 
     def command(self, script: str) -> str:

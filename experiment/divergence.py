@@ -24,8 +24,8 @@ class DivergenceMonitor:
     """
 
     def __init__(self, device: torch.device, vocabulary: int):
-        self.even = math.log(vocabulary)  # This is the loss of a uniform prediction, in nats per word.
-        self.mean = torch.tensor(self.even, dtype=torch.float64, device=device)
+        self.uniform_loss = math.log(vocabulary)  # This is the loss of a uniform prediction, in nats per word.
+        self.mean = torch.tensor(self.uniform_loss, dtype=torch.float64, device=device)
         self.recent = self.mean.clone()
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)
         self.steps, self.rollbacks = 1, 0
@@ -35,7 +35,7 @@ class DivergenceMonitor:
         """Records the loss and gradient norm of a step. Raises `Diverged`, on a GPU only at the next `check`."""
         nll = nll.double()
         self.recent += (nll - self.recent) / RECENT
-        spiked = self.recent > torch.clamp(SPIKE_FACTOR * self.mean, min=self.even)
+        spiked = self.recent > torch.clamp(SPIKE_FACTOR * self.mean, min=self.uniform_loss)
         self.diverged |= spiked | ~torch.isfinite(nll) | ~torch.isfinite(norm)
         self.steps = min(self.steps + 1, MEMORY)
         self.mean += (nll - self.mean) / self.steps
@@ -61,10 +61,10 @@ class DivergenceMonitor:
         """
         verdict, mean = to_host(self.verdict(), self.mean)
         self.check(verdict)
-        if not math.isfinite(loss) or loss > max(SPIKE_FACTOR * mean.item(), self.even):
+        if not math.isfinite(loss) or loss > max(SPIKE_FACTOR * mean.item(), self.uniform_loss):
             raise Diverged(f"the loss is {loss:.4g} with the weights of the last step")
 
-    def count(self, fault: Diverged, step: int, lr: float, optimizer: str, clip: float) -> int:
+    def next_rollback(self, fault: Diverged, step: int, lr: float, optimizer: str, clip: float) -> int:
         """Returns the number of the next rollback; raises RunError if that is more than `MAX_ROLLBACKS`. The error
         names the last rate `lr` that was tried and the optimizer, and a remedy for the limit `clip` (0: none)."""
         if self.rollbacks >= MAX_ROLLBACKS:

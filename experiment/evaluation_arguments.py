@@ -19,7 +19,7 @@ DYNAMIC = {"sgd": (0.3, 0.005), "rms": (1e-4, 0.02)}  # by rule: learning rate, 
 LR_FACTORS, DECAY_FACTORS = (0.3, 1.0, 3.0), (0.0, 1.0, 5.0)
 MIX = Mix(theta=0.8, share=0.1)
 THETA_FACTORS, SHARE_FACTORS = (0.25, 0.6, 1.0, 1.5, 2.25, 3.0), (0.5, 1.0, 1.5, 2.0)
-MAX_SHARE = 0.95  # A mixture needs some of the model.
+MAX_SHARE = 0.95  # --tune tries no larger share of the cache, since at 1 the model would have none.
 FEWEST_TOKENS = 100
 TUNE_TOKENS = 10_000  # A pass over these takes a minute at H 256 on a core.
 

@@ -130,8 +130,8 @@ class Experiment:
         self.best, self.stopped_by, self.exit_code = float("inf"), "", 0  # `best` is the lowest validation loss.
 
     def __enter__(self) -> "Experiment":
-        self.notes = LogHandler(self.run)
-        logging.getLogger("engine").addHandler(self.notes)
+        self.log_handler = LogHandler(self.run)
+        logging.getLogger("engine").addHandler(self.log_handler)
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> bool:
@@ -141,7 +141,7 @@ class Experiment:
         if interrupted:
             command, self.exit_code = self.ranks.command(self.parser.prog), 130
             self.run.log(f"interrupted; continue with: {command} --resume --save {quote(str(self.run.folder))}")
-        logging.getLogger("engine").removeHandler(self.notes)
+        logging.getLogger("engine").removeHandler(self.log_handler)
         self.run.release()
         return interrupted
 
@@ -299,8 +299,10 @@ class Experiment:
             yield
         except Diverged as fault:
             args, lr = self.args, self.args.lr * self.schedule.scale
-            attempt = self.monitor.count(fault, self.progress.step, lr, args.optimizer, args.clip)
-            saved = self.ranks.broadcast_from_main(lambda: checkpoint.load_last(self.run.folder)[0])
+            attempt = self.monitor.next_rollback(fault, self.progress.step, lr, args.optimizer, args.clip)
+            saved, note = self.ranks.broadcast_from_main(lambda: checkpoint.load_last(self.run.folder))
+            if note:
+                self.run.log(note)
             self.load_state_dict(state, saved)
             self.monitor.rollbacks = attempt
             self.schedule.scale *= BACKOFF

@@ -11,7 +11,7 @@ from training.evaluation import perplexity
 
 
 class LineScore(NamedTuple):
-    """How likely a line is, its end included."""
+    """Holds the log-probability of a line, its end included, and that of each of its tokens."""
 
     line: int  # its number, from 1
     tokens: int  # the predicted ones: the words and the line's end
@@ -35,7 +35,7 @@ def line_scores(lines: Sequence[str], losses: Iterable[Tensor], unknown: Sequenc
 
 
 def total(scores: Sequence[LineScore]) -> LineScore:
-    """Returns the score of all lines together, whose number is how many they are."""
+    """Returns the score of all lines together; its field `line` is the number of lines."""
     tokens, unknown, log_prob = (sum(each) for each in zip(*(score[1:4] for score in scores), strict=True))
     return LineScore(len(scores), tokens, unknown, log_prob, (), "all lines")
 
@@ -47,10 +47,11 @@ def as_json(score: LineScore) -> str:
 
 
 HEAD = f"{'line':>6} {'tokens':>7} {'unknown':>8} {'log-prob':>11} {'perplexity':>11}  text"
+WIDTH = 60  # letters of a line's text that a row shows
 
 
-def as_row(score: LineScore, width: int = 60) -> str:
-    """Returns a row below `HEAD`, with the first `width` letters of the line."""
+def as_row(score: LineScore) -> str:
+    """Returns a row below `HEAD`, with the first `WIDTH` letters of the line."""
     ppl = "-" if score.perplexity is None else f"{score.perplexity:.2f}"
-    text = score.text if len(score.text) <= width else score.text[: width - 1] + "…"
+    text = score.text if len(score.text) <= WIDTH else score.text[: WIDTH - 1] + "…"
     return f"{score.line:>6} {score.tokens:>7} {score.unknown:>8} {score.log_prob:>11.3f} {ppl:>11}  {text}".rstrip()

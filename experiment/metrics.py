@@ -12,7 +12,7 @@ from typing import Any
 from genotypes import GenotypeError, cell_from_json
 
 EVENTS = "events.jsonl"
-LARGEST = 2**1023  # A float can hold this; infinity, NaN and integers too large for a float are not below it.
+MAX_NUMBER = 2**1023  # A float can hold this; infinity, NaN and integers too large for a float are not below it.
 
 
 def result(folder: Path) -> dict[str, Any] | None:
@@ -35,7 +35,7 @@ def unknown_shares(result: dict[str, Any]) -> dict[str, float]:
 
 def is_number(value: Any) -> bool:
     """Returns whether `value` is a finite int or float; a bool is not."""
-    return type(value) in (int, float) and abs(value) < LARGEST
+    return type(value) in (int, float) and abs(value) < MAX_NUMBER
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -49,8 +49,8 @@ def busy_ticks(stat: str, cores: set[int]) -> int:
 
 
 def cores_taken(cores: set[int], seconds: float = SECONDS) -> float | None:
-    """Returns how many of these cores other processes have kept busy for the last `seconds`, for which it waits. It is
-    None on a system that does not say."""
+    """Returns how many of these cores other processes keep busy, measured over `seconds`; None if the system does not
+    report it."""
     try:
         before, own, start = busy_ticks(STAT.read_text(), cores), time.process_time(), time.monotonic()
         time.sleep(seconds)

@@ -155,8 +155,8 @@ def unpickle(file: BinaryIO) -> Any:
         raise CheckpointError("a relaxed model of a search; train the cell in its log instead: train.py --arch log.txt")
     if foreign := names - NAMES:
         raise CheckpointError(
-            f"names {min(foreign).replace(' ', '.')[:80]!r}, which no model of the published code does; nothing of it"
-            " was run"
+            f"names {min(foreign).replace(' ', '.')[:80]!r}, which no model of the published code does (a checkpoint of"
+            " this project with such names is damaged); nothing of it was run"
         )
     size = file.tell() - start
     if largest > size:
@@ -250,6 +250,19 @@ def read_tensor(record: StandIn, read: Any) -> Tensor:
         raise ValueError("a tensor beyond its memory, or not contiguous")
     data = bytearray(read(storage)[4 * offset : 4 * (offset + numel)])
     return torch.frombuffer(data, dtype=torch.float32).view(size)
+
+
+def cell_of(model: PublishedModel, given: Genotype | str | None, path: str | Path) -> Genotype:
+    """Returns the cell that the file of a model names, else the `given` one. Raises `CheckpointError` if there is
+    neither, or if the given one has another number of nodes than the weights."""
+    if model.genotype is not None:
+        return model.genotype
+    if given is None:
+        raise CheckpointError(f"{path}: does not name its cell; add --arch")
+    nodes = sum(name.startswith("cell.Ws.") for name in model.weights)
+    if isinstance(given, str) or len(given.recurrent) != nodes:
+        raise CheckpointError(f"{path}: has the weights of a cell of {nodes} nodes; name that cell by --arch")
+    return given
 
 
 def read_genotype(value: StandIn | None) -> Genotype | None:

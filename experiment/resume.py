@@ -143,7 +143,7 @@ def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[s
     except (ValueError, LookupError, TypeError, RecursionError):
         parser.refuse([f"{flag}: {path} is damaged; start a new run"])
     if script != parser.prog:
-        parser.refuse([f"{flag}: {save} is a run of {script}"])
+        parser.refuse([f"{flag}: {save} is a run of {script}; name a run of {parser.prog}"])
     if lost := actions.keys() - flags.keys():
         parser.refuse([f"{flag}: {path} is damaged or of another version (no {min(lost)}); start a new run"])
     if unknown := flags.keys() - actions.keys():
@@ -162,9 +162,7 @@ def read_finetuned(parser: arguments.Parser, args: Namespace) -> dict[str, Any]:
         return read_config(parser, args.finetune, "--finetune")
     try:
         model = published_model.load(args.finetune)
-        if model.genotype is None and args.arch is None:
-            parser.refuse([f"--finetune: {args.finetune} does not name its cell; add --arch"])
-        cell = model.genotype or resolve_cell(args.arch)
+        cell = published_model.cell_of(model, args.arch and resolve_cell(args.arch), args.finetune)
     except checkpoint.CheckpointError as error:
         parser.refuse([f"--finetune: {error}"])
     except GenotypeError as error:
@@ -216,10 +214,13 @@ def state_faults(kind: str, args: Namespace, flags: dict[str, Any], saved: dict[
         if (stopped_by := saved["stopped_by"]) and args.epochs != flags["epochs"]:
             return [f"--epochs {args.epochs}: the run in {args.save} was stopped by {stopped_by}; start a new run"]
         if args.epochs < begun:
-            return [f"--epochs {args.epochs}: the run in {args.save} is in epoch {begun} already"]
+            return [
+                f"--epochs {args.epochs}: the run in {args.save} is in epoch {begun} already; take at least {begun}"
+            ]
     except checkpoint.UNREADABLE:
         return [f"{path}: not the state of a run; start a new run"]
     return [
-        f"--{name} {flags[name]}: {path} was written with {reprlib.repr(there)}; it is the state of another run"
-        for name, there in sorted(other.items())
+        f"--{name} {flags[name]}: {path} was written with {reprlib.repr(written)}; put the run's own there, or start"
+        " a new run"
+        for name, written in sorted(other.items())
     ]

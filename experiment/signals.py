@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiment import checkpoint, print_any_letters
+from experiment import checkpoint, escape_unencodable_output
 from engine.memory import out_of_memory
 from experiment.distributed import exit_process
 from utils import RunError
@@ -34,8 +34,8 @@ class StopSignal:
 
 
 def discard_unwritable_output() -> None:
-    """Writes what is left of the output. If that fails, it goes nowhere: Python would try again at its end, and say
-    so."""
+    """Flushes stdout. If that fails, redirects it to the null device, since Python would flush it again at exit and
+    report the failure."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -51,7 +51,7 @@ def run_script(main: Callable[[], int], advice: str = "a smaller --emsize, --n_e
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
-    print_any_letters()
+    escape_unencodable_output()
     code = 1
     try:
         done = main()

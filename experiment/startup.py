@@ -40,7 +40,7 @@ MANY_WORDS = 50_000  # From so many word types on, a line says what they need in
 
 
 class Started(NamedTuple):
-    """What a run starts with."""
+    """Holds the flags, the corpus, the run directory and the saved state with which a run starts."""
 
     args: Namespace
     corpus: data.Corpus
@@ -76,7 +76,9 @@ def start_run(
     except DataError as error:
         raise RunError(f"on the machine of rank {ranks.rank}: {' '.join(error.faults)}") from error
     if corpus.sha256 != sha256:
-        raise RunError(f"--data {args.data}: another text on the machine of rank {ranks.rank} than of the first rank")
+        raise RunError(
+            f"--data {args.data}: rank {ranks.rank} has another text than the main rank; copy that one there"
+        )
     return Started(args, corpus, NullRun(args.save), saved)
 
 
@@ -112,7 +114,9 @@ def start_on_main_rank(
             faults += [fault] if fault else []
         elif earlier and not is_same_text(earlier.get("sha256"), corpus.sha256):
             where = args.save if args.resume else args.finetune
-            faults.append(f"--data {args.data}: not the text that the run in {where} began with")
+            faults.append(
+                f"--data {args.data}: not the text that the run in {where} began with; give that text by --data"
+            )
     if not faults and run is None:
         try:
             run = Run(args.save) if parser.parse_args(argv).save else unnamed_run(kind, args)

@@ -94,10 +94,9 @@ def build_model(saved: dict[str, Any]) -> RNNModel:
     vocabulary, flags = len(saved["words"]), saved["flags"]
     with torch.device("meta"):
         if saved["kind"] == "search":
-            norm = flags.get("norm", "batch")  # Older checkpoints lack the flag.
-            if norm not in NORMS:
+            if flags["norm"] not in NORMS:
                 raise ValueError("a norm that no run has")
-            model = RNNModelSearch(vocabulary, flags["emsize"], DropoutRates(), norm=norm)
+            model = RNNModelSearch(vocabulary, flags["emsize"], DropoutRates(), norm=flags["norm"])
         else:
             cell = cell_from_json(saved["genotype"])
             model = retrain_model(vocabulary, flags["emsize"], DropoutRates(), cell, flags["n_experts"])
@@ -114,9 +113,7 @@ def published_checkpoint(path: str, cell: Genotype | str | None, data: str) -> d
     """Returns a model of the published code as a checkpoint of a run on the corpus `data`, with `cell` where the file
     does not name its own. Raises `CheckpointError`, and `DataError` with every fault of the corpus."""
     model = published_model.load(path)
-    cell = model.genotype or cell
-    if cell is None:
-        raise CheckpointError(f"{path}: does not name its cell; add --arch")
+    cell = published_model.cell_of(model, cell, path)
     corpus = load_corpus(data)
     if fault := published_model.vocabulary_fault(data, len(corpus.words), path, model.ntoken):
         raise CheckpointError(fault)

@@ -14,8 +14,8 @@ import torch
 from experiment import checkpoint, lock
 from training.optimizers import LIKE_SGD
 
-LARGEST = 2**31  # An integer flag must be below this.
-LARGEST_NUMBER = 1e38  # A float flag must be at most this, so that float32 can hold it.
+MAX_INTEGER = 2**31  # An integer flag must be below this.
+MAX_FLOAT = 1e38  # A float flag must be at most this, so that float32 can hold it.
 HOLDS_FILES = "--save {}: holds files already; add --resume to continue a run, or take another"
 # Maps the words of a range to whether a number is in it, and to the flags that must be.
 RANGES = {
@@ -52,7 +52,7 @@ def number_faults(args: Namespace) -> list[str]:
         for name in names.split()
         if name in numbers and not (holds(numbers[name]) and abs(numbers[name]) < math.inf)
     ]
-    limits = {int: (LARGEST - 1, f"below {LARGEST:,}"), float: (LARGEST_NUMBER, f"at most {LARGEST_NUMBER:g}")}
+    limits = {int: (MAX_INTEGER - 1, f"below {MAX_INTEGER:,}"), float: (MAX_FLOAT, f"at most {MAX_FLOAT:g}")}
     return out_of_range + [
         f"--{name} {value}: must be {words}"
         for kind, (largest, words) in limits.items()
@@ -235,28 +235,37 @@ def must_not_be_overwritten(folder: Path) -> bool:
     left = {path.name for path in folder.iterdir() if path.name != lock.NAME and not path.name.endswith(".tmp")}
     if left <= {"log.txt", "tensorboard"}:  # to which a new run appends
         return False
+    if not left <= {"config.json", "log.txt", "tensorboard", *checkpoint.NAMES}:
+        return True
     try:
         with open(folder / "config.json", encoding="utf-8") as file:
             ours = json.load(file)["script"] in ("train_search.py", "train.py")
-        steps = [checkpoint.load(folder / name)["progress"]["step"] for name in left & checkpoint.NAMES]
+        return not ours or any(checkpoint.load(folder / name)["progress"]["step"] for name in left & checkpoint.NAMES)
     except (OSError, checkpoint.CheckpointError, *checkpoint.UNREADABLE, RecursionError):
         return True
-    return not ours or any(steps) or not left <= {"config.json", "log.txt", "tensorboard", *checkpoint.NAMES}
+
+
+def folder_faults(flag: str, folder: Path) -> list[str]:
+    """Returns a fault of the flag if its folder is a file, or can be neither created nor written to. Raises OSError if
+    that cannot be said."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return [f"{flag} {folder}: {existing} is a file; name a directory"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"{flag} {folder}: {existing} cannot be written to; take another"]
+    return []
 
 
 def run_faults(args: Namespace) -> list[str]:
     """Returns a fault for --save and --tensorboard each, if the directory or a package cannot be used."""
     folder, faults = Path(args.save), []
     try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir():
-            faults.append(f"--save {folder}: {there} is a file; name a directory")
-        elif not os.access(there, os.W_OK | os.X_OK):
-            faults.append(f"--save {folder}: {there} cannot be written to; take another")
-        elif not args.resume and (process := lock.owner(folder)):
-            faults.append(f"--save {folder}: in use by {process}; take another")
-        elif not args.resume and there == folder and must_not_be_overwritten(folder):
-            faults.append(HOLDS_FILES.format(folder))
+        faults = folder_faults("--save", folder)
+        if not faults and not args.resume:
+            if process := lock.owner(folder):
+                faults.append(f"--save {folder}: in use by {process}; take another")
+            elif folder.is_dir() and must_not_be_overwritten(folder):
+                faults.append(HOLDS_FILES.format(folder))
     except OSError as error:  # The folder cannot be read, or no folder can have this name.
         faults.append(f"--save {folder}: cannot be used ({error.strerror})")
     if args.tensorboard:

@@ -14,7 +14,7 @@ from genotypes import PRIMITIVES, Genotype, GenotypeError, from_json
 from plots.style import PictureError
 
 MOST_NODES = 16  # Edges are drawn for cells of at most this size.
-LARGEST = 1e100  # Greater numbers cannot be drawn on an axis.
+MAX_DRAWN = 1e100  # Greater numbers cannot be drawn on an axis.
 KINDS = ("interval", "epoch", "diagnosis", "rollback")
 
 
@@ -42,10 +42,10 @@ class History:
             return last[1] + (step - last[0]) * (last[1] - before[1]) / max(last[0] - before[0], 1)
         return float(np.interp(step, *zip(*self.ends, strict=True)))
 
-    def curve(self, kind: str, name: str, least: float = -LARGEST) -> tuple[list[float], list[float]]:
+    def curve(self, kind: str, name: str, least: float = -MAX_DRAWN) -> tuple[list[float], list[float]]:
         """Returns the times and values of field `name` in the records of a kind, where it is a number above `least`."""
         records = [record for record in self.records[kind] if metrics.is_number(record.get(name))]
-        records = [record for record in records if least < record[name] < LARGEST]
+        records = [record for record in records if least < record[name] < MAX_DRAWN]
         return [self.when(record["step"]) for record in records], [record[name] for record in records]
 
     def of_search(self) -> list[dict[str, Any]]:

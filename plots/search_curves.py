@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from genotypes import PRIMITIVES, Genotype
-from plots.run_history import LARGEST, History, edges, evenly
+from plots.run_history import MAX_DRAWN, History, edges, evenly
 from plots.style import (
     BLUE,
     COLOURS,
@@ -25,7 +25,7 @@ from plots.style import (
     SOFT,
     WIDTH,
     PictureError,
-    key,
+    color_legend,
     legend,
     log_scale,
     new_figure,
@@ -124,7 +124,7 @@ def draw_panels(figure: Figure | SubFigure, history: History, panels: Sequence[P
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     if any(draw in (mean_probabilities, shares) for *_, draw in panels):
-        key(figure, PRIMITIVES, loc="outside lower center")
+        color_legend(figure, PRIMITIVES, loc="outside lower center")
 
 
 def strip_rows(history: History) -> list[tuple[float, Genotype]]:
@@ -171,7 +171,7 @@ def draw_strip(figure: Figure | SubFigure, history: History, rows: Sequence[tupl
     axes.set_yticks(range(1, nodes + 1), [f"$s_{i}$" for i in range(1, nodes + 1)])
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
-    key(figure, PRIMITIVES[1:], loc="outside lower center")
+    color_legend(figure, PRIMITIVES[1:], loc="outside lower center")
 
 
 def draw_edges(figure: Figure | SubFigure, history: History, height: float) -> None:
@@ -211,7 +211,7 @@ def draw_edges(figure: Figure | SubFigure, history: History, height: float) -> N
                 fontsize=(SMALL + 2) * POINT)  # fmt: skip
     note = f"over {history.unit}, all on one scale; the line is 1/{len(PRIMITIVES)}; what the genotype keeps is framed"
     figure.text(left + 2.4 * wide, 1 - 54 / height, note, color=SOFT)
-    key(figure, PRIMITIVES, loc="upper left", bbox_to_anchor=(left + 2.4 * wide - 6 / WIDTH, 1 - 60 / height))
+    color_legend(figure, PRIMITIVES, loc="upper left", bbox_to_anchor=(left + 2.4 * wide - 6 / WIDTH, 1 - 60 / height))
 
 
 def cosines(axes: Axes, history: History) -> None:
@@ -227,7 +227,7 @@ def one_of(name: str, log: bool = False) -> Callable[[Axes, History], None]:
     """Returns a function that draws the diagnosis `name` as one curve."""
 
     def draw(axes: Axes, history: History) -> None:
-        plot(axes, *history.curve("diagnosis", name, 0 if log else -LARGEST), name.replace("_", " "), BLUE)
+        plot(axes, *history.curve("diagnosis", name, 0 if log else -MAX_DRAWN), name.replace("_", " "), BLUE)
         if log:
             log_scale(axes)
         else:

@@ -5,6 +5,7 @@ that tells them apart, and the ranks of the proxies' cells after each of their t
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from statistics import median
 from textwrap import fill
 
@@ -14,11 +15,11 @@ from matplotlib.figure import Figure
 
 from experiment import metrics
 from genotypes import parse
-from plots.run_history import LARGEST
+from plots.run_history import MAX_DRAWN
 from plots.style import BLUE, GREEN, GREY, INK, RED, SERIES, PictureError, new_figure
+from study.design import RANDOM
 from study.features import features
 
-RANDOM = "random"
 RANDOM_LOOK = (GREEN, "^")  # (colour, marker) of the random cells, beside that of each method that searches
 LOOKS = ((BLUE, "o"), (RED, "s"), *zip(SERIES[3:], "DvP", strict=True), (INK, "X"))
 
@@ -28,7 +29,7 @@ def selected(folder: Path) -> list[tuple[str, float]]:
     done = {}
     for event in metrics.events(folder):
         stage, _, cell = event["trial"].partition("/")
-        if stage == "select" and event["event"] in ("done", "halved") and 0 < event["valid_ppl"] < LARGEST:
+        if stage == "select" and event["event"] in ("done", "halved") and 0 < event["valid_ppl"] < MAX_DRAWN:
             done[cell] = event["valid_ppl"]
     return list(done.items())
 
@@ -52,7 +53,8 @@ def selection_figure(folder: Path) -> Figure:
     """Returns a figure of the selection so far. Raises `PictureError` if no trial of it is done or halved."""
     if done := selected(folder):
         return study_figure(done)
-    raise PictureError(f"no short training of a study is done in {str(folder)!r}; python trials.py select makes some")
+    select = f"python trials.py select --study {quote(str(folder))}"
+    raise PictureError(f"no short training of a study is done in {str(folder)!r}; {select} makes some")
 
 
 def scatter(axes: Axes, cells: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
@@ -82,7 +84,8 @@ def cells_figure(folder: Path) -> Figure:
                  for row in board["cells"] if None not in (row["early"], row["select"])]  # fmt: skip
         rho = {row["epochs"]: row["rho"][0] for row in rows if row["feature"] == name}
     except (KeyError, TypeError, ValueError) as error:
-        reason = "no correlations of the cells' features; python trials.py report --study makes them for five cells"
+        report = f"python trials.py report --study {quote(str(folder))}"
+        reason = f"no correlations of the cells' features; {report} makes them for five cells"
         raise PictureError(f"{folder}: {reason}") from error
     figure = new_figure(345)
     labels, values, *perplexities = zip(*cells, strict=True)
@@ -110,7 +113,8 @@ def proxies_figure(folder: Path) -> Figure:
         if len(cells) < 2:
             raise ValueError("a ranking needs two cells")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        reason = "no two cells with all trainings of the proxies; python trials.py report --study lists what they have"
+        report = f"python trials.py report --study {quote(str(folder))}"
+        reason = f"no two cells with all trainings of the proxies; {report} lists what they have"
         raise PictureError(f"{folder}: {reason}") from error
     ranks = [
         [1 + sum(other < ppl for other in column) for ppl in column] for column in zip(*cells.values(), strict=True)

@@ -24,7 +24,7 @@ ON_COLOUR = "#FDFDFD"  # Text on a coloured area has this colour in dark mode to
 
 POINT = 0.75  # One pixel of an unscaled picture is this many points, the unit of fonts and lines in matplotlib.
 WIDTH = 840  # The width of a picture, in such pixels, fits a README.
-SMALL = 11  # The size of the small font is in pixels.
+SMALL = 11  # The small font has this size in pixels.
 
 
 class PictureError(ValueError):
@@ -92,7 +92,7 @@ def legend(axes: Axes) -> None:
     axes.legend(fontsize=(SMALL - 1) * POINT, handlelength=1.4, borderaxespad=0.3, labelspacing=0.3)
 
 
-def key(figure: Figure | SubFigure, names: Sequence[str], **more) -> None:
+def color_legend(figure: Figure | SubFigure, names: Sequence[str], **more) -> None:
     """Adds a legend of the primitives' colours on one line."""
     patches = [Patch(facecolor=COLOURS[name], label=name) for name in names]
     figure.legend(handles=patches, ncols=len(names), handlelength=1, handleheight=0.9, columnspacing=1.4, **more)

@@ -1,4 +1,4 @@
-"""A small table of retraining runs: perplexity, and how far it is below that of a model without any context.
+"""Prints a table of retraining runs, and how far the first one's perplexity is below that of a model without context.
 
 python scripts/summary.py runs/one runs/another
 """
@@ -20,7 +20,7 @@ from training.evaluation import format_share, perplexity
 
 
 def unigram_perplexity(train: torch.Tensor, test: torch.Tensor, words: int) -> float:
-    """Perplexity of `test` under the word frequencies of `train`, with one count added to every word."""
+    """Returns the perplexity of `test` under the word frequencies of `train`, with one count added to every word."""
     counts = torch.bincount(train, minlength=words).double() + 1
     return perplexity(-(counts / counts.sum()).log()[test].mean().item())
 

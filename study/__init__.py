@@ -1,1 +1,1 @@
-"""Many runs: the design of a study, its cost, who runs it, what came out."""
+"""Runs a study of many runs: its design, its cost, its scheduling, its statistics and its leaderboard."""

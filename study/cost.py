@@ -92,10 +92,10 @@ def steps(job: Job, corpus: data.Corpus) -> int:
     return round(args.epochs * (len(ids) // batch_size - 1) / length)
 
 
-def seconds(job: Job, corpus: data.Corpus, paces: Mapping[str, Timing]) -> float:
+def seconds(job: Job, corpus: data.Corpus, timings: Mapping[str, Timing]) -> float:
     """Returns the predicted seconds of a whole job: its steps, and one evaluation per epoch and one more."""
-    pace = paces[kind(job)]
-    return steps(job, corpus) * pace.step + (parse(job).epochs + 1) * pace.evaluation
+    timing = timings[kind(job)]
+    return steps(job, corpus) * timing.step + (parse(job).epochs + 1) * timing.evaluation
 
 
 def makespan(durations: Iterable[float], parallel: int) -> float:

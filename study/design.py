@@ -56,12 +56,12 @@ class Proxy(NamedTuple):
 
 def falls_with_epochs(flags: str) -> bool:
     """Returns whether these flags of train.py select a schedule whose learning rates depend on the number of epochs."""
-    return re.search(r"--schedule[ =](cosine|polynomial)", flags) is not None
+    return re.search(r"--schedule(?:\s+|=)(cosine|polynomial)", flags) is not None
 
 
 def own_epochs(flags: str) -> list[int]:
     """Returns the number of epochs among these flags of a proxy, in a list; it is empty if there is none."""
-    return [int(number) for number in re.findall(r"--epochs[ =](\d+)", flags)][-1:]
+    return [int(number) for number in re.findall(r"--epochs(?:\s+|=)(\d+)", flags)][-1:]
 
 
 class Study:
@@ -149,7 +149,10 @@ class Study:
 
     def cells(self) -> list[Cell]:
         """Returns every distinct searched and random cell, alternating, so that an early end has trained both kinds."""
-        searched = distinct((name, from_json(result["genotype"])) for name, result in self.searched().items())
+        named = [(name, from_json(result["genotype"])) for name, result in self.searched().items()]
+        # A cell keeps the name under which its trainings began, also if a search that joined later has found it.
+        named.sort(key=lambda pair: not (self.folder / "select" / pair[0]).exists())
+        searched = distinct(named)
         drawn = distinct(self.random_cells(len(searched)).items())
         return [cell for pair in zip_longest(searched, drawn) for cell in pair if cell]
 

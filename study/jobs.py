@@ -31,7 +31,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 STAGES = ("baseline", "proxy", "search", "select", "retrain")  # Stages run in this order.
 FILE_NAME = re.compile(r"[^/\0]{1,100}")
-POLL = 0.25  # The time between two checks of metrics.jsonl is in seconds.
+POLL = 0.25  # metrics.jsonl is checked for new epochs every so many seconds.
 
 
 def name_parts(name: Any) -> tuple[str, ...] | None:

@@ -180,9 +180,9 @@ class Monitor:
         predicted time of the trials that are done."""
         left = {name: seconds for name, seconds in self.expected.items() if name not in self.over}
         done = [name for name in self.expected if name not in left and self.over[name]["event"] == "done"]
-        foreseen = sum(self.expected[name] for name in done)
-        pace = sum(self.work[name] for name in done) / foreseen if foreseen else 1.0
-        rest = [max(0.0, pace * seconds - self.work[name]) for name, seconds in left.items()]
+        predicted = sum(self.expected[name] for name in done)
+        ratio = sum(self.work[name] for name in done) / predicted if predicted else 1.0
+        rest = [max(0.0, ratio * seconds - self.work[name]) for name, seconds in left.items()]
         return max(sum(rest) / self.parallel, max(rest, default=0.0))
 
     def counts(self) -> str:

@@ -30,7 +30,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default avoids its warning.
 
-WATCH = 3.0  # The time between two checks that Ray is alive is in seconds.
+WATCH = 3.0  # Whether Ray is alive is checked every so many seconds.
 
 
 @contextmanager
@@ -69,18 +69,18 @@ def watch(over: threading.Event) -> None:
             os._exit(1)
 
 
-def max_concurrent_trials(share: Resources) -> int:
+def max_concurrent_trials(resources: Resources) -> int:
     """Returns how many trials fit at a time; a trial runs on one machine, and a fraction of a GPU is on one GPU."""
-    return sum(fitting(node["Resources"], share) for node in ray.nodes() if node["Alive"])
+    return sum(fitting(node["Resources"], resources) for node in ray.nodes() if node["Alive"])
 
 
-def fitting(there: Mapping[str, float], share: Resources) -> int:
-    """Returns how many trials fit on one machine with the resources `there`."""
-    by_cpus = int(there.get("CPU", 0) / share.cpus)
-    if not share.gpus:
+def fitting(available: Mapping[str, float], resources: Resources) -> int:
+    """Returns how many trials with these resources fit on one machine, which has the `available` ones."""
+    by_cpus = int(available.get("CPU", 0) / resources.cpus)
+    if not resources.gpus:
         return by_cpus
-    gpus = there.get("GPU", 0)
-    return min(by_cpus, int(gpus / share.gpus) if share.gpus >= 1 else int(gpus) * int(1 / share.gpus))
+    gpus = available.get("GPU", 0)
+    return min(by_cpus, int(gpus / resources.gpus) if resources.gpus >= 1 else int(gpus) * int(1 / resources.gpus))
 
 
 def has_gpus() -> bool:
@@ -88,62 +88,67 @@ def has_gpus() -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
-def run_all(todo: Sequence[Job], board: Monitor, share: Resources, retries: int, halving: int = 0) -> None:
-    """Runs the jobs, `board.parallel` at a time, and restarts each whose process or machine dies up to `retries` times.
-    If `halving` is not 0, it is the number of epochs of each job, and successive halving (ASHA, Li et al. 2020) ends
-    the worse trials early."""
+def run_all(todo: Sequence[Job], monitor: Monitor, resources: Resources, retries: int, halving: int = 0) -> None:
+    """Runs the jobs, `monitor.parallel` at a time, and restarts each whose process or machine dies up to `retries`
+    times. If `halving` is not 0, it is the number of epochs of each job, and successive halving (ASHA, Li et al. 2020)
+    ends the worse trials early."""
     # max_t is out of reach, because ASHA would end a trial there before its result is written.
     scheduler = ASHAScheduler("epoch", "valid_ppl", "min", max_t=halving + 1, reduction_factor=3) if halving else None
-    study = board.run.folder.absolute()  # Ray's processes have another working directory.
-    one = partial(run_one, todo, study, Path.cwd(), share, halving)
+    study = monitor.run.folder.absolute()  # Ray's processes have another working directory.
+    one = partial(run_one, todo, study, Path.cwd(), resources, halving)
     with TemporaryDirectory(prefix="tune-", dir=study) as storage:
         tune.Tuner(
-            tune.with_resources(one, {"cpu": share.cpus, "gpu": share.gpus}),
+            tune.with_resources(one, {"cpu": resources.cpus, "gpu": resources.gpus}),
             param_space={"index": tune.grid_search(list(range(len(todo))))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=board.parallel, scheduler=scheduler, reuse_actors=False),
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=monitor.parallel, scheduler=scheduler, reuse_actors=False
+            ),
             run_config=tune.RunConfig(
-                name="trials", storage_path=storage, verbose=0, callbacks=[Told(todo, board)], stop=Stop(board),
+                name="trials", storage_path=storage, verbose=0, callbacks=[MonitorCallback(todo, monitor)],
+                stop=Stop(monitor),
                 failure_config=tune.FailureConfig(max_failures=retries),
             ),
         ).fit()  # fmt: skip
 
 
-def run_one(todo: Sequence[Job], study: Path, directory: Path, share: Resources, halving: int, config: dict) -> None:
+def run_one(
+    todo: Sequence[Job], study: Path, directory: Path, resources: Resources, halving: int, config: dict
+) -> None:
     """Runs the job with the index `config["index"]` in a Ray worker process and reports its epochs to Tune."""
-    if not share.gpus:  # Otherwise all trials would use the first GPU of the machine.
+    if not resources.gpus:  # Otherwise all trials would use the first GPU of the machine.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     def report(record: dict) -> None:
         if record["epoch"] != halving:  # ASHA cannot save time after the last epoch.
             tune.report({"epoch": record["epoch"], "valid_ppl": record["valid_ppl"], "work_seconds": record["seconds"]})
 
-    jobs.run(todo[config["index"]], study, directory, max(1, int(share.cpus)), report)
+    jobs.run(todo[config["index"]], study, directory, max(1, int(resources.cpus)), report)
 
 
-class Told(tune.Callback):
+class MonitorCallback(tune.Callback):
     """Passes the events of trials from Tune to the monitor."""
 
-    def __init__(self, todo: Sequence[Job], board: Monitor):
-        self.todo, self.board = todo, board
+    def __init__(self, todo: Sequence[Job], monitor: Monitor):
+        self.todo, self.monitor = todo, monitor
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        self.board.started(self.job(trial))
+        self.monitor.started(self.job(trial))
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         if "epoch" in result:
-            self.board.epoch(self.job(trial), result["epoch"], result["valid_ppl"], result["work_seconds"])
+            self.monitor.epoch(self.job(trial), result["epoch"], result["valid_ppl"], result["work_seconds"])
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        self.board.ended(self.job(trial))
+        self.monitor.ended(self.job(trial))
 
     def on_trial_recover(self, iteration, trials, trial, **info):
-        self.board.retried(self.job(trial))
+        self.monitor.retried(self.job(trial))
 
     def on_trial_error(self, iteration, trials, trial, **info):
-        self.board.failed(self.job(trial))
+        self.monitor.failed(self.job(trial))
 
     def on_step_end(self, iteration, trials, **info):
-        self.board.refresh()
+        self.monitor.refresh()
 
     def job(self, trial) -> Job:
         return self.todo[trial.config["index"]]
@@ -152,11 +157,11 @@ class Told(tune.Callback):
 class Stop(tune.Stopper):
     """Ends all trials when the monitor has a reason to stop the stage."""
 
-    def __init__(self, board: Monitor):
-        self.board = board
+    def __init__(self, monitor: Monitor):
+        self.monitor = monitor
 
     def __call__(self, trial_id, result) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return bool(self.board.reason())
+        return bool(self.monitor.reason())

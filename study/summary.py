@@ -37,7 +37,7 @@ def summary(study: Study) -> dict[str, Any]:
         "methods": methods(study, cells) if fair else [],
         "features": feature_correlations(study, cells, judged) if fair else [],
         "left_out": [row["cell"] for row in cells if row["select"] is None],
-        "agreement": stages(cells),
+        "agreement": stage_agreement(cells),
         "chosen": None if test is None else {
             "cell": chosen[0].label, "run": chosen[1].name,
             "valid_ppl": test["valid_ppl"], "test_ppl": test["test_ppl"], "unknown": metrics.unknown_shares(test),
@@ -109,13 +109,15 @@ def methods(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
 
 def rival_draws(study: Study, method: str) -> float | None:
     """Returns how many random cells can be trained in the time of one search by this method and the training of its
-    cell. The times are those of the fastest runs of either kind, since what else a machine did can only make a run
-    longer; returns None if they are not known."""
-    searches = [study.folder / job.name for job in study.search() if job.name.startswith(f"search/{method}/")]
-    trainings = [study.folder / job.name for job in study.select()]
+    cell. The times are those of the fastest runs of either kind that are done, since what else a machine did can only
+    make a run longer; returns None if they are not known."""
+    searches = [job for job in study.search() if job.name.startswith(f"search/{method}/")]
     search, training = (
-        min((seconds for run in runs if (seconds := metrics.seconds(run)) > 0), default=0.0)
-        for runs in (searches, trainings)
+        min(
+            filter(None, (metrics.seconds(study.folder / job.name) for job in jobs if job.is_done(study.folder))),
+            default=0.0,
+        )
+        for jobs in (searches, study.select())
     )
     return 1 + search / (training * study.args.select_seeds) if search and training else None
 
@@ -153,7 +155,7 @@ def feature_correlations(study: Study, cells: Sequence[dict], judged: Sequence[d
     return correlations
 
 
-def stages(cells: Sequence[dict]) -> list[dict[str, Any]]:
+def stage_agreement(cells: Sequence[dict]) -> list[dict[str, Any]]:
     """Returns the rank correlation of the cells (Kendall's tau, Spearman's rho) between the selection and the
     retraining. A search's own perplexity is left out: it is that of a relaxed cell, and tells norms apart, not
     cells."""
@@ -255,12 +257,14 @@ def proxy_cells(study: Study) -> list[dict[str, Any]]:
 def cost(study: Study) -> list[dict[str, Any]]:
     """Returns the device time of each stage, as if every trial had the cores or GPUs that the last trials had."""
     saved = metrics.read_json(study.folder / SHARE) or {}
-    share = Resources(**{name: saved[name] for name in Resources._fields if metrics.is_number(saved.get(name))})
+    resources = Resources(**{name: saved[name] for name in Resources._fields if metrics.is_number(saved.get(name))})
     costs = []
     for stage in STAGES:
         folders = [path.parent for path in sorted((study.folder / stage).glob("**/metrics.jsonl"))]
         total = sum(map(metrics.seconds, folders))
-        costs.append({"stage": stage, "runs": len(folders), f"{share.unit}_hours": total * share.devices / 3600})
+        costs.append(
+            {"stage": stage, "runs": len(folders), f"{resources.unit}_hours": total * resources.devices / 3600}
+        )
     return costs
 
 

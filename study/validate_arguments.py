@@ -51,10 +51,12 @@ def number_faults(args: Namespace) -> list[str]:
     """Returns a fault for each number that is out of its range or contradicts another flag."""
     faults = []
     for name, value in vars(args).items():
-        least = 1 if name.endswith(("epochs", "seeds", "emsize", "tokens", "top")) else 0
+        least = 1 if name.endswith(("epochs", "seeds", "top")) else 0
         for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and not least <= number < validate_arguments.LARGEST:
-                faults.append(f"--{name} {number}: must be at least {least} and below {validate_arguments.LARGEST:,}")
+            if type(number) in (int, float) and not least <= number < validate_arguments.MAX_INTEGER:
+                faults.append(
+                    f"--{name} {number}: must be at least {least} and below {validate_arguments.MAX_INTEGER:,}"
+                )
     if args.converged == 1:
         faults.append("--converged 1: one trial has no spread; take at least 2, or 0 for never")
     if args.select_seeds > 1 and (args.converged or args.halving):
@@ -62,10 +64,20 @@ def number_faults(args: Namespace) -> list[str]:
         faults.append(f"--select_seeds {args.select_seeds}: {rule} takes every short training for a cell; use 1 seed")
     if args.proxy_seeds < 2 and args.stage in ("run", "proxy"):
         faults.append(f"--proxy_seeds {args.proxy_seeds}: at least 2, since no run is to be compared with itself")
+    long = args.proxy_reference or args.full_epochs
+    if args.stage in ("run", "proxy") and not args.proxy_flags and min(args.proxy_epochs) >= long:
+        faults.append(
+            f"--proxy_epochs {min(args.proxy_epochs)}: none is below the {long} epochs of the long training; take"
+            " fewer, or a longer --proxy_reference"
+        )
     if set(args.methods) == {RANDOM} and not args.random_cells:
         faults.append("--random_cells 0: as many as are found, and no method finds any; say how many")
     if args.cpus_per_trial == 0:
         faults.append("--cpus_per_trial 0: a trial needs a processor; take at least a part of one")
+    if (gpus := args.gpus_per_trial or 0) > 1 and gpus % 1:
+        faults.append(
+            f"--gpus_per_trial {gpus:g}: above 1, a trial takes whole GPUs; take {int(gpus)} or {int(gpus) + 1}"
+        )
     return faults
 
 
@@ -106,7 +118,8 @@ def text_faults(args: Namespace) -> list[str]:
         faults += [f"{name}: --{flag} is the study's to set; leave it out" for flag in reserved if flag in given]
         if name.startswith(("--search_flags", "--methods")) and args.search_split == "train":
             faults += [
-                f"{name}: --{word} looks at valid.txt, which --search_split train keeps for selecting"
+                f"{name}: --{word} looks at valid.txt, which --search_split train keeps for selecting; leave it out,"
+                " or add --search_split valid"
                 for word in ("patience", "schedule") if word in given and (word != "schedule" or "plateau" in words)
             ]  # fmt: skip
     for text in args.methods:
@@ -173,7 +186,7 @@ def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None =
             flag = flag_of(job)
             script = cost.SCRIPTS[job.script]
             of_script = script.build_parser()
-            of_script.prog = f"trials.py: --{flag}"
+            of_script.prog = f"trials.py: {flag}"
             test = "read" if stage == "retrain" else "skip"  # The chosen cell's run reads it after that stage.
             args = of_script.parse_args([*job.flags, "--save", str(study.folder / "new"), "--test", test])
             arguments.complete(args, stage)
@@ -185,18 +198,18 @@ def job_faults(study: Study, stages: Sequence[str], corpus: data.Corpus | None =
                 if stage == "proxy" and falls_with_epochs(study.args.train_flags):
                     wrong.append(f"--schedule {args.schedule}: under it a short training is not the beginning of a long"
                                  " one, as proxy takes it to be; leave it out")  # fmt: skip
-            faults.update(dict.fromkeys(f"{stage}: {line} (--{flag})" for line in wrong))
+            faults.update(dict.fromkeys(f"{stage}: {line} ({flag})" for line in wrong))
     return list(faults)
 
 
 def flag_of(job: Job) -> str:
-    """Returns the study's flag in which a user finds the flags of a job's script."""
+    """Returns the flags of the study, as a message names them, in which a user finds those of a job's script."""
     stage, group, *_ = job.name.split("/")
     if stage == "search":
-        return "search_flags" if group in METHODS else "methods"
+        return "--search_flags" if group in METHODS else "--search_flags or --methods"
     if stage == "proxy":
-        return "train_flags" if group == "full" else "proxy_flags"
-    return "select_flags" if stage == "select" else "train_flags"
+        return "--train_flags" if group == "full" else "--train_flags or --proxy_flags"
+    return "--train_flags or --select_flags" if stage == "select" else "--train_flags"
 
 
 def planned(study: Study, stage: str) -> list[Job]:

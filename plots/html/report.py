@@ -14,13 +14,19 @@ from plots.style import PictureError, plain_style, whole
 NAME = "report.html"
 
 
-def write(folder: str | Path, path: str | Path | None = None, refresh: int = 0) -> Path:
-    """Writes the page of a run or a study and returns its path, by default report.html in the directory. Until that is
-    over, the page reloads itself every `refresh` seconds if not 0. Raises `PictureError` and `OSError`."""
-    folder = Path(folder)
-    path = folder / NAME if path is None else Path(path)
+def page_path(folder: str | Path, path: str | Path | None = None) -> Path:
+    """Returns where the page of a directory is written: `path`, by default report.html in the directory. Raises
+    `PictureError` for another ending than .html."""
+    path = Path(folder) / NAME if path is None else Path(path)
     if path.suffix.lower() != ".html":
         raise PictureError(f"a page's name ends in .html, unlike {str(path)!r}")
+    return path
+
+
+def write(folder: str | Path, path: str | Path | None = None, refresh: int = 0) -> Path:
+    """Writes the page of a run or a study to its `page_path`, which it returns. Until the run or study is over, the
+    page reloads itself every `refresh` seconds if not 0. Raises `PictureError` and `OSError`."""
+    folder, path = Path(folder), page_path(folder, path)
 
     def link(target: Path) -> str:
         return quote(os.path.relpath(target, path.parent), errors="replace")

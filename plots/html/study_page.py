@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from statistics import mean, stdev
 from typing import Any
 
@@ -22,7 +23,8 @@ def study_page(folder: Path, link: Link) -> dict[str, Any]:
     """Returns the variables of the template report.html for a study. Raises `PictureError` if no trial has begun."""
     events = metrics.events(folder)
     if not events:
-        raise PictureError(f"{folder}: no trial of this study has begun; python trials.py run --study {folder} begins")
+        report = f"python trials.py report --study {quote(str(folder))}"
+        raise PictureError(f"{folder}: no events of trials yet; {report} makes those of trials.jsonl, if there is one")
     summary = metrics.read_json(folder / "leaderboard.json") or {}
     pictures = []
     if done := study_curves.selected(folder):
@@ -56,7 +58,7 @@ def study_page(folder: Path, link: Link) -> dict[str, Any]:
 
 def study_notes(last: Iterable[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
     """Returns notes on failures, early stops and a missing leaderboard, from each trial's and stage's last event."""
-    notes = [] if summary else ["No leaderboard yet: python trials.py report --study makes the tests and tables."]
+    notes = [] if summary else ["No leaderboard yet: python trials.py report --study DIR makes the tests and tables."]
     for event in last:
         if event["event"] == "failed":
             notes.append(f"{event['trial']} failed: {event['reason']}")

@@ -85,12 +85,12 @@ def test_state_dict_restores_the_monitor():
 def test_rollbacks_are_counted_up_to_the_limit():
     monitor, error = DivergenceMonitor(CPU, V), Diverged("the training loss is nan")
     for number in range(1, 6):
-        monitor.rollbacks = monitor.count(error, 7, 0.001, "adam", 0.25)
+        monitor.rollbacks = monitor.next_rollback(error, 7, 0.001, "adam", 0.25)
         assert monitor.rollbacks == number
     for clip, remedy in ((0.25, "or a lower --clip"), (0, "or with --clip 0.25")):
         message = f"step 7 after 5 rollbacks .*nan.*--lr below 0.001, the last that this adam run tried, {remedy}$"
         with pytest.raises(RunError, match=message):
-            monitor.count(error, 7, 0.001, "adam", clip)
+            monitor.next_rollback(error, 7, 0.001, "adam", clip)
 
 
 @pytest.mark.parametrize(("loss", "accepted"), [(4.0, True), (13.0, True), (14.0, False), (math.nan, False)])

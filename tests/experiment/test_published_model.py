@@ -258,8 +258,12 @@ def test_state_dict_needs_arch(ntoken, corpus, tmp_path):
     code, out, err = call(evaluate, path, "--data", corpus, "--device", "cpu")
     assert (code, out) == (2, "") and err == f"evaluate.py: error: {path}: does not name its cell; add --arch\n"
     assert call(evaluate, path, "--data", corpus, "--arch", str(CELL), "--device", "cpu")[0] == 0
+    for other in ("ENAS", "LSTM"):
+        code, _, err = call(evaluate, path, "--data", corpus, "--arch", other, "--device", "cpu")
+        nodes = len(CELL.recurrent)
+        assert code == 2 and f"has the weights of a cell of {nodes} nodes; name that cell by --arch" in err
     code, _, err = call(train, "--finetune", path, "--data", corpus, "--save", tmp_path / "run")
-    assert (code, err) == (2, f"train.py: error: --finetune: {path} does not name its cell; add --arch\n")
+    assert (code, err) == (2, f"train.py: error: --finetune: {path}: does not name its cell; add --arch\n")
 
 
 def test_path_without_a_file_is_the_fault_that_is_named(tmp_path):

@@ -264,6 +264,13 @@ def test_ctrl_c_ends_the_watch(run, tmp_path, monkeypatch, capsys):
     assert "refresh" not in (tmp_path / "live" / "report.html").read_text()
 
 
+def test_watch_with_another_ending_exits_2_at_once(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(tmp_path / "run"), "--watch", "--out", str(tmp_path / "page.txt")])
+    assert end.value.code == 2 and "a page's name ends in .html" in capsys.readouterr().err
+
+
 def test_watch_waits_for_a_first_record_but_not_for_a_directory(run, tmp_path, monkeypatch, capsys):
     live = tmp_path / "live"
     live.mkdir()

@@ -23,7 +23,7 @@ from data import load_corpus
 from experiment.metrics import EVENTS, events
 from genotypes import Genotype, random_genotype, resolve, to_json
 from study import arguments, cost, ray_backend, summary
-from study.design import Study, distinct
+from study.design import Study, distinct, falls_with_epochs, own_epochs
 from study.jobs import Job
 from study.leaderboard import as_markdown
 from study.records import ARCHIVE, restore
@@ -255,9 +255,29 @@ def test_methods_are_compared_with_random_cells_and_with_as_many_as_take_the_sam
 
 def test_rival_pays_for_every_seed_of_a_selection(tmp_path):
     study = study_of_four_searches(tmp_path, "--select_seeds", "2")
-    for job, seconds in ((study.search()[0], 30.0), (study.select()[0], 10.0)):
+    for job, seconds in ((study.search()[0], 30.0), (study.select()[0], 10.0), (study.select()[1], 1.0)):
         write_records(tmp_path / job.name, [{"kind": "epoch", "epoch": 1, "valid_ppl": 9.0, "seconds": seconds}])
+    assert summary.rival_draws(study, "first") is None  # No training has ended; the last one was interrupted.
+    result = {"genotype": "LSTM", "valid_ppl": 9.0, "test_ppl": None}
+    (tmp_path / study.select()[0].name / "result.json").write_text(json.dumps(result))
     assert summary.rival_draws(study, "first") == 1 + 30 / (2 * 10)
+
+
+def test_cell_keeps_the_name_of_its_trainings_when_a_search_that_joins_finds_it_too(tmp_path):
+    """A method that joins comes before the later seeds of the others."""
+    study = study_of_four_searches(tmp_path)
+    jobs = study.select()
+    for job in jobs:
+        (tmp_path / job.name).mkdir(parents=True)
+    study.args.methods = ["layer=--norm layer", *study.args.methods]
+    write_result(tmp_path / "search" / "layer" / "1", random_genotype(101), 99.0)
+    assert {job.name for job in jobs} <= {job.name for job in study.select()}
+    assert study.cells()[0].label == "first-1" and "layer-1" in study.cells()[0].found_by
+
+
+@pytest.mark.parametrize("flags", ["--schedule  cosine", "--schedule\ncosine", "--schedule=cosine"])
+def test_proxy_flags_are_read_like_the_scripts_read_them(flags):
+    assert falls_with_epochs(flags) and own_epochs(flags.replace("schedule", "epochs").replace("cosine", "12")) == [12]
 
 
 def move(whole, folder, drop=()):
@@ -683,6 +703,9 @@ def test_number_of_trials_that_fit_on_a_machine(available, cpus, gpus, fit):
         (["--baselines", "DARTZ"], "--baselines: unknown genotype 'DARTZ', did you mean DARTS?"),
         (["--proxy_cells", "DARTS"], "--proxy_cells: a ranking needs two cells at least"),
         (["--converged", "1"], "--converged 1: one trial has no spread"),
+        (["--proxy_epochs", "2"], "--proxy_epochs 2: none is below the 2 epochs of the long training; take fewer, or"),
+        (["--gpus_per_trial", "1.5"], "--gpus_per_trial 1.5: above 1, a trial takes whole GPUs; take 1 or 2"),
+        (["--study", "README.md"], "--study README.md: README.md is a file; name a directory"),
         (["--cpus_per_trial", "0"], "--cpus_per_trial 0: a trial needs a processor"),
         (["--resume"], "there is no study (study.json is missing)"),
     ],

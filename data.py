@@ -32,11 +32,12 @@ BOM = "\ufeff"
 WRITTEN_EOS = re.compile(rf"(?<!\S){EOS}(?!\S)")
 ROOT = Path(__file__).resolve().parent / "corpora"  # of the named corpora, whatever the working directory
 CACHES = "darts-rnn"  # the name of this project's folder in the user's cache folder
+MAX_NAMED = 5  # words that a message names
 MAX_LINE = 1 << 28  # bytes; text8 is one line of 10^8
 CACHE_FORMAT = 2  # raise it when tokens, vocabulary or the arrays of the cache change
 
 BUILTIN_SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
-BUILTIN_MIN_COUNT = 3  # from 3 on: <unk> gets 3% of train, enough to be learned, and V halves
+BUILTIN_MIN_COUNT = 3  # With 3, 3% of train becomes <unk>, enough to be learned, and V halves.
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives tensors, so a corpus is equal to itself alone
@@ -52,7 +53,7 @@ class Corpus:
     written_eos: dict[str, int]  # by split, how often <eos> is written in the text, beside the one that ends each line
     sha256: dict[str, str]  # the checksum of each split's text
 
-    def is_unknown(self, split: str) -> torch.Tensor:
+    def unknown_mask(self, split: str) -> torch.Tensor:
         """Returns a mask (tokens,) of the words of a split that became `<unk>`."""
         return _mask(len(getattr(self, split)), self.unknown[split])
 
@@ -68,7 +69,7 @@ def is_available(name: str, root: Path = ROOT) -> bool:
     return name == "builtin" or os.path.isdir(name)
 
 
-def located(name: str) -> str:
+def absolute_name(name: str) -> str:
     """Returns the name of a corpus such that it is found from any working directory: a folder's path is absolute."""
     return str(Path(name).absolute()) if name not in (*CORPORA, "builtin") and os.path.isdir(name) else name
 
@@ -156,22 +157,21 @@ def _mask(n: int, positions: torch.Tensor) -> torch.Tensor:
     return torch.zeros(n, dtype=torch.bool).index_fill(0, positions, True)
 
 
-def unknown_words(text: str, mask: torch.Tensor, at_most: int = 5) -> str:
+def unknown_words(text: str, mask: torch.Tensor) -> str:
     """Returns the words of `text` that are marked in `mask` (tokens,), quoted and each once, the first few of them."""
     named = list(dict.fromkeys(repr(word) for word in compress(tokens(text), mask.tolist())))
-    return ", ".join([*named[:at_most], *(["…"] if len(named) > at_most else [])])
+    return ", ".join([*named[:MAX_NAMED], *(["…"] if len(named) > MAX_NAMED else [])])
 
 
 def _vocabulary(counts: dict[str, int], min_count: int, vocab_size: int) -> list[str]:
     """Returns the words of train that `load_corpus` keeps, in order of first appearance, for their counts. `<eos>` is
     always kept: a text of one line has it once."""
-    kept = {word: count for word, count in counts.items() if count >= min_count or word == EOS}
-    if vocab_size and len(kept.keys() | {UNK}) > vocab_size:
-        special = {EOS, UNK}
-        others = sorted((word for word in kept if word not in special), key=kept.get, reverse=True)  # a stable sort
-        special.update(others[: vocab_size - len(special)])
-        kept = {word: count for word, count in kept.items() if word in special}
-    return list(kept)
+    chosen = [word for word, count in counts.items() if count >= min_count or word == EOS]
+    if vocab_size and len({*chosen, UNK}) > vocab_size:
+        others = sorted((word for word in chosen if word not in (EOS, UNK)), key=counts.get, reverse=True)  # stable
+        allowed = {EOS, UNK, *others[: vocab_size - 2]}
+        chosen = [word for word in chosen if word in allowed]
+    return chosen
 
 
 def _index(name: str, texts: dict[str, str], sha256: dict[str, str], min_count: int, vocab_size: int) -> Corpus:
@@ -207,8 +207,8 @@ def _load_cache(path: Path, name: str, sha256: dict[str, str]) -> Corpus | None:
     """Returns the corpus cached at `path`; None if there is none or its file is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            swollen = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
-            if swollen or archive.testzip() is not None:  # numpy does not verify the checksum of a truncated array
+            compressed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+            if compressed or archive.testzip() is not None:  # numpy does not verify the checksum of a truncated array
                 return None
         with np.load(path, allow_pickle=False) as arrays:
             words = arrays["words"].tobytes().decode().split()

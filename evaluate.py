@@ -139,8 +139,8 @@ def report(name: str, result: Score, source: Tensor) -> None:
     """Prints a line with the score of a text, which was read as `source` (n, B)."""
     line = f"{name}: loss {result.loss:.6f}, perplexity {perplexity(result.loss):.4f}, "
     line += f"bits per token {result.bits:.4f}, {source.numel():,} tokens in batches of {source.size(1)}"
-    if result.unknown:
-        line += f", {format_share(result.unknown)} unknown words"
+    if result.unknown_share:
+        line += f", {format_share(result.unknown_share)} unknown words"
         line += "" if result.known_ppl is None else f", without them perplexity {result.known_ppl:.4f}"
     print(line)
 

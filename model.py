@@ -155,10 +155,10 @@ class BaselineCell(nn.Module):
         engine is not used, and --precision bf16 applies to the decoder alone: torch's kernel runs in fp32 or TF32."""
         rnn = self.rnn
         weights = [rnn.weight_ih_l0, drop(self.connections, masks.connections), rnn.bias_ih_l0, rnn.bias_hh_l0]
-        how = (weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+        options = (weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
         parts = tuple(part.contiguous()[None] for part in state.split(rnn.hidden_size, dim=-1))  # (1, B, H) each
         if self.name == "LSTM":
-            hiddens, *parts = torch.lstm(drop(x, masks.x), parts, *how)
+            hiddens, *parts = torch.lstm(drop(x, masks.x), parts, *options)
         else:
-            hiddens, *parts = torch.gru(drop(x, masks.x), *parts, *how)
+            hiddens, *parts = torch.gru(drop(x, masks.x), *parts, *options)
         return hiddens, torch.cat(parts, dim=-1)[0]

@@ -24,7 +24,8 @@ class DARTSCellSearch(nn.Module):
     def forward(self, x: Tensor, state: Tensor, masks: Masks, engine: Engine) -> tuple[Tensor, Tensor]:
         """Returns the hidden states (T, B, H) and the last of them (B, H), for x (T, B, E) and state (B, H)."""
         probs = self.alphas.softmax(dim=-1)  # (N(N+1)/2, K)
-        # Relu's active set is frozen for a difference, which is computed in full precision, and so is the active set.
+        # Relu's active set is frozen for the central difference alone, which is computed in full precision: only a pass
+        # in full precision may record or use the set.
         relu = masks.relu if engine.precision == "fp32" else None
         hiddens = engine.relaxed(x, state, self.W0, self.Ws, probs, masks.x, masks.hidden, relu, self.norm)
         return hiddens, hiddens[-1]

@@ -69,15 +69,16 @@ class SearchState(TrainingState):
         """Makes both steps replay as CUDA graphs, on CUDA."""
         super().capture()
         self.replayed_alpha_step = self.model.engine.with_cuda_graphs(
-            self.step_alphas, self.train_text.device, beside=self.replayed_gradient
+            self.captured_alpha_step, self.train_text.device, beside=self.replayed_gradient
         )
 
     # --- the two steps ---
 
-    def step_alphas(
+    def captured_alpha_step(
         self, eta: Tensor, x: Tensor, y: Tensor, hidden: Tensor, x_valid: Tensor, y_valid: Tensor, hidden_valid: Tensor
     ) -> tuple[Tensor]:
-        """Takes a step on the alphas; returns the hidden states (B, H) after the validation batch."""
+        """Takes a step on the alphas, in the form that a CUDA graph captures; returns the hidden states (B, H) after
+        the validation batch."""
         masks = self.model.sample_masks(self.batch_size)  # the same masks in each pass over the training batch
         masks = masks._replace(relu=FrozenReLU() if self.hessian == "finite" else None)
         valid_masks = self.model.sample_masks(self.arch_batch_size)
@@ -89,8 +90,8 @@ class SearchState(TrainingState):
         """Computes the clipped gradient of a training batch into .grad; returns the loss (nats per word), the last
         hidden states (B, H), and the norm of the gradient before clipping."""
         args, batch = self.args, Batch(x, y, hidden, self.model.sample_masks(self.batch_size))
-        losses = MicroBatches(self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta)
-        return clipped_gradient(losses, self.weights, self.update, self.ranks.all_reduce_mean)
+        micro_batches = MicroBatches(self.model, batch, self.micro_batch_size, alpha=args.alpha, beta=args.beta)
+        return clipped_gradient(micro_batches, self.weights, self.update, self.ranks.all_reduce_mean)
 
     def alpha_step(self, lr: float, x: Tensor, y: Tensor) -> None:
         """Moves the alphas down the gradient of the next validation batch's loss (`architect.Architect`)."""
@@ -210,7 +211,8 @@ def search(experiment: Experiment, state: SearchState) -> None:
             for x, y in experiment.segments(state.train_text):  # (T, B) each
                 experiment.set_lr(state.optimizer)
                 with scaled_lr(state.optimizer, len(x) / args.bptt) as lr:
-                    # 1. alphas down the gradient of L_valid(w - lr grad_w L_train(w, alpha), alpha)
+                    # 1. alphas down the gradient of L_valid(w - xi grad_w L_train(w, alpha), alpha), with xi = lr if
+                    #    --unrolled, and 0 in first order
                     if epoch > args.arch_start:
                         state.alpha_step(lr, x, y)
                     # 2. weights down the gradient of L_train(w, alpha)
@@ -256,9 +258,9 @@ def main(argv: list[str] | None = None) -> int:
         best = perplexity(experiment.best)
         experiment.write_result("relaxed model", state, valid, test, best_valid_ppl=best, genotype=genotype)
         run.log(f"found {from_json(genotype)}")
-        text = "".join(f" --{name} {getattr(args, name)}" for name in ("min_count", "vocab_size", "test")
+        flags = "".join(f" --{name} {getattr(args, name)}" for name in ("min_count", "vocab_size", "test")
                        if getattr(args, name) not in (0, "read"))  # fmt: skip
-        run.log(f"retrain it with: python train.py --data {quote(args.data)}{text} --arch {quote(str(run.folder))}")
+        run.log(f"retrain it with: python train.py --data {quote(args.data)}{flags} --arch {quote(str(run.folder))}")
     return experiment.exit_code
 
 

@@ -15,7 +15,7 @@ from shlex import quote
 from tempfile import mkdtemp
 
 from experiment import arguments, signals
-from data import Corpus, load_corpus, located
+from data import Corpus, absolute_name, load_corpus
 from experiment.lock import Locked
 from experiment.run_directory import Run, new_folder
 from experiment.validate_arguments import folder_faults, must_not_be_overwritten
@@ -38,7 +38,7 @@ def start_study(parser: arguments.Parser, argv: list[str] | None) -> tuple[Names
         restore(Path(args.study))
         parser.set_defaults(**config["flags"])
         args = parser.parse_args(argv)
-    args.data = located(args.data)
+    args.data = absolute_name(args.data)
     folder = Path(args.study or new_folder("study"))
 
     faults = validate_arguments.number_faults(args) + validate_arguments.text_faults(args)

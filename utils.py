@@ -145,7 +145,7 @@ def segments(
     """Yields (i, seq_len) such that each of the time steps start..length-2 is an input once.
 
     The base length is `bptt` with probability 0.95, else half of it. With `std` the length is normal about the base, at
-    least 5, but never above bptt + max_delta (Merity et al. 2018, section 4.1). Numbers are drawn one segment at a
+    least 5, but never above bptt + max_delta (Merity et al. 2017, section 4.1). Numbers are drawn one segment at a
     time, so that the sequence continues unchanged from the state of `generator` (CPU) and the next time step `start`.
     """
     while start < length - 1:

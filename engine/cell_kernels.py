@@ -32,7 +32,7 @@ def relaxed_node(edges, p, active, constants, node):
     dtype = constants.h_mask.dtype
     carried = p.sum(1) * edges.states.to(dtype)
     each = carried + sigmoid(c.to(dtype)) * (mixed - carried)
-    put_normalised(each.sum(0) * of_sum(constants.norm, len(p)), constants, node)
+    put_normalised(each.sum(0) * sum_factor(constants.norm, len(p)), constants, node)
 
 
 def mixture(p, u, active):
@@ -52,7 +52,7 @@ def mixture(p, u, active):
     return primitives, slopes, mixed, slope
 
 
-def of_sum(norm, predecessors):
+def sum_factor(norm, predecessors):
     """Returns the factor r_i of the sum over the predecessors (F4), which makes it a mean if norm is "none"."""
     return 1 / predecessors if norm == "none" else 1
 
@@ -60,12 +60,12 @@ def of_sum(norm, predecessors):
 def average(x, constants):
     """Returns the mean of x (B, H) that the norm "batch" or "layer" takes (F5). For "batch" it is the mean of each
     hidden unit over the batch, (H,), and for "layer" that of each batch element over its hidden units, (B, 1)."""
-    return x.mean(0) if constants.norm == "batch" else (x * constants.share).sum(-1, keepdim=True)
+    return x.mean(0) if constants.norm == "batch" else (x * constants.unit_weights).sum(-1, keepdim=True)
 
 
-def units_alone(x, constants):
+def zero_padding(x, constants):
     """Returns x (B, H) with zeros in the padding of H, where layer normalisation would leave other values."""
-    return torch.where(constants.share > 0, x, 0) if constants.norm == "layer" else x
+    return torch.where(constants.unit_weights > 0, x, 0) if constants.norm == "layer" else x
 
 
 def put_normalised(s, constants, node):
@@ -73,9 +73,9 @@ def put_normalised(s, constants, node):
     if constants.norm != "none":
         s = force_materialize(s)
         centred = s - average(s, constants)
-        scale = torch.rsqrt(average(centred.square(), constants) + NORM_EPS)
-        s = units_alone(centred * scale, constants)
-        node.inverse.copy_(scale)
+        inv_std = torch.rsqrt(average(centred.square(), constants) + NORM_EPS)
+        s = zero_padding(centred * inv_std, constants)
+        node.inv_std.copy_(inv_std)
     node.state.copy_(s)
     node.masked.copy_(s * constants.h_mask)
 
@@ -100,59 +100,59 @@ def output_back(g, grad_h_direct, grad_h_matmul, h_mask, concat, total):
     total.copy_((g + grad_h_direct + grad_h_matmul * h_mask) / len(concat) * counts[:, None, None])
 
 
-def whole(grad, constants):
+def total_grad(grad, constants):
     """Returns the gradient that `grad`, a StateGrad, stands for, in its shape."""
     return grad.direct + grad.via_matmul * constants.h_mask
 
 
 def normalise_back(g, node, constants):
-    """Returns the gradient before a norm, inverse * (g - mean(g) - s mean(g s)), (B, H) (B2). g (B, H) is the gradient
+    """Returns the gradient before a norm, inv_std * (g - mean(g) - s mean(g s)), (B, H) (B2). g (B, H) is the gradient
     of s = node.state, and the means are those of `average`. Without a norm, the result is g."""
     if constants.norm == "none":
         return force_materialize(g)
     s = node.state.to(g.dtype)
-    dz = node.inverse * (g - average(g, constants) - s * average(g * s, constants))
-    return force_materialize(units_alone(dz, constants))
+    dz = node.inv_std * (g - average(g, constants) - s * average(g * s, constants))
+    return force_materialize(zero_padding(dz, constants))
 
 
 @kernel
-def relaxed_node_back(grad, node, edges, p, active, constants, predecessors, sums, received, dcu, total_after):
+def relaxed_node_back(grad, node, edges, p, active, constants, predecessor_grads, sums, state_grad, dcu, total_after):
     """Computes the backward pass through node i of the relaxed cell (B2 to B5).
 
-    Reads the gradients of s_i and of its predecessors so far, `grad` and `predecessors`, and the rest as in
-    `relaxed_node`. Writes the gradient of s_i to received (B, H), and dcu = dc, du, (i, B, H) each. `total_after`
+    Reads the gradients of s_i and of its predecessors so far, `grad` and `predecessor_grads`, and the rest as in
+    `relaxed_node`. Writes the gradient of s_i to state_grad (B, H), and dcu = dc, du, (i, B, H) each. `total_after`
     (i, B, H) is the predecessors' gradient plus what this node adds directly. The four `sums`, (i, B) each, gain the
     gradients of the probabilities.
     """
     (dc, du), dtype = dcu, constants.h_mask.dtype
-    g = whole(grad, constants)
-    received.copy_(g)
-    dz = normalise_back(g, node, constants) * of_sum(constants.norm, len(p))
+    g = total_grad(grad, constants)
+    state_grad.copy_(g)
+    dz = normalise_back(g, node, constants) * sum_factor(constants.norm, len(p))
     c, u = edges.cu.chunk(2, dim=-1)
     s = edges.states.to(dtype)
     p = p[:, 1:, None, None]
     gate = sigmoid(c.to(dtype))
     primitives, _, mixed, slope = mixture(p, u, active)
-    some = p.sum(1)
-    opened = dz * gate
-    shut = dz - opened
-    d = force_materialize(opened * (1 - gate) * (mixed - some * s))
+    P = p.sum(1)
+    gated = dz * gate
+    ungated = dz - gated
+    d = force_materialize(gated * (1 - gate) * (mixed - P * s))
     dc.copy_(d)
-    du.copy_(opened * slope)
-    total_after.copy_(whole(predecessors, constants) + some * shut)
+    du.copy_(gated * slope)
+    total_after.copy_(total_grad(predecessor_grads, constants) + P * ungated)
     for gained, f in zip(sums, primitives, strict=True):
-        gained.copy_(gained + (opened * f + shut * s).sum(-1))
+        gained.copy_(gained + (gated * f + ungated * s).sum(-1))
 
 
 @kernel
-def relaxed_start_back(grad, node, cu, h, constants, received, dc, du, grad_h_direct):
+def relaxed_start_back(grad, node, cu, h, constants, state_grad, dc, du, grad_h_direct):
     """Computes the backward pass through the norm of s_0 and through s_0 (B2, B6).
 
     Reads the gradient `grad` of s_0 = node.state, cu (B, 2H) and h (B, H). Writes the whole gradient of s_0 to
-    received, and dc, du and grad_h_direct as in `put_start_back`, (B, H) each.
+    state_grad, and dc, du and grad_h_direct as in `put_start_back`, (B, H) each.
     """
-    g = whole(grad, constants)
-    received.copy_(g)
+    g = total_grad(grad, constants)
+    state_grad.copy_(g)
     put_start_back(normalise_back(g, node, constants), cu, h, dc, du, grad_h_direct)
 
 

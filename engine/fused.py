@@ -34,14 +34,15 @@ from engine.relaxed_buffers import (
     frozen_active_set,
     new_products,
     nodes_and_edges,
-    of_nodes,
-    unit_share,
+    split_by_node,
+    unit_weights,
 )
 from engine.second_derivative import r_backward, r_forward
 
 # A CPU needs longer to call a product of bf16 than to compute one of fewer multiplications than this in fp32
 # (benchmarks/NOTES.md).
 ROUND_FROM = 1 << 19
+SMALL_STATE = 1 << 14  # A cell is small if its hidden state has fewer elements than this (benchmarks/NOTES.md).
 
 
 def relaxed(
@@ -55,11 +56,11 @@ def relaxed(
     h_mask (B, H). `compute_dtype` is the dtype of products, by default that of h0. A second derivative along the alphas
     and any third derivative raise RuntimeError.
     """
-    H, compute_dtype, keep = h0.size(-1), compute_dtype or h0.dtype, wants_gradient(x, h0, W0, *Ws, probs)
+    H, compute_dtype, needs_grad = h0.size(-1), compute_dtype or h0.dtype, wants_gradient(x, h0, W0, *Ws, probs)
     # H is padded even where the products gain nothing by it, since the kernels are faster with it in any dtype.
     xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, compute_dtype, -H % ALIGNMENT)
-    share = unit_share(H, h0) if norm == "layer" else None
-    return Relaxed.apply(keep, frozen_relu, norm, share, xW, h0, W0_h, probs, h_mask, *Ws)[..., :H]
+    weights_of_units = unit_weights(H, h0) if norm == "layer" else None
+    return Relaxed.apply(needs_grad, frozen_relu, norm, weights_of_units, xW, h0, W0_h, probs, h_mask, *Ws)[..., :H]
 
 
 def discrete(
@@ -73,13 +74,13 @@ def discrete(
     `compute_dtype` is the dtype of products, by default that of h0, as it always is for small products on a CPU. A
     second derivative raises RuntimeError.
     """
-    H, keep = h0.size(-1), wants_gradient(x, h0, W0, *Ws)
+    H, needs_grad = h0.size(-1), wants_gradient(x, h0, W0, *Ws)
     small = h0.device.type == "cpu" and 2 * h0.numel() * H < ROUND_FROM
     compute_dtype = h0.dtype if small else compute_dtype or h0.dtype
     # In an evaluation on a CPU, the products have too few rows to make up for the time that padding the weights takes.
-    more = padding(h0, compute_dtype) if keep or h0.is_cuda else 0
+    more = padding(h0, compute_dtype) if needs_grad or h0.is_cuda else 0
     xW, h0, W0_h, h_mask, Ws = prepare(x, h0, W0, Ws, x_mask, h_mask, compute_dtype, more)
-    return Discrete.apply(keep, tuple(recurrent), tuple(concat), xW, h0, W0_h, h_mask, *Ws)[..., :H]
+    return Discrete.apply(needs_grad, tuple(recurrent), tuple(concat), xW, h0, W0_h, h_mask, *Ws)[..., :H]
 
 
 def wants_gradient(*inputs: Tensor) -> bool:
@@ -112,25 +113,25 @@ def prepare(
 class Relaxed(torch.autograd.Function):
     """Runs the relaxed cell over a sequence as one autograd function (F1 to F6, B1 to B7).
 
-    The product of node i holds the preactivations [c_j, u_j] of each of its predecessors j, (i, B, 2H). `keep` tells
-    whether to save what the backward pass needs.
+    The product of node i holds the preactivations [c_j, u_j] of each of its predecessors j, (i, B, 2H). `needs_grad`
+    tells whether to save what the backward pass needs.
     """
 
     @staticmethod
-    def forward(ctx, keep, frozen_relu, norm, share, xW, h0, W0_h, probs, h_mask, *Ws):
+    def forward(ctx, needs_grad, frozen_relu, norm, unit_weights, xW, h0, W0_h, probs, h_mask, *Ws):
         (T, B, _), H, N = xW.shape, h0.size(-1), len(Ws)
         space = Workspace(xW.dtype, h0.dtype, h0.device)
-        saved_steps = T if keep else 1  # Without a backward pass, each time step overwrites the one before.
+        saved_steps = T if needs_grad else 1  # Without a backward pass, each time step overwrites the one before.
         states = space.take(saved_steps, N + 1, B, H)  # s_0 .. s_N
         masked = space.take(saved_steps, N + 1, B, H)
         products, cu_rows = new_products(space, saved_steps, N, B, H)
         previous = space.take(T + 1, B, H)  # the hidden state before each step, masked
-        inverse = h0.new_empty(saved_steps, N + 1, *((B, 1) if norm == "layer" else (H,)))  # 1 / standard deviation
+        inv_std = h0.new_empty(saved_steps, N + 1, *((B, 1) if norm == "layer" else (H,)))  # 1 / standard deviation
         hiddens = h0.new_empty(T, B, H)
         weights = [W.to(space.compute_dtype) for W in (W0_h, *Ws)]
-        probs_of, constants = of_nodes(probs), Constants(norm, share, h_mask)  # N times (i, K)
+        node_probs, constants = split_by_node(probs), Constants(norm, unit_weights, h_mask)  # N times (i, K)
 
-        nodes, edges = nodes_and_edges(states, masked, inverse, products)
+        nodes, edges = nodes_and_edges(states, masked, inv_std, products)
         matmul_inputs = [flat_rows(masked[:, :i]) for i in range(N + 1)]
         states_t, xWs, hs, concat = states.unbind(0), xW.unbind(0), hiddens.unbind(0), tuple(range(1, N + 1))
 
@@ -138,17 +139,17 @@ class Relaxed(torch.autograd.Function):
         previous[0] = h0 * h_mask
         previous_t = previous.unbind(0)
         for t in range(T):
-            k = t if keep else 0
+            k = t if needs_grad else 0
             torch.addmm(xWs[t], previous_t[t], weights[0], out=cu_rows[0][k])
             relaxed_start(edges[0][k].cu, h, constants, nodes[0][k])
             for i in range(1, N + 1):
                 matmul(matmul_inputs[i][k], weights[i], out=cu_rows[i][k])
                 active = frozen_active_set(edges[i][k].cu, frozen_relu, (t, i))
-                relaxed_node(edges[i][k], probs_of[i - 1], active, constants, nodes[i][k])
+                relaxed_node(edges[i][k], node_probs[i - 1], active, constants, nodes[i][k])
             h = hs[t]
             output(states_t[k], concat, h_mask, h, previous_t[t + 1])
 
-        if keep:
+        if needs_grad:
             ctx.saved = SavedForward(space, nodes, edges, masked, previous, frozen_relu, constants)
             ctx.tangents = {}  # from `RelaxedBack.backward`, by `graph_task_id`
             ctx.save_for_backward(h0, probs, hiddens, W0_h, *Ws)
@@ -168,30 +169,30 @@ class Relaxed(torch.autograd.Function):
         return None, None, None, None, dxW, dh0, dWs[0], dprobs, None, *dWs[1:]
 
     @staticmethod
-    def backward_pass(ctx, g_hiddens: Tensor, keep: bool = False) -> tuple[tuple[Tensor | None, ...], SavedBackward]:
+    def backward_pass(ctx, g_hiddens: Tensor, save: bool = False) -> tuple[tuple[Tensor | None, ...], SavedBackward]:
         """Returns the gradients of xW, h0, probs, W0_h and Ws, and what `r_backward` needs of this pass (B1 to B7).
 
         g_hiddens (T, B, H) is the gradient of the hidden states. The gradients of xW and of the weights are None if
-        autograd does not need them. `keep` tells whether to save the gradients of the states of every time step, so
+        autograd does not need them. `save` tells whether to save the gradients of the states of every time step, so
         that the pass can be differentiated.
         """
         space, nodes, edges, masked, previous, frozen_relu, constants = ctx.saved
         h0, probs, hiddens, W0_h, *Ws = ctx.saved_tensors
         T, B, H = hiddens.shape
         N = len(Ws)
-        of_weights = ctx.needs_input_grad[6] or any(ctx.needs_input_grad[9:])
-        probs_of = of_nodes(probs)  # N times (i, K)
+        needs_weight_grads = ctx.needs_input_grad[6] or any(ctx.needs_input_grad[9:])
+        node_probs = split_by_node(probs)  # N times (i, K)
         weights = [W.to(space.compute_dtype) for W in (W0_h, *Ws)]
         dxW = space.take(T, B, 2 * H)
-        received = space.take(T if keep else 1, N + 1, B, H)  # gradients of the states
+        state_grads = space.take(T if save else 1, N + 1, B, H)  # gradients of the states
         # On CUDA the gradient of a weight is one product over all time steps, after the loop. A CPU forms it step by
         # step, unless the cell is small, while the factors are in its cache (benchmarks/NOTES.md).
-        at_once = of_weights and sum_after_loop(h0)
-        dcus = [space.take(T if at_once else 1, 2, i, B, H) for i in range(1, N + 1)]  # dc and du of each node
-        dWs = [torch.zeros_like(W, dtype=space.accum_dtype) for W in Ws] if of_weights else []
-        w = GradAccumulators(space, N, B, H)
+        after_loop = needs_weight_grads and sum_after_loop(h0)
+        dcus = [space.take(T if after_loop else 1, 2, i, B, H) for i in range(1, N + 1)]  # dc and du of each node
+        dWs = [torch.zeros_like(W, dtype=space.accum_dtype) for W in Ws] if needs_weight_grads else []
+        acc = GradAccumulators(space, N, B, H)
 
-        grads = by_node(received)
+        grads = by_node(state_grads)
         matmul_inputs = [masked[:, :i].flatten(1, 2).mT.unbind(0) for i in range(N + 1)]  # (H, iB) each
         dcu_views = [[d.unbind(0) for d in dcu] for dcu in dcus]  # [i - 1][t], (i, B, H) each
         dcu_rows = [[d.flatten(1, 2).unbind(0) for d in dcu] for dcu in dcus]  # [i - 1][t], (iB, H) each
@@ -201,40 +202,40 @@ class Relaxed(torch.autograd.Function):
 
         for t in reversed(range(T)):
             this, other = 0, 1  # Each node reads one of the two `totals` and writes the other.
-            w.begin_step(gs[t], constants.h_mask)
+            acc.begin_step(gs[t], constants.h_mask)
             for i in range(N, 0, -1):
-                k = t if at_once else 0
+                k = t if after_loop else 0
                 dc_rows, du_rows = dcu_rows[i - 1][k]
                 active = frozen_active_set(edges[i][t].cu, frozen_relu, (t, i))
                 relaxed_node_back(
-                    w.each[this][i], nodes[i][t], edges[i][t], probs_of[i - 1], active, constants,
-                    w.predecessors[this][i], w.sums[i - 1], grads[i][t if keep else 0], dcu_views[i - 1][k],
-                    w.predecessors[other][i].direct,
+                    acc.node_grads[this][i], nodes[i][t], edges[i][t], node_probs[i - 1], active, constants,
+                    acc.predecessor_grads[this][i], acc.sums[i - 1], grads[i][t if save else 0], dcu_views[i - 1][k],
+                    acc.predecessor_grads[other][i].direct,
                 )  # fmt: skip
                 this, other = other, this
-                matmul(dc_rows, transposed[i][0], out=w.rows_via_matmul[i])
-                w.rows_via_matmul[i].addmm_(du_rows, transposed[i][1])
-                if of_weights and not at_once:
+                matmul(dc_rows, transposed[i][0], out=acc.rows_via_matmul[i])
+                acc.rows_via_matmul[i].addmm_(du_rows, transposed[i][1])
+                if needs_weight_grads and not after_loop:
                     for dW, d in zip(halves_of_dW[i - 1], (dc_rows, du_rows), strict=True):
                         addmm_(dW, matmul_inputs[i][t], d)
             relaxed_start_back(
-                w.each[this][0], nodes[0][t], edges[0][t].cu, hs[t], constants, grads[0][t if keep else 0],
-                dcs_0[0][t], dcs_0[1][t], w.grad_h_direct,
+                acc.node_grads[this][0], nodes[0][t], edges[0][t].cu, hs[t], constants, grads[0][t if save else 0],
+                dcs_0[0][t], dcs_0[1][t], acc.grad_h_direct,
             )  # fmt: skip
-            matmul(dxWs[t], W0_t, out=w.grad_h_matmul)
+            matmul(dxWs[t], W0_t, out=acc.grad_h_matmul)
 
         dW0_h = None
-        if of_weights:
+        if needs_weight_grads:
             dW0_h = (previous[:T].flatten(0, 1).t() @ dxW.flatten(0, 1)).to(space.accum_dtype)
-            if at_once:
+            if after_loop:
                 for i, dW in enumerate(dWs, 1):
                     s = masked[:, :i].flatten(1, 2).mT  # (T, H, iB)
                     for half, d in zip(dW.chunk(2, -1), dcus[i - 1].unbind(1), strict=True):
                         half.copy_((s @ d.flatten(1, 2)).sum(0, dtype=space.accum_dtype))
         # Autograd may take over the tensor that it is given, and a saved one must not change.
-        of_xW = (dxW.clone() if keep else dxW) if ctx.needs_input_grad[4] else None
-        gradients = of_xW, w.grad_h0(constants.h_mask), w.grad_probs(), dW0_h, *(dWs or [None] * N)
-        return gradients, SavedBackward(received, dxW)
+        grad_xW = (dxW.clone() if save else dxW) if ctx.needs_input_grad[4] else None
+        gradients = grad_xW, acc.grad_h0(constants.h_mask), acc.grad_probs(), dW0_h, *(dWs or [None] * N)
+        return gradients, SavedBackward(state_grads, dxW)
 
 
 class RelaxedBack(torch.autograd.Function):
@@ -252,7 +253,7 @@ class RelaxedBack(torch.autograd.Function):
     def forward(ctx, relaxed, g_hiddens, hiddens):
         ctx.set_materialize_grads(False)
         ctx.relaxed = relaxed  # Autograd keeps it alive, since `hiddens` came from there.
-        gradients, ctx.backward_pass = Relaxed.backward_pass(relaxed, g_hiddens, keep=True)
+        gradients, ctx.backward_pass = Relaxed.backward_pass(relaxed, g_hiddens, save=True)
         return gradients
 
     @staticmethod
@@ -276,4 +277,4 @@ def sum_after_loop(h: Tensor) -> bool:
     That is so on CUDA, and on a CPU for a cell with a small hidden state h (B, H), where calling a product costs more
     than the product itself.
     """
-    return h.device.type == "cuda" or h.numel() < 1 << 14
+    return h.device.type == "cuda" or h.numel() < SMALL_STATE

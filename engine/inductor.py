@@ -32,8 +32,9 @@ ONE_PASS = {
 }  # fmt: skip
 # The guards to keep: a kernel depends on its arguments alone, since nothing else that it refers to changes.
 ARGUMENTS = {"TENSOR_MATCH", "SHAPE_ENV", "CONSTANT_MATCH", "EQUALS_MATCH", "TYPE_MATCH"}
-SEARCHES = RLock()  # one compilation at a time, among all threads
-START = 64  # elements before a buffer's data: a kernel would be compiled again for views at offset 0 and elsewhere
+COMPILE_LOCK = RLock()  # one compilation at a time, among all threads
+# A buffer's data begins at this many elements: a kernel would be compiled again for views at offset 0 and elsewhere.
+STORAGE_OFFSET = 64
 TIME_LIMIT = 300.0  # seconds for all calls of a compiler that one kernel takes, far more than on a busy machine
 # The modules of Triton that call ptxas or a C compiler through `subprocess`.
 TRITON_CALLERS = ("triton.knobs", "triton.backends.nvidia.compiler", "triton.runtime.build")
@@ -84,7 +85,7 @@ class Compiled:
     failed: ClassVar[bool] = False
 
     def __init__(self, function: Callable[..., None]):
-        self.function, self.search = function, None
+        self.function, self.torch_compiled = function, None
         self.code_by_kind: dict[tuple, tuple[Callable, list[int], tuple]] = {}
 
     def __call__(self, *args) -> None:
@@ -120,18 +121,18 @@ class Compiled:
 
     def compile(self, args: tuple, calls: list[Call]) -> None:
         """Compiles the function for these arguments, runs it, and adds the calls of the compiled code to `calls`."""
-        if self.search is None:
+        if self.torch_compiled is None:
             options = {"guard_filter_fn": lambda guards: [g.guard_type in ARGUMENTS for g in guards]}
-            self.search = torch.compile(self.function, fullgraph=True, backend=inductor, options=options)
+            self.torch_compiled = torch.compile(self.function, fullgraph=True, backend=inductor, options=options)
         device_type = flattened(args)[-1].device.type
         # The settings are made here because since torch 2.13 each thread has its own, and on CUDA autograd runs the
         # backward pass in another thread than the one that defined the kernel.
         with (
             torch._dynamo.config.patch(recompile_limit=64),  # one variant for each operation and kind of shape
             torch.fx.experimental._config.patch(use_duck_shape=False),  # equal sizes do not make another variant
-            SEARCHES, kernel_cache.checked(), compiler_within(TIME_LIMIT, device_type), noted_calls(calls),
+            COMPILE_LOCK, kernel_cache.checked(), compiler_within(TIME_LIMIT, device_type), noted_calls(calls),
         ):  # fmt: skip
-            self.search(*args)
+            self.torch_compiled(*args)
 
     def remember(self, kind: tuple, flat: list, call: Call) -> None:
         """Stores the code of a call for all arguments of this kind, unless it also takes tensors of its own."""

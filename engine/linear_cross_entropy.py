@@ -3,7 +3,7 @@ skips products with what dropout has set to zero.
 
 The target words are processed in chunks of two kinds: a few time steps of the whole batch, or a few batch elements with
 the hidden units that dropout has left them. Shapes: T time steps, B batch, H hidden, H' hidden with padding
-(`factors`), V words; in a chunk n target words, r batch elements, k hidden units left.
+(`logit_factors`), V words; in a chunk n target words, r batch elements, k hidden units left.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ from engine.inductor import kernel
 from engine.matmul import Workspace, add_rows, addmm_, padding
 
 # These numbers were measured (benchmarks/NOTES.md).
-CHUNK = 1 << 25  # A chunk of several time steps or batch elements has at most so many bytes of logits.
+MAX_CHUNK_BYTES = 1 << 25  # A chunk of several time steps or batch elements has at most so many bytes of logits.
 SKIP_FROM = 128  # From this number of hidden units on, skipping what dropout has set to zero can pay.
 COPY_FROM = 4096  # From this number of target words on, transposing the decoder in memory can pay.
-BLOCK = 512  # `in_rows` copies so many rows or columns of a matrix at once.
+BLOCK = 512  # `row_major` copies so many rows or columns of a matrix at once.
 
 
 def nll(
@@ -47,8 +47,8 @@ class TiedDecoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, wants, compute_dtype, hiddens, mask, embedding, bias, y):
         skipped = worth_skipping(mask, compute_dtype)
-        outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, compute_dtype)  # (T, B, H'), (H', V)
-        losses, share = hiddens.new_empty(y.shape), 1 / y.numel()
+        outputs, decoder = logit_factors(drop(hiddens, mask), embedding, skipped, compute_dtype)  # (T, B, H'), (H', V)
+        losses, scale = hiddens.new_empty(y.shape), 1 / y.numel()
         by_words = torch.empty(decoder.shape[::-1], device="meta").t()  # (H', V), without storage, for its layout alone
         alike = outputs, by_words if skipped is None else decoder, bias
         d_outputs, d_decoder, d_bias = (
@@ -60,10 +60,10 @@ class TiedDecoder(torch.autograd.Function):
             logits = chunk.take()
             torch.matmul(part, columns, out=logits)
             flat = logits.view(-1, len(bias))
-            chunk_losses = to_softmax(flat, bias, words, share)
+            chunk_losses = to_softmax(flat, bias, words, scale)
             chunk.put_losses(losses, chunk_losses)
             if any(wants):
-                subtract_one_hot(flat, words, share)
+                subtract_one_hot(flat, words, scale)
             if d_bias is not None:
                 add_rows(d_bias, flat)
             if d_outputs is not None:
@@ -72,7 +72,7 @@ class TiedDecoder(torch.autograd.Function):
                 chunk.addmm_(d_decoder, part, logits, columns)
         H = hiddens.size(-1)
         d_hiddens = None if d_outputs is None else drop(d_outputs[..., :H].to(hiddens.dtype), mask)
-        d_embedding = None if d_decoder is None else in_rows(d_decoder[:H].t())
+        d_embedding = None if d_decoder is None else row_major(d_decoder[:H].t())
         ctx.compute_dtype, ctx.gradients = compute_dtype, (d_hiddens, d_embedding, d_bias)
         ctx.save_for_backward(hiddens, mask, embedding, bias, y)
         return losses.mean()
@@ -110,9 +110,9 @@ class TiedDecoderBack(torch.autograd.Function):
         d_g = None
         if ctx.needs_input_grad[4]:
             d_g = sum((d * v).sum() for d, v in zip(ctx.gradients, direction, strict=True) if d is not None)
-        of_hiddens = g * r_gradient(*inputs, *direction, mask, y, ctx.compute_dtype)
+        d_hiddens = g * r_gradient(*inputs, *direction, mask, y, ctx.compute_dtype)
         # The embedding is not given None, since autograd would take the terms of its other uses for the whole.
-        return None, None, None, None, d_g, of_hiddens, unformed_grad(inputs[1]), None
+        return None, None, None, None, d_g, d_hiddens, unformed_grad(inputs[1]), None
 
 
 def r_gradient(
@@ -126,21 +126,21 @@ def r_gradient(
     tangents.
     """
     skipped = worth_skipping(mask, compute_dtype)
-    outputs, decoder = factors(drop(hiddens, mask), embedding, skipped, compute_dtype)
-    r_outputs, r_decoder = factors(drop(v_hiddens, mask), v_embedding, skipped, compute_dtype)
-    d_outputs, share = torch.zeros_like(outputs), 1 / y.numel()
+    outputs, decoder = logit_factors(drop(hiddens, mask), embedding, skipped, compute_dtype)
+    r_outputs, r_decoder = logit_factors(drop(v_hiddens, mask), v_embedding, skipped, compute_dtype)
+    d_outputs, scale = torch.zeros_like(outputs), 1 / y.numel()
     for chunk in chunks(skipped, *y.shape, decoder):
         part, columns, r_columns = chunk.rows(outputs), chunk.columns(decoder), chunk.columns(r_decoder)
         logits, r_logits = chunk.take(), chunk.take()
         torch.matmul(part, columns, out=logits)
         torch.matmul(chunk.rows(r_outputs), columns, out=r_logits)
-        add_matmul(r_logits, part, r_columns)
+        addmm_(r_logits, part, r_columns)
         flat, words = logits.view(-1, len(bias)), chunk.words(y)
-        to_softmax(flat, bias, words, share)
-        r_softmax(flat, v_bias, share, r_logits.view_as(flat))
-        subtract_one_hot(flat, words, share)
+        to_softmax(flat, bias, words, scale)
+        r_softmax(flat, v_bias, scale, r_logits.view_as(flat))
+        subtract_one_hot(flat, words, scale)
         d = torch.matmul(r_logits, columns.mT)
-        add_matmul(d, logits, r_columns.mT)
+        addmm_(d, logits, r_columns.mT)
         chunk.put(d_outputs, d)
     return drop(d_outputs[..., : hiddens.size(-1)].to(hiddens.dtype), mask)
 
@@ -149,23 +149,18 @@ def to_softmax(logits: Tensor, bias: Tensor, words: Tensor, scale: float) -> Ten
     """Replaces logits (n, V), which lack their bias (V,), by scale * softmax(logits + bias) in place. Returns the
     negative log-likelihoods (n,) in nats of the target words (n, 1)."""
     losses = bias.new_empty(len(words))
-    of_words = logits.gather(1, words).to(bias.dtype) + bias.detach()[words]  # (n, 1)
-    softmax(logits, bias.detach(), of_words, scale, losses)
+    target_logits = logits.gather(1, words).to(bias.dtype) + bias.detach()[words]  # (n, 1)
+    softmax(logits, bias.detach(), target_logits, scale, losses)
     return losses
 
 
-def subtract_one_hot(flat: Tensor, words: Tensor, share: float) -> None:
-    """Subtracts `share` in place from the entry of each row of `flat` (n, V) at its target word, of `words` (n, 1),
+def subtract_one_hot(flat: Tensor, words: Tensor, scale: float) -> None:
+    """Subtracts `scale` in place from the entry of each row of `flat` (n, V) at its target word, of `words` (n, 1),
     without `scatter_add_`, which in bf16 makes a copy of the whole matrix."""
-    flat[torch.arange(len(flat), device=flat.device), words.squeeze(1)] -= share
+    flat[torch.arange(len(flat), device=flat.device), words.squeeze(1)] -= scale
 
 
-def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a @ b to `total` in place, for matrices or for batches of matrices."""
-    total.addmm_(a, b) if a.dim() == 2 else total.baddbmm_(a, b)
-
-
-def factors(
+def logit_factors(
     outputs: Tensor, embedding: Tensor, skipped: Tensor | None, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Returns the outputs (T, B, H') and the decoder (H', V), the factors of the logits, in `compute_dtype`.
@@ -178,13 +173,13 @@ def factors(
     outputs, decoder = outputs.to(compute_dtype), embedding.to(compute_dtype)
     enough = outputs.shape[:2].numel() >= COPY_FROM
     if skipped is not None or (enough and has_amx(decoder.device, compute_dtype)):
-        return outputs, in_rows(decoder.t())
+        return outputs, row_major(decoder.t())
     if more := padding(decoder, compute_dtype):
         outputs, decoder = F.pad(outputs, (0, more)), F.pad(decoder, (0, more))
     return outputs, decoder.t()
 
 
-def in_rows(matrix: Tensor) -> Tensor:
+def row_major(matrix: Tensor) -> Tensor:
     """Returns the matrix contiguous, row by row in memory. On a CPU it is copied in blocks, since torch copies a matrix
     that lies in memory column by column at a fifth of the speed if it is copied as a whole."""
     if matrix.is_contiguous() or matrix.is_cuda:
@@ -199,14 +194,14 @@ def chunks(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator[
     """Yields chunks that contain every target word (T, B) once, for a decoder (H', V). With a mask `skipped` (B, H),
     the chunks leave the hidden units that it drops out of the products."""
     if skipped is None:
-        steps = max(1, CHUNK // (decoder.size(1) * B * decoder.itemsize))
+        steps = max(1, MAX_CHUNK_BYTES // (decoder.size(1) * B * decoder.itemsize))
         for t in range(0, T, steps):
             yield TimeChunk(slice(t, t + steps), decoder, min(steps, T - t) * B)
         return
     # The hidden units that are left differ between batch elements, but not between time steps. A chunk has one batch
     # element for each thread, or fewer if their logits are too many. They are sorted so that those of one chunk have
     # about as many units left; dropped units, whose outputs are 0, pad the others to the largest number.
-    together = max(1, min(torch.get_num_threads(), CHUNK // (T * decoder.size(1) * decoder.itemsize)))
+    together = max(1, min(torch.get_num_threads(), MAX_CHUNK_BYTES // (T * decoder.size(1) * decoder.itemsize)))
     counts, elements = (skipped != 0).sum(1).sort()
     units = skipped[elements].topk(int(counts.max()), dim=1).indices  # (B, k)
     for b in range(0, B, together):
@@ -302,14 +297,14 @@ def has_amx(device: torch.device, compute_dtype: torch.dtype) -> bool:
 
 
 @kernel
-def softmax(logits, bias, of_words, scale, losses):
+def softmax(logits, bias, target_logits, scale, losses):
     """Writes -log softmax(logits + bias) at the target words to `losses` (n,), and scale * softmax to `logits` (n, V).
-    `of_words` (n, 1) are the logits of the target words with their bias, and bias is (V,)."""
+    `target_logits` (n, 1) are the logits of the target words with their bias, and bias is (V,)."""
     z = logits.to(bias.dtype) + bias
     top = z.amax(-1, keepdim=True)
     e = torch.exp2(LOG2_E * (z - top))
     total = e.sum(-1, keepdim=True)
-    losses.copy_((total.log() + top - of_words).squeeze(1))
+    losses.copy_((total.log() + top - target_logits).squeeze(1))
     logits.copy_(e * (scale / total))
 
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from engine import kernel_cache
-from engine.inductor import START, kernel
+from engine.inductor import STORAGE_OFFSET, kernel
 
 # The length of a matrix row should be a multiple of this many elements, so that each row begins at a whole vector.
 ALIGNMENT = 16
+# oneDNN can be ahead of MKL up to so many rows and from so many elements of the weight on (benchmarks/NOTES.md).
+ONEDNN_MAX_ROWS, ONEDNN_MIN_WEIGHT = 512, 1 << 17
 
 
 class Workspace(NamedTuple):
@@ -30,7 +32,7 @@ class Workspace(NamedTuple):
     def take(self, *shape: int, accumulator: bool = False) -> Tensor:
         """Returns an uninitialised tensor of this shape, in `compute_dtype`, or in `accum_dtype` for an accumulator."""
         dtype = self.accum_dtype if accumulator else self.compute_dtype
-        return torch.empty(START + prod(shape), dtype=dtype, device=self.device)[START:].view(shape)
+        return torch.empty(STORAGE_OFFSET + prod(shape), dtype=dtype, device=self.device)[STORAGE_OFFSET:].view(shape)
 
 
 def padding(rows: Tensor, compute_dtype: torch.dtype) -> int:
@@ -42,8 +44,9 @@ def padding(rows: Tensor, compute_dtype: torch.dtype) -> int:
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Writes a @ b to `out`, for a (n, k) and a weight b (k, m), by the library that is faster on this processor.
     oneDNN is ahead where a has few rows and b is large. It is very slow where b is a slice of a wider matrix."""
-    lead = a.dtype == torch.float32 and a.device.type == "cpu" and len(a) <= 512 and b.numel() >= 1 << 17
-    if lead and (b.is_contiguous() or b.t().is_contiguous()) and onednn_is_quicker():
+    is_fp32_on_cpu = a.dtype == torch.float32 and a.device.type == "cpu"
+    onednn_can_lead = is_fp32_on_cpu and len(a) <= ONEDNN_MAX_ROWS and b.numel() >= ONEDNN_MIN_WEIGHT
+    if onednn_can_lead and (b.is_contiguous() or b.t().is_contiguous()) and onednn_is_quicker():
         out.copy_(onednn(a, b))
     else:
         torch.mm(a, b, out=out)
@@ -118,11 +121,13 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a @ b to `total` in place, where `total` may have a wider dtype than a and b."""
-    if total.dtype == a.dtype:
+    """Adds a @ b to `total` in place, for matrices or batches of matrices; `total` may have a wider dtype than both."""
+    if total.dtype != a.dtype:
+        total.add_(a @ b)
+    elif a.dim() == 2:
         total.addmm_(a, b)
     else:
-        total.add_(a @ b)
+        total.baddbmm_(a, b)
 
 
 def add_rows(total: Tensor, rows: Tensor) -> None:

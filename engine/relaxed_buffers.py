@@ -20,7 +20,7 @@ class Constants(NamedTuple):
     """What is the same at every node and time step of a pass over a sequence: the norm and the mask of the states."""
 
     norm: str  # one of `reference.NORMS`
-    share: Tensor | None  # (H,), `unit_share` of layer normalisation
+    unit_weights: Tensor | None  # (H,), `unit_weights` of layer normalisation
     h_mask: Tensor  # (B, H)
 
 
@@ -29,11 +29,11 @@ class Node(NamedTuple):
 
     state: Tensor  # s_i, (B, H)
     masked: Tensor  # s_i * h_mask, (B, H)
-    inverse: Tensor  # 1 / deviation, (B, 1) of layer normalisation, else (H,); without a norm it is not written
+    inv_std: Tensor  # 1 / deviation, (B, 1) of layer normalisation, else (H,); without a norm it is not written
 
 
 class Edges(NamedTuple):
-    """What node i reads from its i predecessors at one time step, or the tangents."""
+    """What node i reads from its i predecessors at one time step, or the tangents of that."""
 
     cu: Tensor  # the preactivations [c, u], (i, B, 2H), but (B, 2H) for node 0
     states: Tensor  # s_0 .. s_{i-1}, (i, B, H)
@@ -61,7 +61,7 @@ class SavedForward(NamedTuple):
 class SavedBackward(NamedTuple):
     """The tensors that a backward pass of the relaxed cell saves, for it to be differentiated itself."""
 
-    received: Tensor  # (T, N+1, B, H), the gradients of the states
+    state_grads: Tensor  # (T, N+1, B, H), the gradients of the states
     dxW: Tensor  # (T, B, 2H), the gradient of xW
 
 
@@ -82,14 +82,14 @@ def new_products(space: Workspace, T: int, N: int, B: int, H: int) -> tuple[list
 
 
 def nodes_and_edges(
-    states: Tensor, masked: Tensor, inverse: Tensor, products: Sequence[Tensor]
+    states: Tensor, masked: Tensor, inv_std: Tensor, products: Sequence[Tensor]
 ) -> tuple[list[list[Node]], list[list[Edges]]]:
     """Returns the nodes [i][t] and the edges [i][t] as views of the buffers that hold them, or of their tangents.
 
-    states (T, N+1, B, H) and inverse (T, N+1, ...) have an entry for each time step, and so has masked, or it is
+    states (T, N+1, B, H) and inv_std (T, N+1, ...) have an entry for each time step, and so has masked, or it is
     (1, N+1, B, H), used again at each step. `products` are those of `new_products`.
     """
-    buffers = by_node(states), by_node(masked.expand_as(states)), by_node(inverse)
+    buffers = by_node(states), by_node(masked.expand_as(states)), by_node(inv_std)
     nodes = [list(map(Node, *views)) for views in zip(*buffers, strict=True)]
     edges = [list(map(Edges, cu.unbind(0), states[:, :i].unbind(0))) for i, cu in enumerate(products)]
     return nodes, edges
@@ -106,13 +106,13 @@ def frozen_active_set(cu: Tensor, frozen_relu: FrozenReLU | None, place: tuple[i
     return None if frozen_relu is None else frozen_relu.active_set(cu.chunk(2, -1)[1], place).view(torch.uint8)
 
 
-def unit_share(width: int, like: Tensor) -> Tensor:
+def unit_weights(width: int, like: Tensor) -> Tensor:
     """Returns (H,): 1 / width for each of the first `width` hidden units, and 0 for the padding. `like` (B, H) gives H,
     the dtype and the device."""
     return (torch.arange(like.size(-1), device=like.device) < width).to(like.dtype) / width
 
 
-def of_nodes(probs: Tensor) -> tuple[Tensor, ...]:
+def split_by_node(probs: Tensor) -> tuple[Tensor, ...]:
     """Returns the probabilities of each node's edges, N times (i, K), as detached views of probs (N(N+1)/2, K)."""
     nodes = (math.isqrt(8 * len(probs) + 1) - 1) // 2
     return probs.detach().split(list(range(1, nodes + 1)))
@@ -138,8 +138,8 @@ class GradAccumulators:
         # in one tensor they would take one more launch on a GPU.
         self.sums = [tuple(self.grad_h_direct.new_zeros(i, B) for _ in range(4)) for i in range(1, N + 1)]
         both = [(total, self.grad_via_matmul) for total in self.totals]
-        self.each = [[StateGrad(total[i], rest[i]) for i in range(N + 1)] for total, rest in both]
-        self.predecessors = [[StateGrad(total[:i], rest[:i]) for i in range(N + 1)] for total, rest in both]
+        self.node_grads = [[StateGrad(total[i], rest[i]) for i in range(N + 1)] for total, rest in both]
+        self.predecessor_grads = [[StateGrad(total[:i], rest[:i]) for i in range(N + 1)] for total, rest in both]
         self.rows_via_matmul = [self.grad_via_matmul[:i].flatten(0, 1) for i in range(N + 1)]  # (iB, H) each
 
     def begin_step(self, g: Tensor, h_mask: Tensor) -> None:

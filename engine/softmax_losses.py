@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from engine.autograd import forbid_double_backward
 
-CHUNK = 1 << 21  # This is the largest number of logits held at once.
-# With this least number of chunks, one holds in all about as much as a plain loss holds of the whole batch.
-MIN_CHUNKS = 8
+MAX_CHUNK_LOGITS = 1 << 21  # A chunk of several tokens has at most so many logits in each pass.
+MIN_CHUNKS = 8  # A batch is divided into about this many chunks for each expert, or more.
 
 
 def tied(outputs: Tensor, embedding: Tensor, bias: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
@@ -39,10 +38,10 @@ def mixed(
     that of the weights.
     """
     K, H = prior.size(1), outputs.size(1)
-    share = (outputs @ prior).log_softmax(-1)  # (n, K)
+    log_pi = (outputs @ prior).log_softmax(-1)  # (n, K)
     contexts = torch.tanh(outputs @ latent + latent_bias).view(-1, H)  # (n K, H)
     log_probs = tied(contexts, embedding, bias, compute_dtype).view(-1, K, len(bias))  # (n, K, V)
-    return (share[:, :, None] + log_probs).logsumexp(1)
+    return (log_pi[:, :, None] + log_probs).logsumexp(1)
 
 
 class Mixture(nn.Module):
@@ -55,7 +54,7 @@ class Mixture(nn.Module):
         self.latent_bias = nn.Parameter(torch.zeros(experts * nhid))  # (K H,)
 
 
-def divergence(p: Tensor, q: Tensor) -> Tensor:
+def symmetric_kl(p: Tensor, q: Tensor) -> Tensor:
     """Returns (KL(P || Q) + KL(Q || P)) / 2 in nats, (n,), for the log-probabilities p and q (n, V)."""
     return ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2
 
@@ -72,13 +71,13 @@ def losses(
     `passes` are outputs (T, B, H) each, and log_probs(outputs (n, H), *weights) returns log-probabilities (n, V).
     """
     V, experts = len(weights[1]), weights[2].size(1) if len(weights) > 2 else 1
-    size = max(1, min(CHUNK // (V * experts), -(-y.numel() // (MIN_CHUNKS * experts))))
+    size = max(1, min(MAX_CHUNK_LOGITS // (V * experts), -(-y.numel() // (MIN_CHUNKS * experts))))
 
     def chunk_loss(words: Tensor, outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        of_passes = [log_probs(output, *weights) for output in outputs]  # (n, V) each
-        total = nll = sum(F.nll_loss(p, words, reduction="sum") for p in of_passes) / (len(of_passes) * y.numel())
+        by_pass = [log_probs(output, *weights) for output in outputs]  # (n, V) each
+        total = nll = sum(F.nll_loss(p, words, reduction="sum") for p in by_pass) / (len(by_pass) * y.numel())
         if rdrop:
-            total = total + rdrop * divergence(*of_passes).sum() / y.numel()
+            total = total + rdrop * symmetric_kl(*by_pass).sum() / y.numel()
         return total, nll.detach()
 
     outputs = [output.flatten(0, 1) for output in passes]  # (TB, H) each
@@ -100,9 +99,9 @@ class SumOverChunks(torch.autograd.Function):
         for start in range(0, len(words), size):
             chunk = slice(start, start + size)
             with torch.set_grad_enabled(wants):
-                of_chunk = [output[chunk].detach().requires_grad_(wants) for output in outputs]
-                total, reported = loss(words[chunk], of_chunk, weights)
-                gradients = torch.autograd.grad(total, [*of_chunk, *weights]) if wants else []
+                chunk_outputs = [output[chunk].detach().requires_grad_(wants) for output in outputs]
+                total, reported = loss(words[chunk], chunk_outputs, weights)
+                gradients = torch.autograd.grad(total, [*chunk_outputs, *weights]) if wants else []
             for i, gradient in enumerate(gradients):
                 (ctx.gradients[i][chunk] if i < passes else ctx.gradients[i]).add_(gradient)
             sums += torch.stack([total.detach(), reported.detach()])

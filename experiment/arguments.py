@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from data import located
+from data import absolute_name
 from engine import ENGINES, PRECISIONS
 from experiment.run_directory import new_folder
 from model import default_init_range
@@ -229,7 +229,7 @@ def complete(args: argparse.Namespace, kind: str) -> None:
     """Sets the flags whose defaults depend on others, and names a run directory for a new run of this kind."""
     if args.save is None:
         args.save = str(new_folder(kind))
-    args.data = located(args.data)
+    args.data = absolute_name(args.data)
     if args.init_range is None and args.emsize >= 1:
         args.init_range = default_init_range(args.emsize)
     defaults = {

@@ -124,7 +124,7 @@ class Experiment:
         self.schedule, self.patience = arguments.schedule(args), Patience(args.patience, args.min_delta)
         self.monitor = DivergenceMonitor(self.device, len(self.corpus.words))
         self.progress = Progress(self.run, self.device, args.epochs, len(self.texts["train"]) - 1)
-        if (unknown := self.unknown_words("valid")) is not None:  # the first time step is not predicted
+        if (unknown := self.unknown_mask("valid")) is not None:  # the first time step is not predicted
             self.progress.valid_note = f", {format_share(unknown[1:].double().mean().item())} unknown words"
         self.last_save = time.monotonic()
         self.best, self.stopped_by, self.exit_code = float("inf"), "", 0  # `best` is the lowest validation loss.
@@ -325,13 +325,13 @@ class Experiment:
 
     def score(self, model: nn.Module, split: str) -> Score:
         """Returns the score of the split "valid" or "test", measured by this process alone."""
-        return score(model, self.texts[split], self.args.bptt, split, self.unknown_words(split))
+        return score(model, self.texts[split], self.args.bptt, split, self.unknown_mask(split))
 
-    def unknown_words(self, split: str) -> Tensor | None:
+    def unknown_mask(self, split: str) -> Tensor | None:
         """Returns a mask (n, B) of the words of the split "valid" or "test" that became <unk>; None if none did."""
         if not len(self.corpus.unknown[split]):
             return None
-        return batchify(self.corpus.is_unknown(split), self.texts[split].size(1))
+        return batchify(self.corpus.unknown_mask(split), self.texts[split].size(1))
 
     def write_result(self, title: str, state: TrainingState, valid: Score, test: Score | None, **result: Any) -> None:
         """Writes result.json, with the scores of both texts (None for one that was not read) and `result` in it, and

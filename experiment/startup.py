@@ -13,7 +13,7 @@ from torch import Tensor
 
 import data
 from experiment import arguments, checkpoint, validate_arguments
-from engine.linear_cross_entropy import CHUNK
+from engine.linear_cross_entropy import MAX_CHUNK_BYTES
 from engine.memory import out_of_memory
 from experiment.distributed import Distributed
 from experiment.lock import Locked
@@ -222,11 +222,11 @@ def vocabulary_memory(args: Namespace, words: int) -> float:
 
     The embedding has a gradient, an average or moments, and a copy while it is saved. The logits of a chunk of words
     have their softmax and gradient beside them: five tensors at a peak, measured with 300,000 types on a CPU. The fused
-    engine takes one time step as a chunk if it is larger than CHUNK, and the eager one a whole segment.
+    engine takes one time step as a chunk if it is larger than MAX_CHUNK_BYTES, and the eager one a whole segment.
     """
     step = 4 * args.small_batch_size * words
     longest = args.bptt + (args.max_seq_len_delta if args.bptt_std else 0)
-    chunk = max(step, CHUNK) if args.engine == "fused" else longest * step
+    chunk = max(step, MAX_CHUNK_BYTES) if args.engine == "fused" else longest * step
     copies = {"adam": 5, "adamw": 5, "sgd": 3}.get(args.optimizer, 4)
     return copies * 4 * words * args.emsize + 5 * chunk
 

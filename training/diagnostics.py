@@ -76,7 +76,7 @@ class Diagnosis:
         self.architect = architect_of(model, micro_batch_size, hessian)
         precise = model.with_engine(Engine(model.engine.name))  # The compared parts are small and need full precision.
         kinds = ("finite", "exact") if hessian else ()
-        self.by_product = {kind: architect_of(precise, self.batch_size, kind) for kind in kinds}
+        self.architect_by_hvp = {kind: architect_of(precise, self.batch_size, kind) for kind in kinds}
 
     def measure(
         self, step: int, genotype: Genotype, eta: float | Tensor, velocity: list[Tensor] | None = None
@@ -89,11 +89,11 @@ class Diagnosis:
             self.seed_masks(self.seed + step)
             rng = torch.Generator().manual_seed(self.seed + step)  # It is the same on every rank.
             agreement = self.agreement(rng, eta, velocity)
-            with matmul_precision("fp32"):  # It replaces the precision of the search.
+            with matmul_precision("fp32"):  # turns TF32 off; in bf16, `sensitivity` stays in bf16
                 product_cosine = self.product_cosine(rng, eta, velocity)
                 eigenvalue = dominant_eigenvalue(self.hessian_product(rng), self.model.alphas)
                 change = sensitivity(self.model, self.batch(self.alphas_text, rng, self.batch_size))
-            values = Signal(*agreement, product_cosine, eigenvalue, change, *self.discretization_gap(genotype))
+            values = Signal(*agreement, product_cosine, eigenvalue, change, *self.relaxed_and_discrete_loss(genotype))
         return Signal(*(value if value is not None and math.isfinite(value) else None for value in values))
 
     def agreement(self, rng: torch.Generator, eta: float | Tensor, velocity: list[Tensor] | None) -> list[float | None]:
@@ -117,7 +117,9 @@ class Diagnosis:
             return None
         train = self.batch(self.train, rng, self.batch_size, freeze_relu=True)
         valid = self.batch(self.alphas_text, rng, self.batch_size)
-        return cosine([architect.gradient(train, valid, eta, velocity)[1] for architect in self.by_product.values()])
+        return cosine(
+            [architect.gradient(train, valid, eta, velocity)[1] for architect in self.architect_by_hvp.values()]
+        )
 
     def hessian_product(self, rng: torch.Generator) -> Callable[[Tensor], Tensor]:
         """Returns the function v -> H v, both with the alphas' shape, for the Hessian H of L_valid in alpha on one
@@ -130,14 +132,14 @@ class Diagnosis:
         [gradient] = torch.autograd.grad(loss.total, alphas, create_graph=True)
         return lambda v: torch.autograd.grad(gradient, alphas, v, retain_graph=True)[0]
 
-    def discretization_gap(self, genotype: Genotype) -> tuple[float, float]:
+    def relaxed_and_discrete_loss(self, genotype: Genotype) -> tuple[float, float]:
         """Returns the loss (nats per word) of the relaxed model, and its loss with the alphas of a genotype, at the
         same weights and norm, on the beginning of the validation text. (Without a norm, the mean over predecessors
         remains and shrinks the states of the genotype.)"""
         text, alphas = self.valid[: SEGMENTS * self.bptt + 1], self.model.alphas
         relaxed = evaluate(self.model, text, self.bptt, "the relaxed model")
-        certain = logits(genotype).to(alphas) - alphas.detach()
-        with perturbed([alphas], [certain]):
+        delta = one_hot_alphas(genotype).to(alphas) - alphas.detach()
+        with perturbed([alphas], [delta]):
             return relaxed, evaluate(self.model, text, self.bptt, "the discretised model")
 
     def batch(
@@ -208,7 +210,7 @@ def dominant_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> fl
     return values[values.abs().argmax()].item()
 
 
-def logits(genotype: Genotype) -> Tensor:
+def one_hot_alphas(genotype: Genotype) -> Tensor:
     """Returns alphas (N(N+1)/2, K) whose softmax is 1 for the genotype's primitive on each of its edges, and for `none`
     on all other edges."""
     choices = []

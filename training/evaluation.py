@@ -10,14 +10,14 @@ from engine.matmul import matmul_precision
 from utils import equal_segments, get_batch
 
 VALID_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # These are the published batch sizes of evaluation.
-NOTABLE = 0.01  # From this share of unknown words on, a warning says what they do to the perplexity.
+NOTABLE = 0.01  # Above this share of unknown words, a warning says what they do to the perplexity.
 
 
 class Score(NamedTuple):
     """The mean loss of a text, and what the words that became `<unk>` do to it."""
 
     loss: float  # in nats per predicted word
-    unknown: float = 0.0  # the share of the predicted words that became <unk>
+    unknown_share: float = 0.0  # the share of the predicted words that became <unk>
     known_loss: float | None = None  # in nats per predicted word, over the others alone; None if there are none
 
     @property
@@ -46,7 +46,7 @@ def score(model, source: Tensor, bptt: int, name: str = "text", unknown: Tensor 
     # Each evaluation captures new graphs, since the weights may have other addresses than in the last one.
     quick_segment = model.engine.with_cuda_graphs(segment, source.device)
     total, count = torch.zeros((), dtype=torch.float64, device=source.device), 0
-    of_unknown, n_unknown = torch.zeros_like(total), 0
+    unknown_total, n_unknown = torch.zeros_like(total), 0
     with matmul_precision(model.engine.precision):
         for i, x, y in equal_segments(source, bptt, f"evaluating on {name}"):  # (T, B) each
             nll, hidden, hiddens = quick_segment(x, y, hidden)
@@ -55,11 +55,11 @@ def score(model, source: Tensor, bptt: int, name: str = "text", unknown: Tensor 
             places = [] if unknown is None else get_batch(unknown, i, bptt)[1].flatten().nonzero(as_tuple=True)[0]
             if n := len(places):
                 places = places.to(source.device)
-                at_places = hiddens.flatten(0, 1)[places, None], y.flatten()[places, None]  # (n, 1, H), (n, 1)
-                # not by `model.nll`, which would compile kernels for each number of words
-                of_unknown += model.word_losses(at_places[:1], at_places[1])[1].double() * n
+                outputs, words = hiddens.flatten(0, 1)[places, None], y.flatten()[places, None]  # (n, 1, H), (n, 1)
+                # `model.nll` would compile kernels for each number of words.
+                unknown_total += model.word_losses([outputs], words)[1].double() * n
                 n_unknown += n
-    known = (total - of_unknown).item() / (count - n_unknown) if n_unknown < count else None
+    known = (total - unknown_total).item() / (count - n_unknown) if n_unknown < count else None
     return Score(total.item() / count, n_unknown / count, known)
 
 
@@ -83,22 +83,24 @@ def format_score(split: str, result: Score | None) -> str:
     of this split was not read."""
     if result is None:
         return f"{split} text not read"
-    unknown = f"; {format_share(result.unknown)} unknown words" if result.unknown else ""
-    if unknown and result.known_ppl is not None:
-        unknown += f", without them ppl {result.known_ppl:.2f}"
-    return f"{split} ppl {perplexity(result.loss):.2f} ({result.bits:.2f} bits per token{unknown})"
+    note = f"; {format_share(result.unknown_share)} unknown words" if result.unknown_share else ""
+    if note and result.known_ppl is not None:
+        note += f", without them ppl {result.known_ppl:.2f}"
+    return f"{split} ppl {perplexity(result.loss):.2f} ({result.bits:.2f} bits per token{note})"
 
 
 def unknown_warning(text: str, result: Score | None) -> list[str]:
     """Returns a line that says what unknown words do to the perplexity of a text, if they are more than `NOTABLE`."""
-    if result is None or result.unknown <= NOTABLE:
+    if result is None or result.unknown_share <= NOTABLE:
         return []
-    share = f"warning: {format_share(result.unknown)} of {text} are words outside the vocabulary, counted as <unk>"
+    warning = (
+        f"warning: {format_share(result.unknown_share)} of {text} are words outside the vocabulary, counted as <unk>"
+    )
     if result.known_loss is None:
-        return [f"{share}: its perplexity says nothing about the text"]
+        return [f"{warning}: its perplexity says nothing about the text"]
     effect = "lowers" if result.loss < result.known_loss else "raises"
     return [
-        f"{share}, which {effect} its perplexity: without them it is {result.known_ppl:.2f}; compare neither with the"
+        f"{warning}, which {effect} its perplexity: without them it is {result.known_ppl:.2f}; compare neither with the"
         " perplexity of another vocabulary"
     ]
 
@@ -109,6 +111,6 @@ def score_entries(**scores: Score | None) -> dict[str, Any]:
     return {
         **{f"{split}_ppl": None if s is None else perplexity(s.loss) for split, s in scores.items()},
         "bits_per_token": {split: None if s is None else s.bits for split, s in scores.items()},
-        "unknown_share": {split: None if s is None else s.unknown for split, s in scores.items()},
+        "unknown_share": {split: None if s is None else s.unknown_share for split, s in scores.items()},
         "known_ppl": {split: None if s is None else s.known_ppl for split, s in scores.items()},
     }

@@ -40,7 +40,7 @@ class Losses(NamedTuple):
 def losses(
     model, batch: Batch, alpha: float = 0.0, beta: float = 0.0, rdrop: float = 0.0, fraternal: float = 0.0
 ) -> Losses:
-    """Returns the `Losses` of a batch: the NLL plus AR and TAR (Merity et al. 2017, section 4.3).
+    """Returns the `Losses` of a batch: the NLL plus AR and TAR (Merity et al. 2017, section 4.6).
 
     AR, activation regularisation, is `alpha` times the mean square of the outputs after dropout. TAR, temporal
     activation regularisation, is `beta` times the mean squared difference of successive hidden states, without dropout,

@@ -1,6 +1,7 @@
 """The learning rate over a run: it rises during the warm-up and decays after it (docs/strategies.md).
 
-The rate is a closed form of the progress of a run, so that a resumed run has the rates of one that was never stopped.
+The rate is a function of the progress of a run and of what a `Schedule` saves (`STATE`), so that a resumed run has the
+rates of one that was never stopped.
 """
 
 import math
@@ -71,14 +72,16 @@ class Schedule:
         return self.scale * rate * self.plateau
 
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int, position: float) -> None:
-        """Sets the optimizer's rate for the next step; arguments as for `rate`, which must not decrease."""
+        """Sets the optimizer's rate for the next step. `step` and `position` are those of `rate`; neither decreases
+        from call to call, except after `load_state_dict`."""
         if step <= self.warm_up.steps:
             self.decay_from = position
         for group in optimizer.param_groups:
             group["lr"] = self.rate(step, position)
 
     def close_epoch(self, valid_loss: float) -> None:
-        """For `plateau`: multiplies the rate by gamma after more than `patience` epochs without a lower loss."""
+        """Multiplies the rate by gamma, if the decay is `plateau`, after more than `patience` epochs without a lower
+        loss."""
         if self.decay.name != "plateau":
             return
         self.best, self.bad_epochs = (valid_loss, 0) if valid_loss < self.best else (self.best, self.bad_epochs + 1)

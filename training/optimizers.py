@@ -2,7 +2,7 @@
 
 All but `ASGD` are torch's. Weight decay is added to the gradient, except in adamw, which multiplies the weights by
 1 - lr * wdecay at each step (Loshchilov & Hutter 2019). NT-ASGD goes from sgd to asgd when `NonMonotonicTrigger` fires
-(Merity et al. 2017, section 4).
+(Merity et al. 2017, section 3).
 """
 
 from collections.abc import Iterator
@@ -56,8 +56,8 @@ class NonMonotonicTrigger:
 
 class ASGD(optim.SGD):
     """SGD that also keeps the mean of each weight over its steps, without the first, as torch's ASGD does without decay
-    of the step size (t0 = 0, lambd = 0). That one reads a number on the host for each weight and step, and computes the
-    step size at the end of the previous step, so that a rate scaled for one segment of text would be applied to the
+    of the step size (t0 = 0, lambd = 0). torch's ASGD reads a number on the host for each weight and step, and computes
+    the step size at the end of the previous step, so that a rate scaled for one segment of text would be applied to the
     next one."""
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class ASGD(optim.SGD):
         for w in group["params"]:
             state = self.state[w]
             if not state:
-                # not "step", which torch would leave on the CPU when it loads the state
+                # The key is not "step", since torch would leave that on the CPU when it loads the state.
                 state.update(ax=torch.zeros_like(w), steps=torch.zeros((), device=w.device))
             state["steps"] += 1
             state["ax"].lerp_(w, 1 / (state["steps"] - 1).clamp(min=1).to(w.dtype))

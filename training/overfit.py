@@ -11,16 +11,16 @@ from training.evaluation import perplexity
 from training.losses import Batch, MicroBatches, clipped_gradient
 from utils import RunError, get_batch, progress_bar
 
-KNOWN = 1.5  # A model overfits a batch if its perplexity is below this.
+OVERFIT_PPL = 1.5  # A model overfits a batch if its perplexity is below this.
 MAX_STEPS = 2000
 
 
 def overfit(
     model: nn.Module, optimizer: Optimizer, text: Tensor, bptt: int, small_batch_size: int, update: WeightUpdate
 ) -> str:
-    """Trains on the first segment of a text (n, B), without dropout, until its perplexity is below `KNOWN`. Returns a
-    line with the perplexity and the number of steps. Raises `RunError` if the perplexity is not below `KNOWN` after
-    `MAX_STEPS` steps, or as soon as it is not finite. `update` clips the gradient."""
+    """Trains on the first segment of a text (n, B), without dropout, until its perplexity is below `OVERFIT_PPL`.
+    Returns a line with the perplexity and the number of steps. Raises `RunError` if the perplexity is not below
+    `OVERFIT_PPL` after `MAX_STEPS` steps, or as soon as it is not finite. `update` clips the gradient."""
     batch = Batch(*get_batch(text, 0, bptt), model.initial_hidden(text.size(1)), Masks())
     weights, ppl = model.weights(), math.inf
     with progress_bar(range(MAX_STEPS + 1), "one batch", "step") as bar:
@@ -28,13 +28,13 @@ def overfit(
             nll, _, _ = clipped_gradient(MicroBatches(model, batch, small_batch_size), weights, update)
             ppl = perplexity(nll.item())
             bar.set_postfix_str(f"ppl {ppl:.2f}")
-            if ppl < KNOWN:
+            if ppl < OVERFIT_PPL:
                 return f"one batch of {batch.x.numel():,} words: perplexity {ppl:.3f} after {step} steps"
             if not math.isfinite(ppl):
                 break
             optimizer.step()
             optimizer.zero_grad()
     raise RunError(
-        f"--overfit: one batch is at perplexity {ppl:.4g} after {step} steps, not below {KNOWN}; try another --lr"
+        f"--overfit: one batch is at perplexity {ppl:.4g} after {step} steps, not below {OVERFIT_PPL}; try another --lr"
         " before anything else"
     )

@@ -176,6 +176,6 @@ def test_evaluation_reads_tensors_only_at_its_end(flags, some_unknown, monkeypat
     monkeypatch.setattr(evaluation, "equal_segments", counted)
     monkeypatch.setattr(torch.Tensor, "item", read)
     score = evaluation.score(state.model, state.train_text[:14], 3, unknown=unknown if some_unknown else None)
-    assert score.unknown == (8 / 52 if some_unknown else 0)
+    assert score.unknown_share == (8 / 52 if some_unknown else 0)
     assert 1 <= len(reads) <= 2
     assert all(before == [0, 3, 6, 9, 12, "the end"] for before in reads)

@@ -244,7 +244,7 @@ def test_no_chunk_has_more_logits_than_the_bound(threads, skips, monkeypatch):
         prod(chunk.shape) * 4 for chunk in linear_cross_entropy.chunks(skipped, T, B, torch.empty(H, V, device="meta"))
     ]
     assert sum(sizes) == 4 * T * B * V
-    assert max(sizes) <= max(linear_cross_entropy.CHUNK, 4 * B * V, 4 * T * V)
+    assert max(sizes) <= max(linear_cross_entropy.MAX_CHUNK_BYTES, 4 * B * V, 4 * T * V)
 
 
 chunks = st.sampled_from([1, 160, 1 << 25])
@@ -256,7 +256,7 @@ def chunked_by(chunk, more=0):
     """Holds at most `chunk` bytes of logits at once and pads the outputs with `more` zeros. Columns are skipped where
     much is dropped, even if there are few of them, and weights are copied in blocks of 5 rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_cross_entropy, "CHUNK", chunk)
+        patch.setattr(linear_cross_entropy, "MAX_CHUNK_BYTES", chunk)
         patch.setattr(linear_cross_entropy, "SKIP_FROM", 1)
         patch.setattr(linear_cross_entropy, "BLOCK", 5)
         patch.setattr(linear_cross_entropy, "padding", lambda matrix, compute_dtype: more)
@@ -286,7 +286,7 @@ def test_bf16_loss_is_within_rounding_error(monkeypatch, amx, copied, chunk):
     with chunked_by(chunk, more=3):
         skipped = linear_cross_entropy.worth_skipping(mask, torch.bfloat16)
         assert (skipped is None) == amx
-        outputs, weight = linear_cross_entropy.factors(hiddens, embedding, skipped, torch.bfloat16)
+        outputs, weight = linear_cross_entropy.logit_factors(hiddens, embedding, skipped, torch.bfloat16)
         assert weight.is_contiguous() == copied
         assert outputs.size(-1) == len(weight) == (13 if copied else 16)
         actual = loss_and_gradients(Engine("fused", "bf16"), *arguments)

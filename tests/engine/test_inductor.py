@@ -69,8 +69,8 @@ used = [f.compiled() for f in functions if f.compiled.cache_info().currsize]
 assert len(used) > 10
 assert fused.relaxed_node.compiled() is not fused.relaxed_node.__wrapped__
 for kernel in used:
-    kernel.search = None
-compare()  # runs the cached code alone, without a search
+    kernel.torch_compiled = None
+compare()  # runs the cached code alone, without torch.compile
 print("equal")
 """
 
@@ -104,9 +104,9 @@ for _ in range(3):
 code = both.compiled()
 assert len(code.code_by_kind) == 5, code.code_by_kind
 assert not any(isinstance(n, torch.Tensor) and n.dim() for _, _, numbers in code.code_by_kind.values() for n in numbers)
-searched, code.search = code.search, None
+compiled, code.torch_compiled = code.torch_compiled, None
 both(x, 3.0, product, total)
-code.search = searched
+code.torch_compiled = compiled
 with torch.compiler.set_stance("force_eager"):
     both(torch.ones(7, 6), 2.0, product := torch.empty(7, 6), torch.zeros(6))
 assert torch.equal(product, torch.full((7, 6), 2.0))

@@ -79,7 +79,7 @@ def test_score_without_unknown_words_matches_a_plain_loop(bptt):
     assert score(model, source, bptt, unknown=unknown) == pytest.approx((loss, share, known), rel=1e-12)
     assert score(model, source, bptt).loss == pytest.approx(loss, rel=1e-12)
     everything = score(model, source, bptt, unknown=torch.ones_like(unknown))
-    assert everything.known_loss is None and everything.unknown == 1
+    assert everything.known_loss is None and everything.unknown_share == 1
 
 
 def test_unknown_words_are_warned_of_above_one_percent_with_their_effect():

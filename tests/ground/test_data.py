@@ -152,7 +152,7 @@ def test_unknown_words_become_unk_and_are_counted(tmp_path):
         "valid": [1, 2],
         "test": [0, 2],
     }
-    assert corpus.is_unknown("valid").tolist() == [False, True, True, False]
+    assert corpus.unknown_mask("valid").tolist() == [False, True, True, False]
     assert corpus.unknown_share("test") == 0.5
     assert words_of(corpus, "valid") == ["a", "<unk>", "<unk>", "<eos>"]
     assert words_of(corpus, "test") == ["<unk>", "b", "<unk>", "<eos>"]
@@ -652,7 +652,7 @@ def test_builtin_counts_unknown_words_of_valid_and_test(builtin):
 @pytest.mark.parametrize("split", data.SPLITS)
 def test_read_split_of_builtin_matches_the_corpus(builtin, split):
     ids, unknown, sha256 = data.read_split("builtin", split, builtin.words)
-    assert ids.equal(getattr(builtin, split)) and unknown.equal(builtin.is_unknown(split))
+    assert ids.equal(getattr(builtin, split)) and unknown.equal(builtin.unknown_mask(split))
     assert sha256 == builtin.sha256[split]
 
 

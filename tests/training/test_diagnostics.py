@@ -25,7 +25,7 @@ from training.diagnostics import (
     Signal,
     cosine,
     dominant_eigenvalue,
-    logits,
+    one_hot_alphas,
     sensitivity,
 )
 from training.losses import MicroBatches
@@ -100,9 +100,9 @@ def test_dominant_eigenvalue_of_nan_hessian_is_nan():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_logits_derive_the_same_genotype(seed):
+def test_one_hot_alphas_derive_the_same_genotype(seed):
     cell = random_genotype(seed)
-    p = logits(cell).softmax(-1)
+    p = one_hot_alphas(cell).softmax(-1)
     assert derive(p) == cell
     edge = 0
     for i, (op, predecessor) in enumerate(cell.recurrent, start=1):
@@ -133,18 +133,18 @@ def derived(model):
     return derive(model.alphas.detach().softmax(-1))
 
 
-def test_discretization_gap_matches_oracle():
+def test_relaxed_and_discrete_loss_match_the_oracle():
     diagnostics = diagnosis()
     before = diagnostics.model.alphas.detach().clone()
-    relaxed, discrete = diagnostics.discretization_gap(derived(diagnostics.model))
+    relaxed, discrete = diagnostics.relaxed_and_discrete_loss(derived(diagnostics.model))
     assert torch.equal(diagnostics.model.alphas, before)
     text = diagnostics.valid[: SEGMENTS * tiny.T + 1]
     assert discrete == pytest.approx(
         oracle_discrete_loss(diagnostics.model, derived(diagnostics.model), text), rel=1e-9
     )
     with torch.no_grad():  # the mixture now equals its genotype
-        diagnostics.model.alphas.copy_(logits(CELL))
-    one, other = diagnostics.discretization_gap(derived(diagnostics.model))
+        diagnostics.model.alphas.copy_(one_hot_alphas(CELL))
+    one, other = diagnostics.relaxed_and_discrete_loss(derived(diagnostics.model))
     assert one == other != relaxed
 
 
@@ -206,7 +206,7 @@ def test_agreement_is_computed_from_architect_gradients():
 def test_product_cosine_compares_finite_with_exact():
     diagnostics = diagnosis()
     assert diagnostics.product_cosine(torch.Generator().manual_seed(1), 0.1, None) == pytest.approx(1, abs=1e-6)
-    diagnostics.by_product["finite"].radius = 10.0  # far outside the region where the loss is nearly linear
+    diagnostics.architect_by_hvp["finite"].radius = 10.0  # far outside the region where the loss is nearly linear
     assert diagnostics.product_cosine(torch.Generator().manual_seed(1), 0.1, None) < 0.99
 
 

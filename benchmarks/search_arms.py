@@ -21,9 +21,9 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from shutil import rmtree
 from statistics import correlation, mean, median, stdev
@@ -184,16 +184,16 @@ def table_of(title: str, lines: Collection[dict], flags: str, against: str, rank
     searches = [line for line in lines if line["kind"] == "search" and json.dumps(line["genotype"]) in trained]
     others = [trained[json.dumps(line["genotype"])] for line in searches if line["arm"] == against]
     others = random if against == "random" else others
+    p_of = partial(p_value, others=others, ranks=ranks)
     for arm in dict.fromkeys(line["arm"] for line in searches):
         runs = [line for line in searches if line["arm"] == arm]
         signals = [s for line in runs for s in line["signal"]]
         ends = [line["valid_ppl"][-1] for line in runs if "valid_ppl" in line]
-        p = p_value([trained[json.dumps(line["genotype"])] for line in runs], others, ranks) if arm != against else ""
-        print(row(arm, [line["genotype"] for line in runs], trained, p, signals, ends))
+        cells_of_arm = [line["genotype"] for line in runs]
+        print(row(arm, cells_of_arm, trained, p_of if arm != against else None, signals, ends))
         for epochs, group in enumerate(zip(*(line.get("genotypes", ())[:-1] for line in runs), strict=False), start=1):
             if all(json.dumps(cell) in trained for cell in group):
-                p = p_value([trained[json.dumps(cell)] for cell in group], others, ranks)
-                print(row(f"{arm}, after {epochs} epochs", group, trained, p))
+                print(row(f"{arm}, after {epochs} epochs", group, trained, p_of))
     if len(drawn) > 2:
         print("\ncorrelation of the random cells' perplexity with " + correlations(drawn, random))
 
@@ -202,14 +202,15 @@ def row(
     name: str,
     cells: Sequence[dict],
     trained: dict[str, float],
-    p: str = "",
+    p_of: Callable[[Sequence[float]], str] | None = None,
     signal: Sequence[dict] = (),
     ends: Sequence[float] = (),
 ) -> str:
     """A row of the table: of these cells, and of what was measured in the searches that found them, which ended at the
-    perplexities `ends`."""
+    perplexities `ends`. `p_of` gives the p of the cells' perplexities."""
     ppl = [trained[json.dumps(cell)] for cell in cells]
     sd = f"{stdev(ppl):.2f}" if len(ppl) > 1 else ""
+    p = p_of(ppl) if p_of else ""
     agreement = numbers(signal, "cosine_whole")
     return (
         f"| {name} | {len(ppl)} | {mean(ppl):.2f} | {sd} | {min(ppl):.2f} | {median(ppl):.2f} | {p} "

@@ -20,8 +20,15 @@ from plots.style import BLUE, GREEN, GREY, INK, RED, SERIES, PictureError, new_f
 from study.design import RANDOM
 from study.features import features
 
-RANDOM_LOOK = (GREEN, "^")  # (colour, marker) of the random cells, beside that of each method that searches
-LOOKS = ((BLUE, "o"), (RED, "s"), *zip(SERIES[3:], "DvP", strict=True), (INK, "X"))
+# Each look is (colour, marker, fill style); those of the methods that search are hollow from the seventh on.
+RANDOM_LOOK = (GREEN, "^", "full")
+POINTS = ((BLUE, "o"), (RED, "s"), *zip(SERIES[3:], "DvP", strict=True), (INK, "X"))
+LOOKS = tuple((*point, fill_style) for fill_style in ("full", "none") for point in POINTS)
+
+
+def command(stage: str, folder: Path) -> str:
+    """Returns the command that runs a stage of the study in `folder`."""
+    return f"python trials.py {stage} --study {quote(str(folder))}"
 
 
 def selected(folder: Path) -> list[tuple[str, float]]:
@@ -53,19 +60,17 @@ def selection_figure(folder: Path) -> Figure:
     """Returns a figure of the selection so far. Raises `PictureError` if no trial of it is done or halved."""
     if done := selected(folder):
         return study_figure(done)
-    select = f"python trials.py select --study {quote(str(folder))}"
+    select = command("select", folder)
     raise PictureError(f"no short training of a study is done in {str(folder)!r}; {select} makes some")
 
 
 def scatter(axes: Axes, cells: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
     """Draws a point for each cell; `cells` has their names, such as "first-1", each of which begins with a method.
-    Looks follow the alphabetical order of the methods, so that two pictures of one study have the same; where there are
-    more methods than looks, the second round has hollow points."""
+    Looks follow the alphabetical order of the methods, so that two pictures of one study have the same."""
     methods = [cell.rpartition("-")[0] for cell in cells]
     searches = sorted(set(methods) - {RANDOM})
     for i, method in enumerate([*searches, *[RANDOM] * (RANDOM in methods)]):
-        colour, mark = RANDOM_LOOK if method == RANDOM else LOOKS[i % len(LOOKS)]
-        fill_style = "none" if method != RANDOM and i >= len(LOOKS) else "full"
+        colour, mark, fill_style = RANDOM_LOOK if method == RANDOM else LOOKS[i % len(LOOKS)]
         points = [(a, b) for name, a, b in zip(methods, x, y, strict=True) if name == method]
         axes.plot(
             *zip(*points, strict=True), mark, color=colour, fillstyle=fill_style, markersize=7, alpha=0.8, label=method
@@ -84,8 +89,7 @@ def cells_figure(folder: Path) -> Figure:
                  for row in board["cells"] if None not in (row["early"], row["select"])]  # fmt: skip
         rho = {row["epochs"]: row["rho"][0] for row in rows if row["feature"] == name}
     except (KeyError, TypeError, ValueError) as error:
-        report = f"python trials.py report --study {quote(str(folder))}"
-        reason = f"no correlations of the cells' features; {report} makes them for five cells"
+        reason = f"no correlations of the cells' features; {command('report', folder)} makes them for five cells"
         raise PictureError(f"{folder}: {reason}") from error
     figure = new_figure(345)
     labels, values, *perplexities = zip(*cells, strict=True)
@@ -113,8 +117,7 @@ def proxies_figure(folder: Path) -> Figure:
         if len(cells) < 2:
             raise ValueError("a ranking needs two cells")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        report = f"python trials.py report --study {quote(str(folder))}"
-        reason = f"no two cells with all trainings of the proxies; {report} lists what they have"
+        reason = f"no two cells with all trainings of the proxies; {command('report', folder)} lists what they have"
         raise PictureError(f"{folder}: {reason}") from error
     ranks = [
         [1 + sum(other < ppl for other in column) for ppl in column] for column in zip(*cells.values(), strict=True)

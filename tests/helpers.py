@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -142,6 +143,19 @@ def finish(process):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return out
+
+
+def copy_scripts(folder, body, *requirements):
+    """Copies scripts/ to `folder`, with a .venv whose Python is a shell script with this body, and where each of the
+    files of requirements, which are empty, counts as installed."""
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{body}\n")
+    python.chmod(0o755)
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    for name in requirements:
+        (folder / name).write_text("")
+        (folder / ".venv" / f"{name}.installed").write_text("")
 
 
 def wait_for(holds, process, seconds=120):

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from shlex import quote
 from statistics import mean, stdev
 from typing import Any
 
@@ -23,7 +22,7 @@ def study_page(folder: Path, link: Link) -> dict[str, Any]:
     """Returns the variables of the template report.html for a study. Raises `PictureError` if no trial has begun."""
     events = metrics.events(folder)
     if not events:
-        report = f"python trials.py report --study {quote(str(folder))}"
+        report = study_curves.command("report", folder)
         raise PictureError(f"{folder}: no events of trials yet; {report} makes those of trials.jsonl, if there is one")
     summary = metrics.read_json(folder / "leaderboard.json") or {}
     pictures = []

@@ -55,7 +55,7 @@ def test_weights_and_alphas_partition_the_parameters():
     assert all(w is not model.alphas for w in model.weights())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(steps=st.integers(1, 8), seed=st.integers(0, 10**6))
 def test_derived_cell_matches_oracle(steps, seed):
     alpha = np.random.default_rng(seed).normal(size=(steps * (steps + 1) // 2, len(PRIMITIVES)))

@@ -3,12 +3,11 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 
 import pytest
 import torch
-from helpers import ROOT, SIZES, call, write_corpus
+from helpers import ROOT, SIZES, call, copy_scripts, write_corpus
 
 import generate
 import train
@@ -100,14 +99,9 @@ RECIPES = {"quickstart.sh": ["1", "out"], "search_recommended.sh": [], "train_sm
 @pytest.mark.parametrize("name", RECIPES)
 def test_commands_of_the_small_recipes_have_flags_that_go_together(name, tmp_path):
     """A copy of the script, whose .venv has a program in the place of Python that writes down what it is asked."""
-    python, calls = tmp_path / ".venv" / "bin" / "python", tmp_path / "calls"
-    python.parent.mkdir(parents=True)
+    calls = tmp_path / "calls"
     record = f'printf "%s\\t" "$@" >>{calls}; echo >>{calls}'
-    python.write_text(f'#!/bin/sh\ncase "$1" in -c) echo 1;; -m) ;; *) {record};; esac\n')
-    python.chmod(0o755)
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    (tmp_path / "requirements-plots.txt").write_text("")
-    (tmp_path / ".venv" / "requirements-plots.txt.installed").write_text("")
+    copy_scripts(tmp_path, f'case "$1" in -c) echo 1;; -m) ;; *) {record};; esac', "requirements-plots.txt")
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "OMP_NUM_THREADS")}
     command = ["bash", tmp_path / "scripts" / name, *RECIPES[name]]
     subprocess.run(command, env=environment, check=True, capture_output=True)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, copy_scripts
 
 from benchmarks.step import STEPS
 
@@ -46,15 +46,7 @@ def test_python_that_is_too_old_makes_no_environment(tmp_path):
 )
 def test_study_of_penn_runs_the_stages_of_its_protocol(confirm, stages, tmp_path):
     """A copy of the script, whose .venv has a program in the place of Python that prints the stage."""
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\n[ "$1" = -m ] || echo "$2"\n')
-    python.chmod(0o755)
-    (tmp_path / "scripts").mkdir()
-    for name in ("study_ptb.sh", "common.sh"):
-        (tmp_path / "scripts" / name).write_bytes((ROOT / "scripts" / name).read_bytes())
-    (tmp_path / "requirements-cluster.txt").write_text("")
-    (python.parent.parent / "requirements-cluster.txt.installed").write_text("")
+    copy_scripts(tmp_path, '[ "$1" = -m ] || echo "$2"', "requirements-cluster.txt")
     done = subprocess.run(
         ["bash", tmp_path / "scripts" / "study_ptb.sh"], env={**os.environ, "CONFIRM": confirm}, capture_output=True,
         text=True, check=True,

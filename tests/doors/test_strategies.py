@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import SIZES, Kill, kill, outcome, read_records
+from small_runs import SCRIPTS, run
 
 import evaluate
 import train
@@ -30,9 +31,7 @@ from training.optimizers import OPTIMIZERS as SEARCH_OPTIMIZERS
 from utils import batchify
 
 OPTIMIZERS = ("ntasgd", *SEARCH_OPTIMIZERS)
-SCRIPTS = {"train": train, "search": train_search}
 RATE = {"momentum": 0.3, "adam": 0.01, "adamw": 0.01}  # learning rates for a model of this size; that of SGD is 3
-CELL = "Genotype(recurrent=[('tanh',0),('relu',1)],concat=[1,2])"  # trained unless the flags have an --arch
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +44,6 @@ def cells_of_three_nodes(monkeypatch):
 def first_stage(corpus, tmp_path_factory):
     """The directory of a finished run to fine-tune."""
     return run("train", corpus, tmp_path_factory.mktemp("first") / "run", "--epochs 3 --lr 3 --arch random:4")
-
-
-def run(kind, corpus, save, flags):
-    arch = ["--arch", CELL] if kind == "train" and "--finetune" not in flags else []
-    assert SCRIPTS[kind].main([*SIZES, *arch, "--data", str(corpus), "--save", str(save), *flags.split()]) == 0
-    return save
 
 
 def result(folder):

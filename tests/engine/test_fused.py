@@ -80,7 +80,7 @@ def assert_equal(actual, expected, tolerance):
 
 
 @normed
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(size=sizes, alignment=alignments)
 def test_fused_matches_eager_in_float64(cell, norm, size, alignment):
     leaves, masks, R = problem(**size)
@@ -103,7 +103,7 @@ def relative_errors(actual, exact):
 
 
 @normed
-@settings(max_examples=examples(25), deadline=None)
+@settings(max_examples=examples(25))
 @given(
     T=st.integers(1, 6), B=st.integers(8, 20), H=st.integers(4, 24), seed=st.integers(0, 10**6), masked=st.booleans()
 )
@@ -263,7 +263,7 @@ def chunked_by(chunk, more=0):
         yield
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(size=decoder_sizes, chunk=chunks, more=paddings)
 def test_fused_loss_matches_eager_with_dropout(size, chunk, more):
     """The cases cover skipped columns (where much is dropped), one and several chunks, and padded outputs."""

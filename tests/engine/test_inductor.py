@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from helpers import run_compiling, write_corpus
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate
@@ -209,7 +209,6 @@ def test_missing_compiler_warns_once_and_runs_uncompiled():
     assert "compiler" in done.stderr
 
 
-@settings(deadline=None)
 @given(st.floats(-1e4, 1e4))
 def test_sigmoid_and_tanh_match_torch_in_float64(x):
     x = torch.tensor(x, dtype=torch.float64)
@@ -219,14 +218,12 @@ def test_sigmoid_and_tanh_match_torch_in_float64(x):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-15)
 
 
-@settings(deadline=None)
 @given(st.floats(2**-100, 20, width=32), st.booleans())
 def test_float32_tanh_has_small_relative_error(x, negative):
     x = torch.tensor(-x if negative else x, dtype=torch.float32)
     torch.testing.assert_close(elementwise.sigmoid_tanh(x)[1].double(), x.double().tanh(), rtol=3e-6, atol=0)
 
 
-@settings(deadline=None)
 @given(st.floats(-100, 100, width=32))
 def test_sigmoid_and_tanh_of_bf16_inputs_are_computed_in_fp32(x):
     x = torch.tensor(x).bfloat16()

@@ -70,7 +70,7 @@ sizes = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=examples(120), deadline=None)
+@settings(max_examples=examples(120))
 @given(sizes, st.sampled_from(reference.NORMS))
 def test_relaxed_cell_matches_oracle(size, norm):
     arrays, masks, _ = problem(**size)
@@ -79,7 +79,7 @@ def test_relaxed_cell_matches_oracle(size, norm):
     np.testing.assert_allclose(actual.numpy(), with_oracle(**arrays), **TOLERANCE)
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(sizes)
 def test_discrete_cell_matches_oracle(size):
     arrays, masks, _ = problem(**size)

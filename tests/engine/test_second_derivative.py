@@ -59,7 +59,7 @@ def by_index(actual, expected):
     return dict(enumerate(actual)), dict(enumerate(expected))
 
 
-@settings(max_examples=examples(180), deadline=None)
+@settings(max_examples=examples(180))
 @given(size=sizes, alignment=alignments, norm=norms)
 def test_fused_second_derivative_matches_eager_in_float64(size, alignment, norm):
     leaves, masks, R = problem(**size)
@@ -94,7 +94,7 @@ def test_second_derivative_matches_oracle(size, masked, norm):
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-6, atol=1e-7 * (1 + np.abs(expected).max()))
 
 
-@settings(max_examples=examples(45), deadline=None)
+@settings(max_examples=examples(45))
 @given(T=st.integers(1, 6), B=st.integers(8, 20), H=st.integers(4, 24), seed=st.integers(0, 10**6), norm=norms)
 @example(T=6, B=10, H=11, seed=621070, norm="batch")  # eager is 3 to 19 times nearer here than at the other offsets
 def test_fused_fp32_second_derivative_error_is_comparable_to_eager(T, B, H, seed, norm):
@@ -193,7 +193,7 @@ def loss_derivatives(engine, hiddens, mask, embedding, bias, y, seed):
     return [*(g.detach() for g in first), *torch.autograd.grad(first, leaves[0], direction)]
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(size=decoder_sizes, chunk=chunks, more=paddings)
 def test_fused_loss_second_derivative_matches_eager(size, chunk, more):
     """The cases cover skipped columns (where much is dropped), one and several chunks, and padded outputs."""

@@ -63,7 +63,7 @@ def test_mixture_matches_scalar_equation(experts):
     assert model.nll(hiddens, batch.y, batch.masks).item() == pytest.approx(nll, rel=1e-12)
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(
     seed=st.integers(0, 10**6), experts=st.integers(1, 6), hidden=st.integers(1, 6), words=st.integers(1, 30),
     scale=st.floats(0.01, 50),

@@ -131,7 +131,7 @@ def test_save_to_a_removed_folder_fails_and_does_not_create_it(tmp_path):
 # --- damaged files ---
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bit_or_truncation_falls_back_to_previous_checkpoint(data, tmp_path):
     for epoch in (1, 2):

@@ -411,9 +411,7 @@ def test_tensor_of_another_type_is_refused(ntoken, corpus, tmp_path):
     assert str(path) in refused(path, "--data", corpus)
 
 
-@settings(
-    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_model_is_a_model_or_one_error(data, published, tmp_path):
     """The format has no checksum, so that a changed weight is a weight."""

@@ -30,7 +30,6 @@ SIZES = "--emsize 6 --batch_size 2 --bptt 4 --lr 1 --epochs 1 --device cpu --eng
 SCRIPTS = {"train": train, "search": train_search}
 SETTINGS = settings(
     derandomize=True,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

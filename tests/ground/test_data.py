@@ -129,7 +129,7 @@ def test_read_split_of_a_real_corpus_matches_the_corpus(real):
 text_lines = st.text(st.sampled_from("ab \t\n\r\x0b\x0c\x1c\x1d\x1e\x85\xa0\u2003\u2028\u2029\u3000é字<"), max_size=40)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text_lines)
 def test_tokens_match_a_loop_over_the_file(tmp_path, text):
     path = tmp_path / "text.txt"
@@ -221,7 +221,7 @@ def test_unknown_corpus_name_lists_the_choices(name):
 # --- the vocabulary ---
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.lists(st.sampled_from(["a", "b", "c", "d", "<unk>"]), max_size=6), min_size=1, max_size=8),
     st.integers(1, 4), st.sampled_from([0, 3, 4, 5, 9]),
@@ -659,7 +659,6 @@ def test_read_split_of_builtin_matches_the_corpus(builtin, split):
 # --- batches ---
 
 
-@settings(deadline=None)
 @given(st.integers(2, 200), st.integers(1, 20))
 def test_batchify_matches_a_plain_loop(n, batch_size):
     if n // batch_size < 2:
@@ -685,7 +684,6 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@settings(deadline=None)
 @given(
     n_steps=st.integers(0, 400), bptt=st.integers(1, 40), std=st.sampled_from([0.0, 5.0, 50.0]),
     max_delta=st.sampled_from([None, 0, 20]), start=st.integers(0, 50), seed=st.integers(0, 9),
@@ -743,7 +741,6 @@ def test_segments_do_not_use_the_global_generator():
 # --- the cursor ---
 
 
-@settings(deadline=None)
 @given(n_steps=st.integers(2, 60), lengths=st.lists(st.integers(1, 59), min_size=1, max_size=30))
 def test_cursor_gives_full_segments_in_order_or_wraps(n_steps, lengths):
     source = torch.arange(n_steps * 3).view(n_steps, 3)

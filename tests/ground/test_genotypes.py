@@ -54,7 +54,7 @@ def test_published_cells_match_the_papers():
     assert genotypes.STEPS == 8 and genotypes.CONCAT == (1, 2, 3, 4, 5, 6, 7, 8)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cells())
 def test_every_format_round_trips(cell):
     as_json = json.dumps(to_json(cell))
@@ -211,7 +211,7 @@ def test_parse_rejects_malformed_texts(text):
     error_message(parse, text)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(max_size=80), st.sampled_from(["{}", "{{{}", "Genotype({})", "Genotype([('relu', 0)], {})"]))
 def test_any_text_gives_a_genotype_or_a_one_line_error(text, frame):
     for call in (parse, resolve):
@@ -228,7 +228,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(json_values, json_values)
 def test_any_json_gives_a_genotype_or_a_one_line_error(left, right):
     for obj in (left, {"genotype": left}, {"recurrent": left, "concat": right}):
@@ -352,7 +352,7 @@ def test_long_files_are_read_in_linear_time(part, tmp_path):
     assert resolve(str(path)) == CELL
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(cells(), min_size=1, max_size=4), st.text(st.characters(exclude_characters="(){"), max_size=30))
 def test_any_cells_between_any_texts_are_found(tmp_path_factory, several, between):
     path = tmp_path_factory.mktemp("any") / "log.txt"

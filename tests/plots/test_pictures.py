@@ -147,7 +147,7 @@ def test_genotype_strip_has_a_bar_per_stretch_and_a_line_per_change(records, pic
     assert sum(line.get_gid() == "change" for line in axes.lines) == changes == len(axes.patches) - 8
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
 def test_stretches_tile_the_time_and_neighbours_differ(seeds):
     cells = [(float(k), from_json(search_records(1, 0, nodes=3, seed=seed)[0]["genotype"]))
@@ -432,7 +432,7 @@ ODD = (
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(odd=st.lists(st.tuples(st.integers(0, 20), st.sampled_from(ODD)), max_size=6))
 def test_malformed_lines_of_metrics_are_ignored(tmp_path_factory, odd):
     records = search_records(3, nodes=2)

@@ -33,7 +33,7 @@ def rho(x, y):
 
 
 @given(PAIRS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rank_correlations_match_their_definitions(pairs):
     x, y = zip(*pairs, strict=True)
     assert stats.kendall(x, y) == pytest.approx(tau_b(x, y), nan_ok=True)
@@ -58,7 +58,7 @@ def test_agreement_of_equal_cells_is_nan():
 
 
 @given(st.lists(st.lists(st.floats(-9, 9), min_size=1, max_size=4), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_seed_spread_is_the_pooled_standard_deviation(values):
     squares = sum((v - sum(cell) / len(cell)) ** 2 for cell in values for v in cell)
     freedom = sum(len(cell) - 1 for cell in values)
@@ -67,7 +67,7 @@ def test_seed_spread_is_the_pooled_standard_deviation(values):
 
 
 @given(st.lists(st.integers(0, 30), min_size=4, max_size=8, unique=True), st.integers(2, 6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_permutation_test_matches_enumeration_of_all_splits(values, n):
     """The p-value is two-sided as in SciPy: twice the smaller tail, and at most 1."""
     n = min(n, len(values) - 2)
@@ -98,7 +98,7 @@ def test_bootstrap_interval_covers_the_mean_about_as_often_as_its_level():
 
 
 @given(st.lists(st.floats(0, 1), max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_holm_is_the_closed_test_of_bonferroni(p_values):
     """A hypothesis is as credible as the most credible of all intersections with it, each tested by Bonferroni."""
     tests = range(len(p_values))
@@ -108,7 +108,7 @@ def test_holm_is_the_closed_test_of_bonferroni(p_values):
 
 
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=7), st.integers(1, 9), st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_expected_best_is_the_mean_minimum_over_all_subsets(sample, draws, part):
     def of(k):
         return np.mean([min(chosen) for chosen in combinations(sample, min(k, len(sample)))])

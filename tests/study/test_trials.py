@@ -306,10 +306,8 @@ def test_report_of_the_small_results_is_the_same_without_ray_and_the_text(whole,
 
 def test_committed_leaderboard_is_the_report_of_the_committed_results(tmp_path):
     """The numbers of docs/study.md are those of this leaderboard."""
-    committed, folder = ROOT / "docs" / "study" / "penn-64", tmp_path / "study"
-    folder.mkdir()
-    for name in ("study.json", ARCHIVE):
-        shutil.copy(committed / name, folder)
+    committed = ROOT / "docs" / "study" / "penn-64"
+    folder = move(committed, tmp_path / "study")
     assert trials.main(["report", "--study", str(folder)]) == 0
     assert (folder / "leaderboard.md").read_text() == (committed / "leaderboard.md").read_text()
 
@@ -607,13 +605,12 @@ def test_proxy_agreement_compares_runs_with_different_seeds(whole):
     ("tau", "recommended"), [((0.8, 0.1, 1.0), ["3 epochs"]), ((0.8, 0.0, 1.0), []), ((0.69, 0.1, 1.0), [])]
 )
 def test_recommended_proxy_is_the_cheapest_with_a_high_tau_above_zero(tau, recommended, tmp_path, monkeypatch):
-    for name in ("study.json", ARCHIVE):
-        shutil.copy(ROOT / "docs" / "study" / "penn-64" / name, tmp_path)
-    restore(tmp_path)
+    folder = move(ROOT / "docs" / "study" / "penn-64", tmp_path / "study")
+    restore(folder)
     args = arguments.build_parser().parse_args(["report"])
-    vars(args).update(json.loads((tmp_path / "study.json").read_text())["flags"])
+    vars(args).update(json.loads((folder / "study.json").read_text())["flags"])
     monkeypatch.setattr(summary.stats, "agreement", lambda *_: Estimate(*tau))
-    rows = summary.proxies(Study(tmp_path, args))
+    rows = summary.proxies(Study(folder, args))
     assert len(rows) > 3 and [row["proxy"] for row in rows if row["recommended"]] == recommended
 
 
@@ -705,7 +702,7 @@ def test_number_of_trials_that_fit_on_a_machine(available, cpus, gpus, fit):
         (["--converged", "1"], "--converged 1: one trial has no spread"),
         (["--proxy_epochs", "2"], "--proxy_epochs 2: none is below the 2 epochs of the long training; take fewer, or"),
         (["--gpus_per_trial", "1.5"], "--gpus_per_trial 1.5: above 1, a trial takes whole GPUs; take 1 or 2"),
-        (["--study", "README.md"], "--study README.md: README.md is a file; name a directory"),
+        (["--study", __file__], f"--study {__file__}: {__file__} is a file; name a directory"),
         (["--cpus_per_trial", "0"], "--cpus_per_trial 0: a trial needs a processor"),
         (["--resume"], "there is no study (study.json is missing)"),
     ],

@@ -82,7 +82,7 @@ def test_dominant_eigenvalue_matches_finite_difference_hessian():
     assert dominant_eigenvalue(product, alphas.detach()) == pytest.approx(expected, rel=1e-3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(values=st.lists(st.floats(-10, 10), min_size=1, max_size=12), seed=st.integers(0, 1000))
 def test_dominant_eigenvalue_of_symmetric_matrices(values, seed):
     torch.manual_seed(seed)

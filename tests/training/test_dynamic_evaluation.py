@@ -77,7 +77,7 @@ def test_gradient_rms_matches_a_plain_loop():
         torch.testing.assert_close(r, (square / len(starts)).sqrt())
 
 
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(30))
 @given(
     seed=st.integers(0, 999), bptt=st.integers(1, 7), cut=st.integers(1, 21), size=st.integers(0, 8),
     rule=st.sampled_from([None, "sgd", "rms"]),

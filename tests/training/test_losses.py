@@ -89,7 +89,7 @@ def test_word_mask_drops_every_occurrence_of_a_word():
     assert torch.equal(actual, expected)
 
 
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(30))
 @given(p=st.floats(0.01, 0.95), seed=st.integers(0, 10**6))
 def test_mask_elements_are_zero_or_inverse_keep_probability(p, seed):
     torch.manual_seed(seed)

@@ -63,7 +63,7 @@ def test_rates_match_torch_scheduler(schedule, build, every):
     assert rates(schedule) == pytest.approx(torch_rates(build, every=every), rel=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(end=st.floats(0, LR), power=st.floats(0.1, 5), cycle=st.integers(0, EPOCHS))
 def test_polynomial_decay_matches_formula(end, power, cycle):
     decay_steps = (cycle or EPOCHS) * STEPS
@@ -92,7 +92,7 @@ def test_linear_warm_up_matches_torch():
     assert actual == pytest.approx(expected, rel=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, EPOCHS * STEPS), start=st.floats(0.001, 1), shape=st.sampled_from(["linear", "exponential"]),
     name=st.sampled_from(["constant", "step", "exponential", "cosine", "polynomial"]),

@@ -34,7 +34,7 @@ def expected_log_prob(states, words, log_probs, t, b, word, size, mix):
     return math.log((1 - mix.share) * own + mix.share * hits / sum(powers))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6), cuts=st.lists(st.integers(1, 5), min_size=1, max_size=4), batch_size=st.integers(1, 3),
     size=st.integers(1, 9),

@@ -61,7 +61,7 @@ class Linear:
         yield Losses(total, total.detach(), torch.zeros(1, 1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.floats(-5, 5), min_size=3, max_size=8), clip=st.sampled_from([0.0, 0.1, 1.0, 100.0]),
     limit=st.sampled_from([0.0, 0.05, 1.0, 100.0]),

@@ -35,7 +35,7 @@ def expected_probs(log_probs, temperature, top_k, top_p):
     return [powers[i] / before if i in kept else 0.0 for i in range(len(log_probs))]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     scores=st.lists(st.integers(-12, 12).map(lambda n: n / 4), min_size=1, max_size=8),
     temperature=st.sampled_from([0.0, 0.3, 0.8, 1.0, 2.5]), top_k=st.integers(0, 9),

@@ -32,9 +32,11 @@ def summary(study: Study) -> dict[str, Any]:
     test = metrics.result(study.folder / chosen[1].name) if chosen else None
     fair = not any(row["halved"] for row in cells)
     judged = proxy_cells(study)
+    to_run = trials_to_run(study)
     return {
         "cells": cells,
-        "methods": methods(study, cells) if fair else [],
+        "methods": methods(study, cells, tested=not to_run) if fair else [],
+        "to_run": to_run,
         "features": feature_correlations(study, cells, judged) if fair else [],
         "left_out": [row["cell"] for row in cells if row["select"] is None],
         "agreement": stage_agreement(cells),
@@ -75,21 +77,31 @@ def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
     }
 
 
-def methods(study: Study, cells: Sequence[dict]) -> list[dict[str, Any]]:
+def trials_to_run(study: Study) -> int:
+    """Returns how many searches and short trainings are still to come. Those that failed, and the rest of a stage that
+    a rule stopped, are not."""
+    ended = reasons(study, "failed").keys() | reasons(study, "stopped").keys()
+    jobs = [job for job in study.search() + study.select() if not job.is_done(study.folder)]
+    return sum(job.name not in ended and job.name.split("/")[0] not in ended for job in jobs)
+
+
+def methods(study: Study, cells: Sequence[dict], tested: bool) -> list[dict[str, Any]]:
     """Returns statistics of the short trainings by method, best mean first. The searches are what is sampled: a cell
     that two of them found has a training, and a value, for each.
 
     A method that searches is compared with the random cells: `p` is that of a permutation test, `p_corrected` is
     corrected for the number of methods of the study, `random_below` is the share of the random cells that are better
     than its mean, and `minus_rival` is its mean minus the expected best of `rival_draws` random cells. So many can be
-    trained in the time of one search and the training of its cell.
+    trained in the time of one search and the training of its cell. Unless `tested`, there is neither a p nor a rival:
+    who looks at a test after each training, and stops when it is significant, finds differences that are not there.
     """
     by_method: dict[str, list[float]] = {}
     for row in cells:
         for name, ppl in row["by_name"].items():
             by_method.setdefault(name.rpartition("-")[0], []).append(ppl)
     drawn = by_method.get(RANDOM, [])
-    tests = {name: stats.permutation_test(by_method[name], drawn) for name in by_method if name != RANDOM}
+    searched = [name for name in by_method if name != RANDOM and tested]
+    tests = {name: stats.permutation_test(by_method[name], drawn) for name in searched}
     tests = {name: p for name, p in tests.items() if not math.isnan(p)}
     to_come = [1.0] * (len(study.search_methods()) - len(tests))
     corrected = dict(zip(tests, stats.holm([*tests.values(), *to_come]), strict=False))

@@ -119,6 +119,7 @@ def tables(folder: Path, summary: dict[str, Any], link: Link) -> Iterable[dict[s
     note = (
         "Short trainings. p: permutation test against the random cells; random below: the share of these that are "
         "better; rival: the best of as many random cells as take the same time."
+        + (" No test is made before all searches and short trainings have ended." if summary.get("to_run") else "")
     )
     of_methods = "method n mean sd median best p p_corrected random_below rival_draws minus_rival".split()
     for key, title, words, stage, columns in (

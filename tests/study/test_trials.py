@@ -26,7 +26,7 @@ from study import arguments, cost, ray_backend, summary
 from study.design import Study, distinct, falls_with_epochs, own_epochs
 from study.jobs import Job
 from study.leaderboard import as_markdown
-from study.records import ARCHIVE, restore
+from study.records import ARCHIVE, log_event, restore
 from study.stats import Estimate, expected_best, holm, kendall, permutation_test
 from study.validate_arguments import continues, number_faults
 from utils import RunError, segments
@@ -541,8 +541,33 @@ def test_p_is_corrected_for_methods_without_values_too(tmp_path):
     for label, seed, ppl in (("first-1", 1001, 1.0), ("first-1", 1003, 1.1), ("random-1", 1001, 5.0),
                              ("random-2", 1001, 5.1)):  # fmt: skip
         write_result(tmp_path / f"select/{label}/{seed}", random_genotype(101), ppl)
-    [first] = [row for row in summary.summary(study)["methods"] if row["method"] == "first"]
+    cells = [summary.cell_row(study, cell) for cell in study.cells()]
+    [first] = [row for row in summary.methods(study, cells, tested=True) if row["method"] == "first"]
     assert first["p_corrected"] == pytest.approx(min(1, 2 * first["p"]))
+
+
+def test_methods_are_tested_once_all_trainings_have_ended(tmp_path):
+    study = study_of_four_searches(tmp_path)
+    jobs = study.select()
+    for ppl, job in enumerate(jobs, start=100):
+        results = summary.summary(study)
+        assert results["to_run"] == len(jobs) - (ppl - 100)
+        assert all(row["p"] is None and row["minus_rival"] is None for row in results["methods"])
+        write_result(tmp_path / job.name, random_genotype(101), float(ppl))
+    searched = [row for row in summary.summary(study)["methods"] if row["method"] == "first"]
+    assert [row["p"] is None for row in searched] == [False]
+
+
+@pytest.mark.parametrize("event", [{"trial": "select/random-2/1001", "event": "failed"},
+                                   {"trial": "select", "event": "stopped"}])  # fmt: skip
+def test_trainings_that_will_not_run_delay_no_test(event, tmp_path):
+    study = study_of_four_searches(tmp_path)
+    for job in study.select():
+        if job.name != "select/random-2/1001":
+            write_result(tmp_path / job.name, random_genotype(101), 100.0)
+    assert summary.trials_to_run(study) == 1
+    log_event(tmp_path, **event, reason="some reason")
+    assert summary.trials_to_run(study) == 0
 
 
 def test_searched_and_random_cells_alternate(whole):

@@ -55,7 +55,7 @@ class SearchState(TrainingState):
 
     def architect_of(self, model: RNNModelSearch, micro_batch_size: int, hessian: str | None) -> Architect:
         """Returns the optimizer of the alphas, for a model with any engine and so many batch elements at a time."""
-        args, at_once = self.args, {"small_batch_size": micro_batch_size}
+        args, at_once = self.args, {"micro_batch_size": micro_batch_size}
         precise = model.with_engine(Engine(args.engine))  # the central difference needs full precision
         regularised = {**at_once, "alpha": args.alpha, "beta": args.beta}
         return Architect(

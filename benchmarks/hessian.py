@@ -71,7 +71,7 @@ class Agreement:
         texts = search_texts(corpus, flags.search_split, flags.limit_tokens)
         self.cursors = [Cursor(batchify(ids, flags.batch_size)) for ids in texts]
         self.hiddens = [self.model.initial_hidden(flags.batch_size)] * 2  # (B, H) each
-        parts = {"small_batch_size": flags.small_batch_size}
+        parts = {"micro_batch_size": flags.small_batch_size}
         regularised = {**parts, "alpha": flags.alpha, "beta": flags.beta}
 
         def architect(engine: Engine, hessian: str) -> Observed:  # as in train_search.py

@@ -85,8 +85,8 @@ def search_step(variant: Variant, sizes: dict, device: torch.device, hessian: st
 def search_parts(model: RNNModelSearch, B: int, lr: float, hessian: str | None) -> tuple:
     """The architect, the loss of the weight step and its optimizer, as in train_search.py."""
     weights, precise = model.weights(), model.with_engine(Engine(model.engine.name))
-    valid_loss = partial(MicroBatches, model, small_batch_size=B)
-    train_loss, precise_loss = (partial(MicroBatches, m, small_batch_size=B, beta=BETA) for m in (model, precise))
+    valid_loss = partial(MicroBatches, model, micro_batch_size=B)
+    train_loss, precise_loss = (partial(MicroBatches, m, micro_batch_size=B, beta=BETA) for m in (model, precise))
     architect = Architect(weights, model.alphas, train_loss, valid_loss, precise_loss, update=UPDATE, hessian=hessian)
     return architect, train_loss, torch.optim.SGD(weights, lr=lr, weight_decay=5e-7)
 
@@ -96,7 +96,7 @@ def train_step(engine: Engine, sizes: dict, device: torch.device) -> Callable[[]
     T, B, H, V = (sizes[name] for name in "TBHV")
     model = retrain_model(V, H, RATES["train"], DARTS).to(device).with_engine(engine)
     optimizer = torch.optim.SGD(model.weights(), lr=20.0, weight_decay=8e-7)
-    loss = partial(MicroBatches, model, small_batch_size=B, beta=BETA)
+    loss = partial(MicroBatches, model, micro_batch_size=B, beta=BETA)
     (x, y), hidden = torch.randint(V, (2, T, B), device=device), model.initial_hidden(B)
 
     def step() -> None:

@@ -40,7 +40,7 @@ def gradients(ranks, micro_batch_size, norm):
         model = model.with_engine(Engine(name))
         with torch.no_grad():
             model.alphas.normal_()
-        weights, micro = model.weights(), {"small_batch_size": micro_batch_size}
+        weights, micro = model.weights(), {"micro_batch_size": micro_batch_size}
         valid_loss = partial(MicroBatches, model, **micro)
         train_loss = partial(MicroBatches, model, **micro, alpha=0.5, beta=0.5)
         for hessian in (None, "finite", "exact"):

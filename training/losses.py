@@ -71,14 +71,14 @@ def losses(
 class MicroBatches:
     """Yields the `losses` of one micro-batch after another, as shares that sum to the loss of the whole batch.
 
-    A micro-batch has `small_batch_size` elements, which must divide the batch size. It is computed when it is asked
+    A micro-batch has `micro_batch_size` elements, which must divide the batch size. It is computed when it is asked
     for, so that only one graph is in memory at a time. The masks are the whole batch's, so that every word has the same
     loss as in it, except with the batch normalisation of a relaxed cell, which is over the micro-batch.
     """
 
-    def __init__(self, model, batch: Batch, small_batch_size: int, **coefficients: float):
-        self.model, self.batch, self.size, self.coefficients = model, batch, small_batch_size, coefficients
-        self.starts = range(0, batch.x.size(1), small_batch_size)
+    def __init__(self, model, batch: Batch, micro_batch_size: int, **coefficients: float):
+        self.model, self.batch, self.size, self.coefficients = model, batch, micro_batch_size, coefficients
+        self.starts = range(0, batch.x.size(1), micro_batch_size)
 
     def __len__(self) -> int:
         return len(self.starts)

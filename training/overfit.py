@@ -16,7 +16,7 @@ MAX_STEPS = 2000
 
 
 def overfit(
-    model: nn.Module, optimizer: Optimizer, text: Tensor, bptt: int, small_batch_size: int, update: WeightUpdate
+    model: nn.Module, optimizer: Optimizer, text: Tensor, bptt: int, micro_batch_size: int, update: WeightUpdate
 ) -> str:
     """Trains on the first segment of a text (n, B), without dropout, until its perplexity is below `OVERFIT_PPL`.
     Returns a line with the perplexity and the number of steps. Raises `RunError` if the perplexity is not below
@@ -25,7 +25,7 @@ def overfit(
     weights, ppl = model.weights(), math.inf
     with progress_bar(range(MAX_STEPS + 1), "one batch", "step") as bar:
         for step in bar:
-            nll, _, _ = clipped_gradient(MicroBatches(model, batch, small_batch_size), weights, update)
+            nll, _, _ = clipped_gradient(MicroBatches(model, batch, micro_batch_size), weights, update)
             ppl = perplexity(nll.item())
             bar.set_postfix_str(f"ppl {ppl:.2f}")
             if ppl < OVERFIT_PPL:

@@ -58,8 +58,8 @@ def brute_force(model, train, valid, eta, clip, wdecay, alpha=AR, beta=TAR, limi
 def architect(
     model, hessian="exact", clip=CLIP, clip_value=0.0, small=tiny.B, train_loss=None, valid_loss=None, **options
 ):
-    valid_loss = valid_loss or partial(MicroBatches, model, small_batch_size=small)
-    train_loss = train_loss or partial(MicroBatches, model, small_batch_size=small, alpha=AR, beta=TAR)
+    valid_loss = valid_loss or partial(MicroBatches, model, micro_batch_size=small)
+    train_loss = train_loss or partial(MicroBatches, model, micro_batch_size=small, alpha=AR, beta=TAR)
     return Architect(
         model.weights(),
         model.alphas,

@@ -56,8 +56,8 @@ def published_gradient(model, train, valid, clip, changes=()):
 
 def our_gradient(model, train, valid, clip):
     direct, implicit, _ = Architect(
-        model.weights(), model.alphas, partial(MicroBatches, model, small_batch_size=tiny.B, beta=TAR),
-        partial(MicroBatches, model, small_batch_size=tiny.B), update=WeightUpdate(clip, weight_decay=WDECAY),
+        model.weights(), model.alphas, partial(MicroBatches, model, micro_batch_size=tiny.B, beta=TAR),
+        partial(MicroBatches, model, micro_batch_size=tiny.B), update=WeightUpdate(clip, weight_decay=WDECAY),
         hessian="exact",
     ).gradient(train, valid, ETA)  # fmt: skip
     return direct - implicit

@@ -39,9 +39,9 @@ def test_both_steps_of_a_search_have_one_loss_and_the_difference_is_in_fp32(corp
     difference, and the training batch again for the weights."""
     seen, micro_batches = [], train_search.MicroBatches
 
-    def spy(model, batch, small_batch_size, **coefficients):
-        seen.append((model.engine.precision, small_batch_size, coefficients, batch))
-        return micro_batches(model, batch, small_batch_size, **coefficients)
+    def spy(model, batch, micro_batch_size, **coefficients):
+        seen.append((model.engine.precision, micro_batch_size, coefficients, batch))
+        return micro_batches(model, batch, micro_batch_size, **coefficients)
 
     monkeypatch.setattr(train_search, "MicroBatches", spy)
     monkeypatch.setattr(processor, "has_fast_bf16", lambda device: True)

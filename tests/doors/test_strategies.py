@@ -212,13 +212,13 @@ def test_retraining_passes_its_coefficients_and_different_masks_to_the_loss(corp
     seen, MicroBatches = [], train.MicroBatches
 
     def spy(model, batch, size, **coefficients):
-        seen.append((batch, {"small_batch_size": size, **coefficients}))
+        seen.append((batch, {"micro_batch_size": size, **coefficients}))
         return MicroBatches(model, batch, size, **coefficients)
 
     monkeypatch.setattr(train, "MicroBatches", spy)
     flags = "--rdrop 0.7 --fraternal 0.3 --alpha 0.2 --beta 0.1 --small_batch_size 2 --dropoute 0.5 --epochs 1 --lr 1"
     run("train", corpus, tmp_path / "run", flags)
-    expected = {"rdrop": 0.7, "fraternal": 0.3, "alpha": 0.2, "beta": 0.1, "small_batch_size": 2}
+    expected = {"rdrop": 0.7, "fraternal": 0.3, "alpha": 0.2, "beta": 0.1, "micro_batch_size": 2}
     assert len(seen) > 3 and all(coefficients == expected for _, coefficients in seen)
     for name in ("word", "embedding", "x", "hidden", "output"):
         assert not all(torch.equal(getattr(b.masks, name), getattr(b.second_masks, name)) for b, _ in seen), name

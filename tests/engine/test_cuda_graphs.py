@@ -205,7 +205,7 @@ def test_on_cuda_replayed_alpha_steps_match_eager(hessian):
     ends = []
     for capture in (None, Capture()):
         model = tiny.search_model().float().cuda().with_engine(Engine("fused"))
-        loss, batch = partial(MicroBatches, model, small_batch_size=tiny.B), tiny.batch(tiny.search_model(), 1)
+        loss, batch = partial(MicroBatches, model, micro_batch_size=tiny.B), tiny.batch(tiny.search_model(), 1)
         architect = Architect(
             model.weights(), model.alphas, loss, loss, update=WeightUpdate(0.25, weight_decay=1e-2), hessian=hessian
         )

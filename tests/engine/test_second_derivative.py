@@ -260,8 +260,8 @@ def test_architect_gradient_matches_between_engines(small, norm):
     for name in ("fused", "eager"):
         behind = model.with_engine(Engine(name))
         architect = Architect(
-            model.weights(), model.alphas, partial(Counted, behind, small_batch_size=small, beta=0.7),
-            partial(MicroBatches, behind, small_batch_size=small), update=WeightUpdate(0.25, weight_decay=1e-2),
+            model.weights(), model.alphas, partial(Counted, behind, micro_batch_size=small, beta=0.7),
+            partial(MicroBatches, behind, micro_batch_size=small), update=WeightUpdate(0.25, weight_decay=1e-2),
             hessian="exact",
         )  # fmt: skip
         actual[name] = architect.gradient(train, valid, eta=0.7)

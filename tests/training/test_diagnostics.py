@@ -37,7 +37,7 @@ def diagnosis(hessian="finite", rates=tiny.RATES, text=None, seed=0, norm="batch
     model = tiny.search_model(rates, norm=norm)
 
     def architect_of(model, micro_batch_size, hessian):
-        loss = partial(MicroBatches, model, small_batch_size=micro_batch_size)
+        loss = partial(MicroBatches, model, micro_batch_size=micro_batch_size)
         return Architect(
             model.weights(), model.alphas, loss, loss, update=WeightUpdate(0.25, weight_decay=1e-3), hessian=hessian
         )

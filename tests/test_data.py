@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -69,9 +70,8 @@ def fail_if_called(*args: object, **kwargs: object) -> None:
 
 @pytest.fixture(scope="module", params=list(PUBLISHED))
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    repo = Path(__file__).resolve().parent.parent.parent
     root = tmp_path_factory.mktemp("corpora")
-    for place in (repo / "corpora", repo.parent / "shared" / "corpora"):
+    for place in (ROOT / "corpora", ROOT.parent / "shared" / "corpora"):
         if data.is_available(request.param, place):
             (root / request.param).mkdir()
             for split in data.SPLITS:

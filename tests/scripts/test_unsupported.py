@@ -19,7 +19,7 @@ def test_old_python_and_windows_are_unsupported():
     assert unsupported((3, 11), "linux") is unsupported((3, 13), "darwin") is None
 
 
-def test_doors_refuse_an_old_python_before_they_import_anything_else_of_the_repository():
+def test_scripts_refuse_an_old_python_before_they_import_anything_else_of_the_repository():
     code = (
         "import runpy, sys; import torch; sys.version_info = (3, 9, 2, 'final', 0); own = set(sys.modules)\n"
         f"for door in {DOORS}:\n"

@@ -30,9 +30,9 @@ def build_parser() -> arguments.Parser:
          "the last NONMONO"),
         ("average_after", int, 0, "averaging starts after this many epochs, whatever the validation loss is, so that "
          "all cells of a comparison are averaged over as many (0: as --nonmono says)"),
-        ("finetune", "RUN", None, "start from the best weights of RUN and average from the first step on; text, sizes, "
-         "dropout rates and regularisation are those of RUN unless given again; the condition of --nonmono ends this "
-         "run. RUN may be a model.pt of the published code too, from which size and cell are taken"),
+        ("finetune", "RUN", None, "start from the best weights of RUN and average from the first step on; text, cell "
+         "and size are those of RUN, dropout rates and regularisation too unless given again; the condition of "
+         "--nonmono ends this run. RUN may also be a model.pt of the published code, which gives size and cell"),
     ])  # fmt: skip
     parser.add_flags("two passes over each batch, with different dropout masks", [
         ("rdrop", float, 0.0,

@@ -48,7 +48,7 @@ def build_parser() -> arguments.Parser:
          "(docs/signal.md), or the last alphas, as published"),
         ("stop_stable", int, 0, "stop when the genotype has not changed for this many epochs; 0: never"),
         ("max_identity", int, STEPS, "stop when more than this many nodes of the genotype are identity, and keep the "
-         "genotype of the epoch before; with the number of nodes, 8, that never happens"),
+         "genotype of the epoch before, if there is one; with the number of nodes, 8, that never happens"),
         ("diagnose_every", int, 0, "number of steps between two diagnoses of the alphas' gradient, for visualize.py "
          "search: the cosine between the gradients of independent batches, the largest eigenvalue of the loss's Hessian"
          " in alpha, the error of the finite product, the loss through discretisation. Each takes as long as several "

@@ -21,6 +21,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CELLS = {
     "genotype": ["--arch", "ENAS"],
     "averaged": ["--arch", "DARTS", "--optimizer", "asgd"],
+    "fine-tuned, no better": ["--arch", "DARTS", "--optimizer", "sgd"],
 }
 
 
@@ -40,6 +41,12 @@ def test_code_of_the_export_page_gives_the_log_probabilities_of_the_model(name, 
     flags = [*SIZES, "--epochs", "2", "--lr", "1", "--engine", "eager", *CELLS[name]]
     code, _, err = call(train, *flags, "--data", tmp_path, "--save", tmp_path / "run")
     assert code == 0, err
+    if name == "fine-tuned, no better":
+        flags = ["--epochs", "1", "--lr", "200", "--finetune", tmp_path / "run", "--save", tmp_path / "tuned"]
+        code, _, err = call(train, *flags, "--data", tmp_path)
+        assert code == 0, err
+        (tmp_path / "run").rename(tmp_path / "begun")
+        (tmp_path / "tuned").rename(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     names = run_page("export.md")
     model = load_trained("best.pt").model

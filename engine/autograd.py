@@ -4,21 +4,19 @@ import torch
 from torch import Tensor
 
 
-def forbid_double_backward(order: str) -> None:
-    """Raises RuntimeError if the hand-written backward pass that calls this function is to be differentiated itself.
-
-    `order` names in the message the derivative that would be needed, such as "second". torch's `once_differentiable`
-    would raise an error only if the incoming gradient depends on something.
-    """
+def forbid_double_backward(message: str) -> None:
+    """Raises RuntimeError with the message if the hand-written backward pass that calls this function is to be
+    differentiated itself. torch's `once_differentiable` would raise an error only if the incoming gradient depends on
+    something."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"the fused engine has no {order} derivative here; use the eager engine")
+        raise RuntimeError(message)
 
 
 def unformed_grad(like: Tensor) -> Tensor:
     """Returns NaNs in the shape of `like`, in place of a term of a gradient that is not computed.
 
-    The NaNs make the sum of all terms NaN, so that the other terms cannot be mistaken for the whole gradient. torch's
-    anomaly detection reports them as an error.
+    The NaNs make the sum of all terms NaN, so that the other terms cannot be mistaken for the whole gradient, as they
+    would be if this one were None. torch's anomaly detection reports them as an error.
     """
     return like.new_full((), torch.nan).expand_as(like)
 

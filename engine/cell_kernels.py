@@ -1,4 +1,4 @@
-"""Holds the element-wise arithmetic of the two cells between two matrix products, as one compiled kernel each.
+"""Holds the element-wise arithmetic of the two cells between two matrix products, as compiled kernels.
 
 Each kernel is one pass over its arguments and writes the last ones. (A kernel that read a large argument and
 overwrote it would be compiled to several passes.) The structures that kernels take are those of relaxed_buffers.py.

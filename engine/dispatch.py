@@ -17,9 +17,10 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 class Engine(NamedTuple):
     """An implementation of the recurrence and the loss, one of `ENGINES`, with its precision, one of `PRECISIONS`.
 
-    `eager` is the definition, which autograd differentiates to any order; `fused` is fast. In bf16, products and what
-    is saved for backward are rounded (but see `fused.ROUND_FROM`), whereas sums, normalisation and softmax are not.
-    tf32 is a setting of CUDA's products (see `matmul_precision`).
+    `eager` is the definition, whose recurrence and `nll` autograd differentiates to any order; `fused` is fast, and the
+    one of which bf16 makes a difference: products and what is saved for backward are rounded (but see
+    `fused.ROUND_FROM`), whereas sums, normalisation and softmax are not. tf32 is a setting of CUDA's products (see
+    `matmul_precision`).
     """
 
     name: str = "eager"
@@ -28,7 +29,7 @@ class Engine(NamedTuple):
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """Returns the dtype of products, None for that of the weights."""
-        return torch.bfloat16 if self.precision == "bf16" else None
+        return torch.bfloat16 if (self.name, self.precision) == ("fused", "bf16") else None
 
     def relaxed(self, *args) -> Tensor:
         """Returns the hidden states (T, B, H) of the relaxed cell, for the arguments of `reference.relaxed`."""

@@ -2,8 +2,8 @@
 
 `relaxed` and `discrete` take the arguments of their definitions there, and `compute_dtype`. Back-propagation through
 time is written out by hand and runs as one autograd function over the whole sequence. Each matrix product is written
-straight into its place, everything between two products is one compiled pass (cell_kernels.py), and the gradients of
-the weights are computed only if they are needed. The relaxed cell also has the one second derivative that an
+straight into its place, the kernels between two products are one or two (cell_kernels.py), and the gradients of the
+weights are computed only if they are needed. The relaxed cell also has the one second derivative that an
 architecture step needs, the change of the gradient of the probabilities as the weights move (second_derivative.py). For
 any other second derivative use the definition, reference.py.
 
@@ -163,7 +163,7 @@ class Relaxed(torch.autograd.Function):
         elif (call := graph_task_id()) in ctx.tangents:
             backward_pass, tangents = ctx.tangents.pop(call)
             dxW, dh0, dprobs = r_backward(ctx.saved, backward_pass, tangents, h0, hiddens, weights, probs, g_hiddens)
-            dWs = [unformed_grad(weights[0]), *(None for _ in weights[1:])]  # W0 also gets a term through xW.
+            dWs = [unformed_grad(W) for W in weights]
         else:
             (dxW, dh0, dprobs, *dWs), _ = Relaxed.backward_pass(ctx, g_hiddens)
         return None, None, None, None, dxW, dh0, dWs[0], dprobs, None, *dWs[1:]
@@ -258,7 +258,7 @@ class RelaxedBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, vxW, vh0, vprobs, *direction):
-        forbid_double_backward("third")
+        forbid_double_backward("the fused engine has no third derivative here; use the eager engine")
         if vprobs is not None:
             raise RuntimeError("the fused engine has no second derivative along the alphas; use the eager engine")
         relaxed = ctx.relaxed

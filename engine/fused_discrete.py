@@ -56,7 +56,7 @@ class Discrete(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_hiddens):
-        forbid_double_backward("second")
+        forbid_double_backward("the fused engine has no second derivative here; use the eager engine")
         states, masked, products, previous = ctx.buffers
         h0, W0_h, h_mask, *Ws = ctx.saved_tensors
         space, hiddens, (recurrent, concat) = ctx.space, ctx.hiddens, ctx.cell

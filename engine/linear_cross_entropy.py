@@ -46,16 +46,17 @@ class TiedDecoder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, wants, compute_dtype, hiddens, mask, embedding, bias, y):
-        skipped = worth_skipping(mask, compute_dtype)
-        outputs, decoder = logit_factors(drop(hiddens, mask), embedding, skipped, compute_dtype)  # (T, B, H'), (H', V)
+        sparse_mask = mask_if_sparse(mask, compute_dtype)
+        # The outputs are (T, B, H'), the decoder is (H', V).
+        outputs, decoder = logit_factors(drop(hiddens, mask), embedding, sparse_mask, compute_dtype)
         losses, scale = hiddens.new_empty(y.shape), 1 / y.numel()
         by_words = torch.empty(decoder.shape[::-1], device="meta").t()  # (H', V), without storage, for its layout alone
-        alike = outputs, by_words if skipped is None else decoder, bias
+        alike = outputs, by_words if sparse_mask is None else decoder, bias
         d_outputs, d_decoder, d_bias = (
             torch.zeros_like(like, dtype=dtype, device=y.device) if want else None
             for like, dtype, want in zip(alike, (compute_dtype, bias.dtype, bias.dtype), wants, strict=True)
         )
-        for chunk in chunks(skipped, *y.shape, decoder):
+        for chunk in chunks(sparse_mask, *y.shape, decoder):
             part, columns, words = chunk.rows(outputs), chunk.columns(decoder), chunk.words(y)
             logits = chunk.take()
             torch.matmul(part, columns, out=logits)
@@ -92,7 +93,8 @@ class TiedDecoderBack(torch.autograd.Function):
 
     Its own `backward` takes a direction in the hidden states (T, B, H), the embedding (V, H) and the bias (V,), and
     returns g times the derivative, along this direction, of the gradient with respect to the hidden states
-    (`r_gradient`). For the embedding it returns NaNs (`unformed_grad`). A third derivative raises RuntimeError.
+    (`r_gradient`). For the embedding and the bias it returns NaNs (`unformed_grad`). A third derivative raises
+    RuntimeError.
     """
 
     @staticmethod
@@ -104,15 +106,14 @@ class TiedDecoderBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *direction):
-        forbid_double_backward("third")
+        forbid_double_backward("the fused engine has no third derivative here; use the eager engine")
         mask, y, g, *inputs = ctx.saved_tensors
         direction = [torch.zeros_like(like) if v is None else v for v, like in zip(direction, inputs, strict=True)]
         d_g = None
         if ctx.needs_input_grad[4]:
             d_g = sum((d * v).sum() for d, v in zip(ctx.gradients, direction, strict=True) if d is not None)
         d_hiddens = g * r_gradient(*inputs, *direction, mask, y, ctx.compute_dtype)
-        # The embedding is not given None, since autograd would take the terms of its other uses for the whole.
-        return None, None, None, None, d_g, d_hiddens, unformed_grad(inputs[1]), None
+        return None, None, None, None, d_g, d_hiddens, *map(unformed_grad, inputs[1:])
 
 
 def r_gradient(
@@ -125,11 +126,11 @@ def r_gradient(
     along `v_hiddens`, `v_embedding` and `v_bias` of the same shapes (see second_derivative.py). The prefix r_ marks
     tangents.
     """
-    skipped = worth_skipping(mask, compute_dtype)
-    outputs, decoder = logit_factors(drop(hiddens, mask), embedding, skipped, compute_dtype)
-    r_outputs, r_decoder = logit_factors(drop(v_hiddens, mask), v_embedding, skipped, compute_dtype)
+    sparse_mask = mask_if_sparse(mask, compute_dtype)
+    outputs, decoder = logit_factors(drop(hiddens, mask), embedding, sparse_mask, compute_dtype)
+    r_outputs, r_decoder = logit_factors(drop(v_hiddens, mask), v_embedding, sparse_mask, compute_dtype)
     d_outputs, scale = torch.zeros_like(outputs), 1 / y.numel()
-    for chunk in chunks(skipped, *y.shape, decoder):
+    for chunk in chunks(sparse_mask, *y.shape, decoder):
         part, columns, r_columns = chunk.rows(outputs), chunk.columns(decoder), chunk.columns(r_decoder)
         logits, r_logits = chunk.take(), chunk.take()
         torch.matmul(part, columns, out=logits)
@@ -161,18 +162,18 @@ def subtract_one_hot(flat: Tensor, words: Tensor, scale: float) -> None:
 
 
 def logit_factors(
-    outputs: Tensor, embedding: Tensor, skipped: Tensor | None, compute_dtype: torch.dtype
+    outputs: Tensor, embedding: Tensor, sparse_mask: Tensor | None, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Returns the outputs (T, B, H') and the decoder (H', V), the factors of the logits, in `compute_dtype`.
 
-    The arguments are the outputs (T, B, H), the embedding (V, H) and what `worth_skipping` returns. The decoder is
-    transposed in memory if its rows are to be gathered (`skipped`). It also is on a CPU with AMX, whose fast products
+    The arguments are the outputs (T, B, H), the embedding (V, H) and what `mask_if_sparse` returns. The decoder is
+    transposed in memory if its rows are to be gathered (with a mask). It also is on a CPU with AMX, whose fast products
     would otherwise wait for the transposition each time, if the target words are enough to make up for the copy
     (`COPY_FROM`). In both cases H' = H. Otherwise both factors are padded as `padding` requires.
     """
     outputs, decoder = outputs.to(compute_dtype), embedding.to(compute_dtype)
     enough = outputs.shape[:2].numel() >= COPY_FROM
-    if skipped is not None or (enough and has_amx(decoder.device, compute_dtype)):
+    if sparse_mask is not None or (enough and has_amx(decoder.device, compute_dtype)):
         return outputs, row_major(decoder.t())
     if more := padding(decoder, compute_dtype):
         outputs, decoder = F.pad(outputs, (0, more)), F.pad(decoder, (0, more))
@@ -190,10 +191,10 @@ def row_major(matrix: Tensor) -> Tensor:
     return rows
 
 
-def chunks(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Chunk"]:
-    """Yields chunks that contain every target word (T, B) once, for a decoder (H', V). With a mask `skipped` (B, H),
+def chunks(sparse_mask: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator["Chunk"]:
+    """Yields chunks that contain every target word (T, B) once, for a decoder (H', V). With a `sparse_mask` (B, H),
     the chunks leave the hidden units that it drops out of the products."""
-    if skipped is None:
+    if sparse_mask is None:
         steps = max(1, MAX_CHUNK_BYTES // (decoder.size(1) * B * decoder.itemsize))
         for t in range(0, T, steps):
             yield TimeChunk(slice(t, t + steps), decoder, min(steps, T - t) * B)
@@ -202,8 +203,8 @@ def chunks(skipped: Tensor | None, T: int, B: int, decoder: Tensor) -> Iterator[
     # element for each thread, or fewer if their logits are too many. They are sorted so that those of one chunk have
     # about as many units left; dropped units, whose outputs are 0, pad the others to the largest number.
     together = max(1, min(torch.get_num_threads(), MAX_CHUNK_BYTES // (T * decoder.size(1) * decoder.itemsize)))
-    counts, elements = (skipped != 0).sum(1).sort()
-    units = skipped[elements].topk(int(counts.max()), dim=1).indices  # (B, k)
+    counts, elements = (sparse_mask != 0).sum(1).sort()
+    units = sparse_mask[elements].topk(int(counts.max()), dim=1).indices  # (B, k)
     for b in range(0, B, together):
         yield BatchChunk(
             elements[b : b + together], units[b : b + together, : counts[b : b + together].max()], decoder, T
@@ -279,7 +280,7 @@ class BatchChunk(Chunk):
         d_decoder.index_add_(0, self.units.flatten(), columns.flatten(0, 1).to(d_decoder.dtype))
 
 
-def worth_skipping(mask: Tensor | None, compute_dtype: torch.dtype) -> Tensor | None:
+def mask_if_sparse(mask: Tensor | None, compute_dtype: torch.dtype) -> Tensor | None:
     """Returns the mask (B, H) if it drops so much that gathering the remaining hidden units pays, else None.
 
     That is less than 60 % remaining. It does not pay in a narrow model (below `SKIP_FROM`), where the product is the

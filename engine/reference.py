@@ -70,11 +70,11 @@ def relaxed(
     P s_j + sigmoid(c_j) * (sum_k p_k f_k(u_j) - P s_j).
     """
     W0_h = W0[x.size(-1) :]
-    rows = probs.split(list(range(1, len(Ws) + 1)))  # N times (i, K)
+    node_probs = probs.split(list(range(1, len(Ws) + 1)))  # N times (i, K)
     h, hiddens = h0, []
     for t, xW in enumerate(cell_inputs(x, W0, x_mask)):
         states = [normalise(initial_state(xW, h, W0_h, h_mask), norm)]
-        for W, p in zip(Ws, rows, strict=True):
+        for W, p in zip(Ws, node_probs, strict=True):
             s = torch.stack(states)  # (i, B, H)
             c, u = (drop(s, h_mask) @ W).chunk(2, dim=-1)  # (i, B, H) each
             p = p[:, 1:, None, None]  # (i, K-1, 1, 1)

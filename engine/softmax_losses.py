@@ -47,10 +47,10 @@ def mixed(
 class Mixture(nn.Module):
     """Holds the weights that a mixture of K softmaxes has in addition to the embedding and its bias."""
 
-    def __init__(self, nhid: int, experts: int, initrange: float):
+    def __init__(self, nhid: int, experts: int, init_range: float):
         super().__init__()
-        self.prior = nn.Parameter(torch.empty(nhid, experts).uniform_(-initrange, initrange))  # (H, K)
-        self.latent = nn.Parameter(torch.empty(nhid, experts * nhid).uniform_(-initrange, initrange))  # (H, K H)
+        self.prior = nn.Parameter(torch.empty(nhid, experts).uniform_(-init_range, init_range))  # (H, K)
+        self.latent = nn.Parameter(torch.empty(nhid, experts * nhid).uniform_(-init_range, init_range))  # (H, K H)
         self.latent_bias = nn.Parameter(torch.zeros(experts * nhid))  # (K H,)
 
 
@@ -88,12 +88,13 @@ class SumOverChunks(torch.autograd.Function):
     """Sums a loss and a figure to report over chunks of the tokens, and forms each chunk's gradient along with it.
 
     loss(words (n,), outputs of each pass, weights) returns both as scalars, for the `words` of one chunk of `size`
-    tokens. `tensors` are the outputs (TB, H) of the `passes`, then the weights; `wants` says whether to form gradients.
+    tokens. `tensors` are the outputs (TB, H) of `n_passes` passes, then the weights; `wants` says whether to form
+    gradients.
     """
 
     @staticmethod
-    def forward(ctx, loss, size, wants, words, passes, *tensors):
-        outputs, weights = tensors[:passes], [w.detach().requires_grad_(wants) for w in tensors[passes:]]
+    def forward(ctx, loss, size, wants, words, n_passes, *tensors):
+        outputs, weights = tensors[:n_passes], [w.detach().requires_grad_(wants) for w in tensors[n_passes:]]
         ctx.gradients = [torch.zeros_like(tensor) for tensor in tensors] if wants else []
         sums = outputs[0].new_zeros(2)
         for start in range(0, len(words), size):
@@ -103,7 +104,7 @@ class SumOverChunks(torch.autograd.Function):
                 total, reported = loss(words[chunk], chunk_outputs, weights)
                 gradients = torch.autograd.grad(total, [*chunk_outputs, *weights]) if wants else []
             for i, gradient in enumerate(gradients):
-                (ctx.gradients[i][chunk] if i < passes else ctx.gradients[i]).add_(gradient)
+                (ctx.gradients[i][chunk] if i < n_passes else ctx.gradients[i]).add_(gradient)
             sums += torch.stack([total.detach(), reported.detach()])
         total, reported = sums.unbind()
         ctx.mark_non_differentiable(reported)
@@ -111,5 +112,5 @@ class SumOverChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        forbid_double_backward("second")
+        forbid_double_backward("mixtures of softmaxes and R-Drop have no second derivative")
         return None, None, None, None, None, *(g * gradient for gradient in ctx.gradients)

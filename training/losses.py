@@ -71,7 +71,7 @@ def losses(
 class MicroBatches:
     """Yields the `losses` of one micro-batch after another, as shares that sum to the loss of the whole batch.
 
-    A micro-batch has `micro_batch_size` elements, which must divide the batch size. It is computed when it is asked
+    A micro-batch has `micro_batch_size` elements, the last one what is left. It is computed when it is asked
     for, so that only one graph is in memory at a time. The masks are the whole batch's, so that every word has the same
     loss as in it, except with the batch normalisation of a relaxed cell, which is over the micro-batch.
     """
@@ -88,8 +88,9 @@ class MicroBatches:
 
     def part(self, start: int) -> Losses:
         """Returns the share of the micro-batch that begins with batch element `start`."""
-        batch_losses = losses(self.model, self.batch.batch_slice(start, start + self.size), **self.coefficients)
-        share = self.size / self.batch.x.size(1)
+        micro_batch = self.batch.batch_slice(start, start + self.size)
+        batch_losses = losses(self.model, micro_batch, **self.coefficients)
+        share = micro_batch.x.size(1) / self.batch.x.size(1)
         return Losses(share * batch_losses.total, share * batch_losses.nll, batch_losses.hidden)
 
 

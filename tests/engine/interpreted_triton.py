@@ -197,7 +197,7 @@ def with_batch(model: RNNModel, precision: str) -> tuple[RNNModel, Batch]:
 
 def take_the_paths_of_cuda() -> None:
     """Makes the engine call the kernels as it does on CUDA, where it decides by the device of its tensors."""
-    linear_cross_entropy.worth_skipping = lambda mask, compute_dtype: None
+    linear_cross_entropy.mask_if_sparse = lambda mask, compute_dtype: None
     fused.sum_after_loop = lambda h: True
     fused.ROUND_FROM = 0
     fused.padding = linear_cross_entropy.padding = lambda rows, compute_dtype: -rows.size(-1) % matmul.ALIGNMENT

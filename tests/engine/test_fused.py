@@ -284,7 +284,7 @@ def test_bf16_loss_is_within_rounding_error(monkeypatch, amx, copied, chunk):
     hiddens, mask, embedding, bias = (a.float() for a in floats)
     arguments = 0.3 * hiddens, mask, 0.3 * embedding, bias, y
     with chunked_by(chunk, more=3):
-        skipped = linear_cross_entropy.worth_skipping(mask, torch.bfloat16)
+        skipped = linear_cross_entropy.mask_if_sparse(mask, torch.bfloat16)
         assert (skipped is None) == amx
         outputs, weight = linear_cross_entropy.logit_factors(hiddens, embedding, skipped, torch.bfloat16)
         assert weight.is_contiguous() == copied

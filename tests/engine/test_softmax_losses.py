@@ -144,7 +144,7 @@ def test_chunked_two_pass_gradient_matches_autograd(build):
     torch.testing.assert_close(list(actual), list(torch.autograd.grad(total, weights)), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("small", [1, 2, 3])
+@pytest.mark.parametrize("small", [1, 2, 3, 4])
 @pytest.mark.parametrize("build", [partial(tiny.discrete_model, DARTS_V1), mixture_model])
 def test_micro_batches_match_whole_batch_with_two_passes(build, small):
     model = build()
@@ -155,6 +155,14 @@ def test_micro_batches_match_whole_batch_with_two_passes(build, small):
         nll, hidden, _ = clipped_gradient(parts, model.weights(), WeightUpdate())
         results.append([nll, hidden, *(w.grad for w in model.weights())])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivative_of_a_mixture_raises():
+    model = mixture_model()
+    weights = model.weights()
+    total = losses(model, two_pass_batch(model)).total
+    with pytest.raises(RuntimeError, match="mixtures of softmaxes and R-Drop have no second derivative"):
+        torch.autograd.grad(total, weights, create_graph=True)
 
 
 def test_two_pass_penalties_vanish_for_equal_masks():

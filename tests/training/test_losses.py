@@ -100,7 +100,7 @@ def test_mask_elements_are_zero_or_inverse_keep_probability(p, seed):
     assert abs(nonzero.double().mean().item() - (1 - p)) < 6 * deviation
 
 
-@pytest.mark.parametrize("small", [1, 2, 3, 6])
+@pytest.mark.parametrize("small", [1, 2, 3, 4])
 @pytest.mark.parametrize("engine", ["eager", "fused"])
 @pytest.mark.parametrize("cell", ["discrete", "layer", "none"])
 def test_micro_batches_match_whole_batch_for_independent_elements(cell, engine, small):

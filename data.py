@@ -274,7 +274,7 @@ def _read_file(path: Path, source: Source | None) -> tuple[str, str]:
             download(source, path)
         raw = _bytes(path)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: missing; needed: train.txt, valid.txt and, without --test skip, test.txt") from error
+        raise DataError(f"{path}: missing; --data needs train.txt, valid.txt and, unless skipped, test.txt") from error
     except OSError as error:  # for instance a folder of that name, or no permission
         raise DataError(f"{path}: cannot be read ({error.strerror}); put a text file there") from error
     digest = hashlib.sha256(raw).hexdigest()

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def read(args: Namespace, trained: TrainedModel, split: str) -> tuple[str, Tensor, Tensor | None]:
     """Returns the name of a split, its word ids (tokens,), and marks (tokens,) of the words outside the vocabulary,
     None if there are none. Raises `DataError`."""
-    name = args.data or trained.data
+    name = trained.data if args.data is None else args.data
     ids, unknown, sha256 = read_split(name, split, trained.words)
     before = trained.sha256.get(split)  # None: the run had no such text
     if args.data is None and before is not None and sha256 != before:

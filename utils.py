@@ -5,6 +5,7 @@ Shapes: T time steps, B batch, n time steps of a whole text.
 
 import ctypes
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterable, Iterator
@@ -81,6 +82,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # a failing disk may refuse this too
             temporary.unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Returns whether a file of this name is one that `atomic_write` or a checkpoint left unfinished."""
+    return re.fullmatch(r"\..+\.([0-9a-f]{16}|\d+)\.tmp", name) is not None
 
 
 def flush_folder(folder: Path) -> None:

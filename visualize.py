@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from experiment import escape_unencodable_output  # importing it refuses a system that is not supported
+from experiment import discard_unwritable_output, set_up_terminal  # refuses a system that is not supported
 from genotypes import GenotypeError, resolve
 
 try:
@@ -32,6 +32,9 @@ try:
     from plots.train_curves import train_figure
 except ImportError as missing:
     print(f"visualize.py: needs {missing.name}; pip install -r requirements-plots.txt", file=sys.stderr)
+    sys.exit(2)
+except OSError as error:  # Matplotlib found no folder that it can write to.
+    print(f"visualize.py: {error}".replace("\n", " "), file=sys.stderr)
     sys.exit(2)
 
 REFRESH_SECONDS = 5  # The page of a live run is rewritten after this many seconds or more.
@@ -121,7 +124,7 @@ def report(args: argparse.Namespace) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    escape_unencodable_output()
+    set_up_terminal()
     parser, commands = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] not in commands and not argv[0].startswith("-"):
@@ -142,7 +145,14 @@ def main(argv: list[str] | None = None) -> int:
         command.error(f"cannot write {args.out or error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         return 130
-    print(f"wrote {out}")
+    try:
+        print(f"wrote {out}", flush=True)
+    except BrokenPipeError:
+        discard_unwritable_output()
+        return 141  # that of a process that SIGPIPE ends
+    except OSError as error:
+        discard_unwritable_output()
+        command.error(f"cannot write to the terminal: {error.strerror}")
     return 0
 
 

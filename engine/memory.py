@@ -2,11 +2,11 @@
 
 import torch
 
-# torch's own words on a CPU, then those of a GPU; the last three are those of cuBLAS and cuDNN when they load something
-# on a GPU that other processes have filled.
+# torch's own words on a CPU, for a size that no memory has, and on a GPU; the last three are those of cuBLAS and cuDNN
+# when they load something on a GPU that other processes have filled.
 TEXTS = (
-    "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "can't allocate memory", "Storage size calculation overflowed", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED",
 )  # fmt: skip
 
 

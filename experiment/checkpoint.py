@@ -122,9 +122,10 @@ def load_last(folder: str | Path) -> tuple[dict[str, Any] | None, str | None]:
     try:
         return load(last), None
     except CheckpointError as error:
-        if not previous.exists():
-            raise
-        return load(previous), f"{error}; resuming from {previous.name}, the checkpoint before it"
+        try:
+            return load(previous), f"{error}; resuming from {previous.name}, the checkpoint before it"
+        except CheckpointError as before:
+            raise CheckpointError(f"{error}, and {previous.name} is no better; start a new run") from before
 
 
 # --- bytes ---

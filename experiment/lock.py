@@ -57,7 +57,24 @@ def read_owner(file: TextIO) -> str:
     """Returns the process and host that an open lock file names, for a message."""
     file.seek(0)
     try:
-        holder = json.loads(file.read(1000))
-        return f"process {int(holder['pid'])} on {str(holder['host'])[:100]}"
-    except (ValueError, LookupError, TypeError):
+        return owner_in(file.read(1000))
+    except ValueError:
         return "another process"
+
+
+def owner_in(text: str) -> str:
+    """Returns the process and host that the content of a lock file names. Raises ValueError if it names none."""
+    try:
+        holder = json.loads(text)
+        return f"process {int(holder['pid'])} on {str(holder['host'])[:100]}"
+    except (LookupError, TypeError, RecursionError) as error:
+        raise ValueError("names no process") from error
+
+
+def is_lock(path: Path) -> bool:
+    """Returns whether a file named `NAME` is a lock file, rather than a file of the user's with that name."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else "a folder"
+        return not text or bool(owner_in(text))
+    except (OSError, ValueError):
+        return False

@@ -41,7 +41,7 @@ def is_number(value: Any) -> bool:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Returns the object in a JSON file that is written atomically; None if the file is missing or holds no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe has no end
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
@@ -57,7 +57,7 @@ def records(folder: Path) -> Iterator[dict[str, Any]]:
 def lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the JSON objects of a file with one on each line; every other line, and a missing file, is skipped."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     except OSError:
         return
     for line in text.split("\n"):

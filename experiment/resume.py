@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import data
-from experiment import arguments, checkpoint, published_model
+from experiment import arguments, checkpoint, metrics, published_model
 from engine.memory import out_of_memory
 from experiment.run_directory import Run
 from genotypes import GenotypeError, resolve_cell
@@ -131,8 +131,8 @@ def read_config(parser: arguments.Parser, save: str | None, flag: str) -> dict[s
     path = Path(save) / "config.json"
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "resume")}
     try:
-        if path.stat().st_size > MAX_CONFIG:
-            raise ValueError("too long")
+        if path.stat().st_size > MAX_CONFIG or not path.is_file():
+            raise ValueError("too long, or no file")
         config = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
         script, flags = config["script"], with_younger(dict(config["flags"]), actions)
         config["flags"] = flags
@@ -183,7 +183,8 @@ def fits(action: Any, value: Any) -> bool:
     if isinstance(action.default, bool):
         return isinstance(value, bool)
     kinds = {int: (int,), float: (int, float)}.get(action.type, (str,))
-    return isinstance(value, kinds) and not isinstance(value, bool) and value in (action.choices or [value])
+    fits_type = isinstance(value, kinds) and (kinds == (str,) or metrics.is_number(value))
+    return fits_type and value in (action.choices or [value])
 
 
 def changed_flags(args: Namespace, before: dict[str, Any]) -> list[str]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiment import lock
-from utils import atomic_write, with_filename
+from experiment import lock, metrics
+from utils import atomic_write, is_temporary, with_filename
 
 
 def new_folder(kind: str) -> Path:
@@ -87,7 +87,8 @@ class Run:
         if not finished:
             (self.folder / "result.json").unlink(missing_ok=True)
         for path in self.folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+            if is_temporary(path.name):
+                path.unlink(missing_ok=True)
 
     def log(self, text: str) -> None:
         """Prints a line (above a progress bar, if there is one) and appends it to log.txt with the time."""
@@ -112,9 +113,10 @@ class Run:
         if self.tensorboard is not None:
             self.tensorboard.restart()
         try:
-            return float(json.loads(last)["seconds"])
-        except (ValueError, LookupError, TypeError):
+            seconds = json.loads(last)["seconds"]
+        except (ValueError, LookupError, TypeError, RecursionError):
             return 0.0
+        return max(0.0, float(seconds)) if metrics.is_number(seconds) else 0.0
 
     def write(self, name: str, value: Any) -> None:
         """Writes a value as a JSON file atomically. Raises ValueError for NaN and infinity."""

@@ -1,12 +1,11 @@
 """Handles how a script ends: on a signal, out of memory, on a fault of its environment, or when it is done."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiment import checkpoint, escape_unencodable_output
+from experiment import checkpoint, discard_unwritable_output, set_up_terminal
 from engine.memory import out_of_memory
 from experiment.distributed import exit_process
 from utils import RunError
@@ -33,15 +32,6 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def discard_unwritable_output() -> None:
-    """Flushes stdout. If that fails, redirects it to the null device, since Python would flush it again at exit and
-    report the failure."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def run_script(main: Callable[[], int], advice: str = "a smaller --emsize, --n_experts or --small_batch_size") -> int:
     """Runs a script and returns its exit code; faults of its environment print one line instead of a traceback.
 
@@ -49,9 +39,9 @@ def run_script(main: Callable[[], int], advice: str = "a smaller --emsize, --n_e
     `RunError`, a `CheckpointError`, an OSError or a lack of memory, against which the line gives
     this advice. Other errors propagate. One of several ranks exits here and does not return.
     """
+    set_up_terminal()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
-    escape_unencodable_output()
     code = 1
     try:
         done = main()

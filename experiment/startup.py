@@ -245,11 +245,12 @@ def length_faults(args: Namespace, texts: Texts) -> list[str]:
     """Returns a fault for each text with fewer than two tokens per batch element, one to read and one to predict."""
     sizes = {"train": "batch_size", "the alphas": "arch_batch_size"}  # the texts whose batch size a flag says
     limited = {"train", "the alphas"} if getattr(args, "search_split", "train") == "train" else {"train"}
+    cut, whole = (f"--limit_tokens {args.limit_tokens}", "larger one"), (f"--data {args.data}", "longer text")
     return [
-        (f"--limit_tokens {args.limit_tokens}" if args.limit_tokens and name in limited else f"--data {args.data}")
-        + f": {len(ids):,} tokens for {name} are too few for a batch size of {batch_size} (at least"
-        f" {2 * batch_size:,}); use a longer text" + (f" or a smaller --{sizes[name]}" if name in sizes else "")
+        f"{flag}: {len(ids):,} tokens for {name} are too few for a batch size of {batch_size} (at least"
+        f" {2 * batch_size:,}); use a {remedy}" + (f" or a smaller --{sizes[name]}" if name in sizes else "")
         for name, (ids, batch_size) in texts.items()
+        for flag, remedy in [cut if args.limit_tokens and name in limited else whole]
         if len(ids) < 2 * batch_size
     ]
 

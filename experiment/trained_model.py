@@ -68,7 +68,8 @@ def load_trained(path: str, cell: Genotype | str | None = None, data: str | None
     Raises `CheckpointError` if the file holds no such model, or one with another cell than `cell`, and `DataError` with
     every fault of the corpus.
     """
-    saved = published_checkpoint(path, cell, data or "penn") if published_model.is_pickled(path) else load(path)
+    corpus = "penn" if data is None else data
+    saved = published_checkpoint(path, cell, corpus) if published_model.is_pickled(path) else load(path)
     try:
         if cell and cell != (its := cell_from_json(saved["genotype"])):
             raise CheckpointError(f"--arch: {path} has another cell, {its}; leave the flag out")

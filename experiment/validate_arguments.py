@@ -1,6 +1,5 @@
 """Checks the flags of a script and reports every fault at once, each in one line that names the flag and a remedy."""
 
-import json
 import math
 import os
 from argparse import Namespace
@@ -11,12 +10,15 @@ from typing import Any
 
 import torch
 
-from experiment import checkpoint, lock
+from experiment import checkpoint, lock, metrics
 from training.optimizers import LIKE_SGD
+from utils import is_temporary
 
 MAX_INTEGER = 2**31  # An integer flag must be below this.
-MAX_FLOAT = 1e38  # A float flag must be at most this, so that float32 can hold it.
+MAX_FLOAT = 1e20  # A float flag must be at most this, so that float32 can hold what a step multiplies it by, too.
 HOLDS_FILES = "--save {}: holds files already; add --resume to continue a run, or take another"
+# These files of a run or a study are changed in place, the others replaced.
+APPENDED = (lock.NAME, "log.txt", "metrics.jsonl", "events.jsonl", "trials.jsonl")
 # Maps the words of a range to whether a number is in it, and to the flags that must be.
 RANGES = {
     "at least 1": (lambda x: x >= 1, "epochs batch_size small_batch_size arch_batch_size bptt emsize nhid nhidlast"
@@ -232,35 +234,40 @@ def precision_faults(args: Namespace) -> list[str]:
 def must_not_be_overwritten(folder: Path) -> bool:
     """Returns whether a folder holds work that a new run must not overwrite: anything but the files that a run of this
     project has written when it ends before its first step."""
-    left = {path.name for path in folder.iterdir() if path.name != lock.NAME and not path.name.endswith(".tmp")}
+    left = {path.name for path in folder.iterdir() if not is_temporary(path.name)}
+    if lock.NAME in left and lock.is_lock(folder / lock.NAME):
+        left.remove(lock.NAME)
     if left <= {"log.txt", "tensorboard"}:  # to which a new run appends
         return False
     if not left <= {"config.json", "log.txt", "tensorboard", *checkpoint.NAMES}:
         return True
+    ours = (metrics.read_json(folder / "config.json") or {}).get("script") in ("train_search.py", "train.py")
     try:
-        with open(folder / "config.json", encoding="utf-8") as file:
-            ours = json.load(file)["script"] in ("train_search.py", "train.py")
         return not ours or any(checkpoint.load(folder / name)["progress"]["step"] for name in left & checkpoint.NAMES)
     except (OSError, checkpoint.CheckpointError, *checkpoint.UNREADABLE, RecursionError):
         return True
 
 
 def folder_faults(flag: str, folder: Path) -> list[str]:
-    """Returns a fault of the flag if its folder is a file, or can be neither created nor written to. Raises OSError if
-    that cannot be said."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    """Returns a fault of the flag if its folder is a file or a link to nothing, can be neither created nor written to,
+    or has a link or a pipe in the place of a file that is written there. Raises OSError if that cannot be said."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        return [f"{flag} {folder}: {existing} is a file; name a directory"]
+        what = "a file; name a directory" if existing.exists() else "a link to nothing; make its target or take another"
+        return [f"{flag} {folder}: {existing} is {what}"]
     if not os.access(existing, os.W_OK | os.X_OK):
         return [f"{flag} {folder}: {existing} cannot be written to; take another"]
-    return []
+    return [
+        f"{flag} {folder}: {name} is a link, or no file, and writing to it could change something else; remove it"
+        for name in APPENDED if (path := folder / name).is_symlink() or (path.exists() and not path.is_file())
+    ]  # fmt: skip
 
 
 def run_faults(args: Namespace) -> list[str]:
     """Returns a fault for --save and --tensorboard each, if the directory or a package cannot be used."""
     folder, faults = Path(args.save), []
     try:
-        faults = folder_faults("--save", folder)
+        faults = folder_faults("--save", folder) if args.save else ["--save: empty; name a directory"]
         if not faults and not args.resume:
             if process := lock.owner(folder):
                 faults.append(f"--save {folder}: in use by {process}; take another")

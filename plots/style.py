@@ -31,6 +31,11 @@ class PictureError(ValueError):
     """Raised when a picture cannot be made; the message is one line for the user."""
 
 
+def literal(text: str) -> str:
+    """Returns a text from a file or a user such that matplotlib shows its dollar signs and sets no mathematics."""
+    return text.replace("$", r"\$")
+
+
 def plain_style() -> AbstractContextManager[None]:
     """Returns a context that applies matplotlib's default style with this module's settings. The user's own
     matplotlibrc is ignored, because it may ask for other fonts or for TeX."""

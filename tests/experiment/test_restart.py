@@ -70,7 +70,8 @@ def test_fine_tuning_that_ended_before_its_first_step_starts_again(owner, name, 
     assert train.main(again) == 0
 
 
-@pytest.mark.parametrize("left", [("config.json", "log.txt"), ("log.txt",), ("lock", ".last.pt.1.tmp"), ()])
+@pytest.mark.parametrize("left", [("config.json", "log.txt"), ("log.txt",), ("lock", ".last.pt.1.tmp"),
+                                  (".config.json.0123456789abcdef.tmp",), ()])  # fmt: skip
 def test_files_of_a_run_without_a_checkpoint_may_be_overwritten(left, whole, tmp_path):
     for name in left:
         source = whole / name
@@ -95,13 +96,22 @@ def test_checkpoint_after_a_step_must_not_be_overwritten(corpus, tmp_path, monke
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("notes.txt", b"mine"), ("config.json", b'{"script": "other.py"}'), ("config.json", b"{"), ("config.json", b"[]"),
+    ("notes.txt", b"mine"), (".notes.tmp", b"mine"), ("lock", b"mine"), ("lock", b"[1]"),
+    ("config.json", b'{"script": "other.py"}'), ("config.json", b"{"), ("config.json", b"[]"),
     ("last.pt", b"damaged"), ("best.pt", None), ("metrics.jsonl", None), ("genotype.json", b"{}"),
 ])  # fmt: skip
 def test_any_other_file_must_not_be_overwritten(name, content, whole, tmp_path):
     shutil.copy(whole / "config.json", tmp_path)
     (tmp_path / name).write_bytes((whole / name).read_bytes() if content is None else content)
     assert must_not_be_overwritten(tmp_path)
+
+
+def test_resumed_run_removes_its_temporary_files_and_no_others(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    for name in (".last.pt.77.tmp", ".notes.tmp"):
+        (tmp_path / "run" / name).write_text("half")
+    assert train.main(["--resume", "--save", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    assert sorted(path.name for path in (tmp_path / "run").glob(".*")) == [".notes.tmp"]
 
 
 def test_best_weights_alone_must_not_be_overwritten(whole, tmp_path):

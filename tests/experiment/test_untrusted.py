@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 import evaluate
 import train
 import train_search
-from experiment import checkpoint
+from experiment import checkpoint, metrics
 from engine.memory import out_of_memory
 from experiment.startup import memory_explained
+from experiment.validate_arguments import APPENDED
 from utils import RunError
 
 SIZES = "--emsize 6 --batch_size 2 --bptt 4 --lr 1 --epochs 1 --device cpu --engine eager --log_interval 9".split()
@@ -230,6 +231,60 @@ def test_corpus_with_escaping_endless_or_special_file_is_refused(home, tmp_path)
     assert call(train, *flags)[0] == 0
 
 
+@pytest.mark.parametrize("name", APPENDED)
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_run_with_a_link_or_pipe_for_a_file_that_it_changes_is_refused(kind, name, home, tmp_path):
+    """A run directory from elsewhere must not lead to a file of the user's, nor hang."""
+    shutil.copytree(home, tmp_path / "home")
+    (outside := tmp_path / "outside").write_text("mine\n" * 20)
+    path = tmp_path / "home" / kind / name
+    for make in (lambda path: path.symlink_to(outside), os.mkfifo):
+        path.unlink(missing_ok=True)
+        make(path)
+        code, _, err = call(SCRIPTS[kind], "--resume", "--epochs", 2, "--save", path.parent)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{name} is a link, or no file" in err
+        assert outside.read_text() == "mine\n" * 20
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_pipes_in_the_place_of_files_that_are_read_do_not_hang(name, home, tmp_path):
+    shutil.copytree(home, tmp_path / "home")
+    run = tmp_path / "home" / "train"
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    assert call(train, "--resume", "--save", run)[0] == 2
+    assert list(metrics.records(run)) == [] or name == "config.json"
+    assert metrics.read_json(run / name) is None
+
+
+@pytest.mark.parametrize("folder", ["runs", "runs/one", "loop"])
+def test_link_to_nothing_in_the_place_of_a_run_is_refused(folder, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("/nowhere/at/all", "runs")
+    os.symlink("loop", "loop")
+    code, _, err = call(train, "--data", home / "corpus", "--save", folder, *SIZES)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is a link to nothing" in err
+
+
+def test_odd_times_in_metrics_do_not_end_a_run_that_resumes(home, tmp_path):
+    for i, line in enumerate(('{"seconds": 1e400}', '{"seconds": -1e300}', '{"seconds": [1]}', "[" * 100_000)):
+        run = shutil.copytree(home / "train", tmp_path / str(i))
+        (run / "metrics.jsonl").write_text(f"{line}\n" * 50)
+        code, _, err = call(train, "--resume", "--epochs", 2, "--save", run)
+        assert code == 0, err
+
+
+def test_both_checkpoints_damaged_name_both_and_a_remedy(home, tmp_path):
+    run = shutil.copytree(home / "train", tmp_path / "run")
+    for name in ("last.pt", "previous.pt"):
+        (run / name).write_bytes(b"damaged")
+    code, _, err = call(train, "--resume", "--epochs", 2, "--save", run)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "damaged one, and previous.pt is no better; start a new run" in err
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -252,6 +307,17 @@ def test_invalid_config_exits_2_and_changes_no_file(kind, change, home, tmp_path
     assert code == 2
     assert err.count("\n") == 1
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "1e400", "NaN"])
+def test_number_of_config_that_no_float_can_hold_exits_2(value, home, tmp_path):
+    run = shutil.copytree(home / "train", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    text = json.dumps({**config, "flags": config["flags"] | {"lr": "LR"}})
+    (run / "config.json").write_text(text.replace('"LR"', value))
+    code, _, err = call(train, "--resume", "--epochs", 2, "--save", run)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "config.json is damaged" in err
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
@@ -303,10 +369,21 @@ def test_checkpoint_of_another_run_names_the_flags_that_differ(kind, home, tmp_p
     assert "--dropout 0.75: " in err
 
 
-def test_impossible_model_size_raises_an_out_of_memory_error(home, tmp_path):
+@pytest.mark.parametrize("emsize", [10**7, 2**31 - 1])
+def test_impossible_model_size_raises_an_out_of_memory_error(emsize, home, tmp_path):
+    flags = ("--data", home / "corpus", "--save", tmp_path / "run", *SIZES, "--emsize", emsize)
     with pytest.raises(RuntimeError) as caught:
-        train.main([str(f) for f in ("--data", home / "corpus", "--save", tmp_path / "run", *SIZES, "--emsize", 10**7)])
+        train.main([str(flag) for flag in flags])
     assert out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "flags"), [
+    ("train", "--optimizer adam --lr 1e20"), ("train", "--lr 1e20 --bptt 1 --bptt_std 3"),
+    ("search", "--arch_lr 1e20 --arch_start 0"),
+])  # fmt: skip
+def test_largest_rates_end_without_an_error_of_torch(kind, flags, home, tmp_path):
+    code, out, err = call(SCRIPTS[kind], "--data", home / "corpus", "--save", tmp_path / "run", *SIZES, *flags.split())
+    assert code in (0, 1), out + err
 
 
 # --- lack of memory and errors of the program ---
@@ -384,6 +461,39 @@ def test_output_that_nothing_reads_ends_with_141_and_no_line():
     done = run_script("sys.exit(run_script(lambda: print('a') or 0))", write)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_closed_output_does_not_fail_a_script():
+    program = "sys.stdout = sys.stderr = None\nsys.exit(run_script(lambda: print('a') or 0))"
+    assert run_script(program, None).returncode == 0
+
+
+@pytest.mark.parametrize("script", ["train.py", "visualize.py"])
+def test_ctrl_c_while_a_script_is_imported_is_one_line(script):
+    """The module that is imported first after `experiment` raises the signal."""
+    program = (
+        "import os, runpy, signal, sys\n"
+        "class Finder:\n"
+        " def find_spec(self, name, *_):\n"
+        "  if name in ('data', 'genotypes'): os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"sys.argv = [{script!r}]\n"
+        f"runpy.run_path({script!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_picture_whose_path_nothing_reads_is_made_quietly(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "visualize.py", "cell", "DARTS", "--out", tmp_path / "cell.dot"],
+        cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (tmp_path / "cell.dot").exists()
 
 
 def test_refused_flags_end_a_script_with_their_exit_code():

@@ -78,10 +78,20 @@ def test_methods_of_a_selection_have_looks_of_their_own_whichever_ended_first(or
     assert len(set(looks.values())) == 9
 
 
-@pytest.mark.parametrize("text", [None, "{}", '{"cells": [], "features": []}', '{"cells": 3, "features": [{}]}'])
-def test_study_without_correlations_exits_2(text, tmp_path, capsys):
-    if text is not None:
-        (tmp_path / "leaderboard.json").write_text(text)
+CELL = {"cell": "a-1", "early": 1.0, "select": 2.0, "genotype": str(random_genotype(1))}
+WIDTH = {"cells": "all", "feature": "width", "epochs": 3, "rho": [0.5, 0.1, 0.9]}
+
+
+@pytest.mark.parametrize("board", [
+    None, {}, {"cells": [], "features": []}, {"cells": 3, "features": [{}]}, {"cells": [], "features": [WIDTH]},
+    {"cells": [CELL | {"early": None}], "features": [WIDTH]}, {"cells": [CELL | {"select": {}}], "features": [WIDTH]},
+    {"cells": [CELL], "features": [WIDTH | {"epochs": []}]}, {"cells": [CELL], "features": [WIDTH | {"rho": [[]]}]},
+    {"cells": [CELL], "features": [WIDTH | {"rho": []}]}, {"cells": [CELL | {"genotype": 5}], "features": [WIDTH]},
+    {"cells": [CELL], "features": [WIDTH | {"epochs": epochs} for epochs in range(1, 5)]},
+])  # fmt: skip
+def test_study_without_correlations_exits_2(board, tmp_path, capsys):
+    if board is not None:
+        (tmp_path / "leaderboard.json").write_text(json.dumps(board))
     with pytest.raises(SystemExit) as end:
         main(["cells", str(tmp_path), "--out", str(tmp_path / "x.svg")])
     assert end.value.code == 2
@@ -103,6 +113,15 @@ def test_ranks_of_the_proxies_cells_are_drawn(tmp_path):
     assert drawn == {"ranks-a": [1, 3, 3], "ranks-b": [3, 2, 1], f"ranks-{given}": [2, 1, 2]}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1 epoch", "--epochs 2", "9 epochs"]
     assert [text.get_text() for text in axes.texts] == ["a: 9.00", "b: 7.00", "2 tanh on s_0, 1 relu on s_1: 8.00"]
+
+
+def test_dollar_signs_of_names_are_drawn_as_they_are(tmp_path):
+    rows = [
+        {"cell": cell, "genotype": None, "ppl": {r"$\frac$ a": 2.0, "9": 1.0 + i}}
+        for i, cell in enumerate(("$\\x$", "b"))
+    ]
+    (tmp_path / "leaderboard.json").write_text(json.dumps({"proxy_cells": rows}))
+    assert main(["proxies", str(tmp_path), "--out", str(tmp_path / "x.svg")]) == 0
 
 
 @pytest.mark.parametrize("rows", [None, [], [{"cell": "a", "ppl": {"1": 2.0, "9": 1.0}}], [{"cell": "a"}], 3])

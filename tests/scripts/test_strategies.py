@@ -418,7 +418,7 @@ def test_retraining_of_a_text_without_a_test_split_is_advised_to_skip_it(corpus,
     assert train.main([*shlex.split(advice), *SIZES, "--epochs", "1", "--save", str(tmp_path / "trained")]) == 0
     with pytest.raises(SystemExit):
         run("train", tmp_path / "text", tmp_path / "other", "--epochs 1")
-    assert "missing; needed: train.txt, valid.txt and, without --test skip, test.txt" in capsys.readouterr().err
+    assert "missing; --data needs train.txt, valid.txt and, unless skipped, test.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

@@ -66,6 +66,6 @@ def test_recipe_scripts_have_the_published_settings(name, script, expected, tmp_
     python.chmod(0o755)
     done = subprocess.run(["bash", SCRIPTS / name, "--seed", "4"], env={**os.environ, "PYTHON": str(python)},
                           capture_output=True, text=True, check=True)  # fmt: skip
-    door, *flags = done.stdout.split()
-    assert door == f"{script.__name__}.py" and len(flags) > 20
+    name, *flags = done.stdout.split()
+    assert name == f"{script.__name__}.py" and len(flags) > 20
     assert differences(flags_of(script, flags), {**expected, "seed": 4}) == {}

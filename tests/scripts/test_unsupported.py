@@ -1,4 +1,4 @@
-"""Each door ends with one line on a system that is not supported, and prints any path on any terminal."""
+"""Each script ends with one line on a system that is not supported, and prints any path on any terminal."""
 
 import ast
 import os
@@ -10,7 +10,7 @@ from helpers import ROOT, SIZES, write_corpus
 
 from experiment import unsupported
 
-DOORS = ("train_search.py", "train.py", "evaluate.py", "generate.py", "visualize.py", "trials.py")
+SCRIPTS = ("train_search.py", "train.py", "evaluate.py", "generate.py", "visualize.py", "trials.py")
 
 
 def test_old_python_and_windows_are_unsupported():
@@ -22,17 +22,17 @@ def test_old_python_and_windows_are_unsupported():
 def test_scripts_refuse_an_old_python_before_they_import_anything_else_of_the_repository():
     code = (
         "import runpy, sys; import torch; sys.version_info = (3, 9, 2, 'final', 0); own = set(sys.modules)\n"
-        f"for door in {DOORS}:\n"
-        " try: runpy.run_path(door, run_name='__main__')\n"
-        " except SystemExit as end: print(door, end.code)\n"
+        f"for script in {SCRIPTS}:\n"
+        " try: runpy.run_path(script, run_name='__main__')\n"
+        " except SystemExit as end: print(script, end.code)\n"
         "print(sorted(name for name in set(sys.modules) - own if name in ('genotypes', 'data', 'utils')))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stderr == "error: Python 3.11 or newer is needed, and this is 3.9\n" * len(DOORS)
-    assert run.stdout == "".join(f"{door} 2\n" for door in DOORS) + "[]\n"
+    assert run.stderr == "error: Python 3.11 or newer is needed, and this is 3.9\n" * len(SCRIPTS)
+    assert run.stdout == "".join(f"{script} 2\n" for script in SCRIPTS) + "[]\n"
 
 
-@pytest.mark.parametrize("path", [*DOORS, "experiment/__init__.py"])
+@pytest.mark.parametrize("path", [*SCRIPTS, "experiment/__init__.py"])
 def test_what_refuses_an_old_python_can_be_parsed_by_it(path):
     ast.parse((ROOT / path).read_text(), feature_version=(3, 8))
 

@@ -1,6 +1,7 @@
 """Tests of the shell scripts: shellcheck has no complaint, slurm.sh starts the right commands, study_ptb.sh the stages
 of its protocol, and a Python that is too old makes no `.venv`."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 from helpers import ROOT, copy_scripts
 
 from benchmarks.step import STEPS
+from study.arguments import STAGE_FLAGS, build_parser
+from study.validate_arguments import continues
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("benchmarks/*.sh"), ROOT / ".ci" / "run"])
 
@@ -41,17 +44,36 @@ def test_python_that_is_too_old_makes_no_environment(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("confirm", "stages"),
-    [("", ["proxy", "search", "select", "report"]), ("1", ["search", "select", "baseline", "retrain", "report"])],
+    ("part", "stages"),
+    [
+        ([], "proxy report search select baseline retrain report search select report"),
+        (["proxies"], "proxy report"),
+        (["two"], "search select baseline retrain report"),
+        (["eight"], "search select report"),
+    ],
 )
-def test_study_of_penn_runs_the_stages_of_its_protocol(confirm, stages, tmp_path):
+def test_study_of_penn_runs_the_stages_of_its_protocol(part, stages, tmp_path):
     """A copy of the script, whose .venv has a program in the place of Python that prints the stage."""
     copy_scripts(tmp_path, '[ "$1" = -m ] || echo "$2"', "requirements-cluster.txt")
-    done = subprocess.run(
-        ["bash", tmp_path / "scripts" / "study_ptb.sh"], env={**os.environ, "CONFIRM": confirm}, capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.split() == stages
+    script = ["bash", tmp_path / "scripts" / "study_ptb.sh"]
+    done = subprocess.run([*script, *part], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == stages.split()
+    wrong = subprocess.run([*script, "three"], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stderr) == (2, "three: no part of the study; take proxies, two or eight\n")
+
+
+@pytest.mark.parametrize(("part", "folder"), [("proxies", "penn-64"), ("two", "penn-64-confirmation")])
+def test_study_of_penn_would_begin_with_the_flags_that_its_committed_parts_have(part, folder, tmp_path):
+    """Flags that the stages of the part do not use are left out."""
+    copy_scripts(tmp_path, '[ "$1" = -m ] || { shift; printf "%s\\0" "$@"; }', "requirements-cluster.txt")
+    script = ["bash", tmp_path / "scripts" / "study_ptb.sh", part]
+    stages = {"proxies": ["proxy"], "two": ["search", "select", "baseline", "retrain"]}[part]
+    for stage in stages:
+        done = subprocess.run([*script, stage], capture_output=True, text=True, check=True)
+        args = build_parser().parse_args(done.stdout.split("\0")[:-1])
+        committed = json.loads((ROOT / "docs" / "study" / folder / "study.json").read_text())["flags"]
+        for name in STAGE_FLAGS[stage].split():
+            assert continues(name, committed[name], getattr(args, name)), name
 
 
 def test_stages_on_a_gpu_go_on_after_one_that_fails_and_never_mix_with_older_results(tmp_path):

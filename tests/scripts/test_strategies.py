@@ -680,7 +680,7 @@ REFUSED = [
     ("train", "--overfit --rdrop 3", "--rdrop 3.0: has no effect with --overfit"),
     ("train", "--overfit --schedule cosine", "--schedule cosine: has no effect with --overfit"),
     ("search", "--overfit --warmup 3", "--warmup 3: has no effect with --overfit"),
-    ("train", "--clip_value 1e300", "--clip_value 1e+300: must be at most 1e+38"),
+    ("train", "--clip_value 1e300", "--clip_value 1e+300: must be at most 1e+20"),
     ("train", "--finetune NOWHERE", "--finetune: there is no run in NOWHERE"),
     ("train", "--finetune FIRST --data builtin", "not the text that the run in"),
     ("train", "--schedule step --gamma 1", "--gamma 1.0: must be above 0 and below 1"),
@@ -700,8 +700,8 @@ REFUSED = [
     (
         "search",
         "--search_split train --limit_tokens 60 --arch_batch_size 4",
-        "--limit_tokens 60: 6 tokens for the alphas are too few for a batch size of 4 (at least 8); use a longer"
-        " text or a smaller --arch_batch_size",
+        "--limit_tokens 60: 6 tokens for the alphas are too few for a batch size of 4 (at least 8); use a larger"
+        " one or a smaller --arch_batch_size",
     ),
     ("search", "--arch_batch_size 6", "--arch_batch_size 6: must be a multiple of --small_batch_size 4"),
     ("search", "--arch_batch_size 0", "--arch_batch_size 0: must be at least 1"),

@@ -17,9 +17,9 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 class Engine(NamedTuple):
     """An implementation of the recurrence and the loss, one of `ENGINES`, with its precision, one of `PRECISIONS`.
 
-    `eager` is the definition, whose recurrence and `nll` autograd differentiates to any order; `fused` is fast, and the
-    one of which bf16 makes a difference: products and what is saved for backward are rounded (but see
-    `fused.ROUND_FROM`), whereas sums, normalisation and softmax are not. tf32 is a setting of CUDA's products (see
+    `eager` is the definition, whose recurrence and `nll` autograd differentiates to any order; `fused` is fast. With
+    bf16, products of `fused` and what it saves for backward are rounded (but see `fused.ROUND_FROM`), whereas sums,
+    normalisation and softmax are not; `eager` disregards it. tf32 is a setting of CUDA's products (see
     `matmul_precision`).
     """
 

@@ -2,10 +2,10 @@
 
 `relaxed` and `discrete` take the arguments of their definitions there, and `compute_dtype`. Back-propagation through
 time is written out by hand and runs as one autograd function over the whole sequence. Each matrix product is written
-straight into its place, the kernels between two products are one or two (cell_kernels.py), and the gradients of the
-weights are computed only if they are needed. The relaxed cell also has the one second derivative that an
-architecture step needs, the change of the gradient of the probabilities as the weights move (second_derivative.py). For
-any other second derivative use the definition, reference.py.
+straight into its place, between two products runs one compiled kernel, or two where a time step ends
+(cell_kernels.py), and the gradients of the weights are computed only if they are needed. The relaxed cell also has the
+one second derivative that an architecture step needs, the change of the gradient of the probabilities as the weights
+move (second_derivative.py). For any other second derivative use the definition, reference.py.
 
 Shapes: T time steps, B batch, E embedding, H hidden, N nodes, K primitives. `accum_dtype` is the dtype of sums and
 normalisation (float32, or float64), `compute_dtype` that of products and of what is saved for backward. Inside Relaxed

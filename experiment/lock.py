@@ -74,7 +74,9 @@ def owner_in(text: str) -> str:
 def is_lock(path: Path) -> bool:
     """Returns whether a file named `NAME` is a lock file, rather than a file of the user's with that name."""
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else "a folder"
+        if not path.is_file() or path.stat().st_size > 1000:
+            return False
+        text = path.read_text(encoding="utf-8")
         return not text or bool(owner_in(text))
     except (OSError, ValueError):
         return False

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The study of docs/study.md: eight methods of searching against random cells, on the first 300,000 tokens of Penn Treebank.
-#   scripts/study_ptb.sh                       what docs/study lacks of its three parts; each takes hours on 2 CPU cores:
-#   scripts/study_ptb.sh proxies               which short training ranks cells as a long one does: 16 hours
+#   scripts/study_ptb.sh                       what docs/study lacks of its three parts, on 2 CPU cores:
+#   scripts/study_ptb.sh proxies               which short training ranks cells as a long one does: 5 hours
 #   scripts/study_ptb.sh two                   the two methods that are put to the test: 8 hours
-#   scripts/study_ptb.sh eight                 the other six, which join the two afterwards: 11 hours
+#   scripts/study_ptb.sh eight                 the other six, which join the two afterwards: 12 hours
 #   scripts/study_ptb.sh two select --dry_run  one stage; further flags are those of trials.py
-#   WIDTH=128 scripts/study_ptb.sh proxies     with 128 hidden units
+#   WIDTH=128 scripts/study_ptb.sh proxies     with 128 hidden units: 7 hours
 # It may be stopped at any time; each trial adds a line to trials.jsonl as it ends. Penn Treebank is downloaded if missing.
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."

@@ -150,11 +150,24 @@ class Study:
     def cells(self) -> list[Cell]:
         """Returns every distinct searched and random cell, alternating, so that an early end has trained both kinds."""
         named = [(name, from_json(result["genotype"])) for name, result in self.searched().items()]
-        # A cell keeps the name under which its trainings began, also if a search that joined later has found it.
-        named.sort(key=lambda pair: not (self.folder / "select" / pair[0]).exists())
+        # A cell keeps the name under which its trainings began, and each search its training, also if a search that
+        # joined later has found that cell.
+        ended = self.trainings_before()
+        named.sort(key=lambda pair: (ended.get(pair[0], 0), not (self.folder / "select" / pair[0]).exists()))
         searched = distinct(named)
         drawn = distinct(self.random_cells(len(searched)).items())
         return [cell for pair in zip_longest(searched, drawn) for cell in pair if cell]
+
+    def trainings_before(self) -> dict[str, int]:
+        """Returns how many short trainings had ended when each search ended, by the search's name ("first-1")."""
+        ended, before = 0, {}
+        for event in metrics.events(self.folder):
+            stage, *name = event["trial"].split("/")
+            if stage == "select" and event["event"] in ("done", "halved"):
+                ended += 1
+            elif stage == "search" and event["event"] == "done":
+                before.setdefault("-".join(name), ended)
+        return before
 
     def select(self, cells: Sequence[Cell] | None = None) -> list[Job]:
         """Returns the short trainings of the given cells; the default is all that the method `cells` returns.

@@ -275,6 +275,23 @@ def test_cell_keeps_the_name_of_its_trainings_when_a_search_that_joins_finds_it_
     assert study.cells()[0].label == "first-1" and "layer-1" in study.cells()[0].found_by
 
 
+def test_search_keeps_its_training_of_a_cell_that_a_search_which_joins_finds_too(tmp_path):
+    """The search that joins has the first seed, as two of the three searches that found the cell before."""
+    study = study_of_four_searches(tmp_path)
+    for job in study.search():
+        log_event(tmp_path, trial=job.name, event="done", valid_ppl=99.0)
+    for ppl, job in enumerate(study.select(), start=100):
+        write_result(tmp_path / job.name, random_genotype(101), float(ppl))
+        log_event(tmp_path, trial=job.name, event="done", valid_ppl=float(ppl))
+    before = study.by_name(study.cells()[0])
+    assert len(before) == 3
+    study.args.methods = ["layer=--norm layer", *study.args.methods]
+    write_result(tmp_path / "search" / "layer" / "1", random_genotype(101), 99.0)
+    log_event(tmp_path, trial="search/layer/1", event="done", valid_ppl=99.0)
+    cell = study.cells()[0]
+    assert cell.found_by == (*before, "layer-1") and study.by_name(cell) == before
+
+
 @pytest.mark.parametrize("flags", ["--schedule  cosine", "--schedule\ncosine", "--schedule=cosine"])
 def test_proxy_flags_are_read_like_the_scripts_read_them(flags):
     assert falls_with_epochs(flags) and own_epochs(flags.replace("schedule", "epochs").replace("cosine", "12")) == [12]

@@ -16,16 +16,16 @@ from matplotlib.figure import Figure
 from experiment import metrics
 from genotypes import parse
 from plots.run_history import MAX_DRAWN
-from plots.style import BLUE, GREEN, GREY, INK, RED, SERIES, PictureError, literal, new_figure
+from plots.style import BLUE, GREEN, GREY, INK, RED, SERIES, PictureError, new_figure, without_math
 from study.design import RANDOM
 from study.features import features
 
 # Each look is (colour, marker, fill style); those of the methods that search are hollow from the seventh on.
 RANDOM_LOOK = (GREEN, "^", "full")
 POINTS = ((BLUE, "o"), (RED, "s"), *zip(SERIES[3:], "DvP", strict=True), (INK, "X"))
+LOOKS = tuple((*point, fill_style) for fill_style in ("full", "none") for point in POINTS)
 # A leaderboard.json that is damaged, or of another version, leads to one of these.
 DAMAGED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
-LOOKS = tuple((*point, fill_style) for fill_style in ("full", "none") for point in POINTS)
 
 
 def command(stage: str, folder: Path) -> str:
@@ -55,7 +55,7 @@ def study_figure(done: Sequence[tuple[str, float]]) -> Figure:
     axes.set(xlabel="short trainings that ended", ylabel="validation perplexity, per word")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return figure
+    return without_math(figure)
 
 
 def selection_figure(folder: Path) -> Figure:
@@ -75,9 +75,8 @@ def scatter(axes: Axes, cells: Sequence[str], x: Sequence[float], y: Sequence[fl
         colour, mark, fill_style = RANDOM_LOOK if method == RANDOM else LOOKS[i % len(LOOKS)]
         points = [(a, b) for name, a, b in zip(methods, x, y, strict=True) if name == method]
         axes.plot(
-            *zip(*points, strict=True), mark, color=colour, fillstyle=fill_style, markersize=7, alpha=0.8,
-            label=literal(method),
-        )  # fmt: skip
+            *zip(*points, strict=True), mark, color=colour, fillstyle=fill_style, markersize=7, alpha=0.8, label=method
+        )
 
 
 def cells_figure(folder: Path) -> Figure:
@@ -90,22 +89,22 @@ def cells_figure(folder: Path) -> Figure:
         name = max(known, key=lambda row: (row["epochs"], abs(row["rho"][0])))["feature"]
         cells = [(str(row["cell"]), features(parse(row["genotype"]))[name], float(row["early"]), float(row["select"]))
                  for row in board["cells"] if None not in (row["early"], row["select"])]  # fmt: skip
-        rho = {int(row["epochs"]): row["rho"][0] for row in rows if row["feature"] == name}
-        titles = {epochs: "unknown" if r is None else f"{r:.2f}" for epochs, r in sorted(rho.items())}
-        if not cells or len(titles) > 2:
+        rho = {int(row["epochs"]): "unknown" if row["rho"][0] is None else f"{row['rho'][0]:.2f}"
+               for row in rows if row["feature"] == name}  # fmt: skip
+        if not cells or len(rho) > 2:
             raise ValueError("no cells, or more times than early and late")
     except DAMAGED as error:
         reason = f"no correlations of the cells' features; {command('report', folder)} makes them for five cells"
         raise PictureError(f"{folder}: {reason}") from error
     figure = new_figure(345)
     labels, values, *perplexities = zip(*cells, strict=True)
-    panels = figure.subplots(1, len(titles), squeeze=False)[0]  # one if the short trainings have a single epoch
-    for axes, (epochs, r), ppl in zip(panels, titles.items(), perplexities[-len(titles) :], strict=True):
+    panels = figure.subplots(1, len(rho), squeeze=False)[0]  # one if the short trainings have a single epoch
+    for axes, (epochs, r), ppl in zip(panels, sorted(rho.items()), perplexities[-len(rho) :], strict=True):
         scatter(axes, labels, values, ppl)
         axes.set(xlabel=f"{name} of the cell", ylabel="validation perplexity, per word")
         axes.set_title(f"after {epochs} epoch{'s' if epochs > 1 else ''}: Spearman's rho {r}")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return figure
+    return without_math(figure)
 
 
 def proxies_figure(folder: Path) -> Figure:
@@ -133,16 +132,13 @@ def proxies_figure(folder: Path) -> Figure:
         colour = colormaps["viridis"](0.9 * (of_cell[-1] - 1) / (len(cells) - 1))
         axes.plot(of_cell, "o-", color=colour, linewidth=2, markersize=6, gid=f"ranks-{label}")
         axes.annotate(
-            literal(f"{names[label]}: {ppls[-1]:.2f}"),
-            (len(trainings) - 0.9, of_cell[-1]),
-            va="center",
-            annotation_clip=False,
+            f"{names[label]}: {ppls[-1]:.2f}", (len(trainings) - 0.9, of_cell[-1]), va="center", annotation_clip=False
         )
     axes.invert_yaxis()
-    axes.set_xticks(range(len(trainings)), [literal(fill(name, 16)) for name in trainings])
+    axes.set_xticks(range(len(trainings)), [fill(name, 16) for name in trainings])
     axes.set(ylabel="rank of the cell", yticks=range(1, len(cells) + 1))
     axes.set_title("Ranks after each short training and, last, after the long one")
-    return figure
+    return without_math(figure)
 
 
 def short_name(cell: str, genotype: str | None) -> str:

@@ -9,6 +9,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 # The metadata of each format is unset, because a date would make every file different.
@@ -31,11 +32,6 @@ class PictureError(ValueError):
     """Raised when a picture cannot be made; the message is one line for the user."""
 
 
-def literal(text: str) -> str:
-    """Returns a text from a file or a user such that matplotlib shows its dollar signs and sets no mathematics."""
-    return text.replace("$", r"\$")
-
-
 def plain_style() -> AbstractContextManager[None]:
     """Returns a context that applies matplotlib's default style with this module's settings. The user's own
     matplotlibrc is ignored, because it may ask for other fonts or for TeX."""
@@ -47,6 +43,13 @@ def plain_style() -> AbstractContextManager[None]:
         "axes.linewidth": POINT, "lines.linewidth": 1.6 * POINT, "legend.frameon": False, "axes.facecolor": "none",
     }  # fmt: skip
     return style.context(["default", look])
+
+
+def without_math(figure: Figure) -> Figure:
+    """Returns the figure, whose texts matplotlib then shows as they are: a name from a file may contain a $."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure
 
 
 def new_figure(height: float) -> Figure:

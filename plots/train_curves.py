@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plots.run_history import History
-from plots.style import GREY, INK, POINT, SERIES, SMALL, SOFT, PictureError, log_scale, new_figure, plot
+from plots.style import GREY, INK, POINT, SERIES, SMALL, SOFT, PictureError, log_scale, new_figure, plot, without_math
 
 # The published cell has these validation perplexities on Penn Treebank by epoch (Li & Talwalkar, UAI 2019).
 ANCHORS = {300: 64.0, 500: 61.9, 1600: 59.5, 2600: 58.5, 3600: 58.2}
@@ -66,11 +66,9 @@ def train_figure(histories: Sequence[History]) -> Figure:
     if switched:
         axes.plot([], [], "D", color="none", markeredgecolor=INK, markersize=6, label="averaging from here on")
     lines = [line for i, line in enumerate(axes.lines) if line.get_label() != f"_child{i}"]
-    legend = axes.legend(lines, [line.get_label() for line in lines], title="run: best", loc="upper left",
-                        bbox_to_anchor=(1.01, 1), alignment="left")  # fmt: skip
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # The name of a directory may contain a $.
-    return figure
+    axes.legend(lines, [line.get_label() for line in lines], title="run: best", loc="upper left",
+                bbox_to_anchor=(1.01, 1), alignment="left")  # fmt: skip
+    return without_math(figure)
 
 
 def draw_anchors(axes: Axes, end: float, span: float) -> None:

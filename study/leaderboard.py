@@ -67,12 +67,10 @@ def as_markdown(results: dict[str, Any]) -> str:
     parts += [table("cell | found by | short training | in full", rows)]
     if results["methods"]:
         parts += ["## By method (short trainings)", method_table(results["methods"])]
-    if results["to_run"] and results["methods"]:
-        parts.append(
-            f"No test is made before all searches and short trainings have ended: {results['to_run']} have not."
-        )
-    if results["left_out"] and results["methods"]:
-        parts.append(f"Left out, as no short training of theirs ended: {', '.join(results['left_out'])}.")
+        if to_run := results["to_run"]:
+            parts.append(f"No test is made before all searches and short trainings have ended: {to_run} have not.")
+        if left_out := results["left_out"]:
+            parts.append(f"Left out, as no short training of theirs ended: {', '.join(left_out)}.")
     if results["features"]:
         parts += ["## What tells cells apart", feature_table(results["features"])]
     rows = [a.values() for a in results["agreement"]]

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -455,11 +456,20 @@ def test_end_of_a_script_is_one_line(end, code, line):
     assert (done.returncode, done.stderr) == (code, line + "\n")
 
 
-def test_output_that_nothing_reads_ends_with_141_and_no_line():
+@contextmanager
+def unread_pipe():
+    """Yields a file to write to that nothing reads."""
     read, write = os.pipe()
     os.close(read)
-    done = run_script("sys.exit(run_script(lambda: print('a') or 0))", write)
-    os.close(write)
+    try:
+        yield write
+    finally:
+        os.close(write)
+
+
+def test_output_that_nothing_reads_ends_with_141_and_no_line():
+    with unread_pipe() as output:
+        done = run_script("sys.exit(run_script(lambda: print('a') or 0))", output)
     assert (done.returncode, done.stderr) == (141, "")
 
 
@@ -485,13 +495,9 @@ def test_ctrl_c_while_a_script_is_imported_is_one_line(script):
 
 
 def test_picture_whose_path_nothing_reads_is_made_quietly(tmp_path):
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(
-        [sys.executable, "visualize.py", "cell", "DARTS", "--out", tmp_path / "cell.dot"],
-        cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False,
-    )  # fmt: skip
-    os.close(write)
+    command = [sys.executable, "visualize.py", "cell", "DARTS", "--out", tmp_path / "cell.dot"]
+    with unread_pipe() as output:
+        done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
     assert (tmp_path / "cell.dot").exists()
 
